@@ -1,0 +1,23 @@
+"""Packages that sampling does not need: imported where they are used, named when they are missing."""
+
+import importlib
+from types import ModuleType
+
+
+def require(module_name: str, extra: str) -> ModuleType:
+    """Imports a module that belongs to an extra of this package.
+
+    Args:
+        module_name: dotted name, for example "torchvision.models".
+        extra: the extra that installs it, "train" or "eval".
+
+    Raises:
+        ImportError: it is not installed; says which extra to install.
+    """
+    package = module_name.partition(".")[0]
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # the package is there and lacks something of its own
+        raise ImportError(f"{package} is needed here: pip install 'vtp-diffusion[{extra}]'") from error

@@ -1,0 +1,87 @@
+"""The method: rectified-flow / flow-matching training with time running from noise (t = 0) to data (t = 1).
+
+Equations follow "Flow Straight and Fast" (Liu et al., arXiv:2209.03003) and "Flow Matching" (Lipman et al.,
+arXiv:2210.02747) in LightningDiT's orientation (Yao et al., arXiv:2501.01423). Nothing here knows about networks.
+"""
+
+import torch
+
+
+def _per_sample(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1, *([1] * (like.ndim - 1)))  # (B,) -> (B, 1, ..., 1)
+
+
+def sample_times(
+    num_samples: int,
+    mu: float = 0.0,
+    sigma: float = 1.0,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Draw logit-normal times t = sigmoid(N(mu, sigma)) (Esser et al., arXiv:2403.03206, eq. 19).
+
+    Returns: (num_samples,) float32 in (0, 1). A negative `mu` puts more weight on noisy inputs.
+    Raises: ValueError if `sigma` is not positive.
+    """
+    if sigma <= 0:
+        raise ValueError(f"sigma of the logit-normal times must be positive, got {sigma}")
+    normal = torch.randn(num_samples, generator=generator, device=device, dtype=torch.float32)
+    return torch.sigmoid(mu + sigma * normal)
+
+
+def shift_times(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """t' = s·t / (1 + (s - 1)·t): LightningDiT's time shift.
+
+    s < 1 spends more steps near the noise; s = 1 changes nothing. With sigma = 1 - t this is a flow-matching scheduler's shift of 1/s.
+    Raises: ValueError if `shift` is not positive.
+    """
+    if shift <= 0:
+        raise ValueError(f"the time shift must be positive, got {shift}")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def interpolate(data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t = t·data + (1 - t)·noise. `data`, `noise`: (B, ...), `t`: (B,). Returns (B, ...)."""
+    t = _per_sample(t, data)
+    return t * data + (1 - t) * noise
+
+
+def velocity(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """dx_t/dt = data - noise, the same at every t."""
+    return data - noise
+
+
+def flow_matching_loss(
+    prediction: torch.Tensor, data: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of LightningDiT's loss (arXiv:2501.01423, section 3.3), one value a sample.
+
+    Args: `prediction`, `data`, `noise`: (B, C, H, W).
+    Returns: the mean squared velocity error (B,) and the mean over positions of 1 - cosine similarity over channels
+    (B,), both in float32. Training minimises the sum of their means.
+    Raises: ValueError if the shapes differ.
+    """
+    if not prediction.shape == data.shape == noise.shape:
+        raise ValueError(
+            "prediction, data and noise must have one shape, got "
+            f"{tuple(prediction.shape)}, {tuple(data.shape)}, {tuple(noise.shape)}"
+        )
+    prediction, target = prediction.float(), velocity(data, noise).float()
+    squared_error = (prediction - target).square().flatten(1).mean(1)
+    cosine = 1 - torch.nn.functional.cosine_similarity(prediction, target, dim=1)  # (B, H, W)
+    return squared_error, cosine.flatten(1).mean(1)
+
+
+def drop_labels(
+    labels: torch.Tensor, probability: float, num_classes: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Replace each label by the null class `num_classes` with the given probability, which is what lets one network
+    learn the unconditional velocity as well (classifier-free guidance, Ho and Salimans, arXiv:2207.12598).
+
+    Args: `labels`: (B,) int. Returns: (B,) of the same type.
+    Raises: ValueError if `probability` is outside [0, 1].
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"the class dropout probability must lie in [0, 1], got {probability}")
+    drop = torch.rand(labels.shape, generator=generator, device=labels.device) < probability
+    return torch.where(drop, torch.full_like(labels, num_classes), labels)

@@ -1,0 +1,78 @@
+"""Images as pixels: the one float-to-uint8 conversion, PIL and tensors, and labelled grids."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float images in [-1, 1] -> uint8 in [0, 255], clamped and rounded to nearest. Any shape.
+
+    Every picture and every metric of this package goes through this function: projects that truncate or use other
+    offsets get slightly different numbers from the same model.
+    Raises: ValueError if the tensor is not a floating-point one.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"expected floating-point images in [-1, 1], got {images.dtype}")
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_uint8(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images in [0, 255] -> float32 in [-1, 1]. Any shape; `to_uint8` undoes it exactly."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 images, got {images.dtype}")
+    return images.float() / 127.5 - 1
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """Float images (B, 3, H, W) in [-1, 1], or uint8 ones, -> PIL images."""
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")
+    if images.is_floating_point():
+        images = to_uint8(images)
+    return [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def from_pil(image: Image.Image) -> torch.Tensor:
+    """A PIL image -> float32 (3, H, W) in [-1, 1]. Transparent pixels are shown on white."""
+    if image.mode != "RGB":
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+def image_grid(
+    images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None, padding: int = 4
+) -> Image.Image:
+    """Paste equally sized images row by row on white, each with its label above it when labels are given.
+
+    Args: `columns`: images a row; `padding`: pixels around each image. Raises: ValueError on no images, mixed sizes,
+    or a number of labels other than the number of images.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    if any(image.size != images[0].size for image in images):
+        raise ValueError(f"a grid needs images of one size, got {sorted({image.size for image in images})}")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"got {len(labels)} labels for {len(images)} images")
+    width, height = images[0].size
+    font = ImageFont.load_default(size=max(10, min(16, width // 10)))
+    text_height = font.size + 4 if labels is not None else 0
+    cell_width, cell_height = width + 2 * padding, height + 2 * padding + text_height
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, image in enumerate(images):
+        left, top = index % columns * cell_width + padding, index // columns * cell_height + padding
+        if labels is not None:
+            draw.text((left, top), _shorten(labels[index], width, font), fill="black", font=font)
+        grid.paste(image.convert("RGB"), (left, top + text_height))
+    return grid
+
+
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2] + "…"
+    return text
