@@ -1,0 +1,179 @@
+"""Released weights -> diffusers folders.
+
+    python pipelines/convert.py vtp --source RELEASED_FOLDER --output vtp-large --latent-statistics latents_stats.pt
+    python pipelines/convert.py lightning-dit --checkpoint 0100000.pt --output dit-xl
+    python pipelines/convert.py pipeline --vae vtp-large --transformer dit-xl --shift 13.333 --output pipeline
+
+`vtp` writes the autoencoder; the text tower stays in the released folder, for `VTPModel.from_released`.
+`lightning-dit` takes the EMA weights; their shapes tell the architecture, and what is said of it must be so.
+`pipeline` joins the two. The output must be a new or empty folder; an error leaves nothing behind.
+"""
+
+import argparse
+import json
+import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
+from tqdm.auto import tqdm
+
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.conversion import (
+    convert_lightning_dit_config,
+    convert_lightning_dit_state_dict,
+    lightning_dit_architecture,
+    load_strict,
+    read_lightning_dit_checkpoint,
+)
+
+ARCHITECTURE = {
+    "sample_size": int,
+    "patch_size": int,
+    "in_channels": int,
+    "num_layers": int,
+    "num_attention_heads": int,
+    "attention_head_dim": int,
+    "num_classes": int,
+}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        options = commands.add_parser(name, help=text, description=text)
+        options.add_argument("--output", required=True, metavar="DIR", help="new or empty folder to write")
+        return options
+
+    vtp = command("vtp", "a released VTP folder -> AutoencoderVTP")
+    vtp.add_argument("--source", required=True, help="folder with config.json and model.safetensors, or Hub id")
+    vtp.add_argument(
+        "--rope-dtype", "--rope_dtype", choices=("bfloat16", "float32"), help="of the rotary embedding [bfloat16]"
+    )
+    vtp.add_argument(
+        "--latent-statistics",
+        "--latent_statistics",
+        metavar="FILE",
+        help="mean and std of each latent channel: JSON, or upstream's .pt; FILE:NAME picks one of several in a JSON",
+    )
+
+    dit = command("lightning-dit", "an upstream LightningDiT checkpoint -> LightningDiTTransformer2DModel")
+    dit.add_argument("--checkpoint", required=True, metavar="FILE", help="upstream .pt file with 'ema'")
+    dit.add_argument("--config", metavar="FILE", help="upstream's constructor keywords as JSON, to be checked")
+    for name, kind in ARCHITECTURE.items():
+        dit.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=kind, help="to be checked")
+
+    pipeline = command("pipeline", "autoencoder + transformer -> LightningDiTPipeline")
+    pipeline.add_argument("--vae", required=True, metavar="DIR", help="folder of a diffusers autoencoder")
+    pipeline.add_argument("--transformer", required=True, metavar="DIR", help="folder of the transformer")
+    pipeline.add_argument("--shift", type=float, default=1.0, help="of the scheduler: 1/s for upstream's s [1.0]")
+    pipeline.add_argument("--id2label", metavar="FILE", help="JSON: class index -> name, or a list of names")
+    return parser.parse_args(argv)
+
+
+def read_json(path: str) -> dict | list:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_latent_statistics(file: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel from FILE.json, FILE.json:NAME or upstream's FILE.pt."""
+    path, _, name = file.rpartition(":") if not Path(file).exists() and ":" in file else (file, "", "")
+    if path.endswith(".pt"):
+        try:
+            entry = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read as a PyTorch file: {error}") from error
+    else:
+        entry = read_json(path)
+        if name:
+            if name not in entry:
+                raise ValueError(f"{path} has no entry {name!r}, it has {', '.join(entry)}")
+            entry = entry[name]
+    if not isinstance(entry, dict) or not {"mean", "std"} <= set(entry):
+        found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"{file} must hold 'mean' and 'std', it holds {found}; FILE:NAME picks an entry")
+    return tuple(torch.as_tensor(entry[key], dtype=torch.float32).flatten().tolist() for key in ("mean", "std"))
+
+
+@contextmanager
+def new_folder(output: str) -> Iterator[Path]:
+    """A folder that takes the name `output` once everything in it is written."""
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        folder = Path(scratch) / "output"
+        yield folder
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+
+
+def convert_vtp(arguments: argparse.Namespace) -> AutoencoderVTP:
+    statistics = arguments.latent_statistics and read_latent_statistics(arguments.latent_statistics)
+    vae = AutoencoderVTP.from_released(arguments.source, rope_dtype=arguments.rope_dtype)
+    if not statistics:
+        return vae
+    # built anew, so that the constructor checks the statistics against the latent channels
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    with torch.device("meta"):
+        with_statistics = AutoencoderVTP(**{**config, "latents_mean": statistics[0], "latents_std": statistics[1]})
+    return load_strict(with_statistics, vae.state_dict(), source=arguments.source)
+
+
+def convert_lightning_dit(arguments: argparse.Namespace) -> LightningDiTTransformer2DModel:
+    expected = {name: getattr(arguments, name) for name in ARCHITECTURE if getattr(arguments, name) is not None}
+    if arguments.config is not None:
+        expected |= convert_lightning_dit_config(read_json(arguments.config))
+    released = read_lightning_dit_checkpoint(arguments.checkpoint)
+    found = lightning_dit_architecture(released)
+    if wrong := [name for name, value in expected.items() if found[name] != value]:
+        differences = ", ".join(f"{name} {found[name]} instead of {expected[name]}" for name in wrong)
+        raise ValueError(f"{arguments.checkpoint} has {differences}")
+    with torch.device("meta"):
+        model = LightningDiTTransformer2DModel(**found)
+    return load_strict(model, convert_lightning_dit_state_dict(released, found), source=arguments.checkpoint)
+
+
+def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
+    for folder in (arguments.vae, arguments.transformer):
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"{folder} is not the folder of a diffusers model: it has no config.json")
+    names = None if arguments.id2label is None else read_json(arguments.id2label)
+    return LightningDiTPipeline(
+        vae=AutoModel.from_pretrained(arguments.vae),
+        transformer=LightningDiTTransformer2DModel.from_pretrained(arguments.transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=arguments.shift),
+        id2label=dict(enumerate(names)) if isinstance(names, list) else names,
+    )
+
+
+CONVERSIONS = {"vtp": convert_vtp, "lightning-dit": convert_lightning_dit, "pipeline": assemble_pipeline}
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"the output must be a new or empty folder, {output} is not")
+    with tqdm(total=2, desc="reading") as progress:
+        result = CONVERSIONS[arguments.command](arguments)
+        progress.update()
+        progress.set_description("writing")
+        with new_folder(arguments.output) as folder:
+            result.save_pretrained(folder)
+        progress.update()
+    print(f"{type(result).__name__} written: {output}")
+
+
+if __name__ == "__main__":
+    main()

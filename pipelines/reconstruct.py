@@ -1,0 +1,109 @@
+"""Images through an autoencoder: a picture of originals and reconstructions side by side, and the PSNR of each.
+
+    python pipelines/reconstruct.py --vae weights/openmoji-128/vae --images photo.png drawings \\
+        --output demo/reconstruction.png
+
+Images are cropped to squares as ADM does. A file that can't be read stops the program, after it wrote the picture of
+those before it; with --skip-unreadable such files are counted and left out.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoModel
+from diffusers.utils import is_accelerate_available
+from PIL import Image
+from tqdm.auto import tqdm
+
+from vtp_diffusion.config import parse_config
+from vtp_diffusion.data import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
+from vtp_diffusion.images import from_pil, image_grid, to_pil, to_uint8
+from vtp_diffusion.metrics.pixels import psnr, reconstruct
+
+
+@dataclass
+class ReconstructConfig:
+    vae: str = field(metadata={"help": "folder of a diffusers autoencoder"})
+    images: list[str] = field(metadata={"help": "image files, and folders of them"})
+    output: str = field(metadata={"help": "FILE.png to write"})
+    resolution: int | None = field(default=None, metadata={"help": "side in pixels; none = as the autoencoder's"})
+    skip_unreadable: bool = field(default=False, metadata={"help": "count and leave out files that can't be read"})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
+    )
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix.lower() != ".png":
+            raise ValueError(f"output must be a FILE.png, got {self.output}")
+        if self.resolution is not None and self.resolution < 1:
+            raise ValueError(f"resolution must be a positive number of pixels, got {self.resolution}")
+
+    def files(self) -> list[Path]:
+        files = []
+        for path in map(Path, self.images):
+            if path.is_dir():
+                found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+                if not found:
+                    raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                files += found
+            elif path.is_file():
+                files.append(path)
+            else:
+                raise ValueError(f"{path} is neither an image file nor a folder")
+        if not files:
+            raise ValueError("images is empty: give at least one file or folder")
+        return files
+
+
+def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
+    """The autoencoder and the side of the images it is to get."""
+    if not (Path(config.vae) / "config.json").is_file():
+        raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
+    # the default of low_cpu_mem_usage, which warns where accelerate is not installed
+    vae = AutoModel.from_pretrained(config.vae, low_cpu_mem_usage=is_accelerate_available())
+    resolution = config.resolution or vae.config.sample_size
+    patch = getattr(vae, "spatial_compression_ratio", 1)
+    if resolution % patch:
+        raise ValueError(f"resolution must be a multiple of the autoencoder's patch {patch}, got {resolution}")
+    return vae.eval().to(config.device), resolution
+
+
+def write_picture(output: str, images: list[Image.Image], ratios: list[float]) -> None:
+    """`images` are originals and reconstructions in turn, `ratios` the PSNR of each pair."""
+    if not images:
+        return
+    labels = [label for ratio in ratios for label in ("original", f"{ratio:.1f} dB")]
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images, 2 * min(4, len(ratios)), labels).save(output)
+    print(f"{'mean of ' + str(len(ratios)):40} {sum(ratios) / len(ratios):7.2f} dB\npicture: {output}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(ReconstructConfig, argv, __doc__)
+    files = config.files()
+    vae, resolution = load_autoencoder(config)
+    images, ratios, skipped = [], [], []
+    for file in tqdm(files, desc="reconstructing"):
+        try:
+            image = center_crop(read_image(file), resolution)
+        except UnreadableImageError:
+            if not config.skip_unreadable:
+                write_picture(config.output, images, ratios)
+                raise
+            skipped.append(file)
+            continue
+        original = to_uint8(from_pil(image))[None]  # (1, 3, R, R)
+        reconstruction = reconstruct(vae, original)
+        ratios.append(psnr(original, reconstruction).item())
+        images += [image, to_pil(reconstruction)[0]]
+        tqdm.write(f"{file.name:40} {ratios[-1]:7.2f} dB")
+    write_picture(config.output, images, ratios)
+    if skipped:
+        print(f"{len(skipped)} of {len(files)} files can't be read: {', '.join(map(str, skipped))}")
+    if not images:
+        raise ValueError(f"none of the {len(files)} files can be read as an image")
+
+
+if __name__ == "__main__":
+    main()
