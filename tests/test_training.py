@@ -1,0 +1,360 @@
+"""What the training programs share, with tiny real models."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
+from vtp_diffusion.run_folder import RunFolder
+from vtp_diffusion.training import (
+    MAX_SKIPPED_IN_A_ROW,
+    AveragedWeights,
+    StepBatchSampler,
+    TrainingConfig,
+    TrainingRun,
+    learning_rate_at,
+    parameter_groups,
+    step_generator,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """On the CPU, where runs repeat bit for bit, and as in a new process: accelerate keeps its state between runs."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+
+
+def tiny_config(folder, **changes):
+    settings = {"max_train_steps": 6, "checkpointing_steps": 3, "validation_steps": 100, "log_steps": 1}
+    settings |= {"train_batch_size": 4, "learning_rate": 1e-2, "ema_decay": 0.9, "report_to": "none"}
+    return TrainingConfig(output_dir=str(folder), **(settings | changes))
+
+
+class Objective(nn.Module):
+    """Fits a tiny LightningDiT to noise, keeps a counter of its own, and breaks its gradients on request."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer = LightningDiTTransformer2DModel(
+            sample_size=2, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=3
+        ).eval()
+        self.head = nn.Linear(4, 4)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, latents, broken):
+        self.calls += 1
+        labels = torch.zeros(len(latents), dtype=torch.long)
+        prediction = self.transformer(latents, torch.full((len(latents),), 0.5), labels).sample
+        prediction = self.head(prediction.movedim(1, -1)).movedim(-1, 1)
+        loss = (prediction - latents).square().mean()
+        return {"loss": loss * (math.nan if broken else 1.0), "calls": self.calls.clone()}
+
+
+def train(config, broken_steps=(), fingerprint="data"):
+    objective = Objective()
+    folder = RunFolder(config.output_dir, config)
+    model = objective.transformer
+    run = TrainingRun(config, folder, objective, model, "transformer", fingerprint, not_saved=("frozen.",))
+
+    def inputs():
+        for step in run.micro_steps:
+            latents = torch.randn(config.train_batch_size, 4, 2, 2, generator=run.generator(step))
+            yield {"latents": latents, "broken": step in broken_steps}
+
+    batches = inputs()
+    for step in run.steps():
+        run.optimise(step, batches)
+    return run
+
+
+def everything(run):
+    state = {name: value.clone() for name, value in run.bare.state_dict().items()}
+    state |= {f"average.{i}": value for i, value in enumerate(run.average.averages)}
+    for i, parameter in enumerate(run.trained):
+        state |= {f"adam.{i}.{k}": v for k, v in run.optimizer.state[parameter].items()}
+    return state
+
+
+def assert_identical(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == []
+
+
+def interrupted_copy(source, target, step):
+    """What a kill -9 after the checkpoint of that step leaves, half of the next checkpoint included."""
+    import shutil
+
+    shutil.copytree(source, target)
+    for path in target.glob("checkpoint-*"):
+        if path.name != f"checkpoint-{step}":
+            path.rename(target / f".unfinished-{path.name}")
+            (target / f".unfinished-{path.name}" / "optimizer.pt").write_bytes(b"half")
+    with open(target / "log.jsonl", "a") as file:
+        file.write('{"step": 9')
+
+
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path):
+    config = tiny_config(tmp_path / "straight", lr_scheduler="cosine", lr_warmup_steps=2, ema_bias_correction=True)
+    straight = everything(train(config))
+    interrupted_copy(tmp_path / "straight", tmp_path / "resumed", step=3)
+    run = train(replace(config, output_dir=str(tmp_path / "resumed")))
+    assert run.first_step == 3
+    assert_identical(everything(run), straight)
+    assert sorted(p.name for p in (tmp_path / "resumed").glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("straight", "resumed")
+    ]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "grad_norm", "learning_rate", "calls"):
+        assert [line[name] for line in logs[0]] == [line[name] for line in logs[1]]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    first = everything(train(config))
+    again = train(config)
+    assert again.first_step == 6
+    assert_identical(everything(again), first)
+
+
+def test_checkpoints_hold_the_model_and_its_average_for_from_pretrained(tmp_path):
+    run = train(tiny_config(tmp_path / "run", checkpointing_steps=2, checkpoints_total_limit=2))
+    assert [step for step, _ in run.folder.checkpoints()] == [4, 6]
+    path = tmp_path / "run" / "checkpoint-6"
+    model = LightningDiTTransformer2DModel.from_pretrained(path / "transformer")
+    assert_identical(model.state_dict(), run.model.state_dict())
+    averaged = LightningDiTTransformer2DModel.from_pretrained(path / "transformer_ema")
+    for parameter, average in zip(averaged.parameters(), run.average.averages, strict=True):
+        assert torch.equal(parameter, average)
+    assert set(load_file(path / "objective.safetensors")) == {"head.weight", "head.bias", "calls"}
+
+
+def test_other_data_are_refused_on_resuming(tmp_path):
+    config = tiny_config(tmp_path / "run", max_train_steps=3)
+    train(config, fingerprint="cats")
+    with pytest.raises(ValueError, match="fingerprint cats.*dogs"):
+        train(config, fingerprint="dogs")
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
+    """A mean over 2 x 2 samples is the mean over 4: the same data through the sampler, half at a time."""
+    large, small = Objective(), Objective()
+    latents = torch.randn(4, 4, 2, 2, generator=step_generator(0, 0))
+    runs = []
+    for objective, size, count in ((large, 4, 1), (small, 2, 2)):
+        config = tiny_config(
+            tmp_path / f"{count}", train_batch_size=size, gradient_accumulation_steps=count, max_train_steps=1
+        )
+        run = TrainingRun(config, RunFolder(config.output_dir, config), objective, objective.transformer, "m", "d")
+        assert run.images_per_step == 4 and run.micro_steps == range(count)
+        run.optimise(0, iter([{"latents": part, "broken": False} for part in latents.chunk(count)]))
+        runs.append(run)
+    for first, second in zip(runs[0].trained, runs[1].trained, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path):
+    run = train(tiny_config(tmp_path / "run"), broken_steps={2, 3})
+    assert run.skipped.tolist() == [0, 2]
+    assert all(torch.isfinite(p).all() for p in run.trained)
+    assert run.optimizer.state[run.trained[0]]["step"].item() == 4
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+
+
+def test_training_stops_when_no_gradient_is_finite_any_more(tmp_path):
+    steps = MAX_SKIPPED_IN_A_ROW + 1
+    config = tiny_config(tmp_path / "run", max_train_steps=steps, checkpointing_steps=steps)
+    with pytest.raises(RuntimeError, match=f"last {MAX_SKIPPED_IN_A_ROW} steps up to step {steps}"):
+        train(config, broken_steps=set(range(1, steps)))
+
+
+def test_a_folder_of_another_configuration_is_refused_by_key(tmp_path):
+    config = tiny_config(tmp_path / "run", max_train_steps=1)
+    train(config)
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 there, 0.02 now\n  seed: 0 there, 1 now"):
+        RunFolder(config.output_dir, replace(config, seed=1, learning_rate=2e-2))
+    RunFolder(config.output_dir, replace(config, log_steps=7, report_to="none", checkpoints_total_limit=None))
+
+
+def test_the_length_of_a_run_may_change_only_where_the_schedule_ignores_it(tmp_path):
+    config = tiny_config(tmp_path / "run", max_train_steps=1)
+    RunFolder(tmp_path / "run", config).claim()
+    RunFolder(tmp_path / "run", replace(config, max_train_steps=9))
+    config = tiny_config(tmp_path / "cosine", lr_scheduler="cosine")
+    RunFolder(tmp_path / "cosine", config).claim()
+    with pytest.raises(ValueError, match="max_train_steps: 6 there, 9 now"):
+        RunFolder(tmp_path / "cosine", replace(config, max_train_steps=9))
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no run"):
+        RunFolder(tmp_path, tiny_config(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU accelerate joins the processes without --cpu")
+def test_processes_that_did_not_find_each_other_are_refused(tmp_path, monkeypatch):
+    """torchrun where there is no accelerator: each process would train alone, in the same folder."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched but accelerate joined 1"):
+        train(tiny_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train(tiny_config(tmp_path / "run", max_train_steps=2, report_to="tensorboard"))
+    run.report(2, {"held_out_psnr": 20.0}, Image.new("RGB", (8, 8)))
+    run.end()
+    events = EventAccumulator(str(tmp_path / "run" / "logs"))
+    events.Reload()
+    assert {"loss", "learning_rate", "held_out_psnr"} <= set(events.Tags()["scalars"])
+    assert "validation" in events.Tags()["images"]
+    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_batch_size": 0}, "train_batch_size is 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
+        ({"lr_warmup_steps": 7}, "lr_warmup_steps is 7, expected 0 to 6"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("nowhere", **changes)
+
+
+def test_an_epoch_shows_every_sample_once_over_all_processes():
+    samplers = [StepBatchSampler(24, 4, seed=3, start_step=0, num_steps=6, rank=r, world_size=2) for r in range(2)]
+    batches = [list(sampler) for sampler in samplers]
+    for epoch in (slice(0, 3), slice(3, 6)):
+        assert sorted(sum(batches[0][epoch] + batches[1][epoch], [])) == list(range(24))
+    assert batches[0][:3] != batches[0][3:]
+
+
+def test_batches_span_epochs_and_data_sets_smaller_than_a_batch():
+    seen = np.concatenate(list(StepBatchSampler(5, 7, seed=0, start_step=0, num_steps=5)))
+    assert np.bincount(seen).tolist() == [7] * 5
+
+
+@pytest.mark.parametrize("weights", [None, torch.arange(11.0)])
+def test_data_order_depends_on_seed_and_step_only(weights):
+    straight = list(StepBatchSampler(11, 4, 5, start_step=0, num_steps=9, weights=weights))
+    assert list(StepBatchSampler(11, 4, 5, start_step=6, num_steps=3, weights=weights)) == straight[6:]
+    assert list(StepBatchSampler(11, 4, 6, start_step=0, num_steps=9, weights=weights)) != straight
+
+
+def test_weighted_draws_follow_the_weights():
+    weights = torch.tensor([0.0, 1.0, 2.0, 5.0, 0.0])
+    seen = np.concatenate(list(StepBatchSampler(5, 16, 0, 0, 100, weights=weights)))
+    shares = np.bincount(seen, minlength=5) / len(seen)
+    np.testing.assert_allclose(shares, weights / 8, atol=0.005)
+    halves = [np.concatenate(list(StepBatchSampler(5, 8, 0, 0, 100, r, 2, weights))) for r in range(2)]
+    assert sorted(np.concatenate(halves)) == sorted(seen)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 4, 0, 0, 1), "got 0 samples"),
+        ((4, 4, 0, 0, 1, 2, 2), "rank 2 is not one of 2"),
+        ((2, 4, 0, 0, 1, 0, 1, torch.ones(3)), r"shape \(3,\), expected \(2,\)"),
+        ((2, 4, 0, 0, 1, 0, 1, torch.tensor([1.0, -1.0])), "not negative"),
+        ((2, 4, 0, 0, 1, 0, 1, torch.zeros(2)), "all zero"),
+    ],
+)
+def test_a_sampler_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        StepBatchSampler(*arguments)
+
+
+def test_generators_differ_in_every_key_and_repeat():
+    draws = [
+        torch.randn(4, generator=step_generator(*key)) for key in [(0, 0), (1, 0), (0, 1), (0, 0, 1), (0, 0, 0, 1)]
+    ]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 5
+    assert torch.equal(torch.randn(4, generator=step_generator(0, 0)), draws[0])
+
+
+def test_averages_follow_the_closed_form():
+    """With w_k = k: a_N = decay**N w_0 + (1 - decay) sum decay**(N - k) w_k; corrected, the sum over 1 - decay**N."""
+    decay, steps = 0.8, 7
+    plain, corrected = 100 * decay**steps, 0.0
+    for k in range(1, steps + 1):
+        plain += (1 - decay) * decay ** (steps - k) * k
+        corrected += (1 - decay) * decay ** (steps - k) * k / (1 - decay**steps)
+    for bias_correction, expected in ((False, plain), (True, corrected)):
+        parameter = nn.Parameter(torch.full((2,), 100.0))
+        average = AveragedWeights([parameter], decay, bias_correction)
+        for k in range(1, steps + 1):
+            with torch.no_grad():
+                parameter.fill_(k)
+            average.update([parameter])
+        torch.testing.assert_close(average.averages[0], torch.full((2,), expected))
+        with average.swapped_into([parameter]):
+            assert torch.equal(parameter.detach(), average.averages[0])
+        assert parameter.tolist() == [steps, steps]
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = tiny_config("x", max_train_steps=10, lr_warmup_steps=4, learning_rate=1.0, lr_scheduler="cosine")
+    assert [learning_rate_at(step, config) for step in (0, 3, 4)] == [0.25, 1.0, 1.0]
+    assert learning_rate_at(7, config) == pytest.approx(0.5) and learning_rate_at(9, config) > 0
+    assert learning_rate_at(7, replace(config, lr_scheduler="linear")) == pytest.approx(0.5)
+    assert learning_rate_at(9, replace(config, lr_scheduler="constant")) == 1.0
+
+
+def test_only_matrices_decay():
+    module = nn.ModuleDict({"linear": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "frozen": nn.Linear(2, 2)})
+    module["frozen"].requires_grad_(False)
+    module.register_parameter("token", nn.Parameter(torch.zeros(1, 1, 4)))
+    decayed, others = parameter_groups(module, 0.1)
+    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)] and decayed["weight_decay"] == 0.1
+    assert len(others["params"]) == 4 and others["weight_decay"] == 0.0
+
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitems__(self, indices):
+        return {"square": torch.tensor(indices) ** 2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_however_they_are_read(workers):
+    sampler = StepBatchSampler(10, 4, 0, 2, 5)
+    before = torch.get_rng_state()
+    read = [b["square"].tolist() for b in read_batches(Squares(), sampler, dict, CPU, workers)]
+    gathered = [b["square"].tolist() for b in gathered_batches({"square": torch.arange(10) ** 2}, sampler)]
+    assert read == gathered == [[i**2 for i in batch] for batch in sampler]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_data_sets_stay_on_the_device_by_size_or_choice():
+    assert fits_on_device(2**20, CPU) and not fits_on_device(2**40, CPU)
+    assert fits_on_device(2**40, CPU, True) and not fits_on_device(1, CPU, False)

@@ -1,0 +1,63 @@
+"""Batches on the device: gathered there from a data set held whole, or read by worker processes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .training import StepBatchSampler
+
+# A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
+# other users of the machine need the rest.
+DEVICE_SHARE = 0.25  # of an accelerator's memory
+HOST_BYTES = 2**30  # where the device is the host
+
+Columns = dict[str, torch.Tensor]
+
+
+def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = None) -> bool:
+    """Whether a data set of that size is to be held on the device: the choice, or where it is None, by size."""
+    if choice is not None:
+        return choice
+    if device.type == "cuda":
+        return num_bytes <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return num_bytes <= HOST_BYTES
+
+
+def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Columns]:
+    """Batches of rows of columns that lie on the device already. Nothing waits for the device: of all that training
+    needs, only indices travel there.
+
+    Args: `columns`: name -> (N, ...), on one device.
+    """
+    device = next(iter(columns.values())).device
+    for indices in sampler:
+        rows = torch.tensor(indices)
+        if device.type == "cuda":
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        yield {name: column[rows] for name, column in columns.items()}
+
+
+def read_batches(
+    dataset: Dataset,
+    sampler: Iterable[list[int]],
+    collate: Callable[[Any], Columns],
+    device: torch.device,
+    num_workers: int,
+) -> Iterator[Columns]:
+    """Batches read from a map-style data set, by `num_workers` processes ahead of time, then moved to the device.
+
+    Args: `collate`: what `dataset.__getitems__(indices)` returned -> columns.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=False,
+        generator=torch.Generator(),  # else every iterator would draw from the global generator, and resuming differ
+    )
+    for columns in loader:
+        yield {name: column.to(device, non_blocking=True) for name, column in columns.items()}

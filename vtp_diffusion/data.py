@@ -1,0 +1,423 @@
+"""Image data sets with one interface: OpenMoji, folders of images, and any collection of the `datasets` library.
+
+Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": str}`, centre-cropped as ADM does.
+"""
+
+import hashlib
+import io
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .extras import require
+from .images import from_uint8
+from .openmoji import is_held_out, openmoji_folder, read_metadata
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
+IN_MEMORY_BYTES = 2**30
+SPLIT_FOLDERS = ("train", "validation")
+# what Pillow raises for files that are damaged, are no images, or would fill the memory
+DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
+NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be decoded; the message names it."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images, and how large."""
+
+    source: str = field(
+        default="openmoji",
+        metadata={"help": "openmoji, a folder of images, or a hub id / builder of `datasets` (parquet, webdataset)"},
+    )
+    resolution: int = field(default=256, metadata={"help": "side of the square images in pixels"})
+    name: str | None = field(default=None, metadata={"help": "`datasets`: name of the configuration"})
+    data_files: str | None = field(default=None, metadata={"help": "`datasets`: files or pattern, for builders"})
+    image_column: str = field(default="image", metadata={"help": "`datasets`: column of the images"})
+    label_column: str | None = field(default=None, metadata={"help": "`datasets`: column of the class"})
+    caption_column: str | None = field(default=None, metadata={"help": "`datasets`: column of the text"})
+    holdout: float = field(default=0.1, metadata={"help": "share of OpenMoji's base emoji in the validation split"})
+    holdout_seed: int = field(default=0, metadata={"help": "which base emoji those are"})
+    limit: int | None = field(default=None, metadata={"help": "use only so many images, spread over the whole set"})
+    skip_unreadable: bool = field(default=False, metadata={"help": "count and leave out images that cannot be read"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where OpenMoji is rendered to; see the README"})
+
+    def __post_init__(self):
+        if self.resolution < 1:
+            raise ValueError(f"resolution is {self.resolution}, expected a positive number of pixels")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is {self.holdout}, expected a share in [0, 1)")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}, expected a positive number of images")
+
+
+@dataclass(kw_only=True)
+class AugmentationConfig:
+    """Random changes of training images, made in batches on the device; the defaults change nothing."""
+
+    flip: float = field(default=0.0, metadata={"help": "probability of mirroring"})
+    shift: int = field(default=0, metadata={"help": "shift by up to so many whole pixels, in both directions"})
+    scale: float = field(default=0.0, metadata={"help": "scale by a factor in [1 - scale, 1 + scale]"})
+    rotation: float = field(default=0.0, metadata={"help": "rotate by up to so many degrees, both ways"})
+    hue: float = field(default=0.0, metadata={"help": "probability of permuting the colour channels"})
+
+    def __post_init__(self):
+        if not 0 <= self.flip <= 1 or not 0 <= self.hue <= 1:
+            raise ValueError(f"flip and hue are probabilities, got {self.flip} and {self.hue}")
+        if self.shift < 0 or not 0 <= self.scale < 1 or self.rotation < 0:
+            raise ValueError(
+                f"shift and rotation must not be negative and scale lie in [0, 1), got {self.shift}, {self.rotation}, "
+                f"{self.scale}"
+            )
+
+
+class ImageDataset(Dataset):
+    """Images by index.
+
+    Args:
+        references: one entry an image: a path, or an index into `read`.
+        read: reference -> PIL image; raises UnreadableImageError naming the image.
+        resolution: side of the cropped images.
+        keys, labels, captions: (N,) each.
+        label_names: one a class.
+        weights: (N,) how often an image should be drawn, or copied, relative to others.
+        fingerprint: identifies the content and the crop.
+        skip_unreadable: an image that cannot be read gives way to the next one that can, label and key included: an
+            index always gives the same item. `skipped` holds its key (in the process that met it). A data set that is
+            kept in memory leaves such images out instead.
+    """
+
+    def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
+                 skip_unreadable=False):  # fmt: skip
+        self.references, self.read, self.resolution = references, read, resolution
+        self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
+        self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
+        self.skipped: list[str] = []
+        self._pixels: np.ndarray | None = None  # (N, R, R, 3) once everything was read, for small sets
+        if len(references) == 0:
+            raise ValueError("the data set holds no images")
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index, pixels = self._readable(index)
+        return {
+            "image": torch.from_numpy(pixels).permute(2, 0, 1),  # (3, R, R)
+            "label": self.labels[index],
+            "caption": self.captions[index],
+            "key": self.keys[index],
+        }
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
+
+    def keep_in_memory(self) -> "ImageDataset":
+        """Read every image now, and drop those that cannot be read if that is wanted."""
+        from tqdm.auto import tqdm
+
+        pixels, readable = [], []
+        for index in tqdm(range(len(self)), desc="reading images", leave=False):
+            image = self._read(index)
+            if image is not None:
+                pixels.append(image)
+                readable.append(index)
+        if not readable:
+            raise ValueError(f"none of the {len(self)} images can be read")
+        if len(readable) < len(self):
+            self.weights = self.weights[readable]
+            for name in ("references", "keys", "labels", "captions"):
+                values = getattr(self, name)
+                setattr(self, name, [values[index] for index in readable])
+        self._pixels = np.stack(pixels)
+        return self
+
+    def _readable(self, index: int) -> tuple[int, np.ndarray]:
+        if self._pixels is not None:
+            return index, self._pixels[index]
+        for offset in range(len(self)):
+            candidate = (index + offset) % len(self)
+            pixels = self._read(candidate)
+            if pixels is not None:
+                return candidate, pixels
+        raise ValueError(f"none of the {len(self)} images can be read")
+
+    def _read(self, index: int) -> np.ndarray | None:
+        try:
+            return np.array(center_crop(self.read(self.references[index]), self.resolution))
+        except UnreadableImageError:
+            if not self.skip_unreadable:
+                raise
+            if self.keys[index] not in self.skipped:
+                self.skipped.append(self.keys[index])
+            return None
+
+
+def open_dataset(config: DataConfig, split: Literal["train", "validation", "all"] = "train") -> ImageDataset:
+    """Open a data set.
+
+    Splits: OpenMoji is split by base emoji. A folder that holds train/ and validation/ is split so, another one is
+    used whole whatever the split; its sub-folders are its classes. A collection of `datasets` has its own splits,
+    "validation" being its validation or else its test split.
+
+    Raises:
+        ValueError: a source, split or column that does not exist, or no images.
+        UnreadableImageError: an image of a small set, which is read at once, cannot be decoded.
+    """
+    if split not in ("train", "validation", "all"):
+        raise ValueError(f"split is {split!r}, expected train, validation or all")
+    if config.source == "openmoji":
+        dataset = _open_openmoji(config, split)
+    elif Path(config.source).is_dir():
+        dataset = _open_folder(config, split)
+    else:
+        dataset = _open_collection(config, split)
+    if len(dataset) * 3 * config.resolution**2 <= IN_MEMORY_BYTES:
+        dataset.keep_in_memory()
+    return dataset
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB, transparency on white. Raises: UnreadableImageError naming the file."""
+    try:
+        with Image.open(path) as image:
+            return as_rgb(image)
+    except DECODING_ERRORS as error:
+        raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """RGB from any mode; transparent pixels become white, 16-bit greys are scaled to 8 bits."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop (Dhariwal and Nichol, arXiv:2105.05233): halve with a box filter while the short side is at
+    least twice the target, scale the short side to the target with a bicubic filter, cut out the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    if scale != 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def augment_images(
+    images: torch.Tensor,
+    config: AugmentationConfig,
+    generator: torch.Generator | None = None,
+    draws: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Randomly changed images, each with its own draw; what comes in from outside is white.
+
+    Args:
+        images: (B, 3, H, W), uint8 or float in [-1, 1].
+        generator: source of the draws, on the images' device; None is the default generator.
+        draws: (B, NUM_DRAWS) uniform in [0, 1), instead of a generator: for changes keyed by the image.
+
+    Returns:
+        (B, 3, H, W) float32 in [-1, 1].
+    """
+    images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
+    if config == AugmentationConfig():
+        return images
+    if draws is None:
+        draws = torch.rand(len(images), NUM_DRAWS, generator=generator, device=images.device)
+    elif draws.shape != (len(images), NUM_DRAWS):
+        raise ValueError(f"draws have shape {tuple(draws.shape)}, expected {(len(images), NUM_DRAWS)}")
+    flip, recolour, angle, scale, shift_x, shift_y = draws[:, :6].unbind(1)  # (B,)
+    if config.hue > 0:
+        order = torch.where(
+            recolour[:, None] < config.hue, draws[:, 6:].argsort(1), torch.arange(3, device=images.device)
+        )
+        images = images.gather(1, order[:, :, None, None].expand_as(images))
+    if config.shift > 0 or config.scale > 0 or config.rotation > 0:
+        steps = 2 * config.shift + 1
+        images = _affine(
+            images,
+            angle=(2 * angle - 1) * math.radians(config.rotation),
+            scale=1 + (2 * scale - 1) * config.scale,
+            shift_x=(shift_x * steps).floor() - config.shift,
+            shift_y=(shift_y * steps).floor() - config.shift,
+        )
+    if config.flip > 0:
+        images = torch.where((flip < config.flip)[:, None, None, None], images.flip(3), images)
+    return images
+
+
+def _affine(images, angle, scale, shift_x, shift_y) -> torch.Tensor:
+    """(B, 3, H, W) rotated (radians) and scaled about the centre, then shifted (pixels), each by its own (B,)."""
+    height, width = images.shape[2:]
+    # affine_grid maps the output to the input, so all is inverted; its coordinates run from -1 to 1 on either axis
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    back_x, back_y = cos * shift_x - sin * shift_y, sin * shift_x + cos * shift_y
+    rows = [cos, -sin * height / width, -2 * back_x / width, sin * width / height, cos, -2 * back_y / height]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    # zeros come in from outside, so white is made zero
+    return F.grid_sample(images - 1, grid, align_corners=False) + 1
+
+
+def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
+    folder = openmoji_folder(config.resolution, config.cache_dir)
+    rows = read_metadata(folder)
+    names = sorted({row["subcategory"] for row in rows})
+    wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
+    rows = [row for row in rows if is_held_out(row["base"], config.holdout, config.holdout_seed) in wanted]
+    rows = _limited(rows, config.limit)
+    return ImageDataset(
+        references=[folder / row["file_name"] for row in rows],
+        read=read_image,
+        resolution=config.resolution,
+        keys=[row["key"] for row in rows],
+        labels=[names.index(row["subcategory"]) for row in rows],
+        captions=[row["caption"] for row in rows],
+        label_names=names,
+        weights=torch.tensor([SKIN_TONE_WEIGHT if row["skin_tone"] else 1.0 for row in rows]),
+        fingerprint=_fingerprint(folder.name, config.resolution, [row["key"] for row in rows]),
+        skip_unreadable=config.skip_unreadable,
+    )
+
+
+def _open_folder(config: DataConfig, split: str) -> ImageDataset:
+    folder = Path(config.source)
+    splits = [name for name in SPLIT_FOLDERS if (folder / name).is_dir()]
+    if splits and split != "all" and split not in splits:
+        raise ValueError(f"{folder} has no {split} split: it holds {', '.join(splits)}")
+    roots = [folder / name for name in splits if split in (name, "all")] or [folder]
+    classes = sorted({entry.name for root in roots for entry in root.iterdir() if entry.is_dir() and _images(entry)})
+    loose = [path for root in roots for path in _images(root)]
+    if classes and loose:
+        raise ValueError(f"{folder} holds classes ({', '.join(classes[:3])}) and, beside them, images: {loose[0]}")
+    pairs = [(path, 0) for path in loose] or [
+        (path, label)
+        for root in roots
+        for label, name in enumerate(classes)
+        if (root / name).is_dir()
+        for path in _images(root / name)
+    ]
+    if not pairs:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise ValueError(f"{folder} holds no images ({suffixes}), in itself or one level below")
+    pairs = _limited(pairs, config.limit)
+    keys = [path.relative_to(folder).as_posix() for path, _ in pairs]
+    sizes = [path.stat().st_size for path, _ in pairs]
+    return ImageDataset(
+        references=[path for path, _ in pairs],
+        read=read_image,
+        resolution=config.resolution,
+        keys=keys,
+        labels=[label for _, label in pairs],
+        captions=[classes[label] if classes else "" for _, label in pairs],
+        label_names=classes or ["image"],
+        weights=torch.ones(len(pairs)),
+        fingerprint=_fingerprint("folder", config.resolution, [f"{k}:{s}" for k, s in zip(keys, sizes, strict=True)]),
+        skip_unreadable=config.skip_unreadable,
+    )
+
+
+def _images(folder: Path) -> list[Path]:
+    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
+def _open_collection(config: DataConfig, split: str) -> ImageDataset:
+    table = _load_collection(config, split)
+    columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
+    for use, column in columns.items():
+        if column is not None and column not in table.column_names:
+            raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {table.column_names}")
+    rows = _limited(list(range(len(table))), config.limit)
+    chosen = table if len(rows) == len(table) else table.select(rows)
+    labels, names = _collection_labels(chosen, config)
+    captions = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
+    return ImageDataset(
+        references=rows,
+        read=_CollectionReader(table, config.image_column, config.source),
+        resolution=config.resolution,
+        keys=[f"{row:08d}" for row in rows],
+        labels=labels,
+        captions=[caption or "" for caption in captions],
+        label_names=names,
+        weights=torch.ones(len(rows)),
+        fingerprint=_fingerprint(config.source, config.resolution, [table._fingerprint, *map(str, rows)]),
+        skip_unreadable=config.skip_unreadable,
+    )
+
+
+def _load_collection(config: DataConfig, split: str):
+    """The table of `datasets` that holds a split."""
+    datasets = require("datasets", "train")
+    try:
+        collection = datasets.load_dataset(config.source, config.name, data_files=config.data_files)
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"source {config.source!r} is neither openmoji, nor a folder, nor a collection that `datasets` can load: "
+            f"{error}"
+        ) from error
+    choices = {"train": ["train"], "validation": ["validation", "test"], "all": list(collection)}[split]
+    found = [name for name in choices if name in collection]
+    if not found:
+        raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}")
+    return datasets.concatenate_datasets([collection[name] for name in (found if split == "all" else found[:1])])
+
+
+def _collection_labels(table, config: DataConfig) -> tuple[list[int], list[str]]:
+    """(labels, names of the classes) of a table: class indices, or names, which are numbered in alphabetical order."""
+    if config.label_column is None:
+        return [0] * len(table), ["image"]
+    labels = list(table[config.label_column])
+    if all(isinstance(label, str) for label in labels):
+        names = sorted(set(labels))
+        indices = {name: index for index, name in enumerate(names)}
+        return [indices[label] for label in labels], names
+    wrong = [label for label in labels if not isinstance(label, int) or isinstance(label, bool) or label < 0]
+    if wrong:
+        raise ValueError(f"{config.source}: {config.label_column} is {wrong[0]!r}, expected class indices or names")
+    names = getattr(table.features[config.label_column], "names", None)
+    return labels, names or [str(index) for index in range(max(labels) + 1)]
+
+
+class _CollectionReader:
+    """Row -> image of a table of `datasets`; an object and not a closure, since it travels to worker processes."""
+
+    def __init__(self, table, column: str, source: str):
+        datasets = require("datasets", "train")
+        self.table, self.column, self.source = table.cast_column(column, datasets.Image(decode=False)), column, source
+
+    def __call__(self, row: int) -> Image.Image:
+        value = self.table[row][self.column]
+        if value["bytes"] is None:
+            return read_image(value["path"])
+        try:
+            return as_rgb(Image.open(io.BytesIO(value["bytes"])))
+        except DECODING_ERRORS as error:
+            raise UnreadableImageError(f"image {row} of {self.source} cannot be read: {error}") from error
+
+
+def _limited(rows: list, limit: int | None) -> list:
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[k * len(rows) // limit] for k in range(limit)]
+
+
+def _fingerprint(source: str, resolution: int, keys: list[str]) -> str:
+    return hashlib.sha256("\n".join([source, str(resolution), *keys]).encode()).hexdigest()[:16]

@@ -1,0 +1,308 @@
+"""Latent shards on disk: what `train_dit/extract_latents.py` writes and `train_dit/train.py` reads.
+
+A shard is a safetensors file with `latents` and `latents_flip` (N, C, h, w), the raw latents of images and of their
+mirror images, and `labels` (N,): upstream's layout. latents.json beside them says which autoencoder made them and how;
+while it is missing and plan.json is there, the extraction has not finished.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+METADATA_NAME = "latents.json"
+PLAN_NAME = "plan.json"  # what a begun extraction is about to write
+STATISTICS_ROWS = 1024  # latents read at a time while they are verified
+LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SHARD_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_LABEL_DTYPES = ("I64", "I32")
+
+
+def encode_raw(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+    """Raw latents (B, C, h, w) in float32, before the statistics or the scaling of the autoencoder.
+
+    Args: `images`: (B, 3, H, W) in [-1, 1], whatever range the autoencoder itself works in.
+    """
+    images = images.to(vae.dtype)
+    if type(vae).__name__ == "AutoencoderRAE":  # takes [0, 1]
+        images = images / 2 + 0.5
+    encoded = vae.encode(images)
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+    latents = latents.float()
+    return vae.denormalize_latents(latents) if hasattr(vae, "denormalize_latents") else latents
+
+
+def latent_statistics(vae: ModelMixin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (1, C, 1, 1), float32, such that a generator sees (raw - mean) / std.
+
+    `AutoencoderVTP` has them in its configuration; of other autoencoders they are `shift_factor` and
+    1 / `scaling_factor` (`AutoencoderRAE` normalises inside `encode`, so that its latents are used as they come).
+
+    Raises:
+        ValueError: an AutoencoderVTP without statistics.
+    """
+    config = vae.config
+    if hasattr(vae, "denormalize_latents"):
+        if config.latents_mean is None:
+            raise ValueError(
+                "the autoencoder has no latent statistics (latents_mean, latents_std): set them with "
+                "pipelines/convert.py vtp --latent-statistics latents.json"
+            )
+        values = config.latents_mean, config.latents_std
+    elif type(vae).__name__ == "AutoencoderRAE":
+        values = [0.0], [1.0]
+    else:
+        values = [getattr(config, "shift_factor", None) or 0.0], [1 / config.scaling_factor]
+    mean, std = (torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1) for value in values)
+    return mean, std
+
+
+def autoencoder_identity(vae: ModelMixin) -> dict[str, str]:
+    """Class and hashes of configuration and weights, over what decides raw latents.
+
+    Latent statistics and scaling factors don't decide them (except in `AutoencoderRAE`, which applies its own), so
+    they may be set after an extraction. Weights are hashed as bfloat16: a model that was saved so is still the same.
+    """
+    free = {"sample_size"}
+    if hasattr(vae, "denormalize_latents"):
+        free |= {"latents_mean", "latents_std"}
+    elif type(vae).__name__ != "AutoencoderRAE":
+        free |= {"scaling_factor", "shift_factor"}
+    config = {key: value for key, value in vae.config.items() if key not in free and not key.startswith("_")}
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        weights.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.bfloat16)
+        weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return {
+        "class": type(vae).__name__,
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "weights": weights.hexdigest()[:16],
+    }
+
+
+def check_latents_fit(metadata: dict[str, Any] | None, vae: ModelMixin) -> None:
+    """Refuse latents that another autoencoder made. Shards of upstream have no metadata and cannot be checked.
+
+    Raises:
+        ValueError: naming both autoencoders.
+    """
+    if metadata is not None and metadata["autoencoder"] != autoencoder_identity(vae):
+        raise ValueError(
+            f"the latents were made by the autoencoder {metadata['autoencoder']}, the one given is "
+            f"{autoencoder_identity(vae)}: extract them again or give the autoencoder that made them"
+        )
+
+
+class ChannelStatistics:
+    """Mean and standard deviation of each channel, streamed in float64 (Chan et al. 1979, pairwise update)."""
+
+    def __init__(self):
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, latents: torch.Tensor) -> None:
+        """Add latents (B, C, h, w)."""
+        values = latents.double().transpose(0, 1).flatten(1)  # (C, B·h·w)
+        count, mean = values.shape[1], values.mean(1)
+        total, difference = self.count + count, mean - self.mean
+        self.squares = (
+            self.squares + (values - mean[:, None]).square().sum(1) + difference**2 * self.count * count / total
+        )
+        self.mean, self.count = self.mean + difference * count / total, total
+
+    def result(self) -> tuple[list[float], list[float]]:
+        """(mean, population standard deviation), one value a channel."""
+        return self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
+
+
+def write_shard(
+    path: Path, latents: torch.Tensor, latents_flip: torch.Tensor, labels: torch.Tensor, skipped: Sequence[str] = ()
+) -> None:
+    """Write one shard under another name, then rename it: a shard that exists is complete.
+
+    Args: `skipped`: keys of the samples that should have been in this shard but whose images cannot be read.
+    Raises: ValueError for values that are not finite (float16 ends at 65504), before anything is written.
+    """
+    for name, values in (("latents", latents), ("latents_flip", latents_flip)):
+        if not values.isfinite().all():
+            raise ValueError(f"{path}: {name} in {values.dtype} hold values that are not finite")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
+    save_file(tensors, unfinished, metadata={"skipped": json.dumps(list(skipped))})
+    unfinished.rename(path)
+
+
+def read_skipped(path: Path) -> list[str]:
+    """Keys that `write_shard` noted as skipped."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("skipped", "[]"))
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write latents.json, at once or not at all."""
+    unfinished = folder / f".{METADATA_NAME}.unfinished"
+    unfinished.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(folder / METADATA_NAME)
+
+
+class LatentDataset(Dataset):
+    """Shards of a folder as one data set; files are memory-mapped and opened once a process.
+
+    Args:
+        folder: of the shards, ours or upstream's.
+        unfinished: accept a folder whose extraction has not finished: the extraction itself does.
+
+    Attributes:
+        shape: (C, h, w) of one latent.
+        labels: (N,) int64.
+        metadata: content of latents.json; None for shards that upstream's extraction wrote.
+        id2label: class index -> name; without latents.json the indices from 0 to the largest label.
+        num_bytes: of all latents together.
+        fingerprint: identifies the files.
+
+    Raises:
+        ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
+            together, labels out of range, or other counts than latents.json promises.
+    """
+
+    def __init__(self, folder: str | Path, unfinished: bool = False):
+        self.folder = Path(folder)
+        self.files = sorted(self.folder.glob("*.safetensors"))
+        if not self.files:
+            raise ValueError(f"{self.folder} holds no latent shards (*.safetensors): run train_dit/extract_latents.py")
+        metadata = self.folder / METADATA_NAME
+        if not unfinished and not metadata.is_file() and (self.folder / PLAN_NAME).is_file():
+            raise ValueError(f"the extraction of {self.folder} has not finished: run the same command again")
+        self._open: dict[int, dict[str, torch.Tensor]] = {}
+        counts = self._check_headers()
+        self.ends = np.cumsum(counts)
+        self.metadata = json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else None
+        if self.metadata is not None and self.metadata["num_samples"] != len(self):
+            raise ValueError(
+                f"{self.folder} holds {len(self)} latents, {METADATA_NAME} says {self.metadata['num_samples']}"
+            )
+        self.labels = torch.cat([self._shard(index)["labels"].long() for index in range(len(self.files))])
+        self.id2label = self._check_labels()
+        sizes = [f"{path.name}:{path.stat().st_size}:{count}" for path, count in zip(self.files, counts, strict=True)]
+        mean = [] if self.metadata is None else self.metadata["mean"]
+        self.fingerprint = hashlib.sha256("\n".join([*sizes, str(mean)]).encode()).hexdigest()[:16]
+
+    def _check_headers(self) -> list[int]:
+        """Latents in every shard; sets `shape` and `num_bytes`."""
+        headers = [_read_header(path) for path in self.files]
+        self.shape, dtype = tuple(headers[0]["latents"]["shape"][1:]), headers[0]["latents"]["dtype"]
+        counts = []
+        for path, header in zip(self.files, headers, strict=True):
+            latents, flipped, labels = (header[name] for name in ("latents", "latents_flip", "labels"))
+            count, *shape = latents["shape"]
+            if tuple(shape) != self.shape or latents["dtype"] != dtype:
+                raise ValueError(
+                    f"{path} holds latents {tuple(shape)} in {latents['dtype']}, {self.files[0].name} holds "
+                    f"{self.shape} in {dtype}"
+                )
+            if flipped["shape"] != latents["shape"] or labels["shape"] != [count] or flipped["dtype"] != dtype:
+                raise ValueError(
+                    f"{path}: latents {latents['shape']} in {dtype}, but latents_flip {flipped['shape']} in "
+                    f"{flipped['dtype']} and labels {labels['shape']}"
+                )
+            counts.append(count)
+        self.num_bytes = 2 * sum(counts) * int(np.prod(self.shape)) * _SHARD_DTYPES[dtype]
+        return counts
+
+    def _check_labels(self) -> dict[int, str]:
+        names = None if self.metadata is None else self.metadata["label_names"]
+        lowest, highest = int(self.labels.min()), int(self.labels.max())
+        if lowest < 0 or (names is not None and highest >= len(names)):
+            last = "" if names is None else f" to {len(names) - 1}"
+            raise ValueError(f"{self.folder}: labels go from {lowest} to {highest}, expected 0{last}")
+        return dict(enumerate(names or [str(index) for index in range(highest + 1)]))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Raw `latents` and `latents_flip` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for."""
+        wanted = np.asarray(indices)
+        if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= len(self):
+            raise IndexError(f"indices {indices} of {len(self)} latents")
+        shards = np.searchsorted(self.ends, wanted, side="right")
+        parts, positions = [], []
+        for shard in np.unique(shards):
+            at = np.flatnonzero(shards == shard)
+            start = 0 if shard == 0 else self.ends[shard - 1]
+            tensors = self._shard(int(shard))
+            rows = torch.from_numpy(wanted[at] - start)
+            parts.append({name: tensor[rows] for name, tensor in tensors.items()})
+            positions.append(torch.from_numpy(at))
+        order = torch.cat(positions).argsort()
+        batch = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        return batch | {"labels": batch["labels"].long()}
+
+    def _shard(self, index: int) -> dict[str, torch.Tensor]:
+        if index not in self._open:
+            with safe_open(self.files[index], framework="pt") as file:  # tensors are views of the mapped file
+                self._open[index] = {name: file.get_tensor(name) for name in ("latents", "latents_flip", "labels")}
+        return self._open[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}}  # mapped files do not travel to worker processes
+
+
+def verify_shards(
+    folder: str | Path, expected_labels: Iterable[int], progress: Callable[[int], Any] = lambda count: None
+) -> ChannelStatistics:
+    """Read every shard once: counts, labels, finite values. Returns the statistics of latents and mirrored latents.
+
+    Args: `expected_labels`: one a sample, in order; `progress`: called with the number of samples just read.
+    Raises: ValueError naming the shard and what is wrong with it.
+    """
+    dataset, expected = LatentDataset(folder, unfinished=True), torch.tensor(list(expected_labels))
+    if len(dataset) != len(expected):
+        raise ValueError(f"{folder} holds {len(dataset)} latents, expected {len(expected)}")
+    statistics, start = ChannelStatistics(), 0
+    for index, path in enumerate(dataset.files):
+        shard, end = dataset._shard(index), int(dataset.ends[index])
+        if not torch.equal(shard["labels"].long(), expected[start:end]):
+            raise ValueError(f"{path} holds other labels than the data set gives")
+        for rows in range(0, end - start, STATISTICS_ROWS):
+            for name in ("latents", "latents_flip"):
+                values = shard[name][rows : rows + STATISTICS_ROWS]
+                if not values.isfinite().all():
+                    raise ValueError(f"{path}: {name} hold values that are not finite")
+                statistics.update(values)
+            progress(len(values))
+        start = end
+    return statistics
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Names, types and shapes of a shard without reading it, checked against its length."""
+    try:
+        with safe_open(path, framework="pt") as file:  # refuses a truncated file
+            names = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    missing = {"latents", "latents_flip", "labels"} - names
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it holds {', '.join(sorted(names))}")
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    if header["latents"]["dtype"] not in _SHARD_DTYPES or len(header["latents"]["shape"]) != 4:
+        raise ValueError(f"{path}: latents are {header['latents']}, expected (N, C, h, w) in 16 or 32 bits")
+    if header["labels"]["dtype"] not in _LABEL_DTYPES:
+        raise ValueError(f"{path}: labels are {header['labels']['dtype']}, expected {' or '.join(_LABEL_DTYPES)}")
+    return header

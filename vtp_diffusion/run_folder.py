@@ -1,0 +1,86 @@
+"""The folder of a training run: whose it is, its log, its pictures and its checkpoints."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .config import config_to_dict, flatten_config, read_yaml, save_config
+
+
+class RunFolder:
+    """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/.
+
+    Creating the object only looks; `claim` writes. `config.changeable_keys()` names what may differ on resuming.
+
+    Raises:
+        ValueError: the folder holds the run of another configuration (the differing keys are named), or files that no
+            run wrote.
+    """
+
+    def __init__(self, path: str | Path, config: Any):
+        self.path, self.config = Path(path), config
+        saved = self.path / "config.yaml"
+        if saved.is_file():
+            self._compare(saved)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"{self.path} exists and holds no run (no config.yaml): give a new or an empty folder")
+
+    def _compare(self, saved: Path) -> None:
+        old, new = flatten_config(read_yaml(saved)), flatten_config(config_to_dict(self.config))
+        free = self.config.changeable_keys()
+        keys = sorted(k for k in old.keys() | new.keys() if k not in free and k.partition(".")[0] not in free)
+        missing = "(absent)"
+        differing = [k for k in keys if old.get(k, missing) != new.get(k, missing)]
+        if differing:
+            lines = [f"  {k}: {old.get(k, missing)} there, {new.get(k, missing)} now" for k in differing]
+            raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
+
+    def claim(self) -> None:
+        """Create the folder, write the resolved configuration, remove what an interrupted save left behind."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.path / "config.yaml")
+        for unfinished in self.path.glob(".unfinished-checkpoint-*"):
+            shutil.rmtree(unfinished)
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every complete checkpoint, oldest first."""
+        found = []
+        for entry in self.path.glob("checkpoint-*"):
+            match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+            if match and entry.is_dir():
+                found.append((int(match[1]), entry))
+        return sorted(found)
+
+    def unfinished(self, step: int) -> Path:
+        """Where a checkpoint is written until `finish` renames it: a name that resuming never looks at."""
+        return self.path / f".unfinished-checkpoint-{step}"
+
+    def finish(self, step: int, limit: int | None) -> None:
+        """Give a completely written checkpoint its name and delete the oldest beyond `limit`."""
+        final = self.path / f"checkpoint-{step}"
+        if final.exists():
+            shutil.rmtree(final)
+        self.unfinished(step).rename(final)
+        if limit is not None:
+            for _, oldest in self.checkpoints()[:-limit]:
+                shutil.rmtree(oldest)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def truncate_log(self, step: int) -> None:
+        """Forget the lines after a step: they will be written again."""
+        path = self.path / "log.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            complete = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a line
+            path.write_text("".join(x for x in complete if json.loads(x)["step"] <= step), encoding="utf-8")
+
+    def samples(self, step: int, name: str = "step") -> Path:
+        """Path of the picture made at a step."""
+        (self.path / "samples").mkdir(exist_ok=True)
+        return self.path / "samples" / f"{name}-{step:08d}.png"
