@@ -1,0 +1,243 @@
+"""train_dit/extract_latents.py as a user runs it: from image files to latents, resumed, and with bad input."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.data import DataConfig, open_dataset
+from vtp_diffusion.images import from_uint8
+from vtp_diffusion.latents import LatentDataset, encode_raw, latent_statistics
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "train_dit" / "extract_latents.py"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # convolutions on a GPU round to TF32
+
+
+@pytest.fixture(scope="module")
+def program():
+    spec = importlib.util.spec_from_file_location("program_extract_latents", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with vae/ (float32 rotary embedding, statistics set) and images/ of two classes."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in
+             (("hidden_size", 16), ("num_layers", 1), ("num_attention_heads", 2))}  # fmt: skip
+    vae = AutoencoderVTP(sample_size=16, patch_size=8, latent_channels=3, rope_dtype="float32", **sides)
+    vae.with_latent_statistics([1.0, 2.0, 3.0], [0.5, 1.0, 2.0]).save_pretrained(folder / "vae")
+    for k in range(7):
+        path = folder / "images" / ("cat" if k < 4 else "dog") / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(k).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def words(made, output, *more):
+    return [
+        *("--vae", made / "vae", "--output_dir", output, "--data.source", made / "images"),
+        *("--data.resolution", 16, "--batch_size", 2, "--shard_size", 3, "--dtype", "float32", *more),
+    ]
+
+
+def extract(program, made, output, *more):
+    program.main([str(word) for word in words(made, output, *more)])
+    return LatentDataset(output)
+
+
+def read_all(dataset):
+    return dataset.__getitems__(range(len(dataset)))
+
+
+def test_latents_are_those_of_the_images(program, made, tmp_path, capsys):
+    latents = extract(program, made, tmp_path / "out")
+    images = open_dataset(DataConfig(source=str(made / "images"), resolution=16))
+    batch, vae = read_all(latents), AutoencoderVTP.from_pretrained(made / "vae")
+    pixels = from_uint8(torch.stack([item["image"] for item in images.__getitems__(range(7))]))
+    with torch.no_grad():
+        assert torch.allclose(batch["latents"], encode_raw(vae, pixels), atol=1e-5)
+        assert torch.allclose(batch["latents_flip"], encode_raw(vae, pixels.flip(3)), atol=1e-5)
+        mean, std = latent_statistics(vae)
+        assert torch.allclose((batch["latents"] - mean) / std, vae.encode(pixels).latent, atol=1e-4)
+    assert batch["labels"].tolist() == [0, 0, 0, 0, 1, 1, 1] and latents.id2label == {0: "cat", 1: "dog"}
+    names = ["latents.json", *(f"latents_{k:05d}.safetensors" for k in range(3)), "plan.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert "7 latents, 0 images skipped" in capsys.readouterr().out
+
+
+def test_latents_json_holds_statistics_and_origin(program, made, tmp_path):
+    latents = extract(program, made, tmp_path / "out", "--dtype", "bfloat16")
+    metadata, batch = latents.metadata, read_all(latents)
+    both = torch.cat([batch["latents"], batch["latents_flip"]]).double().transpose(0, 1).flatten(1)
+    assert batch["latents"].dtype == torch.bfloat16
+    assert metadata["mean"] == pytest.approx(both.mean(1).tolist())
+    assert metadata["std"] == pytest.approx(both.std(1, unbiased=False).tolist())
+    assert metadata["autoencoder"]["class"] == "AutoencoderVTP" and metadata["resolution"] == 16
+    assert (metadata["num_samples"], metadata["num_images"], metadata["skipped"]) == (7, 7, [])
+
+
+def test_copies_are_changed_and_keyed_by_the_sample(program, made, tmp_path):
+    options = ("--copies", 3, "--augmentation.shift", 4)
+    one = read_all(extract(program, made, tmp_path / "one", *options))
+    other = read_all(extract(program, made, tmp_path / "other", *options, "--batch_size", 5))
+    plain = read_all(extract(program, made, tmp_path / "plain"))
+    assert len(one["labels"]) == 21 and one["labels"].tolist() == [0] * 12 + [1] * 9
+    assert torch.allclose(one["latents"][::3], plain["latents"], atol=1e-5), "the first copy is the image itself"
+    assert all((one["latents"][k] - one["latents"][k - k % 3]).abs().max() > 1e-3 for k in range(21) if k % 3)
+    assert torch.allclose(one["latents"], other["latents"], atol=1e-5), "batches decide nothing"
+    again = read_all(extract(program, made, tmp_path / "seed", *options, "--seed", 1))
+    assert (again["latents"][1] - one["latents"][1]).abs().max() > 1e-3
+
+
+def test_weights_decide_the_number_of_copies(program):
+    samples = program.plan_samples([1.0, 0.2, 0.01], 10)
+    assert [sum(index == k for index, _ in samples) for k in range(3)] == [10, 2, 1]
+    assert program.plan_samples([1.0, 0.2], 1) == [(0, 0), (1, 0)]
+
+
+def test_finished_shards_are_kept(program, made, tmp_path):
+    whole = read_all(extract(program, made, tmp_path))
+    first, second = (tmp_path / f"latents_{k:05d}.safetensors" for k in range(2))
+    stamp = first.stat().st_mtime_ns
+    second.unlink()  # as if killed before it was written, and then latents.json neither
+    (tmp_path / "latents.json").unlink()
+    with pytest.raises(ValueError, match="has not finished"):
+        LatentDataset(tmp_path)
+    again = read_all(extract(program, made, tmp_path, "--batch_size", 3))
+    assert first.stat().st_mtime_ns == stamp
+    assert all(torch.allclose(whole[name].float(), again[name].float(), atol=1e-5) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        (("--copies", "2"), "copies: 1 there, 2 now"),
+        (("--dtype", "bfloat16"), "dtype: float32 there, bfloat16 now"),
+        (("--data.limit", "5"), "num_samples: 7 there, 5 now"),
+    ],
+)
+def test_another_runs_folder_is_refused(more, key, program, made, tmp_path):
+    extract(program, made, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="(?s)holds other latents:.*" + key):
+        extract(program, made, tmp_path, *more)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_autoencoder_is_refused(program, made, tmp_path):
+    extract(program, made, tmp_path / "out")
+    vae = AutoencoderVTP.from_pretrained(made / "vae")
+    with torch.no_grad():
+        vae.bottleneck.weight.mul_(1.1)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="(?s)holds other latents:.*vae"):
+        extract(program, made, tmp_path / "out", "--vae", tmp_path / "vae")
+
+
+def test_a_folder_of_something_else_is_refused(program, made, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no plan.json"):
+        extract(program, made, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data.resolution", "20"), "expected multiples of the patch 8"),
+        (("--copies", "0"), "copies is 0, expected at least 1"),
+        (("--shard_sise", "3"), "did you mean --shard_size"),
+        (("--dtype", "float8"), "expected one of float32, float16, bfloat16"),
+    ],
+)
+def test_bad_input_writes_nothing(more, message, program, made, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        extract(program, made, tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_unreadable_image(in_memory, program, made, tmp_path, monkeypatch):
+    import vtp_diffusion.data
+
+    if not in_memory:
+        monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
+    images = tmp_path / "images"
+    for path in (made / "images").glob("*/*.png"):
+        (images / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (images / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (images / "dog" / "4.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="4.png cannot be read as an image"):
+        extract(program, made, tmp_path / "strict", "--data.source", images)
+    assert (tmp_path / "strict" / "latents_00000.safetensors").is_file() != in_memory, "what was done is kept"
+
+    options = ("--data.source", images, "--data.skip_unreadable")
+    latents, plain = extract(program, made, tmp_path / "out", *options), extract(program, made, tmp_path / "plain")
+    assert latents.metadata["skipped"] == ["dog/4.png"] and latents.metadata["num_images"] == 6
+    rows = [0, 1, 2, 3, 5, 6]  # image 4 is the first dog
+    assert torch.allclose(read_all(latents)["latents"], read_all(plain)["latents"][rows], atol=1e-5)
+    assert latents.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    (tmp_path / "out" / "latents.json").unlink()  # verified again from what the shards say
+    assert extract(program, made, tmp_path / "out", *options).metadata == latents.metadata
+
+
+def test_a_kl_autoencoder(program, made, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, sample_size=16, **blocks
+    ).save_pretrained(tmp_path / "vae")
+    latents = extract(program, made, tmp_path / "out", "--vae", tmp_path / "vae")
+    assert latents.shape == (4, 8, 8) and latents.metadata["autoencoder"]["class"] == "AutoencoderKL"
+
+
+def test_help(program, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    text = capsys.readouterr().out
+    assert "accelerate launch train_dit/extract_latents.py" in text and "--data.resolution" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU accelerate joins the processes without --cpu")
+def test_processes_that_did_not_find_each_other_are_refused(program, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    with pytest.raises(ValueError, match="2 processes were launched but accelerate joined 1"):
+        extract(program, made, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_as_a_user_runs_them(program, made, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(PROGRAM)]
+    command = [*launch, *map(str, words(made, tmp_path / "two"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("latents.json written") == 1, "not two processes but twice one"
+    one, two = read_all(extract(program, made, tmp_path / "one")), read_all(LatentDataset(tmp_path / "two"))
+    assert all(torch.allclose(one[name].float(), two[name].float(), atol=1e-5) for name in one)
+    metadata = [json.loads((tmp_path / name / "latents.json").read_text()) for name in ("one", "two")]
+    assert metadata[0]["mean"] == pytest.approx(metadata[1]["mean"], abs=1e-5)

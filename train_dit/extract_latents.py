@@ -1,0 +1,200 @@
+"""Encode a data set once, into latent shards for train_dit/train.py.
+
+    accelerate launch train_dit/extract_latents.py --vae runs/vtp-openmoji/vae --output_dir runs/latents-openmoji \\
+        --data.source openmoji --data.resolution 128 --copies 16 --augmentation.shift 4
+
+Run again, it goes on after the last complete shard, with any number of processes. `--copies N` writes N copies of an
+image: the first as it is, the others changed as --augmentation says (an image of weight w gets round(N·w) copies, at
+least one). Mirror images are always written beside. Shards hold raw latents; latents.json, written when all is there
+and verified, holds their statistics and where they came from: `pipelines/convert.py vtp --latent-statistics` reads it.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoModel
+from tqdm.auto import tqdm
+
+import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
+from vtp_diffusion.config import config_to_dict, parse_config
+from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
+from vtp_diffusion.extras import require
+from vtp_diffusion.images import from_uint8
+from vtp_diffusion.latents import (
+    LATENT_DTYPES,
+    METADATA_NAME,
+    PLAN_NAME,
+    autoencoder_identity,
+    encode_raw,
+    read_skipped,
+    verify_shards,
+    write_metadata,
+    write_shard,
+)
+from vtp_diffusion.training import step_generator
+
+Sample = tuple[int, int]  # image, copy
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Settings of this program."""
+
+    vae: str = field(metadata={"help": "folder of a diffusers autoencoder"})
+    output_dir: str = field(metadata={"help": "folder for the shards"})
+    data: DataConfig = field(default_factory=DataConfig)
+    split: Literal["train", "validation", "all"] = field(default="train", metadata={"help": "split of the data"})
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    copies: int = field(default=1, metadata={"help": "copies of an image of weight 1; all but the first augmented"})
+    batch_size: int = field(default=128, metadata={"help": "images encoded at a time"})
+    shard_size: int = field(default=10_000, metadata={"help": "latents a shard"})
+    dtype: Literal["float32", "float16", "bfloat16"] = field(default="bfloat16", metadata={"help": "of the shards"})
+    seed: int = field(default=0, metadata={"help": "of the augmentation"})
+
+    def __post_init__(self):
+        for name in ("copies", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def plan_samples(weights: list[float], copies: int) -> list[Sample]:
+    """Every sample, in the order of the shards."""
+    return [(index, copy) for index, weight in enumerate(weights) for copy in range(max(1, round(weight * copies)))]
+
+
+def claim(folder: Path, plan: dict) -> None:
+    """Take an empty folder, or the one this very extraction began in."""
+    path = folder / PLAN_NAME
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(key for key in begun.keys() | plan.keys() if begun.get(key) != plan.get(key))
+        if differing:
+            lines = [f"  {key}: {begun.get(key)} there, {plan.get(key)} now" for key in differing]
+            raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no {PLAN_NAME}: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def encode_shard(config: Config, vae, dataset, samples: list[Sample], bar) -> tuple:
+    """Latents, mirrored latents and labels of one shard, and the keys of images that cannot be read."""
+    parts, labels, skipped, dtype = ([], []), [], [], LATENT_DTYPES[config.dtype]
+    for start in range(0, len(samples), config.batch_size):
+        batch = samples[start : start + config.batch_size]
+        items = dataset.__getitems__([index for index, _ in batch])
+        bar.update(len(batch))
+        # in the place of an image that cannot be read comes another one, which has a sample of its own
+        readable = [item["key"] == dataset.keys[index] for item, (index, _) in zip(items, batch, strict=True)]
+        skipped += [dataset.keys[index] for (index, _), good in zip(batch, readable, strict=True) if not good]
+        kept = [(item, sample) for item, sample, good in zip(items, batch, readable, strict=True) if good]
+        if not kept:
+            continue
+        images = torch.stack([item["image"] for item, _ in kept])
+        images = changed_images(config, images, [sample for _, sample in kept], vae.device)
+        for latents, source in zip(parts, (images, images.flip(3)), strict=True):
+            latents.append(encode_raw(vae, source).to(dtype).cpu())
+        labels += [item["label"] for item, _ in kept]
+    if not labels:
+        raise ValueError(f"none of the {len(samples)} images of a shard can be read, the first is {skipped[0]}")
+    return torch.cat(parts[0]), torch.cat(parts[1]), torch.tensor(labels), skipped
+
+
+def changed_images(config: Config, images: torch.Tensor, samples: list[Sample], device) -> torch.Tensor:
+    """uint8 images (B, 3, R, R) -> float32 in [-1, 1] on the device, all copies but the first changed."""
+    images = images.to(device)
+    plain = from_uint8(images)
+    if all(copy == 0 for _, copy in samples):
+        return plain
+    # drawn on the CPU and keyed by the sample: the same on every device and for any number of processes
+    generators = [step_generator(config.seed, index, copy) for index, copy in samples]
+    draws = torch.stack([torch.rand(NUM_DRAWS, generator=generator) for generator in generators]).to(device)
+    first = torch.tensor([copy == 0 for _, copy in samples], device=device)[:, None, None, None]
+    return torch.where(first, plain, augment_images(images, config.augmentation, draws=draws))
+
+
+def join_processes():
+    """The accelerator of this process, once it is sure that all processes share the work."""
+    accelerator, launched = require("accelerate", "train").Accelerator(), int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # each would encode everything, into the same files
+        raise ValueError(
+            f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: where there is no "
+            "accelerator, torchrun needs ACCELERATE_USE_CPU=true in the environment"
+        )
+    return accelerator
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    accelerator = join_processes()
+    if config.dtype != "float32":
+        torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
+    vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
+    identity = autoencoder_identity(vae)
+    dataset = open_dataset(config.data, config.split)
+    samples = plan_samples(dataset.weights.tolist(), config.copies)
+    shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
+    folder = Path(config.output_dir)
+    settings = {key: value for key, value in config_to_dict(config).items() if key not in ("output_dir", "batch_size")}
+    settings["data"].pop("cache_dir")
+    plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
+    vae.to(accelerator.device)
+    side = config.data.resolution
+    with torch.no_grad():  # images that don't suit the autoencoder are refused before anything is written
+        encode_raw(vae, torch.zeros(1, 3, side, side, device=accelerator.device))
+    if accelerator.is_main_process:
+        claim(folder, plan)
+    accelerator.wait_for_everyone()
+
+    paths = [folder / f"latents_{index:05d}.safetensors" for index in range(len(shards))]
+    mine = [k for k in range(len(shards)) if k % accelerator.num_processes == accelerator.process_index]
+    todo = [k for k in mine if not paths[k].is_file()]
+    count = sum(len(shards[k]) for k in todo)
+    with tqdm(total=count, desc="encoding", disable=not accelerator.is_main_process) as bar:
+        for k in todo:
+            write_shard(paths[k], *encode_shard(config, vae, dataset, shards[k], bar))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        finish(config, folder, dataset, dict(zip(paths, shards, strict=True)), identity)
+    accelerator.end_training()
+
+
+def finish(config: Config, folder: Path, dataset, shards: dict[Path, list[Sample]], identity: dict) -> None:
+    """Verify what was written, measure it, and write latents.json last: with it the folder is complete."""
+    labels, skipped = [], set(dataset.skipped)
+    for path, samples in shards.items():
+        missing = set(read_skipped(path))
+        labels += [dataset.labels[index] for index, _ in samples if dataset.keys[index] not in missing]
+        skipped |= missing
+    with tqdm(total=len(labels), desc="verifying") as bar:
+        statistics = verify_shards(folder, labels, bar.update)
+    mean, std = statistics.result()
+    metadata = {
+        "autoencoder": identity,
+        "num_samples": len(labels),
+        "num_images": len(set(dataset.keys) - skipped),
+        "dtype": config.dtype,
+        "resolution": config.data.resolution,
+        "crop": "ADM centre crop",
+        "data": config_to_dict(config.data) | {"split": config.split, "fingerprint": dataset.fingerprint},
+        "augmentation": vars(config.augmentation),
+        "copies": config.copies,
+        "seed": config.seed,
+        "skipped": sorted(skipped),
+        "label_names": dataset.label_names,
+        "mean": mean,
+        "std": std,
+    }
+    metadata["data"].pop("cache_dir")
+    write_metadata(folder, metadata)
+    print(f"{folder}: {len(labels)} latents, {len(skipped)} images skipped, {METADATA_NAME} written")
+    print(f"over channels: mean {min(mean):.3f} to {max(mean):.3f}, deviation {min(std):.3f} to {max(std):.3f}")
+
+
+if __name__ == "__main__":
+    main()

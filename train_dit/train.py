@@ -1,0 +1,260 @@
+"""Train a LightningDiT on extracted latents; the result is a diffusers pipeline.
+
+    accelerate launch train_dit/train.py --config train_dit/configs/openmoji.yaml
+
+Every field of the configuration is also an option (--help lists them): --learning_rate 1e-3, --model.num_layers 8.
+The same command again resumes an interrupted run. The run folder ends with pipeline/, which
+DiffusionPipeline.from_pretrained loads.
+"""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
+from vtp_diffusion.config import parse_config
+from vtp_diffusion.flow_matching import drop_labels, flow_matching_loss, interpolate, sample_times
+from vtp_diffusion.images import image_grid
+from vtp_diffusion.latents import LatentDataset, check_latents_fit, latent_statistics
+from vtp_diffusion.run_folder import RunFolder
+from vtp_diffusion.training import StepBatchSampler, TrainingConfig, TrainingRun
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Architecture of the transformer; what the latents decide (channels, size, classes) is taken from them."""
+
+    patch_size: int = field(default=1, metadata={"help": "latent pixels a side of a token"})
+    num_layers: int = field(default=28, metadata={"help": "blocks"})
+    num_attention_heads: int = field(default=16, metadata={"help": "heads; the width is heads x head dimension"})
+    attention_head_dim: int = field(default=72, metadata={"help": "channels of a head"})
+    qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on queries and keys"})
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """What is drawn at every validation, with the averaged weights and the same noise each time."""
+
+    labels: list[int | str] = field(default_factory=list, metadata={"help": "class indices or names, one image each"})
+    guidance_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 is none"})
+    num_inference_steps: int = field(default=50, metadata={"help": "Euler steps"})
+    seed: int = field(default=0, metadata={"help": "of the noise; image k uses seed + k"})
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    """Settings of this program."""
+
+    vae: str = field(metadata={"help": "folder of the autoencoder that made the latents"})
+    latents: str = field(metadata={"help": "folder of latent shards, as train_dit/extract_latents.py writes them"})
+    model: ModelConfig = field(default_factory=ModelConfig)
+    class_dropout_prob: float = field(default=0.1, metadata={"help": "share of labels replaced by the null class"})
+    time_mu: float = field(default=-0.5, metadata={"help": "of the logit-normal times; -0.75 in VTP-Large's training"})
+    time_sigma: float = field(
+        default=1.25, metadata={"help": "of the logit-normal times; 1.0 in VTP-Large's training"}
+    )
+    cosine_loss: bool = field(default=True, metadata={"help": "add 1 - cosine similarity of the velocities"})
+    random_flip: bool = field(default=True, metadata={"help": "use the latents of mirrored images half of the time"})
+    shift: float = field(default=0.3, metadata={"help": "time shift s that the pipeline samples with"})
+    save_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "weights in pipeline/"})
+    validation: ValidationConfig = field(
+        default_factory=ValidationConfig, metadata={"help": "sample grids", "may_change": True}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, expected a number in [0, 1]")
+        if self.time_sigma <= 0 or self.shift <= 0:
+            raise ValueError(f"time_sigma is {self.time_sigma} and shift {self.shift}, expected positive numbers")
+
+
+class FlowMatchingObjective(nn.Module):
+    """Velocity loss of LightningDiT (arXiv:2501.01423): mean squared error, plus 1 - cosine similarity."""
+
+    def __init__(self, transformer: LightningDiTTransformer2DModel, cosine_loss: bool):
+        super().__init__()
+        self.transformer, self.cosine_loss = transformer, cosine_loss
+
+    def forward(
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """`latents`, `noise`: (B, C, h, w); `times`: (B,) in [0, 1]; `labels`: (B,), dropped already."""
+        return self.losses(latents, noise, times, labels)
+
+    def losses(self, latents, noise, times, labels) -> dict[str, torch.Tensor]:
+        """`forward` without what accelerate wraps around it: this is what is compiled."""
+        prediction = self.transformer(interpolate(latents, noise, times), times, labels, return_dict=False)[0]
+        squared_error, cosine = (loss.mean() for loss in flow_matching_loss(prediction, latents, noise))
+        total = squared_error + cosine if self.cosine_loss else squared_error
+        return {"loss": total, "squared_error": squared_error, "cosine": cosine}
+
+
+def check_latents(dataset: LatentDataset, vae) -> None:
+    """Raises: ValueError if the latents are not square, not this autoencoder's, or it has no statistics for them."""
+    channels, height, width = dataset.shape
+    if height != width:
+        raise ValueError(f"the latents in {dataset.folder} are {height}x{width}, expected square ones")
+    expected = getattr(vae.config, "latent_channels", channels)
+    if channels != expected:
+        raise ValueError(f"the latents in {dataset.folder} have {channels} channels, the autoencoder's {expected}")
+    check_latents_fit(dataset.metadata, vae)
+    latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+
+
+def collate(items: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a worker hands over: LatentDataset fetches a batch in one go already."""
+    return items
+
+
+def training_inputs(run: TrainingRun, config: Config, dataset: LatentDataset, vae, null: int) -> Iterator[dict]:
+    """What the objective is called with, micro-step by micro-step; everything random is keyed by the micro-step."""
+    todo = run.micro_steps
+    sampler = StepBatchSampler(
+        len(dataset), config.train_batch_size, config.seed, todo.start, len(todo), run.rank, run.world_size
+    )
+    if fits_on_device(dataset.num_bytes, run.device, config.keep_on_device):
+        columns = dataset.__getitems__(list(range(len(dataset))))
+        batches = gathered_batches({name: column.to(run.device) for name, column in columns.items()}, sampler)
+    else:
+        batches = read_batches(dataset, sampler, collate, run.device, config.dataloader_num_workers)
+    mean, std = (s.to(run.device) for s in latent_statistics(vae))  # (1, C, 1, 1)
+    for micro_step, batch in zip(todo, batches, strict=True):
+        generator = run.generator(micro_step)
+        latents, count = batch["latents"], len(batch["labels"])
+        if config.random_flip:
+            flip = torch.rand(count, generator=generator, device=run.device) < 0.5
+            latents = torch.where(flip[:, None, None, None], batch["latents_flip"], latents)
+        latents = (latents.float() - mean) / std
+        yield {
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator, device=run.device),
+            "times": sample_times(count, config.time_mu, config.time_sigma, generator, run.device),
+            "labels": drop_labels(batch["labels"], config.class_dropout_prob, null, generator),
+        }
+
+
+def build_pipeline(config: Config, vae, transformer, id2label: dict[int, str]) -> LightningDiTPipeline:
+    """The pipeline that samples as the configuration says; upstream's time shift s is a scheduler shift of 1/s."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / config.shift)
+    return LightningDiTPipeline(vae=vae, transformer=transformer, scheduler=scheduler, id2label=id2label)
+
+
+def sample_grid(config: Config, pipeline: LightningDiTPipeline, device: torch.device):
+    """One labelled image for each validation label, image k from seed + k."""
+    settings = config.validation
+    indices = pipeline.get_label_ids(settings.labels)
+    images = pipeline(
+        class_labels=indices,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        generator=[torch.Generator(device).manual_seed(settings.seed + k) for k in range(len(indices))],
+    ).images
+    names = [pipeline.config.id2label[str(index)].split(",")[0] for index in indices]
+    return image_grid(images, columns=min(8, len(images)), labels=names)
+
+
+def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: LatentDataset) -> Path:
+    """Write pipeline/ with its model card."""
+    folder = run.folder.path / "pipeline"
+    if config.save_dtype == "bfloat16":
+        pipeline.to(dtype=torch.bfloat16)
+    pipeline.save_pretrained(folder)
+    # diffusers' load_or_create_model_card wants a Hub repository and a network, its template leaves gaps: written here
+    data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, run, dataset)}", ignore_metadata_errors=False)
+    populate_model_card(card, tags=["class-to-image", "lightning-dit", "vtp"]).save(folder / "README.md")
+    return folder
+
+
+def card_text(config: Config, run: TrainingRun, dataset: LatentDataset) -> str:
+    """Body of the model card: what the model is, how it is used, how it was trained, what it can draw."""
+    model, sampling, rates = config.model, config.validation, run.rates[1:] or run.rates or [0.0]
+    names = list(dataset.id2label.values())
+    classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    parameters = sum(p.numel() for p in run.parameters) / 1e6
+    return f"""# LightningDiT on VTP latents
+
+Class labels to images: a LightningDiT ({parameters:.1f} M parameters) on the latents of the autoencoder in `vae/`.
+{len(names)} classes: {classes}.
+
+## Use
+
+```python
+import vtp_diffusion  # registers the classes with diffusers
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this folder")
+settings = {{"guidance_scale": {sampling.guidance_scale}, "num_inference_steps": {sampling.num_inference_steps}}}
+images = pipeline(class_labels=[0], **settings).images
+```
+
+## Training
+
+- `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423), the tokenizer after VTP
+  (arXiv:2512.13687).
+- {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, patch {model.patch_size}.
+- {len(dataset)} training images; {config.max_train_steps} steps of {run.images_per_step} latents, {run.seconds:.0f} s
+  ({statistics.median(rates):.0f} a second).
+- AdamW, learning rate {config.learning_rate} ({config.lr_scheduler}); averaged weights with decay {config.ema_decay}.
+- Logit-normal times ({config.time_mu}, {config.time_sigma}); class dropout {config.class_dropout_prob};
+  sampling with time shift {config.shift}.
+
+## Limits
+
+It draws the classes it was trained on, at the resolution it was trained at, and may repeat training images.
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    folder = RunFolder(config.output_dir, config)
+    dataset = LatentDataset(config.latents)
+    vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
+    check_latents(dataset, vae)
+    torch.manual_seed(config.seed)
+    transformer = LightningDiTTransformer2DModel(
+        sample_size=dataset.shape[-1],
+        in_channels=dataset.shape[0],
+        num_classes=len(dataset.id2label),
+        class_dropout_prob=config.class_dropout_prob,
+        **vars(config.model),
+    )
+    transformer.initialize_weights()
+    transformer.eval()  # labels are dropped in training_inputs, keyed by the step; in train mode it would drop again
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    build_pipeline(config, vae, transformer, dataset.id2label).get_label_ids(config.validation.labels or [0])
+
+    if config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")
+    objective = FlowMatchingObjective(transformer, config.cosine_loss)
+    if config.compile:
+        objective.losses = torch.compile(objective.losses)
+    run = TrainingRun(config, folder, objective, transformer, "transformer", dataset.fingerprint)
+    vae.to(run.device)
+    pipeline = build_pipeline(config, vae, transformer, dataset.id2label)
+    pipeline.set_progress_bar_config(disable=True)
+    inputs = training_inputs(run, config, dataset, vae, transformer.config.num_classes)
+    for step in run.steps():
+        run.optimise(step, inputs)
+        if config.validation.labels and run.is_main and run.due(step, config.validation_steps):
+            with run.averaged_weights():
+                run.report(step + 1, {}, sample_grid(config, pipeline, run.device))
+    if run.is_main:
+        with run.averaged_weights():
+            print(f"the pipeline is in {save_pipeline(config, run, pipeline, dataset)}")
+    run.end()
+
+
+if __name__ == "__main__":
+    main()

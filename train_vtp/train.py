@@ -1,0 +1,197 @@
+"""Train a VTP tokenizer on images; the result is a diffusers autoencoder.
+
+    accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji.yaml
+
+Every field of the configuration is also an option (--help lists them): --model.latent_channels 16, --data.limit 500.
+The same command again resumes an interrupted run. The run folder ends with vae/, which AutoencoderVTP.from_pretrained
+loads, its latent statistics inside, and results.json.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
+from vtp_diffusion.config import config_to_dict, parse_config
+from vtp_diffusion.data import AugmentationConfig, DataConfig, augment_images, open_dataset
+from vtp_diffusion.images import from_uint8, image_grid, to_pil
+from vtp_diffusion.losses import LPIPS
+from vtp_diffusion.pretraining import (
+    ReconstructionConfig,
+    ReconstructionObjective,
+    VTPForPreTraining,
+    evaluate_reconstruction,
+    measure_latent_statistics,
+)
+from vtp_diffusion.run_folder import RunFolder
+from vtp_diffusion.training import StepBatchSampler, TrainingConfig, TrainingRun
+
+EVALUATION_BATCH = 64  # images
+MEASURES = {"psnr", "lpips"}
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Architecture of the autoencoder; its sample size is the resolution of the data."""
+
+    patch_size: int = field(default=16, metadata={"help": "pixels a side of a token: the downsampling"})
+    latent_channels: int = field(default=64, metadata={"help": "width of the bottleneck"})
+    encoder_hidden_size: int = field(default=384, metadata={"help": "width of the encoder"})
+    encoder_num_layers: int = field(default=12, metadata={"help": "blocks of the encoder"})
+    encoder_num_attention_heads: int = field(default=6, metadata={"help": "heads of the encoder"})
+    decoder_hidden_size: int = field(default=384, metadata={"help": "width of the pixel decoder"})
+    decoder_num_layers: int = field(default=12, metadata={"help": "blocks of the pixel decoder"})
+    decoder_num_attention_heads: int = field(default=6, metadata={"help": "heads of the pixel decoder"})
+    encoder_qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on the encoder's queries and keys"})
+    decoder_qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on the decoder's queries and keys"})
+    rope_dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 as the released models"})
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    """Settings of this program."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    validation_images: int = field(
+        default=16,
+        metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        resolution, patch = self.data.resolution, self.model.patch_size
+        if patch < 1 or resolution % patch:
+            raise ValueError(f"data.resolution is {resolution}, expected a multiple of model.patch_size, {patch}")
+        if self.validation_images < 1:
+            raise ValueError(f"validation_images is {self.validation_images}, expected a positive number")
+
+    def changeable_keys(self) -> set[str]:
+        return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
+
+
+def collate(items: list[dict]) -> dict[str, torch.Tensor]:
+    return {"image": torch.stack([item["image"] for item in items])}
+
+
+def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, dataset) -> Iterator[dict]:
+    """Inputs of every objective, micro-step by micro-step; everything random is keyed by the micro-step."""
+    todo = run.micro_steps
+    sampler = StepBatchSampler(
+        len(dataset),
+        config.train_batch_size,
+        config.seed,
+        todo.start,
+        len(todo),
+        run.rank,
+        run.world_size,
+        dataset.weights,
+    )
+    if fits_on_device(len(dataset) * 3 * config.data.resolution**2, run.device, config.keep_on_device):
+        batches = gathered_batches({"image": all_images(dataset).to(run.device)}, sampler)
+    else:
+        batches = read_batches(dataset, sampler, collate, run.device, config.dataloader_num_workers)
+    reconstruction = objective.objectives["reconstruction"]
+    for micro_step, batch in zip(todo, batches, strict=True):
+        generator = run.generator(micro_step)
+        images = augment_images(batch["image"], config.augmentation, generator)
+        random = reconstruction.draw(objective.autoencoder, images, generator)
+        yield {"reconstruction": {"images": images, **random}}
+
+
+def all_images(dataset) -> torch.Tensor:
+    """Every image of a data set, (N, 3, R, R) uint8."""
+    chunks = [range(i, min(i + 256, len(dataset))) for i in range(0, len(dataset), 256)]
+    return torch.cat([collate(dataset.__getitems__(list(chunk)))["image"] for chunk in chunks])
+
+
+def plain_batches(dataset, device: torch.device, flips: bool = False) -> Iterator[torch.Tensor]:
+    """The images of a data set in order, (B, 3, R, R) in [-1, 1], each batch mirrored as well with `flips`."""
+    for start in range(0, len(dataset), EVALUATION_BATCH):
+        items = dataset.__getitems__(list(range(start, min(start + EVALUATION_BATCH, len(dataset)))))
+        images = from_uint8(collate(items)["image"].to(device))
+        yield images
+        if flips:
+            yield images.flip(3)
+
+
+def validate(
+    run: TrainingRun, config: Config, autoencoder: AutoencoderVTP, datasets: dict, perceptual, step: int
+) -> None:
+    """PSNR and LPIPS on held-out images, and a grid of originals with their reconstructions below."""
+    name, dataset = list(datasets.items())[-1]
+    measured = evaluate_reconstruction(autoencoder, plain_batches(dataset, run.device), perceptual)
+    count = min(config.validation_images, len(dataset))
+    chosen = [k * len(dataset) // count for k in range(count)]  # spread over the whole data set
+    images = from_uint8(collate(dataset.__getitems__(chosen))["image"].to(run.device))
+    decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
+    columns, pictures = min(8, count), []
+    for i in range(0, count, columns):
+        pictures += to_pil(images[i : i + columns]) + to_pil(decoded[i : i + columns])
+    values = {f"{name}_{key}": value for key, value in measured.items()}
+    run.report(step, values, image_grid(pictures, columns))
+
+
+def finish(run: TrainingRun, config: Config, autoencoder: AutoencoderVTP, datasets: dict, perceptual) -> dict:
+    """Measure, put the latent statistics into the configuration, write vae/ and results.json."""
+    results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
+    results["images_per_second"] = statistics.median(run.rates[1:] or run.rates or [0.0])
+    results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
+    for name, dataset in datasets.items():
+        measured = evaluate_reconstruction(autoencoder, plain_batches(dataset, run.device), perceptual)
+        results[name] = measured | {"images": len(dataset), "data": dataset.fingerprint}
+    mean, std = measure_latent_statistics(autoencoder, plain_batches(datasets["train"], run.device, flips=True))
+    autoencoder.register_to_config(latents_mean=mean, latents_std=std)
+    autoencoder.save_pretrained(run.folder.path / "vae")
+    results |= {"latents_mean": mean, "latents_std": std, "configuration": config_to_dict(config)}
+    (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    folder = RunFolder(config.output_dir, config)
+    torch.manual_seed(config.seed)
+    autoencoder = AutoencoderVTP(sample_size=config.data.resolution, **vars(config.model))
+    if config.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    settings = config.reconstruction
+    perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
+    datasets = {"train": open_dataset(config.data, "train"), "held_out": open_dataset(config.data, "validation")}
+    if datasets["held_out"].fingerprint == datasets["train"].fingerprint:
+        del datasets[
+            "held_out"
+        ]  # a plain folder has no validation split: nothing measured on it may be called held-out
+
+    if config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")
+    objective = VTPForPreTraining(autoencoder, {"reconstruction": ReconstructionObjective(settings, perceptual)})
+    if config.compile:
+        objective.losses = torch.compile(objective.losses)
+    frozen = ("objectives.reconstruction.perceptual.",)
+    run = TrainingRun(config, folder, objective, autoencoder, "vae", datasets["train"].fingerprint, not_saved=frozen)
+    inputs = training_inputs(run, config, objective, datasets["train"])
+    for step in run.steps():
+        run.optimise(step, inputs)
+        if run.is_main and run.due(step, config.validation_steps):
+            with run.averaged_weights():
+                validate(run, config, autoencoder, datasets, perceptual, step + 1)
+    if run.is_main:
+        with run.averaged_weights():
+            results = finish(run, config, autoencoder, datasets, perceptual)
+        for name in datasets:
+            print(
+                f"{name}: " + ", ".join(f"{key} {results[name][key]:.3f}" for key in results[name].keys() & MEASURES)
+            )
+        print(f"the autoencoder is in {folder.path / 'vae'}")
+    run.end()
+
+
+if __name__ == "__main__":
+    main()

