@@ -1,0 +1,167 @@
+"""eval/generation.py, run as a user runs it."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image, ImageDraw
+
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*words):
+    return [str(ROOT / "eval" / "generation.py"), "--device", "cpu", *map(str, words)]
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Runs the program in this process (importing takes longer than everything else) and returns what it printed."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", command(*words))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def shapes(count, seed):
+    """Discs and boxes of random place and colour on white, uint8 (N, 32, 32, 3)."""
+    generator = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        image = Image.new("RGB", (32, 32), "white")
+        left, top = generator.integers(2, 12, 2).tolist()
+        draw = ImageDraw.Draw(image)
+        shape = draw.ellipse if generator.random() < 0.5 else draw.rectangle
+        shape((left, top, left + 16, top + 16), fill=tuple(generator.integers(0, 200, 3).tolist()))
+        images.append(np.array(image))
+    return np.stack(images)
+
+
+def save_folder(folder, images):
+    folder.mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{k:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    np.savez(path, shapes(40, seed=0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+    sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in size.items()}
+    vae = AutoencoderVTP(sample_size=32, patch_size=8, latent_channels=4, rope_dtype="float32", **sizes)
+    transformer = LightningDiTTransformer2DModel(
+        sample_size=4, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=3
+    )
+    folder = tmp_path_factory.mktemp("pipeline") / "untrained"
+    LightningDiTPipeline(
+        vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_good_samples_copies_and_an_untrained_network(evaluate, reference, pipeline, tmp_path):
+    images = shapes(12, seed=1)
+    images[:3] = shapes(40, seed=0)[5:8]  # three copies
+    folder = save_folder(tmp_path / "images", images)
+    held_out = tmp_path / "held_out.npz"
+    np.savez(held_out, shapes(12, seed=2))
+    output, pairs = tmp_path / "results" / "r.json", tmp_path / "pairs.png"
+    printed = evaluate(
+        "--images", folder, "--reference", reference, "--floor_images", held_out, "--control", pipeline,
+        "--num_images", 12, "--num_inference_steps", 2, "--feature_network", "efficientnet_lite0",
+        "--nearest_neighbours", pairs, "--output", output,
+    )  # fmt: skip
+    results = json.loads(output.read_text())
+    good, control = results["distances"]
+    assert (good["images"], control["images"]) == ("generated", "control")
+    assert good["distance"] == "FD-EffLite0" and "FD-EffLite0" in printed
+    assert good["floor"]["kind"] == "held-out" and good["floor"]["sizes"] == [12, 40]
+    assert good["value"] < 2 * good["floor"]["real"] < control["value"]
+    assert results["counts"] == {
+        "reference": 40, "floor": 12, "generated": 12, "control": 12, "reference_without_variants": 40
+    }  # fmt: skip
+    assert results["networks"][0]["sha256"].startswith("57934424")
+    assert results["settings"]["labels"] == "random" and results["settings"]["num_inference_steps"] == 2
+    found = results["near_duplicates"]
+    assert found["generated"]["near_duplicates"] >= 3 and found["control"]["near_duplicates"] == 0
+    with Image.open(pairs) as picture:
+        assert picture.width > 8 * 32
+
+
+def test_a_pipeline_is_sampled_the_same_whatever_the_batch(evaluate, reference, pipeline, tmp_path):
+    values = []
+    for batch_size in (2, 5):
+        output = tmp_path / f"{batch_size}.json"
+        evaluate(
+            "--images", pipeline, "--reference", reference, "--num_images", 5, "--num_inference_steps", 2,
+            "--guidance_scale", 2, "--labels", "balanced", "--feature_network", "efficientnet_lite0",
+            "--batch_size", batch_size, "--output", output,
+        )  # fmt: skip
+        row = json.loads(output.read_text())["distances"][0]
+        assert row["floor"]["kind"] == "halves" and row["floor"]["sizes"] == [5, 5]
+        values.append(row["value"])
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
+    large = np.repeat(np.repeat(shapes(6, seed=3), 2, axis=1), 2, axis=2)
+    output = tmp_path / "r.json"
+    words = command(
+        "--images", reference, "--reference", save_folder(tmp_path / "large", large), "--num_images", 6,
+        "--feature_network", "efficientnet_lite0", "--output", output,
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "FD-EffLite0" in done.stdout
+    results = json.loads(output.read_text())
+    assert results["image_size"] == [32, 32] and results["counts"]["reference"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "r.txt"], "output must be a FILE.json, got r.txt"),
+        (["--feature_network", "clip"], "feature network 'clip' is unknown; known: vgg16"),
+        (["--weights", "some.pth"], "weights must be NETWORK=FILE with one of vgg16"),
+        (
+            ["--feature_network", "inception", "--weights", "inception=none.pth"],
+            "6726825d.pth there, or name",
+        ),
+        (["--num_images", "41"], "num_images is 41, but the generated images are 40"),
+        (["--images", "missing"], "missing is neither a folder of images, nor an npz"),
+        (["--data.source", "folder"], "data.source and data.resolution are decided by reference"),
+        (["--nearest_neighbours", "pairs"], "nearest_neighbours must be a FILE.png"),
+    ],
+)
+def test_bad_input(words, message, evaluate, reference, tmp_path):
+    defaults = {"--images": str(reference), "--reference": str(reference), "--output": str(tmp_path / "r.json")}
+    defaults |= {"--feature_network": "efficientnet_lite0"}
+    defaults |= dict(zip(words[::2], words[1::2], strict=True))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(*(word for pair in defaults.items() for word in pair))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_needs_a_number_of_images(evaluate, reference, pipeline, tmp_path):
+    with pytest.raises(ValueError, match="num_images must say how many images to sample"):
+        evaluate("--images", pipeline, "--reference", reference, "--output", tmp_path / "r.json")
