@@ -378,7 +378,8 @@ def convert_lightning_dit_state_dict(released: Mapping[str, torch.Tensor], confi
         if given.shape != expected.shape or not torch.allclose(given.float(), expected, atol=1e-4):
             raise ValueError(
                 f"LightningDiT checkpoint: {name} {tuple(given.shape)} is not the rotary table of a {grid}x{grid} "
-                f"grid with heads of {head_dim} channels, expected {tuple(expected.shape)}: check the architecture given."
+                f"grid with heads of {head_dim} channels, expected {tuple(expected.shape)}: "
+                "check the architecture given."
             )
     return state
 

@@ -32,7 +32,8 @@ def sample_times(
 def shift_times(t: torch.Tensor, shift: float) -> torch.Tensor:
     """t' = s·t / (1 + (s - 1)·t): LightningDiT's time shift.
 
-    s < 1 spends more steps near the noise; s = 1 changes nothing. With sigma = 1 - t this is a flow-matching scheduler's shift of 1/s.
+    s < 1 spends more steps near the noise; s = 1 changes nothing. With sigma = 1 - t this is a flow-matching
+    scheduler's shift of 1/s.
     Raises: ValueError if `shift` is not positive.
     """
     if shift <= 0:

@@ -142,7 +142,8 @@ class LightningDiTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: class indices and names, mixed freely.
-            num_inference_steps: evaluations of the network with the Euler scheduler (N - 1 for upstream's N grid points).
+            num_inference_steps: evaluations of the network with the Euler scheduler (N - 1 for upstream's N grid
+                points).
             guidance_scale: w in weak + w·(v - weak) (Ho and Salimans, arXiv:2207.12598); 1.0 = no guidance.
             guidance_interval: guidance is applied where low <= t <= high, t = 0 being noise (Kynkäänniemi et al.,
                 arXiv:2404.07724).
