@@ -1,14 +1,15 @@
 """How far generated images are from real ones: Fréchet distances with their floor and a control, near-duplicates.
 
     python eval/generation.py --images weights/openmoji-128 --num_images 1000 --guidance_scale 2.5 \\
-        --reference openmoji --control runs/untrained-pipeline --nearest_neighbours pairs.png --output results.json
+        --reference openmoji --control untrained --nearest_neighbours pairs.png --output results.json
 
     python eval/generation.py --images samples.npz --reference FOLDER --feature_network inception \\
         --weights inception=weights-inception-2015-12-05-6726825d.pth --output fid.json
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
-sampled: image k with seed + k. --reference and --floor_images take an npz, or a source of `vtp_diffusion.data` (a
-folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images.
+sampled: image k with seed + k. --save_images keeps what was sampled, so that it can be measured elsewhere or again.
+--reference and --floor_images take an npz, or a source of `vtp_diffusion.data` (a folder, openmoji, a `datasets`
+collection), which is cropped to the size of the generated images.
 
 Of every distance three numbers are given: to the whole reference; at the sizes at which real images can be compared
 with real ones; and what real images get there, the floor. The last two belong together (`metrics/statistics.py`).
@@ -17,6 +18,7 @@ outside it. A control (images of an untrained network) shows what no learning ge
 often (skin tones) are left out of the reference of the distances; neighbours are looked for among all of it.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -57,6 +59,7 @@ from vtp_diffusion.metrics.sources import (
 )
 
 NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
+UNTRAINED = "untrained"
 CALIBRATION_IMAGES = 1000
 PAIRS = 24
 
@@ -73,7 +76,12 @@ class GenerationConfig:
         default_factory=DataConfig,
         metadata={"help": "columns, hold-out and cache of both; reference and floor_images set the source"},
     )
-    control: str | None = field(default=None, metadata={"help": "images or pipeline of an untrained network"})
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "images or pipeline of an untrained network; untrained = the pipeline, its transformer reset"
+        },
+    )
     feature_network: list[str] = field(
         default_factory=lambda: ["vgg16", "efficientnet_lite0"],
         metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}"},
@@ -81,6 +89,9 @@ class GenerationConfig:
     weights: list[str] = field(default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network"})
     nearest_neighbours: str | None = field(
         default=None, metadata={"help": "FILE.png: count near-duplicates and show the nearest pairs"}
+    )
+    save_images: str | None = field(
+        default=None, metadata={"help": "folder for what is sampled, generated.npz and control.npz, to measure again"}
     )
     num_images: int | None = field(
         default=None,
@@ -118,6 +129,12 @@ class GenerationConfig:
             raise ValueError(
                 f"batch_size must be at least 1 and num_images 2, got {self.batch_size} and {self.num_images}"
             )
+        if self.control == UNTRAINED and not is_pipeline(self.images):
+            raise ValueError(f"control {UNTRAINED} resets the network of a pipeline, images {self.images} is none")
+        if self.save_images is not None and not any(is_pipeline(s) for s in (self.images, self.control or "")):
+            raise ValueError(
+                f"save_images keeps what is sampled: neither {self.images} nor {self.control} is a pipeline"
+            )
         for source in (self.images, self.control):
             if source is not None and is_pipeline(source) and self.num_images is None:
                 raise ValueError(f"{source} is a pipeline: num_images must say how many images to sample")
@@ -149,12 +166,36 @@ def open_reference(data: DataConfig, source: str, split: str, size: tuple[int, i
     return DatasetImages(dataset), torch.nonzero(dataset.weights == dataset.weights.max()).flatten().tolist()
 
 
-def load_pipeline(config: GenerationConfig, folder: str) -> DiffusionPipeline:
+def open_wanted(config: GenerationConfig, source: str) -> ImageSource | DiffusionPipeline:
+    if source == UNTRAINED:
+        return load_pipeline(config, config.images, reset=True)
+    return load_pipeline(config, source) if is_pipeline(source) else open_images(source)
+
+
+def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) -> DiffusionPipeline:
+    """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
     pipe = DiffusionPipeline.from_pretrained(folder).to(config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
+    if reset:
+        torch.manual_seed(config.seed)
+        pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config).eval().to(config.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def sampling_settings(config: GenerationConfig, pipe: DiffusionPipeline) -> dict:
+    """What decides sampled images beside seeds, labels and the sampler's arguments: the weights and the scheduler."""
+    weights = {}
+    for name in ("vae", "transformer"):
+        digest = hashlib.sha256()
+        for key, tensor in sorted(getattr(pipe, name).state_dict().items()):
+            digest.update(
+                f"{key} {tuple(tensor.shape)}".encode() + tensor.float().cpu().contiguous().numpy().tobytes()
+            )
+        weights[name] = digest.hexdigest()[:16]
+    scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
+    return {"weights": weights, "scheduler": scheduler, "labels": config.labels, "dtype": str(pipe.dtype)}
 
 
 def image_size(source: ImageSource | DiffusionPipeline) -> tuple[int, int]:
@@ -171,6 +212,7 @@ def images_to_compare(
 ) -> tuple[ImageSource, list[int]]:
     """The images and the indices of those that count: all, or a random subset; a pipeline makes them now."""
     if isinstance(source, DiffusionPipeline):
+        made_with = sampling_settings(config, source)
         num_classes = source.transformer.config.num_classes
         labels = draw_labels(config.labels, config.num_images, num_classes, config.seed, reference_labels)
         with tqdm(total=len(labels), desc=f"sampling {name}") as progress:
@@ -184,6 +226,9 @@ def images_to_compare(
                 guidance_scale=config.guidance_scale,
                 guidance_interval=config.guidance_interval,
             )
+        source.settings |= made_with
+        if config.save_images is not None:
+            source.save_npz(Path(config.save_images) / f"{name}.npz")
     count = len(source) if config.num_images is None else config.num_images
     if count > len(source):
         raise ValueError(f"num_images is {count}, but the {name} images are {len(source)}")
@@ -276,7 +321,7 @@ def collect_images(config: GenerationConfig) -> tuple[dict[str, tuple[ImageSourc
     Everything is opened and compared before a pipeline makes the first image.
     """
     wanted = {"generated": config.images} | ({"control": config.control} if config.control is not None else {})
-    opened = {n: load_pipeline(config, s) if is_pipeline(s) else open_images(s) for n, s in wanted.items()}
+    opened = {name: open_wanted(config, source) for name, source in wanted.items()}
     size = image_size(opened["generated"])
     if image_size(opened.get("control", opened["generated"])) != size:
         raise ValueError(f"control images are {image_size(opened['control'])}, the generated ones are {size}")
@@ -305,6 +350,7 @@ def main() -> None:
         "versions": {"vtp_diffusion": vtp_diffusion.__version__} | {p: version(p) for p in ("torch", "diffusers")},
         "image_size": image_size(sources["generated"][0]),
         "counts": {name: len(kept) for name, (_, kept) in sources.items()} | {"reference_without_variants": len(base)},
+        "sampling": {n: s.settings for n, (s, _) in sources.items() if isinstance(s, ArrayImages) and s.settings},
         "fingerprints": {n: s.dataset.fingerprint for n, (s, _) in sources.items() if isinstance(s, DatasetImages)},
         "networks": [network.describe() for network in networks.values()],
         "distances": [],

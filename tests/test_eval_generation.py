@@ -123,6 +123,26 @@ def test_a_pipeline_is_sampled_the_same_whatever_the_batch(evaluate, reference, 
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
+def test_saved_samples_give_the_same_numbers_and_say_what_made_them(evaluate, reference, pipeline, tmp_path):
+    common = ("--reference", reference, "--feature_network", "efficientnet_lite0")
+    sampling = ("--num_images", 4, "--num_inference_steps", 2, "--guidance_scale", 2, "--seed", 3)
+    folder, first, again = tmp_path / "samples", tmp_path / "first.json", tmp_path / "again.json"
+    evaluate(
+        "--images", pipeline, "--control", "untrained", *common, *sampling, "--save_images", folder, "--output", first
+    )  # fmt: skip
+    evaluate(
+        "--images", folder / "generated.npz", "--control", folder / "control.npz", *common, "--seed", 3,
+        "--output", again,
+    )  # fmt: skip
+    first, again = json.loads(first.read_text()), json.loads(again.read_text())
+    values = [[row["value"] for row in results["distances"]] for results in (first, again)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6) and first["sampling"] == again["sampling"]
+    made, control = first["sampling"]["generated"], first["sampling"]["control"]
+    assert (made["guidance_scale"], made["seed"], made["num_inference_steps"]) == (2, 3, 2)
+    assert made["weights"]["vae"] == control["weights"]["vae"]
+    assert made["weights"]["transformer"] != control["weights"]["transformer"]
+
+
 def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
     large = np.repeat(np.repeat(shapes(6, seed=3), 2, axis=1), 2, axis=2)
     output = tmp_path / "r.json"
@@ -130,7 +150,9 @@ def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
         "--images", reference, "--reference", save_folder(tmp_path / "large", large), "--num_images", 6,
         "--feature_network", "efficientnet_lite0", "--output", output,
     )  # fmt: skip
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     assert "FD-EffLite0" in done.stdout
     results = json.loads(output.read_text())
@@ -148,6 +170,8 @@ def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
             "6726825d.pth there, or name",
         ),
         (["--num_images", "41"], "num_images is 41, but the generated images are 40"),
+        (["--save_images", "samples"], "neither"),
+        (["--control", "untrained"], "resets the network of a pipeline"),
         (["--images", "missing"], "missing is neither a folder of images, nor an npz"),
         (["--data.source", "folder"], "data.source and data.resolution are decided by reference"),
         (["--nearest_neighbours", "pairs"], "nearest_neighbours must be a FILE.png"),

@@ -199,6 +199,19 @@ def test_inputs_are_normalised_dropped_and_flipped(tmp_path, made):
     assert 0 < flips < 30 and 0 < (inputs["labels"] == 3).sum() < 30
 
 
+def test_training_can_start_from_a_saved_transformer(tmp_path, made):
+    program = load_program("train_dit")
+    program.main(arguments(tmp_path / "first", made))
+    saved = tmp_path / "first" / "pipeline" / "transformer"
+    still = ("--learning_rate=1e-12", "--max_train_steps=1")
+    program.main(arguments(tmp_path / "run", made, f"--initial_transformer={saved}", *still))
+    before, after = weights(tmp_path / "first" / "pipeline"), weights(tmp_path / "run" / "pipeline")
+    assert all(torch.allclose(value, before[name], rtol=0, atol=1e-9) for name, value in after.items())
+    wider = (f"--initial_transformer={saved}", "--model.attention_head_dim=16")
+    with pytest.raises(ValueError, match="attention_head_dim 8 instead of 16"):
+        program.main(arguments(tmp_path / "other", made, *wider))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

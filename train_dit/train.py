@@ -57,6 +57,10 @@ class Config(TrainingConfig):
     vae: str = field(metadata={"help": "folder of the autoencoder that made the latents"})
     latents: str = field(metadata={"help": "folder of latent shards, as train_dit/extract_latents.py writes them"})
     model: ModelConfig = field(default_factory=ModelConfig)
+    initial_transformer: str | None = field(
+        default=None,
+        metadata={"help": "folder of a saved transformer to start from, as transformer_ema/; None = fresh"},
+    )
     class_dropout_prob: float = field(default=0.1, metadata={"help": "share of labels replaced by the null class"})
     time_mu: float = field(default=-0.5, metadata={"help": "of the logit-normal times; -0.75 in VTP-Large's training"})
     time_sigma: float = field(
@@ -109,6 +113,30 @@ def check_latents(dataset: LatentDataset, vae) -> None:
         raise ValueError(f"the latents in {dataset.folder} have {channels} channels, the autoencoder's {expected}")
     check_latents_fit(dataset.metadata, vae)
     latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+
+
+def build_transformer(config: Config, dataset: LatentDataset) -> LightningDiTTransformer2DModel:
+    """A fresh network, or the one to start from.
+
+    Raises: ValueError if that one has another architecture than the configuration and the latents ask for.
+    """
+    architecture = {
+        "sample_size": dataset.shape[-1],
+        "in_channels": dataset.shape[0],
+        "num_classes": len(dataset.id2label),
+        **vars(config.model),
+    }
+    if config.initial_transformer is None:
+        transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=config.class_dropout_prob)
+        transformer.initialize_weights()
+        return transformer
+    transformer = LightningDiTTransformer2DModel.from_pretrained(config.initial_transformer)
+    if other := [
+        f"{k} {transformer.config[k]} instead of {v}" for k, v in architecture.items() if transformer.config[k] != v
+    ]:
+        raise ValueError(f"initial_transformer {config.initial_transformer} does not fit: {', '.join(other)}")
+    transformer.register_to_config(class_dropout_prob=config.class_dropout_prob)
+    return transformer
 
 
 def collate(items: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -222,14 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
     check_latents(dataset, vae)
     torch.manual_seed(config.seed)
-    transformer = LightningDiTTransformer2DModel(
-        sample_size=dataset.shape[-1],
-        in_channels=dataset.shape[0],
-        num_classes=len(dataset.id2label),
-        class_dropout_prob=config.class_dropout_prob,
-        **vars(config.model),
-    )
-    transformer.initialize_weights()
+    transformer = build_transformer(config, dataset)
     transformer.eval()  # labels are dropped in training_inputs, keyed by the step; in train mode it would drop again
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

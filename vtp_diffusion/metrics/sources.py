@@ -1,5 +1,6 @@
 """Where evaluated images come from: a folder, an npz, a data set, or a pipeline that makes them."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -22,23 +23,33 @@ class ImageSource(Protocol):
 
 
 class ArrayImages:
-    """Images in memory, uint8 (N, 3, H, W)."""
+    """Images in memory, uint8 (N, 3, H, W), and the settings that made them where they are known."""
 
-    def __init__(self, images: torch.Tensor):
+    def __init__(self, images: torch.Tensor, settings: dict | None = None):
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, 3, H, W)")
-        self.images = images
+        self.images, self.settings = images, settings
 
     @classmethod
     def from_npz(cls, path: str | Path) -> "ArrayImages":
-        """The npz of ADM's evaluator: key `arr_0`, uint8 (N, H, W, 3)."""
+        """The npz of ADM's evaluator: key `arr_0`, uint8 (N, H, W, 3); `settings` as `save_npz` writes them."""
         with np.load(path, allow_pickle=False) as file:
             if "arr_0" not in file:
                 raise ValueError(f"{path} holds {', '.join(file)}: expected arr_0, uint8 (N, H, W, 3)")
             array = file["arr_0"]
+            settings = json.loads(str(file["settings"])) if "settings" in file else None
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
             raise ValueError(f"{path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
-        return cls(torch.from_numpy(array).permute(0, 3, 1, 2))
+        return cls(torch.from_numpy(array).permute(0, 3, 1, 2), settings)
+
+    def save_npz(self, path: str | Path) -> None:
+        """Write what `from_npz` reads, compressed. A file that is there is replaced once all is written."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
+        array = self.images.permute(0, 2, 3, 1).contiguous().numpy()
+        np.savez_compressed(unfinished, arr_0=array, settings=np.array(json.dumps(self.settings)))
+        unfinished.rename(path)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -141,4 +152,4 @@ def sample_images(
         batches.append(torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]))
         if progress is not None:
             progress(len(chunk))
-    return ArrayImages(torch.cat(batches))
+    return ArrayImages(torch.cat(batches), settings | {"seed": seed, "num_images": len(labels)})
