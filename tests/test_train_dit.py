@@ -65,6 +65,8 @@ def make_latents(folder, vae, shape=(3, 4, 4)):
         "autoencoder": autoencoder_identity(vae),
         "num_samples": 30,
         "label_names": NAMES,
+        "license": "cc-by-sa-4.0",
+        "attribution": "Drawn by a friend.",
         "mean": [],
         "std": [],
     }
@@ -121,7 +123,8 @@ def test_the_pipeline_holds_the_averaged_weights_and_a_card(tmp_path, made):
     images = pipeline(class_labels=["dog", 0], num_inference_steps=2).images
     assert [image.size for image in images] == [(16, 16)] * 2
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
-    assert card.startswith("---\n") and "30 training images; 6 steps of 4 latents" in card and "TODO" not in card
+    assert card.startswith("---\n") and "30 latents of training images; 6 steps of 4 latents," in card
+    assert "license: cc-by-sa-4.0" in card and "Drawn by a friend." in card and "TODO" not in card
 
 
 def test_the_pipeline_can_be_saved_in_half_the_size(tmp_path, made):

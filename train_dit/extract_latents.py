@@ -35,6 +35,7 @@ from vtp_diffusion.latents import (
     write_metadata,
     write_shard,
 )
+from vtp_diffusion.openmoji import ATTRIBUTION, LICENSE
 from vtp_diffusion.training import step_generator
 
 Sample = tuple[int, int]  # image, copy
@@ -187,6 +188,8 @@ def finish(config: Config, folder: Path, dataset, shards: dict[Path, list[Sample
         "seed": config.seed,
         "skipped": sorted(skipped),
         "label_names": dataset.label_names,
+        "license": LICENSE if config.data.source == "openmoji" else None,
+        "attribution": ATTRIBUTION.strip() if config.data.source == "openmoji" else None,
         "mean": mean,
         "std": std,
     }

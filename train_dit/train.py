@@ -198,7 +198,10 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         pipeline.to(dtype=torch.bfloat16)
     pipeline.save_pretrained(folder)
     # diffusers' load_or_create_model_card wants a Hub repository and a network, its template leaves gaps: written here
-    data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation")
+    known = dataset.metadata or {}
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="unconditional-image-generation", license=known.get("license")
+    )
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, run, dataset)}", ignore_metadata_errors=False)
     populate_model_card(card, tags=["class-to-image", "lightning-dit", "vtp"]).save(folder / "README.md")
     return folder
@@ -210,6 +213,8 @@ def card_text(config: Config, run: TrainingRun, dataset: LatentDataset) -> str:
     names = list(dataset.id2label.values())
     classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     parameters = sum(p.numel() for p in run.parameters) / 1e6
+    attribution = (dataset.metadata or {}).get("attribution")
+    attribution = f"\n## Training images\n\n{attribution}\n" if attribution else ""
     return f"""# LightningDiT on VTP latents
 
 Class labels to images: a LightningDiT ({parameters:.1f} M parameters) on the latents of the autoencoder in `vae/`.
@@ -231,8 +236,8 @@ images = pipeline(class_labels=[0], **settings).images
 - `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423), the tokenizer after VTP
   (arXiv:2512.13687).
 - {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, patch {model.patch_size}.
-- {len(dataset)} training images; {config.max_train_steps} steps of {run.images_per_step} latents, {run.seconds:.0f} s
-  ({statistics.median(rates):.0f} a second).
+- {len(dataset)} latents of training images; {config.max_train_steps} steps of {run.images_per_step} latents,
+  {run.seconds:.0f} s ({statistics.median(rates):.0f} a second).
 - AdamW, learning rate {config.learning_rate} ({config.lr_scheduler}); averaged weights with decay {config.ema_decay}.
 - Logit-normal times ({config.time_mu}, {config.time_sigma}); class dropout {config.class_dropout_prob};
   sampling with time shift {config.shift}.
@@ -240,7 +245,7 @@ images = pipeline(class_labels=[0], **settings).images
 ## Limits
 
 It draws the classes it was trained on, at the resolution it was trained at, and may repeat training images.
-"""
+{attribution}"""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,6 +24,7 @@ ATTRIBUTION = (
     f"Images rendered from OpenMoji {OPENMOJI_VERSION}, the open-source emoji and icon project "
     "(https://openmoji.org), licensed CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).\n"
 )
+LICENSE = "cc-by-sa-4.0"  # the Hub's identifier
 SKIN_TONES = {
     "1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"
 }  # fmt: skip
