@@ -24,6 +24,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,6 +106,9 @@ class GenerationConfig:
     )
     seed: int = field(default=0, metadata={"help": "of samples, labels and random subsets"})
     batch_size: int = field(default=32, metadata={"help": "images at once"})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "precision in which a pipeline is sampled; features are always float32"}
+    )
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
     )
@@ -174,12 +178,13 @@ def open_wanted(config: GenerationConfig, source: str) -> ImageSource | Diffusio
 
 def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) -> DiffusionPipeline:
     """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
-    pipe = DiffusionPipeline.from_pretrained(folder).to(config.device)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype)).to(config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:
         torch.manual_seed(config.seed)
-        pipe.transformer = type(pipe.transformer).from_config(pipe.transformer.config).eval().to(config.device)
+        untrained = type(pipe.transformer).from_config(pipe.transformer.config)
+        pipe.transformer = untrained.eval().to(config.device, pipe.dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -237,9 +242,9 @@ def images_to_compare(
     return source, sorted(np.random.default_rng(config.seed).permutation(len(source))[:count].tolist())
 
 
-def measure(features: dict[str, torch.Tensor], base: list[int], network: FeatureNetwork, seed: int) -> list[dict]:
+def measure(features: dict[str, torch.Tensor], network: FeatureNetwork, seed: int) -> list[dict]:
     """One row for the generated images and one for the control."""
-    reference = features["reference"][base]
+    reference = features["reference"]
     rows = []
     for name in ("generated", "control"):
         if name not in features:
@@ -356,14 +361,18 @@ def main() -> None:
         "distances": [],
     }
     for name, network in networks.items():
+        neighbours = name == NEIGHBOUR_NETWORK and config.nearest_neighbours is not None
         features = {}
         for part, (source, kept) in sources.items():
+            if part == "reference" and not neighbours:
+                kept = base  # the distances leave variants out
             batches = read_batches(source, kept, config.batch_size)
             progress = tqdm(batches, total=math.ceil(len(kept) / config.batch_size), desc=f"{name}: {part}")
             features[part] = extract_features(network, progress, config.device)
         if name in config.feature_network:
-            results["distances"] += measure(features, base, network, config.seed)
-        if name == NEIGHBOUR_NETWORK and config.nearest_neighbours is not None:
+            without_variants = features["reference"][base] if neighbours else features["reference"]
+            results["distances"] += measure(features | {"reference": without_variants}, network, config.seed)
+        if neighbours:
             results["near_duplicates"] = count_near_duplicates(config, sources, features, base, network)
         network.cpu()
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
