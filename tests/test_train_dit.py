@@ -182,13 +182,12 @@ def test_inputs_are_normalised_dropped_and_flipped(tmp_path, made):
     config = program.parse_config(program.Config, arguments(tmp_path / "run", made, "--train_batch_size=30"))
     dataset, vae = program.LatentDataset(config.latents), AutoencoderVTP.from_pretrained(config.vae)
 
-    class Run:
-        micro_steps, rank, world_size, device = range(1), 0, 1, torch.device("cpu")
-
-        def generator(self, micro_step):
-            return torch.Generator().manual_seed(micro_step)
-
-    inputs = next(program.training_inputs(Run(), config, dataset, vae, null=3))
+    transformer = program.build_transformer(config, dataset)
+    objective = program.FlowMatchingObjective(transformer, cosine_loss=True)
+    run = program.TrainingRun(
+        config, program.RunFolder(config.output_dir, config), objective, transformer, "transformer", "data"
+    )
+    inputs = next(program.training_inputs(run, config, dataset, vae, null=3))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     raw = inputs["latents"] * std + mean
     stored = dataset.__getitems__(list(range(30)))

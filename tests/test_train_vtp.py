@@ -133,7 +133,7 @@ def test_compiling_leaves_the_losses_as_they_are(tmp_path, pictures, monkeypatch
 def test_two_processes_share_the_work(tmp_path, pictures):
     """Under distributed training every trained parameter needs a gradient; the data are read once, not twice."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [ROOT / "train_vtp" / "train.py", *arguments("run", pictures)]
+    command += [ROOT / "train_vtp" / "train.py", *arguments("run", pictures, "--train_batch_size=8")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(2):  # the second finds everything done
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -11,18 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion.averaging import AveragedWeights
 from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
+from vtp_diffusion.data_order import StepBatchSampler, draw_for_positions, step_generator
 from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.training import (
-    MAX_SKIPPED_IN_A_ROW,
-    AveragedWeights,
-    StepBatchSampler,
-    TrainingConfig,
-    TrainingRun,
-    learning_rate_at,
-    parameter_groups,
-    step_generator,
-)
+from vtp_diffusion.training import MAX_SKIPPED_IN_A_ROW, TrainingRun
+from vtp_diffusion.training_config import TrainingConfig, learning_rate_at, parameter_groups
 
 CPU = torch.device("cpu")
 
@@ -72,8 +66,8 @@ def train(config, broken_steps=(), fingerprint="data"):
 
     def inputs():
         for step in run.micro_steps:
-            latents = torch.randn(config.train_batch_size, 4, 2, 2, generator=run.generator(step))
-            yield {"latents": latents, "broken": step in broken_steps}
+            latents = run.draw(step, lambda n, generator: {"latents": torch.randn(n, 4, 2, 2, generator=generator)})
+            yield latents | {"broken": step in broken_steps}
 
     batches = inputs()
     for step in run.steps():
@@ -157,10 +151,8 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
     large, small = Objective(), Objective()
     latents = torch.randn(4, 4, 2, 2, generator=step_generator(0, 0))
     runs = []
-    for objective, size, count in ((large, 4, 1), (small, 2, 2)):
-        config = tiny_config(
-            tmp_path / f"{count}", train_batch_size=size, gradient_accumulation_steps=count, max_train_steps=1
-        )
+    for objective, count in ((large, 1), (small, 2)):
+        config = tiny_config(tmp_path / f"{count}", gradient_accumulation_steps=count, max_train_steps=1)
         run = TrainingRun(config, RunFolder(config.output_dir, config), objective, objective.transformer, "m", "d")
         assert run.images_per_step == 4 and run.micro_steps == range(count)
         run.optimise(0, iter([{"latents": part, "broken": False} for part in latents.chunk(count)]))
@@ -285,11 +277,47 @@ def test_weighted_draws_follow_the_weights():
         ((2, 4, 0, 0, 1, 0, 1, torch.ones(3)), r"shape \(3,\), expected \(2,\)"),
         ((2, 4, 0, 0, 1, 0, 1, torch.tensor([1.0, -1.0])), "not negative"),
         ((2, 4, 0, 0, 1, 0, 1, torch.zeros(2)), "all zero"),
+        ((2, 4, 0, 0, 1, 0, 1, None, 0), "0 micro-steps a step"),
     ],
 )
 def test_a_sampler_that_cannot_be_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         StepBatchSampler(*arguments)
+
+
+@pytest.mark.parametrize("weights", [None, torch.arange(11.0)])
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 4), (2, 2), (4, 2)])
+def test_a_step_sees_the_same_samples_however_it_is_divided(weights, processes, accumulation):
+    whole = list(StepBatchSampler(11, 8, 5, 1, 3, weights=weights))
+    size, steps = 8 // (processes * accumulation), (accumulation, 3 * accumulation)
+    parts = [
+        list(StepBatchSampler(11, size, 5, *steps, rank, processes, weights, accumulation))
+        for rank in range(processes)
+    ]
+    micro_steps = [sum(batches, []) for batches in zip(*parts, strict=True)]
+    assert [sum(micro_steps[i : i + accumulation], []) for i in range(0, len(micro_steps), accumulation)] == whole
+
+
+def test_what_is_drawn_for_a_sample_depends_on_its_position_only():
+    def draw(count, generator):
+        return {
+            "noise": torch.randn(count, 3, generator=generator),
+            "times": torch.rand(count, generator=generator),
+        }
+
+    whole = draw_for_positions(draw, range(0, 60), seed=1)
+    for first, last in ((0, 5), (5, 33), (33, 34), (40, 60)):
+        part = draw_for_positions(draw, range(first, last), seed=1)
+        assert all(torch.equal(part[name], whole[name][first:last]) for name in whole)
+    assert len(whole["times"].unique()) == 60
+    assert not torch.equal(draw_for_positions(draw, range(5), seed=2)["times"], whole["times"][:5])
+    assert not torch.equal(draw_for_positions(draw, range(5), seed=1, stream=1)["times"], whole["times"][:5])
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="train_batch_size is 4 images a step, .* of 1 processes x 3"):
+        train(tiny_config(tmp_path / "run", gradient_accumulation_steps=3))
+    assert not (tmp_path / "run").exists()
 
 
 def test_generators_differ_in_every_key_and_repeat():

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
+from vtp_diffusion.data_order import step_generator
 from vtp_diffusion.extras import require
 from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latents import (
@@ -36,7 +37,6 @@ from vtp_diffusion.latents import (
     write_shard,
 )
 from vtp_diffusion.openmoji import ATTRIBUTION, LICENSE
-from vtp_diffusion.training import step_generator
 
 Sample = tuple[int, int]  # image, copy
 

@@ -26,7 +26,8 @@ from vtp_diffusion.flow_matching import drop_labels, flow_matching_loss, interpo
 from vtp_diffusion.images import image_grid
 from vtp_diffusion.latents import LatentDataset, check_latents_fit, latent_statistics
 from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.training import StepBatchSampler, TrainingConfig, TrainingRun
+from vtp_diffusion.training import TrainingRun
+from vtp_diffusion.training_config import TrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -145,29 +146,34 @@ def collate(items: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def training_inputs(run: TrainingRun, config: Config, dataset: LatentDataset, vae, null: int) -> Iterator[dict]:
-    """What the objective is called with, micro-step by micro-step; everything random is keyed by the micro-step."""
-    todo = run.micro_steps
-    sampler = StepBatchSampler(
-        len(dataset), config.train_batch_size, config.seed, todo.start, len(todo), run.rank, run.world_size
-    )
+    """What the objective is called with, micro-step by micro-step; everything random is keyed by the position in the
+    run, whatever the number of processes."""
+    sampler = run.batch_sampler(len(dataset))
     if fits_on_device(dataset.num_bytes, run.device, config.keep_on_device):
         columns = dataset.__getitems__(list(range(len(dataset))))
         batches = gathered_batches({name: column.to(run.device) for name, column in columns.items()}, sampler)
     else:
         batches = read_batches(dataset, sampler, collate, run.device, config.dataloader_num_workers)
+
+    def draw(count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        place = {"generator": generator, "device": run.device}
+        return {
+            "noise": torch.randn(count, *dataset.shape, **place),
+            "times": sample_times(count, config.time_mu, config.time_sigma, **place),
+            "drop": torch.rand(count, **place),
+            "flip": torch.rand(count, **place),
+        }
+
     mean, std = (s.to(run.device) for s in latent_statistics(vae))  # (1, C, 1, 1)
-    for micro_step, batch in zip(todo, batches, strict=True):
-        generator = run.generator(micro_step)
-        latents, count = batch["latents"], len(batch["labels"])
+    for micro_step, batch in zip(run.micro_steps, batches, strict=True):
+        random, latents = run.draw(micro_step, draw), batch["latents"]
         if config.random_flip:
-            flip = torch.rand(count, generator=generator, device=run.device) < 0.5
-            latents = torch.where(flip[:, None, None, None], batch["latents_flip"], latents)
-        latents = (latents.float() - mean) / std
+            latents = torch.where(random["flip"][:, None, None, None] < 0.5, batch["latents_flip"], latents)
         yield {
-            "latents": latents,
-            "noise": torch.randn(latents.shape, generator=generator, device=run.device),
-            "times": sample_times(count, config.time_mu, config.time_sigma, generator, run.device),
-            "labels": drop_labels(batch["labels"], config.class_dropout_prob, null, generator),
+            "latents": (latents.float() - mean) / std,
+            "noise": random["noise"],
+            "times": random["times"],
+            "labels": drop_labels(batch["labels"], config.class_dropout_prob, null, random=random["drop"]),
         }
 
 

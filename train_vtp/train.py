@@ -28,7 +28,8 @@ from vtp_diffusion.pretraining import (
     measure_latent_statistics,
 )
 from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.training import StepBatchSampler, TrainingConfig, TrainingRun
+from vtp_diffusion.training import TrainingRun
+from vtp_diffusion.training_config import TrainingConfig
 
 EVALUATION_BATCH = 64  # images
 MEASURES = {"psnr", "lpips"}
@@ -82,23 +83,13 @@ def collate(items: list[dict]) -> dict[str, torch.Tensor]:
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, dataset) -> Iterator[dict]:
     """Inputs of every objective, micro-step by micro-step; everything random is keyed by the micro-step."""
-    todo = run.micro_steps
-    sampler = StepBatchSampler(
-        len(dataset),
-        config.train_batch_size,
-        config.seed,
-        todo.start,
-        len(todo),
-        run.rank,
-        run.world_size,
-        dataset.weights,
-    )
+    sampler = run.batch_sampler(len(dataset), dataset.weights)
     if fits_on_device(len(dataset) * 3 * config.data.resolution**2, run.device, config.keep_on_device):
         batches = gathered_batches({"image": all_images(dataset).to(run.device)}, sampler)
     else:
         batches = read_batches(dataset, sampler, collate, run.device, config.dataloader_num_workers)
     reconstruction = objective.objectives["reconstruction"]
-    for micro_step, batch in zip(todo, batches, strict=True):
+    for micro_step, batch in zip(run.micro_steps, batches, strict=True):
         generator = run.generator(micro_step)
         images = augment_images(batch["image"], config.augmentation, generator)
         random = reconstruction.draw(objective.autoencoder, images, generator)

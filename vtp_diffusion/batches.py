@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .training import StepBatchSampler
+from .data_order import StepBatchSampler
 
 # A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
 # other users of the machine need the rest.

@@ -74,15 +74,21 @@ def flow_matching_loss(
 
 
 def drop_labels(
-    labels: torch.Tensor, probability: float, num_classes: int, generator: torch.Generator | None = None
+    labels: torch.Tensor,
+    probability: float,
+    num_classes: int,
+    generator: torch.Generator | None = None,
+    random: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Replace each label by the null class `num_classes` with the given probability, which is what lets one network
     learn the unconditional velocity as well (classifier-free guidance, Ho and Salimans, arXiv:2207.12598).
 
-    Args: `labels`: (B,) int. Returns: (B,) of the same type.
+    Args: `labels`: (B,) int. `random`: (B,) uniform in [0, 1), what decides; None draws it from `generator`.
+    Returns: (B,) of the same type.
     Raises: ValueError if `probability` is outside [0, 1].
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"the class dropout probability must lie in [0, 1], got {probability}")
-    drop = torch.rand(labels.shape, generator=generator, device=labels.device) < probability
-    return torch.where(drop, torch.full_like(labels, num_classes), labels)
+    if random is None:
+        random = torch.rand(labels.shape, generator=generator, device=labels.device)
+    return torch.where(random < probability, torch.full_like(labels, num_classes), labels)
