@@ -22,6 +22,7 @@ from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.cli import run
 from vtp_diffusion.conversion import (
     convert_lightning_dit_config,
     convert_lightning_dit_state_dict,
@@ -133,15 +134,16 @@ def convert_vtp(arguments: argparse.Namespace) -> AutoencoderVTP:
 def convert_lightning_dit(arguments: argparse.Namespace) -> LightningDiTTransformer2DModel:
     expected = {name: getattr(arguments, name) for name in ARCHITECTURE if getattr(arguments, name) is not None}
     if arguments.config is not None:
-        expected |= convert_lightning_dit_config(read_json(arguments.config))
-    released = read_lightning_dit_checkpoint(arguments.checkpoint)
-    found = lightning_dit_architecture(released)
+        expected |= convert_lightning_dit_config(read_json(arguments.config), source=arguments.config)
+    checkpoint = arguments.checkpoint
+    released = read_lightning_dit_checkpoint(checkpoint)
+    found = lightning_dit_architecture(released, source=checkpoint)
     if wrong := [name for name, value in expected.items() if found[name] != value]:
         differences = ", ".join(f"{name} {found[name]} instead of {expected[name]}" for name in wrong)
-        raise ValueError(f"{arguments.checkpoint} has {differences}")
+        raise ValueError(f"{checkpoint} has {differences}")
     with torch.device("meta"):
         model = LightningDiTTransformer2DModel(**found)
-    return load_strict(model, convert_lightning_dit_state_dict(released, found), source=arguments.checkpoint)
+    return load_strict(model, convert_lightning_dit_state_dict(released, found, checkpoint), source=checkpoint)
 
 
 def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
@@ -176,4 +178,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,6 +9,7 @@ and anywhere with diffusers
 
 from dataclasses import dataclass, field
 
+from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.export import export_pipeline
 
@@ -26,4 +27,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from vtp_diffusion import LightningDiTPipeline
+from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.images import image_grid
 
@@ -147,4 +148,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,6 +16,7 @@ from diffusers.utils import is_accelerate_available
 from PIL import Image
 from tqdm.auto import tqdm
 
+from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
 from vtp_diffusion.images import from_pil, image_grid, to_pil, to_uint8
@@ -106,4 +107,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

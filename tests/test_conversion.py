@@ -149,8 +149,9 @@ def test_autoencoder_is_a_part_of_the_whole(folder):
 )
 def test_checkpoints_that_do_not_fit(folder, model_class, name, tensor, message):
     rewrite(folder, **{name: tensor})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         model_class.from_released(folder)
+    assert str(error.value).startswith(str(folder))
 
 
 def test_files_that_cannot_be_read(folder):

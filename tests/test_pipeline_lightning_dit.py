@@ -89,6 +89,16 @@ def test_golden_trajectories(name):
     assert checked == 6
 
 
+@pytest.mark.parametrize("name", LIGHTNING_DIT_SETS)
+def test_a_scheduler_of_higher_order_reaches_the_end_state_of_upstreams_adaptive_solver(name):
+    golden = load_file(GOLDEN / name / "golden.safetensors")
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    pipeline = tiny_pipeline(vae=None, transformer=load_lightning_dit(name), scheduler=scheduler, id2label=None)
+    labels, noise = golden["sample.label"].tolist(), golden["sample.noise"]
+    images = sample(pipeline, labels, num_inference_steps=50, latents=noise)
+    assert relative_error(images, golden["sample.dopri5_5"]) < 1e-3  # the solver's own relative tolerance
+
+
 def test_saved_folder_loads_as_an_ordinary_pipeline(tmp_path):
     pipeline = tiny_pipeline(guidance_transformer=tiny_transformer(seed=1))
     pipeline.save_pretrained(tmp_path / "guided")
@@ -211,6 +221,20 @@ def test_half_precision_keeps_the_latents_in_float32():
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample(tiny_pipeline(), **arguments)
+
+
+def test_components_that_do_not_fit_are_refused():
+    kl = AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=3)
+    for components, message in (
+        ({"id2label": {0: "cat", 3: "none"}}, r"id2label has \[3\], expected class indices from 0 to 2"),
+        ({"id2label": {"cat": "0"}}, "id2label has .'cat'.*0 to 2"),
+        ({"vae": kl}, "has 3 .*transformer 4"),
+        ({"guidance_transformer": LightningDiTTransformer2DModel(
+            sample_size=4, in_channels=4, num_layers=1, num_attention_heads=1, attention_head_dim=4, num_classes=7
+        )}, "num_classes 7, the transformer 3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            tiny_pipeline(**components)
 
 
 def test_images_need_an_autoencoder():

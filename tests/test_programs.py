@@ -43,6 +43,13 @@ def refused(message: str, program: str, *arguments) -> None:
         call(program, *arguments)
 
 
+def test_at_the_shell_a_refusal_is_one_message_and_status_2(tmp_path):
+    command = [sys.executable, ROOT / "pipelines" / "generate.py", "--pipeline", "absent", "--labels", "1"]
+    done = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    assert "error: expected the folder of a saved pipeline, absent has no model_index.json" in done.stderr
+
+
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from .strict_loading import StrictLoadingMixin
 from .vtp_rotary import ROTARY_DTYPES, apply_rotary, rotary_tables
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -79,7 +80,7 @@ class VTPFeatures(BaseOutput):
     patch_tokens: torch.Tensor
 
 
-class AutoencoderVTP(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     """Deterministic vision-transformer autoencoder (arXiv:2512.13687, section 3).
 
     Images are (B, in_channels, H, W) in [-1, 1], in and out; latents are (B, latent_channels, H/p, W/p). The ImageNet

@@ -81,12 +81,15 @@ VTP_IGNORED_OPTIONS = {
 }
 
 
-def convert_vtp_config(released: Mapping[str, Any], rope_dtype: str | None = None) -> dict[str, Any]:
+def convert_vtp_config(
+    released: Mapping[str, Any], rope_dtype: str | None = None, source: str = "VTP configuration"
+) -> dict[str, Any]:
     """Configuration keywords of `VTPModel` from a released `config.json`.
 
     Args:
         released: the content of `config.json`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
+        source: what the message calls the configuration.
 
     Raises:
         ValueError: naming every option that is missing, unknown, or set to something these models do not compute.
@@ -109,7 +112,7 @@ def convert_vtp_config(released: Mapping[str, Any], rope_dtype: str | None = Non
                 f"{option}={released[option]!r} is not a {'boolean' if kind is bool else 'positive integer'}"
             )
     if problems:
-        raise ValueError("VTP configuration: " + "; ".join(problems) + ".")
+        raise ValueError(f"{source}: {'; '.join(problems)}.")
     config = {ours: released[option] for option, ours in VTP_OPTIONS.items()}
     config["rope_dtype"] = rope_dtype if rope_dtype is not None else "bfloat16"
     # The common space of both towers has the width of the text tower.
@@ -126,7 +129,9 @@ def _same_option(given: Any, supported: Any) -> bool:
 # VTP: weights
 
 
-def convert_vtp_state_dict(released: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> StateDict:
+def convert_vtp_state_dict(
+    released: Mapping[str, torch.Tensor], config: Mapping[str, Any], source: str = "VTP checkpoint"
+) -> StateDict:
     """State dict of `VTPModel` from a released one.
 
     The fused qkv is split into its three parts and the 1x1 convolutions of the pixel decoder become matrices. The
@@ -135,20 +140,19 @@ def convert_vtp_state_dict(released: Mapping[str, torch.Tensor], config: Mapping
     Args:
         released: tensors of `model.safetensors`.
         config: configuration keywords of `VTPModel`, from `convert_vtp_config`.
+        source: what the message calls the checkpoint.
 
     Raises:
         ValueError: naming keys that are missing or left over, or periods that differ.
     """
     periods = {"trunk.rope_embed.periods": "encoder", "pixel_decoder.rope_embed.periods": "decoder"}
-    state = rename_strictly(
-        released, _vtp_rename_table(config) | {name: (name,) for name in periods}, "VTP checkpoint"
-    )
+    state = rename_strictly(released, _vtp_rename_table(config) | {name: (name,) for name in periods}, source)
     for name, part in periods.items():
         head_dim = config[f"{part}_hidden_size"] // config[f"{part}_num_attention_heads"]
         expected, given = rotary_periods(head_dim, torch.bfloat16), state.pop(name)
         if given.dtype != expected.dtype or not torch.equal(given, expected):
             raise ValueError(
-                f"VTP checkpoint: {name} is {given.tolist()} ({given.dtype}), expected {expected.tolist()} "
+                f"{source}: {name} is {given.tolist()} ({given.dtype}), expected {expected.tolist()} "
                 f"(torch.bfloat16) for heads of {head_dim} channels."
             )
     for name in ("autoencoder.decoder.proj_in.weight", "autoencoder.decoder.proj_out.weight"):
@@ -226,10 +230,9 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
         raise ValueError(f"{config_file} is not valid JSON: {error}") from error
     if not isinstance(released, dict):
         raise ValueError(f"{config_file} holds {type(released).__name__}, expected an object of options.")
-    config = convert_vtp_config(released, rope_dtype)
-    return config, convert_vtp_state_dict(
-        read_safetensors(_released_file(folder_or_hub_id, "model.safetensors")), config
-    )
+    config = convert_vtp_config(released, rope_dtype, source=str(config_file))
+    weights_file = _released_file(folder_or_hub_id, "model.safetensors")
+    return config, convert_vtp_state_dict(read_safetensors(weights_file), config, source=str(weights_file))
 
 
 def autoencoder_part(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], StateDict]:
@@ -296,11 +299,14 @@ LIGHTNING_DIT_FIXED_OPTIONS = {
 }
 
 
-def convert_lightning_dit_config(released: Mapping[str, Any]) -> dict[str, Any]:
+def convert_lightning_dit_config(
+    released: Mapping[str, Any], source: str = "LightningDiT configuration"
+) -> dict[str, Any]:
     """Constructor keywords of `LightningDiTTransformer2DModel` from upstream's.
 
     Args:
         released: upstream's constructor keywords: "input_size", "depth", "hidden_size", "use_qknorm", ...
+        source: what the message calls the configuration.
 
     Raises:
         ValueError: naming every option that is missing, unknown, or set to something this model does not compute.
@@ -321,24 +327,27 @@ def convert_lightning_dit_config(released: Mapping[str, Any]) -> dict[str, Any]:
     if not problems and released["hidden_size"] % released["num_heads"]:
         problems.append(f"hidden_size={released['hidden_size']} is no multiple of num_heads={released['num_heads']}")
     if problems:
-        raise ValueError("LightningDiT configuration: " + "; ".join(problems) + ".")
+        raise ValueError(f"{source}: {'; '.join(problems)}.")
     config = {ours: released[option] for option, ours in LIGHTNING_DIT_OPTIONS.items()}
     config["attention_head_dim"] = released["hidden_size"] // released["num_heads"]
     return config | {"qk_norm": bool(released.get("use_qknorm", False))}
 
 
-def lightning_dit_architecture(released: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def lightning_dit_architecture(
+    released: Mapping[str, torch.Tensor], source: str = "LightningDiT checkpoint"
+) -> dict[str, Any]:
     """Constructor keywords of `LightningDiTTransformer2DModel` as the shapes of a released state dict tell them.
 
     Args:
         released: the tensors under "ema". The rotary table among them has the width of a head.
+        source: what the message calls the checkpoint.
 
     Raises:
         ValueError: naming the keys that are missing.
     """
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "feat_rope.freqs_cos")
     if missing := [name for name in needed if name not in released]:
-        raise ValueError(f"LightningDiT checkpoint: missing keys {missing}.")
+        raise ValueError(f"{source}: missing keys {missing}.")
     patch_embed, positions, classes, rotary = (released[name] for name in needed)
     width, in_channels, patch_size = patch_embed.shape[:3]
     blocks = {match[1] for name in released if (match := re.match(r"blocks\.(\d+)\.", name))}
@@ -354,7 +363,9 @@ def lightning_dit_architecture(released: Mapping[str, torch.Tensor]) -> dict[str
     }
 
 
-def convert_lightning_dit_state_dict(released: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> StateDict:
+def convert_lightning_dit_state_dict(
+    released: Mapping[str, torch.Tensor], config: Mapping[str, Any], source: str = "LightningDiT checkpoint"
+) -> StateDict:
     """State dict of `LightningDiTTransformer2DModel` from a released one.
 
     The fused qkv is split; the rotary tables, which are computed here and not stored, must equal the checkpoint's.
@@ -362,6 +373,7 @@ def convert_lightning_dit_state_dict(released: Mapping[str, torch.Tensor], confi
     Args:
         released: the tensors under "ema".
         config: configuration keywords of the model.
+        source: what the message calls the checkpoint.
 
     Raises:
         ValueError: naming keys that are missing or left over, or rotary tables of another grid, head size or base.
@@ -370,14 +382,12 @@ def convert_lightning_dit_state_dict(released: Mapping[str, torch.Tensor], confi
     rotary = dict(
         zip(("feat_rope.freqs_cos", "feat_rope.freqs_sin"), lightning_dit_rotary_tables(grid, head_dim), strict=True)
     )
-    state = rename_strictly(
-        released, _lightning_dit_rename_table(config) | {name: (name,) for name in rotary}, "LightningDiT checkpoint"
-    )
+    state = rename_strictly(released, _lightning_dit_rename_table(config) | {name: (name,) for name in rotary}, source)
     for name, expected in rotary.items():
         given = state.pop(name)
         if given.shape != expected.shape or not torch.allclose(given.float(), expected, atol=1e-4):
             raise ValueError(
-                f"LightningDiT checkpoint: {name} {tuple(given.shape)} is not the rotary table of a {grid}x{grid} "
+                f"{source}: {name} {tuple(given.shape)} is not the rotary table of a {grid}x{grid} "
                 f"grid with heads of {head_dim} channels, expected {tuple(expected.shape)}: "
                 "check the architecture given."
             )

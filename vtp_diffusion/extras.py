@@ -4,6 +4,10 @@ import importlib
 from types import ModuleType
 
 
+class MissingExtraError(ImportError):
+    """A package that an extra installs is not there; the message says what to install."""
+
+
 def require(module_name: str, extra: str) -> ModuleType:
     """Imports a module that belongs to an extra of this package.
 
@@ -12,7 +16,7 @@ def require(module_name: str, extra: str) -> ModuleType:
         extra: the extra that installs it, "train" or "eval".
 
     Raises:
-        ImportError: it is not installed; says which extra to install.
+        MissingExtraError: it is not installed; says which extra to install.
     """
     package = module_name.partition(".")[0]
     try:
@@ -20,4 +24,4 @@ def require(module_name: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there and lacks something of its own
-        raise ImportError(f"{package} is needed here: pip install 'vtp-diffusion[{extra}]'") from error
+        raise MissingExtraError(f"{package} is needed here: pip install 'vtp-diffusion[{extra}]'") from error

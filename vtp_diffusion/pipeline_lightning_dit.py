@@ -28,6 +28,9 @@ class LightningDiTPipeline(DiffusionPipeline):
         guidance_transformer: optional weaker network for autoguidance (Karras et al., arXiv:2406.02507): its
             conditional prediction takes the place of the unconditional one.
         id2label: class index -> name; comma-separated names are synonyms.
+
+    Raises: ValueError if the autoencoder or the guidance transformer works on other latents or classes than the
+    transformer, or `id2label` names a class that the transformer does not have.
     """
 
     model_cpu_offload_seq = "guidance_transformer->transformer->vae"
@@ -45,6 +48,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
+        _check_components(vae, transformer, guidance_transformer, id2label)
         if vae is not None:
             # Only a pipeline that was made without an autoencoder is complete without one.
             self._optional_components = ["guidance_transformer"]
@@ -304,6 +308,29 @@ class LightningDiTPipeline(DiffusionPipeline):
             return to_pil(images)
         images = (images / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _check_components(
+    vae: torch.nn.Module | None,
+    transformer: torch.nn.Module | None,
+    guidance_transformer: torch.nn.Module | None,
+    id2label: dict[Any, str] | None,
+) -> None:
+    if transformer is None:  # diffusers allows pipelines that lack components
+        return
+    channels = getattr(getattr(vae, "config", None), "latent_channels", None)  # AutoencoderRAE has no such entry
+    if channels is not None and channels != transformer.config.in_channels:
+        raise ValueError(
+            f"the autoencoder has {channels} latent channels, the transformer {transformer.config.in_channels}"
+        )
+    for key in ("in_channels", "sample_size", "num_classes") if guidance_transformer is not None else ():
+        ours, theirs = transformer.config[key], guidance_transformer.config[key]
+        if ours != theirs:
+            raise ValueError(f"the guidance transformer has {key} {theirs}, the transformer {ours}")
+    num_classes = transformer.config.num_classes
+    wrong = [index for index in id2label or {} if str(index) not in map(str, range(num_classes))]
+    if wrong:
+        raise ValueError(f"id2label has {wrong[:5]}, expected class indices from 0 to {num_classes - 1}")
 
 
 def write_self_contained(folder: str | Path, source: str) -> None:

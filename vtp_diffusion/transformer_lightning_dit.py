@@ -20,6 +20,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .strict_loading import StrictLoadingMixin
+
 # Published sizes (arXiv:2501.01423 and the VTP repository); patch size and latent shape are chosen beside them.
 LIGHTNING_DIT_SIZES = {
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 130.6 M
@@ -28,7 +30,9 @@ LIGHTNING_DIT_SIZES = {
 }
 
 
-class LightningDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class LightningDiTTransformer2DModel(
+    StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+):
     """Class-conditional velocity network v(x_t, t, label).
 
     Args:
@@ -97,8 +101,9 @@ class LightningDiTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, Pe
 
         with torch.device("meta"):
             model = cls(**architecture)
-        state_dict = convert_lightning_dit_state_dict(read_lightning_dit_checkpoint(checkpoint), model.config)
-        return load_strict(model, state_dict, source=str(checkpoint)).eval()
+        released, source = read_lightning_dit_checkpoint(checkpoint), str(checkpoint)
+        state_dict = convert_lightning_dit_state_dict(released, model.config, source)
+        return load_strict(model, state_dict, source).eval()
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from .autoencoder_vtp import AutoencoderVTP, VTPAttention, initialise_weights
+from .strict_loading import StrictLoadingMixin
 
 
 @dataclass
@@ -23,7 +24,7 @@ class VTPOutput(BaseOutput):
     logits_per_text: torch.Tensor
 
 
-class VTPModel(ModelMixin, AttentionMixin, ConfigMixin):
+class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
     """VTP with both towers: images in [-1, 1] and token ids -> features of one space (arXiv:2512.13687).
 
     The configuration is flat: the keywords of `AutoencoderVTP`, which build `.autoencoder`, and those of the text

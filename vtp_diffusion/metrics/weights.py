@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..extras import require
+from ..extras import MissingExtraError, require
 
 # Indices of the convolutions in torchvision's `features`; LPIPS has one head behind each of five activations.
 CONVOLUTIONS = {
@@ -49,10 +49,10 @@ def package_file(package: str, relative: str, install: str) -> Path:
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{package} is needed for its file {relative}: {install}")
+        raise MissingExtraError(f"{package} is needed for its file {relative}: {install}")
     path = Path(spec.submodule_search_locations[0]) / relative
     if not path.is_file():
-        raise ImportError(f"{package} is installed but has no {relative} (looked at {path}): {install}")
+        raise MissingExtraError(f"{package} is installed but has no {relative} (looked at {path}): {install}")
     return path
 
 

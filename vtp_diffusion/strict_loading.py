@@ -1,0 +1,32 @@
+"""Loading a saved model that refuses weights which do not fit; diffusers itself only warns of them."""
+
+from typing import Any
+
+
+class StrictLoadingMixin:
+    """`from_pretrained` without newly initialised and without unused weights. Comes before `ModelMixin`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs) -> Any:
+        """As diffusers' `ModelMixin.from_pretrained`, whose arguments it takes.
+
+        With `output_loading_info=True`, which returns the names of keys that do not fit beside the model, judging them
+        is left to the caller. FlashPack files, whose loader tells no names, are not checked.
+
+        Raises:
+            ValueError: the weights have keys that are missing, unknown or, unless `ignore_mismatched_sizes` allows it,
+                of another shape.
+            OSError: a file that is missing or cannot be read.
+        """
+        if kwargs.get("output_loading_info") or kwargs.get("use_flashpack"):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            model, found = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {error}") from error
+        wrong = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"]}
+        if problems := [f"{kind} keys {sorted(keys)}" for kind, keys in wrong.items() if keys]:
+            raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {'; '.join(problems)}.")
+        return model
