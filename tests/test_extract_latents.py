@@ -1,21 +1,27 @@
 """train_dit/extract_latents.py as a user runs it: from image files to latents, resumed, and with bad input."""
 
+import glob
 import importlib.util
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import safe_open
+from test_latents import dc, kl, rae
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data import DataConfig, open_dataset
 from vtp_diffusion.images import from_uint8
+from vtp_diffusion.latent_inputs import check_latents
 from vtp_diffusion.latents import LatentDataset, encode_raw, latent_statistics
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +89,7 @@ def test_latents_are_those_of_the_images(program, made, tmp_path, capsys):
         mean, std = latent_statistics(vae)
         assert torch.allclose((batch["latents"] - mean) / std, vae.encode(pixels).latent, atol=1e-4)
     assert batch["labels"].tolist() == [0, 0, 0, 0, 1, 1, 1] and latents.id2label == {0: "cat", 1: "dog"}
-    names = ["latents.json", *(f"latents_{k:05d}.safetensors" for k in range(3)), "plan.json"]
+    names = ["latents.json", *(f"latents_{k:05d}.safetensors" for k in range(3)), "latents_stats.pt", "plan.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert "7 latents, 0 images skipped" in capsys.readouterr().out
 
@@ -204,14 +210,74 @@ def test_an_unreadable_image(in_memory, program, made, tmp_path, monkeypatch):
     assert extract(program, made, tmp_path / "out", *options).metadata == latents.metadata
 
 
-def test_a_kl_autoencoder(program, made, tmp_path):
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    AutoencoderKL(
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4, sample_size=16, **blocks
-    ).save_pretrained(tmp_path / "vae")
+@pytest.mark.parametrize(("make", "shape"), [(kl, (4, 8, 8)), (dc, (4, 8, 8)), (rae, (64, 2, 2))])
+def test_another_autoencoder(make, shape, program, made, tmp_path):
+    vae = make()
+    vae.save_pretrained(tmp_path / "vae")
     latents = extract(program, made, tmp_path / "out", "--vae", tmp_path / "vae")
-    assert latents.shape == (4, 8, 8) and latents.metadata["autoencoder"]["class"] == "AutoencoderKL"
+    assert latents.shape == shape and latents.metadata["autoencoder"]["class"] == type(vae).__name__
+    check_latents(latents, vae, DataConfig(resolution=16))
+    images = open_dataset(DataConfig(source=str(made / "images"), resolution=16))
+    with torch.no_grad():
+        raw = encode_raw(vae, from_uint8(images[3]["image"])[None])
+    assert torch.allclose(latents[3]["latents"], raw[0], atol=1e-4)
+
+
+def test_a_collection_of_datasets_read_by_workers_in_half_precision(program, made, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    paths = sorted((made / "images").glob("*/*.png"))
+    columns = {
+        "picture": [{"bytes": p.read_bytes(), "path": None} for p in paths],
+        "kind": [p.parent.name for p in paths],
+    }
+    datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image()).to_parquet(tmp_path / "a.parquet")
+    source = ("--data.source", "parquet", "--data.data_files", tmp_path / "a.parquet")
+    options = ("--data.image_column", "picture", "--data.label_column", "kind", "--num_workers", 1)
+    half = extract(program, made, tmp_path / "out", *source, *options, "--mixed_precision", "bf16")
+    plain, latents = read_all(extract(program, made, tmp_path / "plain")), read_all(half)
+    assert half.id2label == {0: "cat", 1: "dog"} and torch.equal(latents["labels"], plain["labels"])
+    difference = (latents["latents"] - plain["latents"]).abs().max()
+    assert 0 < difference < 0.1 and half.metadata["mixed_precision"] == "bf16"
+
+
+def test_upstreams_loader_reads_the_folder(program, made, tmp_path):
+    """What ImgLatentDataset does (hustvl/LightningDiT, datasets/img_latent_dataset.py): every *.safetensors in the
+    order of the names, one row of one key at a time, (row - mean) / std with the two of latents_stats.pt."""
+    latents = extract(program, made, tmp_path / "out")
+    statistics = torch.load(tmp_path / "out" / "latents_stats.pt", weights_only=True)
+    rows, labels = [], []
+    for file in sorted(glob.glob(os.path.join(tmp_path / "out", "*.safetensors"))):
+        with safe_open(file, framework="pt", device="cpu") as shard:
+            for k in range(shard.get_slice("labels").get_shape()[0]):
+                flip = "latents_flip" if k % 2 else "latents"
+                rows.append((shard.get_slice(flip)[k : k + 1] - statistics["mean"]) / statistics["std"])
+                labels.append(shard.get_slice("labels")[k : k + 1])
+    vae, batch = AutoencoderVTP.from_pretrained(made / "vae"), read_all(latents)
+    vae.with_latent_statistics(latents.metadata["mean"], latents.metadata["std"])
+    mean, std = latent_statistics(vae)
+    mirrored = torch.tensor([k % 2 for shard in (3, 3, 1) for k in range(shard)], dtype=torch.bool)
+    raw = torch.where(mirrored[:, None, None, None], batch["latents_flip"], batch["latents"])
+    assert statistics["mean"].shape == (1, 3, 1, 1) and statistics["mean"].dtype == torch.float32
+    assert torch.allclose(torch.cat(rows), (raw - mean) / std, atol=1e-5)
+    assert torch.equal(torch.cat(labels), batch["labels"])
+
+
+@pytest.mark.parametrize("content", [b"", b"half a shard", None])
+def test_a_damaged_shard_is_found_before_any_work(content, program, made, tmp_path):
+    extract(program, made, tmp_path)
+    (tmp_path / "latents.json").unlink()
+    path = tmp_path / "latents_00001.safetensors"
+    path.write_bytes((tmp_path / "latents_00002.safetensors").read_bytes() if content is None else content)
+    (tmp_path / "latents_00000.safetensors").unlink()
+    expected = "holds 1 samples .* expected 3" if content is None else "is not a complete safetensors file"
+    with pytest.raises(ValueError, match=f"latents_00001.safetensors {expected}"):
+        extract(program, made, tmp_path)
+    assert not (tmp_path / "latents_00000.safetensors").exists()
+
+
+def test_a_kill_while_the_plan_is_written_spoils_nothing(program, made, tmp_path):
+    (tmp_path / ".plan.json.unfinished").write_text('{"vae": ')
+    assert len(extract(program, made, tmp_path)) == 7
 
 
 def test_help(program, capsys):
@@ -228,6 +294,37 @@ def test_processes_that_did_not_find_each_other_are_refused(program, made, tmp_p
     with pytest.raises(ValueError, match="2 processes were launched but accelerate joined 1"):
         extract(program, made, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def launch(made, output, *more):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", *start, *settings, str(PROGRAM), *map(str, words(made, output, *more))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=output.parent, start_new_session=True, **pipes)
+
+
+def test_killed_at_a_random_moment_and_resumed_by_another_number_of_processes(program, made, tmp_path):
+    """Two under accelerate launch are killed; one goes on and ends with the latents of an undisturbed run."""
+    options = ("--copies", 40, "--augmentation.shift", 4, "--batch_size", 1)  # 280 samples, 94 shards
+    process = launch(made, tmp_path / "out", *options)
+    moment = random.randrange(1, 80)
+    while process.poll() is None and len(list((tmp_path / "out").glob("latents_*.safetensors"))) < moment:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    output = process.communicate()[0]
+    left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("latents_*.safetensors")}
+    assert len(left) >= moment, output
+    assert not (tmp_path / "out" / "latents.json").exists()
+    latents = extract(program, made, tmp_path / "out", *options, "--batch_size", 3)
+    whole = extract(program, made, tmp_path / "whole", *options)
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == stamp for name, stamp in left.items())
+    assert latents.metadata["shards"] == whole.metadata["shards"] and len(latents) == 280
+    one, other = read_all(latents), read_all(whole)
+    assert torch.equal(one["labels"], other["labels"])
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in ("latents", "latents_flip"))
+    assert not list((tmp_path / "out").glob(".*")), "nothing half written is left"
 
 
 def test_two_processes_as_a_user_runs_them(program, made, tmp_path):

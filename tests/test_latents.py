@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -63,6 +65,29 @@ def kl(**changes):
     settings = {"block_out_channels": (4, 4), "norm_num_groups": 2, "latent_channels": 4, "sample_size": 16}
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return AutoencoderKL(**settings | blocks | changes).eval()
+
+
+def dc(**changes):
+    torch.manual_seed(0)
+    sides = ("encoder", "decoder")
+    settings = {"latent_channels": 4, "attention_head_dim": 4}
+    settings |= {f"{side}_block_types": ("ResBlock",) * 2 for side in sides}
+    settings |= {f"{side}_block_out_channels": (4, 4) for side in sides}
+    settings |= {f"{side}_layers_per_block": (1, 1) for side in sides}
+    settings |= {f"{side}_qkv_multiscales": ((), ()) for side in sides}
+    return AutoencoderDC(**settings | changes).eval()
+
+
+def rae(**changes):
+    pytest.importorskip("transformers")  # its encoder
+    from diffusers import AutoencoderRAE
+
+    torch.manual_seed(0)
+    encoder = {"hidden_size": 64, "patch_size": 8, "num_hidden_layers": 1, "input_size": 16}
+    decoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = {f"encoder_{key}": value for key, value in encoder.items()}
+    settings |= {f"decoder_{key}": value for key, value in decoder.items()}
+    return AutoencoderRAE(**settings | {"patch_size": 8} | changes).eval()
 
 
 def pictures(count=2):
@@ -180,6 +205,77 @@ def test_what_latents_json_promises_is_checked(tmp_path):
         LatentDataset(tmp_path)
 
 
+def test_one_of_the_two_latents_is_read(tmp_path):
+    everything = write(tmp_path)
+    dataset, order = LatentDataset(tmp_path), [7, 0, 5, 4, 0]
+    mirrored = np.array([True, False, True, False, True])
+    batch = dataset.read(order, mirrored)
+    for k, (index, flip) in enumerate(zip(order, mirrored, strict=True)):
+        assert torch.equal(batch["latents"][k], everything["latents_flip" if flip else "latents"][index])
+    assert torch.equal(batch["labels"], everything["labels"][order])
+
+
+# --- shards that are missing or double ---
+
+
+def write_ours(folder, counts=(3, 3, 2)):
+    starts = [sum(counts[:k]) for k in range(len(counts))]
+    for k, (first, count) in enumerate(zip(starts, counts, strict=True)):
+        labels = torch.arange(first, first + count) % len(NAMES)
+        path = folder / f"latents_{k:05d}.safetensors"
+        write_shard(path, random(count, k), random(count, 10 + k), labels, first=first)
+    names = {path.name: count for path, count in zip(sorted(folder.glob("latents_*")), counts, strict=True)}
+    metadata = complete(folder, sum(counts)) | {"shards": names}
+    write_metadata(folder, metadata)
+    return metadata
+
+
+def test_missing_foreign_and_double_shards_of_ours_are_named(tmp_path):
+    write_ours(tmp_path)
+    assert len(LatentDataset(tmp_path)) == 8
+    first, second, third = sorted(tmp_path.glob("latents_*"))
+    third.rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match="shards are missing: latents_00002.safetensors"):
+        LatentDataset(tmp_path)
+    (tmp_path / "kept").rename(third)
+    shutil.copy(first, tmp_path / "latents_00003.safetensors")
+    with pytest.raises(ValueError, match="shards are not in latents.json: latents_00003.safetensors"):
+        LatentDataset(tmp_path)
+    (tmp_path / "latents_00003.safetensors").rename(second)
+    with pytest.raises(ValueError, match="latents_00001.* begins with sample 0, expected 3: a shard is double"):
+        LatentDataset(tmp_path)
+    shutil.copy(third, second)
+    with pytest.raises(ValueError, match="hold other counts of latents: latents_00001.safetensors"):
+        LatentDataset(tmp_path)
+
+
+def test_a_gap_shows_without_latents_json_too(tmp_path):
+    write_ours(tmp_path)
+    (tmp_path / METADATA_NAME).unlink()
+    (tmp_path / "latents_00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="latents_00002.* sample 6, expected 3: a shard before it is missing"):
+        LatentDataset(tmp_path)
+
+
+def test_missing_and_double_shards_of_upstream_are_named(tmp_path):
+    write(tmp_path, (5, 5, 3))
+    middle = tmp_path / "latents_rank00_shard001.safetensors"
+    middle.rename(tmp_path / "latents_rank00_shard004.safetensors")
+    with pytest.raises(ValueError, match="latents_rank00_shard001.safetensors is missing"):
+        LatentDataset(tmp_path)
+    shutil.copy(tmp_path / "latents_rank00_shard000.safetensors", middle)
+    (tmp_path / "latents_rank00_shard004.safetensors").unlink()
+    with pytest.raises(ValueError, match="shard001.* holds the same latents as latents_rank00_shard000.* there twice"):
+        LatentDataset(tmp_path)
+    middle.rename(tmp_path / "latents_rank01_shard000.safetensors")  # of an older run, on two processes
+    (tmp_path / "latents_rank00_shard002.safetensors").rename(middle)
+    with pytest.raises(ValueError, match=r"the ranks hold {0: 8, 1: 5} latents, .* another number of processes"):
+        LatentDataset(tmp_path)
+    (tmp_path / "latents_rank01_shard000.safetensors").rename(tmp_path / "latents_rank02_shard000.safetensors")
+    with pytest.raises(ValueError, match="latents_rank01_shard000.safetensors is missing"):
+        LatentDataset(tmp_path)
+
+
 # --- writing ---
 
 
@@ -250,48 +346,20 @@ def test_raw_latents_of_vtp_do_not_depend_on_its_statistics():
 def test_kl_and_dc_latents_are_shifted_and_scaled():
     images = pictures()
     vae = kl(scaling_factor=0.5, shift_factor=0.1)
-    dc = AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=4,
-        encoder_block_types=("ResBlock", "ResBlock"),
-        decoder_block_types=("ResBlock", "ResBlock"),
-        encoder_block_out_channels=(4, 4),
-        decoder_block_out_channels=(4, 4),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        scaling_factor=0.25,
-    ).eval()
+    deep = dc(scaling_factor=0.25)
     with torch.no_grad():
         raw = encode_raw(vae, images)
         assert torch.equal(raw, vae.encode(images).latent_dist.mode())
         mean, std = latent_statistics(vae)
         assert torch.allclose((raw - mean) / std, (raw - 0.1) * 0.5)
-        raw = encode_raw(dc, images)
-        assert torch.equal(raw, dc.encode(images).latent)
-        mean, std = latent_statistics(dc)
+        raw = encode_raw(deep, images)
+        assert torch.equal(raw, deep.encode(images).latent)
+        mean, std = latent_statistics(deep)
         assert torch.allclose((raw - mean) / std, raw * 0.25)
 
 
 def test_rae_takes_images_from_zero_to_one_and_normalises_itself():
-    pytest.importorskip("transformers")  # its encoder
-    from diffusers import AutoencoderRAE
-
-    torch.manual_seed(0)
-    vae = AutoencoderRAE(
-        encoder_hidden_size=64,
-        encoder_patch_size=8,
-        encoder_num_hidden_layers=1,
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=16,
-        patch_size=8,
-        encoder_input_size=16,
-        scaling_factor=0.5,
-    ).eval()
-    images = pictures()
+    vae, images = rae(scaling_factor=0.5), pictures()
     with torch.no_grad():
         raw = encode_raw(vae, images)
         assert torch.equal(raw, vae.encode(images / 2 + 0.5).latent)

@@ -1,6 +1,9 @@
-"""Train a LightningDiT on extracted latents; the result is a diffusers pipeline.
+"""Train a LightningDiT; the result is a diffusers pipeline.
 
     accelerate launch train_dit/train.py --config train_dit/configs/openmoji.yaml
+
+It learns from the latents that train_dit/extract_latents.py wrote. With `latents: null` it learns online, from the
+images of `data`: the autoencoder then runs in every step, on images changed as `augmentation` says.
 
 Every field of the configuration is also an option (--help lists them): --learning_rate 1e-3, --model.num_layers 8.
 The same command again resumes an interrupted run. The run folder ends with pipeline/, which
@@ -20,11 +23,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
 from vtp_diffusion.config import parse_config
+from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
 from vtp_diffusion.flow_matching import drop_labels, flow_matching_loss, interpolate, sample_times
 from vtp_diffusion.images import image_grid
-from vtp_diffusion.latents import LatentDataset, check_latents_fit, latent_statistics
+from vtp_diffusion.latent_inputs import OnlineLatents, check_latents, class_names, stored_latents
+from vtp_diffusion.latents import LatentDataset, encode_raw, latent_statistics
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
@@ -32,8 +36,11 @@ from vtp_diffusion.training_config import TrainingConfig
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Architecture of the transformer; what the latents decide (channels, size, classes) is taken from them."""
+    """Architecture of the transformer; what the latents decide (channels, size) is taken from them."""
 
+    num_classes: int | None = field(
+        default=None, metadata={"help": "classes; none: as many as the training data names"}
+    )
     patch_size: int = field(default=1, metadata={"help": "latent pixels a side of a token"})
     num_layers: int = field(default=28, metadata={"help": "blocks"})
     num_attention_heads: int = field(default=16, metadata={"help": "heads; the width is heads x head dimension"})
@@ -56,7 +63,15 @@ class Config(TrainingConfig):
     """Settings of this program."""
 
     vae: str = field(metadata={"help": "folder of the autoencoder that made the latents"})
-    latents: str = field(metadata={"help": "folder of latent shards, as train_dit/extract_latents.py writes them"})
+    latents: str | None = field(
+        metadata={"help": "folder of latent shards, as train_dit/extract_latents.py writes them; none: train online"}
+    )
+    data: DataConfig | None = field(
+        default=None, metadata={"help": "online: the images; with latents: what they have to be made from"}
+    )
+    augmentation: AugmentationConfig = field(
+        default_factory=AugmentationConfig, metadata={"help": "online: changes of the images, besides random_flip"}
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     initial_transformer: str | None = field(
         default=None,
@@ -68,7 +83,7 @@ class Config(TrainingConfig):
         default=1.25, metadata={"help": "of the logit-normal times; 1.0 in VTP-Large's training"}
     )
     cosine_loss: bool = field(default=True, metadata={"help": "add 1 - cosine similarity of the velocities"})
-    random_flip: bool = field(default=True, metadata={"help": "use the latents of mirrored images half of the time"})
+    random_flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
     shift: float = field(default=0.3, metadata={"help": "time shift s that the pipeline samples with"})
     save_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "weights in pipeline/"})
     validation: ValidationConfig = field(
@@ -81,6 +96,13 @@ class Config(TrainingConfig):
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, expected a number in [0, 1]")
         if self.time_sigma <= 0 or self.shift <= 0:
             raise ValueError(f"time_sigma is {self.time_sigma} and shift {self.shift}, expected positive numbers")
+        if self.latents is None and self.data is None:
+            raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
+        if self.latents is not None and self.augmentation != AugmentationConfig():
+            raise ValueError("augmentation changes images while training online: with latents it can do nothing")
+
+    def changeable_keys(self) -> set[str]:
+        return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
 
 
 class FlowMatchingObjective(nn.Module):
@@ -104,19 +126,19 @@ class FlowMatchingObjective(nn.Module):
         return {"loss": total, "squared_error": squared_error, "cosine": cosine}
 
 
-def check_latents(dataset: LatentDataset, vae) -> None:
-    """Raises: ValueError if the latents are not square, not this autoencoder's, or it has no statistics for them."""
-    channels, height, width = dataset.shape
-    if height != width:
-        raise ValueError(f"the latents in {dataset.folder} are {height}x{width}, expected square ones")
-    expected = getattr(vae.config, "latent_channels", channels)
-    if channels != expected:
-        raise ValueError(f"the latents in {dataset.folder} have {channels} channels, the autoencoder's {expected}")
-    check_latents_fit(dataset.metadata, vae)
-    latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
+    """Shards that fit the autoencoder, or without any the images themselves, to be encoded on the way."""
+    if config.latents is not None:
+        dataset = LatentDataset(config.latents)
+        check_latents(dataset, vae, config.data)
+    else:
+        latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+        dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
+    dataset.id2label = class_names(dataset, config.model.num_classes)
+    return dataset
 
 
-def build_transformer(config: Config, dataset: LatentDataset) -> LightningDiTTransformer2DModel:
+def build_transformer(config: Config, dataset: LatentDataset | OnlineLatents) -> LightningDiTTransformer2DModel:
     """A fresh network, or the one to start from.
 
     Raises: ValueError if that one has another architecture than the configuration and the latents ask for.
@@ -124,8 +146,8 @@ def build_transformer(config: Config, dataset: LatentDataset) -> LightningDiTTra
     architecture = {
         "sample_size": dataset.shape[-1],
         "in_channels": dataset.shape[0],
-        "num_classes": len(dataset.id2label),
         **vars(config.model),
+        "num_classes": len(dataset.id2label),
     }
     if config.initial_transformer is None:
         transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=config.class_dropout_prob)
@@ -140,20 +162,21 @@ def build_transformer(config: Config, dataset: LatentDataset) -> LightningDiTTra
     return transformer
 
 
-def collate(items: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a worker hands over: LatentDataset fetches a batch in one go already."""
-    return items
+def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset | OnlineLatents) -> Iterator[dict]:
+    """Raw latents and labels on the device, for every micro-step still to do."""
+    sampler = run.batch_sampler(len(dataset), dataset.weights)
+    common = (sampler, config.random_flip, run.device, config.keep_on_device, config.dataloader_num_workers)
+    if isinstance(dataset, LatentDataset):
+        return stored_latents(dataset, *common)
+    encode = torch.compile(encode_raw) if config.compile else encode_raw
+    return dataset.batches(*common, config.mixed_precision, encode)
 
 
-def training_inputs(run: TrainingRun, config: Config, dataset: LatentDataset, vae, null: int) -> Iterator[dict]:
+def training_inputs(
+    run: TrainingRun, config: Config, dataset: LatentDataset | OnlineLatents, vae, null: int
+) -> Iterator[dict]:
     """What the objective is called with, micro-step by micro-step; everything random is keyed by the position in the
     run, whatever the number of processes."""
-    sampler = run.batch_sampler(len(dataset))
-    if fits_on_device(dataset.num_bytes, run.device, config.keep_on_device):
-        columns = dataset.__getitems__(list(range(len(dataset))))
-        batches = gathered_batches({name: column.to(run.device) for name, column in columns.items()}, sampler)
-    else:
-        batches = read_batches(dataset, sampler, collate, run.device, config.dataloader_num_workers)
 
     def draw(count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         place = {"generator": generator, "device": run.device}
@@ -161,16 +184,13 @@ def training_inputs(run: TrainingRun, config: Config, dataset: LatentDataset, va
             "noise": torch.randn(count, *dataset.shape, **place),
             "times": sample_times(count, config.time_mu, config.time_sigma, **place),
             "drop": torch.rand(count, **place),
-            "flip": torch.rand(count, **place),
         }
 
     mean, std = (s.to(run.device) for s in latent_statistics(vae))  # (1, C, 1, 1)
-    for micro_step, batch in zip(run.micro_steps, batches, strict=True):
-        random, latents = run.draw(micro_step, draw), batch["latents"]
-        if config.random_flip:
-            latents = torch.where(random["flip"][:, None, None, None] < 0.5, batch["latents_flip"], latents)
+    for micro_step, batch in zip(run.micro_steps, latent_batches(run, config, dataset), strict=True):
+        random = run.draw(micro_step, draw)
         yield {
-            "latents": (latents.float() - mean) / std,
+            "latents": (batch["latents"].float() - mean) / std,
             "noise": random["noise"],
             "times": random["times"],
             "labels": drop_labels(batch["labels"], config.class_dropout_prob, null, random=random["drop"]),
@@ -197,7 +217,7 @@ def sample_grid(config: Config, pipeline: LightningDiTPipeline, device: torch.de
     return image_grid(images, columns=min(8, len(images)), labels=names)
 
 
-def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: LatentDataset) -> Path:
+def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> Path:
     """Write pipeline/ with its model card."""
     folder = run.folder.path / "pipeline"
     if config.save_dtype == "bfloat16":
@@ -213,12 +233,13 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
     return folder
 
 
-def card_text(config: Config, run: TrainingRun, dataset: LatentDataset) -> str:
+def card_text(config: Config, run: TrainingRun, dataset) -> str:
     """Body of the model card: what the model is, how it is used, how it was trained, what it can draw."""
     model, sampling, rates = config.model, config.validation, run.rates[1:] or run.rates or [0.0]
     names = list(dataset.id2label.values())
     classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     parameters = sum(p.numel() for p in run.parameters) / 1e6
+    source = "latents of training images" if config.latents else "training images, encoded in every step"
     attribution = (dataset.metadata or {}).get("attribution")
     attribution = f"\n## Training images\n\n{attribution}\n" if attribution else ""
     return f"""# LightningDiT on VTP latents
@@ -242,7 +263,7 @@ images = pipeline(class_labels=[0], **settings).images
 - `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423), the tokenizer after VTP
   (arXiv:2512.13687).
 - {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, patch {model.patch_size}.
-- {len(dataset)} latents of training images; {config.max_train_steps} steps of {run.images_per_step} latents,
+- {len(dataset)} {source}; {config.max_train_steps} steps of {run.images_per_step} latents,
   {run.seconds:.0f} s ({statistics.median(rates):.0f} a second).
 - AdamW, learning rate {config.learning_rate} ({config.lr_scheduler}); averaged weights with decay {config.ema_decay}.
 - Logit-normal times ({config.time_mu}, {config.time_sigma}); class dropout {config.class_dropout_prob};
@@ -257,9 +278,8 @@ It draws the classes it was trained on, at the resolution it was trained at, and
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     folder = RunFolder(config.output_dir, config)
-    dataset = LatentDataset(config.latents)
     vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
-    check_latents(dataset, vae)
+    dataset = open_training_data(config, vae)
     torch.manual_seed(config.seed)
     transformer = build_transformer(config, dataset)
     transformer.eval()  # labels are dropped in training_inputs, keyed by the step; in train mode it would drop again

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vtp_diffusion import AutoencoderVTP
-from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
+from vtp_diffusion.batches import all_images, fits_on_device, gathered_batches, read_batches
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, augment_images, open_dataset
 from vtp_diffusion.images import from_uint8, image_grid, to_pil
@@ -94,12 +94,6 @@ def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraini
         images = augment_images(batch["image"], config.augmentation, generator)
         random = reconstruction.draw(objective.autoencoder, images, generator)
         yield {"reconstruction": {"images": images, **random}}
-
-
-def all_images(dataset) -> torch.Tensor:
-    """Every image of a data set, (N, 3, R, R) uint8."""
-    chunks = [range(i, min(i + 256, len(dataset))) for i in range(0, len(dataset), 256)]
-    return torch.cat([collate(dataset.__getitems__(list(chunk)))["image"] for chunk in chunks])
 
 
 def plain_batches(dataset, device: torch.device, flips: bool = False) -> Iterator[torch.Tensor]:

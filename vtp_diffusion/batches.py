@@ -1,7 +1,9 @@
-"""Batches on the device: gathered there from a data set held whole, or read by worker processes."""
+"""Batches on the device: gathered there from a data set held whole, or read ahead by processes or threads."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -13,7 +15,10 @@ from .data_order import StepBatchSampler
 DEVICE_SHARE = 0.25  # of an accelerator's memory
 HOST_BYTES = 2**30  # where the device is the host
 
+READ_AHEAD = 2  # batches a thread
+
 Columns = dict[str, torch.Tensor]
+Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
 def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = None) -> bool:
@@ -61,3 +66,32 @@ def read_batches(
     )
     for columns in loader:
         yield {name: column.to(device, non_blocking=True) for name, column in columns.items()}
+
+
+def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: int) -> Iterator[Result]:
+    """`read(job)` of every job, in order, threads working ahead of the consumer; with none it is done when asked for.
+
+    For reading that leaves the interpreter alone, such as copying from mapped files: what processes read has to be
+    copied once more, through shared memory.
+    """
+    if num_threads == 0:
+        yield from map(read, jobs)
+        return
+    executor, pending, jobs = ThreadPoolExecutor(num_threads), deque(), iter(jobs)
+    try:
+        for _, job in zip(range(READ_AHEAD * num_threads), jobs, strict=False):
+            pending.append(executor.submit(read, job))
+        while pending:
+            yield pending.popleft().result()
+            for job in jobs:
+                pending.append(executor.submit(read, job))
+                break
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def all_images(dataset) -> torch.Tensor:
+    """Every image of an `ImageDataset`, (N, 3, R, R) uint8."""
+    chunks = [range(i, min(i + 256, len(dataset))) for i in range(0, len(dataset), 256)]
+    items = (dataset.__getitems__(list(chunk)) for chunk in chunks)
+    return torch.cat([torch.stack([item["image"] for item in chunk]) for chunk in items])

@@ -29,6 +29,7 @@ SPLIT_FOLDERS = ("train", "validation")
 # what Pillow raises for files that are damaged, are no images, or would fill the memory
 DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
+CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
 
 
 class UnreadableImageError(ValueError):

@@ -112,9 +112,14 @@ class StepBatchSampler:
         for step in range(self.start_step, self.start_step + self.num_steps):
             yield self.batch(step)
 
+    def positions(self, step: int) -> range:
+        """Positions in the run of this process's samples at a micro-step, for `draw_for_positions`."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
     def batch(self, step: int) -> list[int]:
         """The indices of this process at a micro-step."""
-        first = (step * self.world_size + self.rank) * self.batch_size  # position in the run of the first sample
+        first = self.positions(step).start
         if self._cumulative is not None:
             total = self.batch_size * self.world_size * self.accumulation
             random = np.random.default_rng([self.seed, step // self.accumulation])

@@ -1,12 +1,15 @@
 """Latent shards on disk: what `train_dit/extract_latents.py` writes and `train_dit/train.py` reads.
 
 A shard is a safetensors file with `latents` and `latents_flip` (N, C, h, w), the raw latents of images and of their
-mirror images, and `labels` (N,): upstream's layout. latents.json beside them says which autoencoder made them and how;
-while it is missing and plan.json is there, the extraction has not finished.
+mirror images, and `labels` (N,): what `ImgLatentDataset` of hustvl/LightningDiT reads, which takes the statistics from
+latents_stats.pt beside them. latents.json says which autoencoder made them and how; while it is missing and plan.json
+is there, the extraction has not finished.
 """
 
 import hashlib
 import json
+import os
+import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -21,9 +24,10 @@ from torch.utils.data import Dataset
 
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # what a begun extraction is about to write
+STATISTICS_NAME = "latents_stats.pt"  # what upstream's loader takes mean and standard deviation from
 STATISTICS_ROWS = 1024  # latents read at a time while they are verified
 LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SHARD_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LABEL_DTYPES = ("I64", "I32")
 
 
@@ -126,20 +130,84 @@ class ChannelStatistics:
 
 
 def write_shard(
-    path: Path, latents: torch.Tensor, latents_flip: torch.Tensor, labels: torch.Tensor, skipped: Sequence[str] = ()
+    path: Path,
+    latents: torch.Tensor,
+    latents_flip: torch.Tensor,
+    labels: torch.Tensor,
+    skipped: Sequence[str] = (),
+    first: int | None = None,
 ) -> None:
     """Write one shard under another name, then rename it: a shard that exists is complete.
 
-    Args: `skipped`: keys of the samples that should have been in this shard but whose images cannot be read.
+    Args:
+        skipped: keys of the samples that should have been in this shard but whose images cannot be read.
+        first: number of the shard's first sample, counting over all shards, the skipped ones included; with it
+            `LatentDataset` finds shards that are missing, double or overlapping.
     Raises: ValueError for values that are not finite (float16 ends at 65504), before anything is written.
     """
     for name, values in (("latents", latents), ("latents_flip", latents_flip)):
         if not values.isfinite().all():
             raise ValueError(f"{path}: {name} in {values.dtype} hold values that are not finite")
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = _unfinished(path)
     tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
-    save_file(tensors, unfinished, metadata={"skipped": json.dumps(list(skipped))})
+    notes = {"skipped": json.dumps(list(skipped))} | ({} if first is None else {"first": str(first)})
+    save_file(tensors, unfinished, metadata=notes)
+    _put_in_place(unfinished, path)
+
+
+def _unfinished(path: Path) -> Path:
+    """The name under which a file is written: no reader looks at it, and a second attempt overwrites it."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def _put_in_place(unfinished: Path, path: Path) -> None:
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())  # else a power cut could leave the name without the content
     unfinished.rename(path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file, at once or not at all."""
+    unfinished = _unfinished(path)
+    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    _put_in_place(unfinished, path)
+
+
+def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write latents_stats.pt as upstream's loader wants it: float32 tensors (1, C, 1, 1) `mean` and `std`."""
+    unfinished = _unfinished(folder / STATISTICS_NAME)
+    torch.save({"mean": torch.tensor(mean).view(1, -1, 1, 1), "std": torch.tensor(std).view(1, -1, 1, 1)}, unfinished)
+    _put_in_place(unfinished, folder / STATISTICS_NAME)
+
+
+def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
+    """Take an empty folder, or the one this very extraction began in. `plan`: what decides every shard.
+
+    Raises: ValueError if the folder holds other latents (naming what differs) or other files.
+    """
+    path = folder / PLAN_NAME
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(key for key in begun.keys() | plan.keys() if begun.get(key) != plan.get(key))
+        if differing:
+            lines = [f"  {key}: {begun.get(key)} there, {plan.get(key)} now" for key in differing]
+            raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
+        return
+    # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
+    if folder.exists() and [entry for entry in folder.iterdir() if entry != _unfinished(path)]:
+        raise ValueError(f"{folder} is not empty and holds no {PLAN_NAME}: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, plan)
+
+
+def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
+    """Raises: ValueError if a shard that an earlier attempt wrote is not whole, or not of so many samples."""
+    header, skipped = _read_header(path), len(read_skipped(path))
+    count, found = header["labels"]["shape"][0] + skipped, _SHARD_DTYPES[header["latents"]["dtype"]]
+    if count != samples or found != dtype:
+        raise ValueError(
+            f"{path} holds {count} samples in {found}, expected {samples} in {dtype}: delete it and run again"
+        )
 
 
 def read_skipped(path: Path) -> list[str]:
@@ -150,9 +218,7 @@ def read_skipped(path: Path) -> list[str]:
 
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
     """Write latents.json, at once or not at all."""
-    unfinished = folder / f".{METADATA_NAME}.unfinished"
-    unfinished.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-    unfinished.rename(folder / METADATA_NAME)
+    write_json(folder / METADATA_NAME, metadata)
 
 
 class LatentDataset(Dataset):
@@ -169,11 +235,15 @@ class LatentDataset(Dataset):
         id2label: class index -> name; without latents.json the indices from 0 to the largest label.
         num_bytes: of all latents together.
         fingerprint: identifies the files.
+        weights: None: every latent counts the same.
 
     Raises:
         ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
-            together, labels out of range, or other counts than latents.json promises.
+            together, labels out of range, missing, double or overlapping shards, or other files or counts than
+            latents.json promises.
     """
+
+    weights = None
 
     def __init__(self, folder: str | Path, unfinished: bool = False):
         self.folder = Path(folder)
@@ -184,22 +254,23 @@ class LatentDataset(Dataset):
         if not unfinished and not metadata.is_file() and (self.folder / PLAN_NAME).is_file():
             raise ValueError(f"the extraction of {self.folder} has not finished: run the same command again")
         self._open: dict[int, dict[str, torch.Tensor]] = {}
-        counts = self._check_headers()
+        self._bytes: dict[int, dict[str, np.ndarray]] = {}
+        headers = [_read_header(path) for path in self.files]
+        counts = self._check_headers(headers)
         self.ends = np.cumsum(counts)
         self.metadata = json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else None
-        if self.metadata is not None and self.metadata["num_samples"] != len(self):
-            raise ValueError(
-                f"{self.folder} holds {len(self)} latents, {METADATA_NAME} says {self.metadata['num_samples']}"
-            )
+        if self.metadata is not None:
+            self._check_promises(counts)
+        if not unfinished:
+            self._check_order(headers, counts)
         self.labels = torch.cat([self._shard(index)["labels"].long() for index in range(len(self.files))])
         self.id2label = self._check_labels()
         sizes = [f"{path.name}:{path.stat().st_size}:{count}" for path, count in zip(self.files, counts, strict=True)]
         mean = [] if self.metadata is None else self.metadata["mean"]
         self.fingerprint = hashlib.sha256("\n".join([*sizes, str(mean)]).encode()).hexdigest()[:16]
 
-    def _check_headers(self) -> list[int]:
-        """Latents in every shard; sets `shape` and `num_bytes`."""
-        headers = [_read_header(path) for path in self.files]
+    def _check_headers(self, headers: list[dict[str, Any]]) -> list[int]:
+        """Latents in every shard; sets `shape`, `dtype` and `num_bytes`."""
         self.shape, dtype = tuple(headers[0]["latents"]["shape"][1:]), headers[0]["latents"]["dtype"]
         counts = []
         for path, header in zip(self.files, headers, strict=True):
@@ -216,8 +287,50 @@ class LatentDataset(Dataset):
                     f"{flipped['dtype']} and labels {labels['shape']}"
                 )
             counts.append(count)
-        self.num_bytes = 2 * sum(counts) * int(np.prod(self.shape)) * _SHARD_DTYPES[dtype]
+        self.dtype = _SHARD_DTYPES[dtype]
+        self.num_bytes = 2 * sum(counts) * int(np.prod(self.shape)) * self.dtype.itemsize
         return counts
+
+    def _check_promises(self, counts: list[int]) -> None:
+        """Compare with latents.json, which names the shards and their sizes (before that, only the sum)."""
+        found = dict(zip((path.name for path in self.files), counts, strict=True))
+        promised = self.metadata.get("shards", found)
+        for words, names in (
+            ("are missing", promised.keys() - found.keys()),
+            (f"are not in {METADATA_NAME}", found.keys() - promised.keys()),
+            (
+                "hold other counts of latents",
+                {name for name in found.keys() & promised if found[name] != promised[name]},
+            ),
+        ):
+            if names:
+                raise ValueError(f"{self.folder}: shards {words}: {', '.join(sorted(names))}")
+        if self.metadata["num_samples"] != len(self):
+            raise ValueError(
+                f"{self.folder} holds {len(self)} latents, {METADATA_NAME} says {self.metadata['num_samples']}"
+            )
+
+    def _check_order(self, headers: list[dict[str, Any]], counts: list[int]) -> None:
+        """Refuse shards that are missing, double or overlapping, as far as they say what they hold."""
+        notes = [header.get("__metadata__", {}) for header in headers]
+        if all("first" in note for note in notes):
+            expected = 0
+            for path, note, count in zip(self.files, notes, counts, strict=True):
+                first = int(note["first"])
+                if first != expected:
+                    fault = "a shard before it is missing" if first > expected else "a shard is double or overlaps"
+                    raise ValueError(f"{path} begins with sample {first}, expected {expected}: {fault}")
+                expected = first + count + len(json.loads(note["skipped"]))
+            return
+        _check_upstream_names(dict(zip(self.files, counts, strict=True)))
+        seen: dict[str, Path] = {}
+        for index, path in enumerate(self.files):
+            shard = self._shard(index)
+            ends = shard["latents"][[0, len(shard["labels"]) // 2, -1]]  # a copied file has all in common
+            digest = hashlib.sha256(ends.view(torch.uint8).numpy()).hexdigest() + str(shard["labels"].tolist())
+            other = seen.setdefault(hashlib.sha256(digest.encode()).hexdigest(), path)
+            if other != path:
+                raise ValueError(f"{path} holds the same latents as {other.name}: a shard is there twice")
 
     def _check_labels(self) -> dict[int, str]:
         names = None if self.metadata is None else self.metadata["label_names"]
@@ -235,21 +348,32 @@ class LatentDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Raw `latents` and `latents_flip` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for."""
+        both = [self.read(indices, np.full(len(indices), flip)) for flip in (False, True)]
+        return both[0] | {"latents_flip": both[1]["latents"]}
+
+    def read(self, indices: Sequence[int], mirrored: np.ndarray, pin_memory: bool = False) -> dict[str, torch.Tensor]:
+        """One latent for every index, of the image or of its mirror image: half of the reading of both.
+
+        Args:
+            mirrored: (B,) bool: take the latent of the mirror image.
+            pin_memory: the result lies in pinned memory, from where it travels to a GPU without being waited for.
+
+        Returns: raw `latents` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for.
+        Raises: IndexError for an index out of range.
+        """
         wanted = np.asarray(indices)
         if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"indices {indices} of {len(self)} latents")
+        latents = torch.empty(len(wanted), *self.shape, dtype=self.dtype, pin_memory=pin_memory)
+        # Bytes copied row by row, each read once and written once: gathering a shard at a time needs as many steps,
+        # there being as many shards as samples in a batch, and copies twice.
+        rows = latents.flatten(1).view(torch.uint8).numpy()  # (B, bytes of a latent)
         shards = np.searchsorted(self.ends, wanted, side="right")
-        parts, positions = [], []
-        for shard in np.unique(shards):
-            at = np.flatnonzero(shards == shard)
-            start = 0 if shard == 0 else self.ends[shard - 1]
-            tensors = self._shard(int(shard))
-            rows = torch.from_numpy(wanted[at] - start)
-            parts.append({name: tensor[rows] for name, tensor in tensors.items()})
-            positions.append(torch.from_numpy(at))
-        order = torch.cat(positions).argsort()
-        batch = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
-        return batch | {"labels": batch["labels"].long()}
+        starts = np.concatenate([[0], self.ends])[shards]
+        places = zip(shards.tolist(), (wanted - starts).tolist(), mirrored.tolist(), strict=True)
+        for k, (shard, row, flip) in enumerate(places):
+            rows[k] = self._rows(shard)["latents_flip" if flip else "latents"][row]  # lets other threads run
+        return {"latents": latents, "labels": self.labels[torch.from_numpy(wanted)]}
 
     def _shard(self, index: int) -> dict[str, torch.Tensor]:
         if index not in self._open:
@@ -257,8 +381,42 @@ class LatentDataset(Dataset):
                 self._open[index] = {name: file.get_tensor(name) for name in ("latents", "latents_flip", "labels")}
         return self._open[index]
 
+    def _rows(self, index: int) -> dict[str, np.ndarray]:
+        """The latents of a shard as bytes, (N, bytes of a latent)."""
+        if index not in self._bytes:
+            shard = self._shard(index)
+            names = ("latents", "latents_flip")
+            self._bytes[index] = {name: shard[name].flatten(1).view(torch.uint8).numpy() for name in names}
+        return self._bytes[index]
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # mapped files do not travel to worker processes
+        return self.__dict__ | {"_open": {}, "_bytes": {}}  # mapped files do not travel to worker processes
+
+
+def _check_upstream_names(counts: dict[Path, int]) -> None:
+    """Upstream's extraction (MiniMax-AI/VTP, generation/tools/extract_features_vtp.py) writes, on each of R ranks,
+    latents_rank00_shard000 and so on, equally many samples a rank: gaps and the remains of another run show.
+
+    Raises: ValueError naming the rank.
+    """
+    ranks: dict[int, dict[int, int]] = {}
+    for path, count in counts.items():
+        match = re.fullmatch(r"latents_rank(\d+)_shard(\d+)\.safetensors", path.name)
+        if match is None:
+            return  # another program's names: nothing is known of their order
+        ranks.setdefault(int(match[1]), {})[int(match[2])] = count
+    folder = next(iter(counts)).parent
+    for rank in range(max(ranks) + 1):
+        there = ranks.get(rank, {})
+        gaps = sorted(set(range(max(there, default=0) + 1)) - there.keys())
+        if gaps:
+            raise ValueError(f"{folder}: latents_rank{rank:02d}_shard{gaps[0]:03d}.safetensors is missing")
+    totals = {rank: sum(there.values()) for rank, there in sorted(ranks.items())}
+    if len(set(totals.values())) > 1:
+        raise ValueError(
+            f"{folder}: the ranks hold {totals} latents, expected equally many: shards are missing, or some are left "
+            "from an extraction with another number of processes"
+        )
 
 
 def verify_shards(
@@ -301,6 +459,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
+    if header["labels"]["shape"] == [0]:
+        raise ValueError(f"{path} holds no latents")
     if header["latents"]["dtype"] not in _SHARD_DTYPES or len(header["latents"]["shape"]) != 4:
         raise ValueError(f"{path}: latents are {header['latents']}, expected (N, C, h, w) in 16 or 32 bits")
     if header["labels"]["dtype"] not in _LABEL_DTYPES:
