@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 import torch
 
 from vtp_diffusion import AutoencoderVTP
-from vtp_diffusion.batches import all_images, fits_on_device, gathered_batches, read_batches
+from vtp_diffusion.batches import image_batches, plain_batches
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, augment_images, open_dataset
-from vtp_diffusion.images import from_uint8, image_grid, to_pil
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
     ReconstructionConfig,
@@ -26,12 +25,12 @@ from vtp_diffusion.pretraining import (
     VTPForPreTraining,
     evaluate_reconstruction,
     measure_latent_statistics,
+    reconstruction_grid,
 )
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
 
-EVALUATION_BATCH = 64  # images
 MEASURES = {"psnr", "lpips"}
 
 
@@ -77,17 +76,10 @@ class Config(TrainingConfig):
         return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
 
 
-def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-    return {"image": torch.stack([item["image"] for item in items])}
-
-
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, dataset) -> Iterator[dict]:
     """Inputs of every objective, micro-step by micro-step; everything random is keyed by the micro-step."""
     sampler = run.batch_sampler(len(dataset), dataset.weights)
-    if fits_on_device(len(dataset) * 3 * config.data.resolution**2, run.device, config.keep_on_device):
-        batches = gathered_batches({"image": all_images(dataset).to(run.device)}, sampler)
-    else:
-        batches = read_batches(dataset, sampler, collate, run.device, config.dataloader_num_workers)
+    batches = image_batches(dataset, sampler, run.device, config.keep_on_device, config.dataloader_num_workers)
     reconstruction = objective.objectives["reconstruction"]
     for micro_step, batch in zip(run.micro_steps, batches, strict=True):
         generator = run.generator(micro_step)
@@ -96,31 +88,14 @@ def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraini
         yield {"reconstruction": {"images": images, **random}}
 
 
-def plain_batches(dataset, device: torch.device, flips: bool = False) -> Iterator[torch.Tensor]:
-    """The images of a data set in order, (B, 3, R, R) in [-1, 1], each batch mirrored as well with `flips`."""
-    for start in range(0, len(dataset), EVALUATION_BATCH):
-        items = dataset.__getitems__(list(range(start, min(start + EVALUATION_BATCH, len(dataset)))))
-        images = from_uint8(collate(items)["image"].to(device))
-        yield images
-        if flips:
-            yield images.flip(3)
-
-
 def validate(
     run: TrainingRun, config: Config, autoencoder: AutoencoderVTP, datasets: dict, perceptual, step: int
 ) -> None:
     """PSNR and LPIPS on held-out images, and a grid of originals with their reconstructions below."""
     name, dataset = list(datasets.items())[-1]
     measured = evaluate_reconstruction(autoencoder, plain_batches(dataset, run.device), perceptual)
-    count = min(config.validation_images, len(dataset))
-    chosen = [k * len(dataset) // count for k in range(count)]  # spread over the whole data set
-    images = from_uint8(collate(dataset.__getitems__(chosen))["image"].to(run.device))
-    decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
-    columns, pictures = min(8, count), []
-    for i in range(0, count, columns):
-        pictures += to_pil(images[i : i + columns]) + to_pil(decoded[i : i + columns])
     values = {f"{name}_{key}": value for key, value in measured.items()}
-    run.report(step, values, image_grid(pictures, columns))
+    run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
 
 
 def finish(run: TrainingRun, config: Config, autoencoder: AutoencoderVTP, datasets: dict, perceptual) -> dict:

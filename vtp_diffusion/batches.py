@@ -9,11 +9,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .data_order import StepBatchSampler
+from .images import from_uint8
 
 # A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
 # other users of the machine need the rest.
 DEVICE_SHARE = 0.25  # of an accelerator's memory
 HOST_BYTES = 2**30  # where the device is the host
+PLAIN_BATCH = 64  # images at a time where nothing is trained
 
 READ_AHEAD = 2  # batches a thread
 
@@ -90,8 +92,43 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: 
         executor.shutdown(cancel_futures=True)
 
 
-def all_images(dataset) -> torch.Tensor:
+def collate_images(items: list[dict[str, Any]]) -> Columns:
+    """Items of an `ImageDataset` -> {"image": uint8 (B, 3, R, R)}."""
+    return {"image": torch.stack([item["image"] for item in items])}
+
+
+def all_images(dataset: Dataset) -> torch.Tensor:
     """Every image of an `ImageDataset`, (N, 3, R, R) uint8."""
     chunks = [range(i, min(i + 256, len(dataset))) for i in range(0, len(dataset), 256)]
-    items = (dataset.__getitems__(list(chunk)) for chunk in chunks)
-    return torch.cat([torch.stack([item["image"] for item in chunk]) for chunk in items])
+    return torch.cat([collate_images(dataset.__getitems__(list(chunk)))["image"] for chunk in chunks])
+
+
+def image_batches(
+    dataset: Dataset,
+    sampler: StepBatchSampler,
+    device: torch.device,
+    keep_on_device: bool | None,
+    num_workers: int,
+) -> Iterator[Columns]:
+    """{"image": uint8 (B, 3, R, R)} batches of an `ImageDataset` on the device, where the whole set is held if it fits
+    (see `fits_on_device`)."""
+    if not fits_on_device(len(dataset) * 3 * dataset.resolution**2, device, keep_on_device):
+        return read_batches(dataset, sampler, collate_images, device, num_workers)
+    return gathered_batches({"image": all_images(dataset).to(device)}, sampler)
+
+
+def plain_batches(
+    dataset: Dataset, device: torch.device, flips: bool = False, limit: int | None = None
+) -> Iterator[torch.Tensor]:
+    """The images of an `ImageDataset` in order, (B, 3, R, R) in [-1, 1], each batch mirrored as well with `flips`.
+
+    Args: `limit`: so many images at most, spread over the whole set.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    chosen = [k * len(dataset) // count for k in range(count)]
+    for start in range(0, count, PLAIN_BATCH):
+        items = dataset.__getitems__(chosen[start : start + PLAIN_BATCH])
+        images = from_uint8(collate_images(items)["image"].to(device))
+        yield images
+        if flips:
+            yield images.flip(3)

@@ -6,12 +6,15 @@ runs those it was given and adds them up, so that another objective is one more 
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from .autoencoder_vtp import AutoencoderVTP
-from .images import from_uint8, to_uint8
+from .batches import collate_images
+from .images import from_uint8, image_grid, to_pil, to_uint8
 from .latents import ChannelStatistics
 from .metrics.pixels import psnr
 
@@ -93,12 +96,20 @@ class ReconstructionObjective(nn.Module):
 
         Args: `images`: (B, 3, H, W) in [-1, 1]; `noise`: (B, C, h, w) standard normal; `noise_level`: (B,).
         """
-        config = self.config
         latents = autoencoder.encode(images).latent.float()  # (B, C, h, w)
         if noise is not None:
-            scale = latents.detach().std((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
-            latents = latents + noise_level[:, None, None, None] * scale * noise
-        decoded = autoencoder.decode(latents).sample.float()
+            latents = self.disturb(latents, noise, noise_level)
+        return self.compare(autoencoder.decode(latents).sample.float(), images)
+
+    def disturb(self, latents: torch.Tensor, noise: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) plus noise of that shape, in deviations of each channel over the batch, times
+        `noise_level` (B,)."""
+        scale = latents.detach().std((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
+        return latents + noise_level[:, None, None, None] * scale * noise
+
+    def compare(self, decoded: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The named losses of decoded images against the originals, both (B, 3, H, W), and their weighted sum."""
+        config = self.config
         difference = decoded - images
         losses = {"l1": difference.abs().mean()}
         if config.l2 > 0:
@@ -163,6 +174,19 @@ def evaluate_reconstruction(
     if not values["psnr"]:
         raise ValueError("no images to evaluate the reconstruction on")
     return {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
+
+
+@torch.no_grad()
+def reconstruction_grid(autoencoder: AutoencoderVTP, dataset: Any, count: int) -> Image.Image:
+    """`count` images spread over an `ImageDataset`, rows of up to eight originals above their reconstructions."""
+    count = min(count, len(dataset))
+    chosen = [k * len(dataset) // count for k in range(count)]
+    images = from_uint8(collate_images(dataset.__getitems__(chosen))["image"].to(autoencoder.device))
+    decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
+    columns, pictures = min(8, count), []
+    for i in range(0, count, columns):
+        pictures += to_pil(images[i : i + columns]) + to_pil(decoded[i : i + columns])
+    return image_grid(pictures, columns)
 
 
 @torch.no_grad()

@@ -47,6 +47,9 @@ class TrainingRun:
         model_name: as the pipeline calls it.
         fingerprint: identifies the training data; a checkpoint is only resumed on the same.
         not_saved: prefixes of state-dict keys of `objective` that are rebuilt from elsewhere, never saved.
+        groups: parameter groups of AdamW where not everything is trained alike; None is what `parameter_groups` gives.
+            Beside AdamW's settings a group may have `lr_scale`, a factor on the learning rate, and `network`, a name:
+            the gradients of a network are clipped by themselves. A step is left out for all networks or for none.
 
     Raises:
         ValueError: the latest checkpoint was made from other data, or its weights do not fit.
@@ -61,6 +64,7 @@ class TrainingRun:
         model_name: str,
         fingerprint: str,
         not_saved: tuple[str, ...] = (),
+        groups: list[dict[str, Any]] | None = None,
     ):
         accelerate = require("accelerate", "train")
         self.config, self.folder, self.model, self.model_name = config, folder, model, model_name
@@ -89,7 +93,7 @@ class TrainingRun:
             folder.claim()
         self.accelerator.wait_for_everyone()
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(objective, config.adam_weight_decay),
+            parameter_groups(objective, config.adam_weight_decay) if groups is None else groups,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
@@ -98,6 +102,9 @@ class TrainingRun:
         self.objective, self.prepared_optimizer = self.accelerator.prepare(objective, self.optimizer)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.networks: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            self.networks.setdefault(group.get("network", ""), []).extend(group["params"])
         self.average = AveragedWeights(self.parameters, config.ema_decay, config.ema_bias_correction)
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
@@ -193,7 +200,8 @@ class TrainingRun:
             for name, value in losses.items():
                 means[name] = means.get(name, 0) + value.detach().float() / count
         rate = learning_rate_at(step, self.config)
-        means["grad_norm"], finite = self._update(rate)
+        norms, finite = self._update(rate)
+        means |= norms
         values = torch.stack([*means.values(), finite])
         values = torch.where(finite > 0, values, 0.0)  # a step that was left out does not enter the averages
         self._sums = values if self._sums is None else self._sums + values
@@ -201,22 +209,25 @@ class TrainingRun:
         if self._log_due(step):
             self._log(step + 1, rate)
 
-    def _update(self, rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clip, step, average: (gradient norm, 1 or 0). A step whose gradients are not finite is left out, and that
+    def _update(self, rate: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Clip, step, average: (gradient norms, 1 or 0). A step whose gradients are not finite is left out, and that
         (the 0) is decided on the device: asking it would make it wait at every step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.accelerator.unscale_gradients(self.prepared_optimizer)
-        limit = self.config.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, math.inf if limit is None else limit, foreach=True)
-        bad = (~torch.isfinite(norm)).float()
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norms = {
+            f"{network}/grad_norm".lstrip("/"): torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+            for network, parameters in self.networks.items()
+        }
+        bad = (~torch.isfinite(sum(norms.values()))).float()
         if self.accelerator.scaler is None:  # with fp16 the loss scaler does the same, in the same way
             self.optimizer.found_inf = bad
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad(set_to_none=True)
         self.average.update(self.parameters)
         self.skipped = torch.stack([(self.skipped[0] + bad) * bad, self.skipped[1] + bad])
-        return norm, 1 - bad
+        return norms, 1 - bad
 
     def _log(self, step: int, rate: float) -> None:
         means = self._sums[:-1] / self._sums[-1].clamp(min=1)
