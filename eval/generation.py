@@ -1,63 +1,83 @@
-"""How far generated images are from real ones: Fréchet distances with their floor and a control, near-duplicates.
+"""How far generated images are from real ones: FID, sFID, Inception score, precision, recall, density, coverage, KID;
+the same on other networks; floors, spreads, a control and near-duplicates.
 
     python eval/generation.py --images weights/openmoji-128 --num_images 1000 --guidance_scale 2.5 \\
         --reference openmoji --control untrained --nearest_neighbours pairs.png --output results.json
 
-    python eval/generation.py --images samples.npz --reference FOLDER --feature_network inception \\
-        --weights inception=weights-inception-2015-12-05-6726825d.pth --output fid.json
+    python eval/generation.py --images samples.npz --num_images 50000 --reference VIRTUAL_imagenet256_labeled.npz \\
+        --feature_network inception --weights weights-inception-2015-12-05-6726825d.pth --output fid.json
+
+    accelerate launch eval/generation.py --images PIPELINE --num_images 50000 --reference FILE.npz ...
+
+    python eval/generation.py reference --reference FOLDER --resolution 256 --feature_network inception \\
+        --output reference.npz
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
-sampled: image k with seed + k. --save_images keeps what was sampled, so that it can be measured elsewhere or again.
---reference and --floor_images take an npz, or a source of `vtp_diffusion.data` (a folder, openmoji, a `datasets`
-collection), which is cropped to the size of the generated images.
+sampled while it is measured: image k with seed + k, nothing is written. --save_images keeps what was sampled, so that
+it can be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `vtp_diffusion.data`
+(a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
+the statistics of ADM's evaluator; `generation.py reference` makes such a file.
 
-Of every distance three numbers are given: to the whole reference; at the sizes at which real images can be compared
-with real ones; and what real images get there, the floor. The last two belong together (`metrics/statistics.py`).
-Without --floor_images the floor comes from two disjoint random parts of the reference, with it from real images
-outside it. A control (images of an untrained network) shows what no learning gets. Variants that a data set draws less
-often (skin tones) are left out of the reference of the distances; neighbours are looked for among all of it.
+With inception (the weights of 2015, whose hash is checked) the numbers are those of ADM's evaluator, which papers
+quote: FID, sFID, Inception score, precision and recall. Density and coverage are those of arXiv:2002.09797, KID is the
+unbiased estimate of arXiv:1801.01401, not multiplied by 1000. On other networks (vgg16, efficientnet_lite0, and
+vtp:FOLDER, the encoder of a saved VTP) the same things carry the network's name and are no FID.
+
+Of every distance three numbers are given: to the whole reference, with its standard error; at the sizes at which real
+images can be compared with real ones; and what real images get there, the floor. The last two belong together
+(`metrics/statistics.py`). Without --floor_images the floor comes from two disjoint random parts of the reference, with
+it from real images outside it. A control (images of an untrained network) shows what no learning gets. Variants that a
+data set draws less often (skin tones) are left out of the reference; neighbours are looked for among all of it.
+
+Features are kept, images are not: 0.7 GB for 50,000 images on inception, whatever their size. Equal images are
+counted, and refused in a folder or an npz, where they come from files that are there twice.
 """
 
-import hashlib
 import json
-import math
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from tqdm.auto import tqdm
 
-import vtp_diffusion
+from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import DataConfig, open_dataset
 from vtp_diffusion.metrics import (
-    FEATURE_NETWORKS,
+    Extractor,
     FeatureNetwork,
-    GaussianStatistics,
     extract_features,
-    feature_network,
-    floor_of_halves,
-    floor_of_images,
-    frechet_distance,
+    file_sha256,
     near_duplicate_threshold,
     nearest_neighbours,
     neighbour_grid,
-    weight_files,
 )
+from vtp_diffusion.metrics.evaluation import MEASURED, Measurement, wanted_outputs
+from vtp_diffusion.metrics.npz import ImageSpool, NpzImages
+from vtp_diffusion.metrics.passes import (
+    FeaturesConfig,
+    open_networks,
+    open_reference,
+    record_source,
+    settings_of,
+    split_rule,
+    versions,
+)
+from vtp_diffusion.metrics.records import ImageRecord
+from vtp_diffusion.metrics.references import read_statistics, write_statistics
 from vtp_diffusion.metrics.sources import (
-    ArrayImages,
     DatasetImages,
     FolderImages,
     ImageSource,
     LabelRule,
+    PipelineImages,
     draw_labels,
-    read_batches,
-    sample_images,
+    pipeline_image_size,
 )
+from vtp_diffusion.processes import join_processes, this_process
 
 NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"
@@ -65,32 +85,21 @@ CALIBRATION_IMAGES = 1000
 PAIRS = 24
 
 
-@dataclass
-class GenerationConfig:
+@dataclass(kw_only=True)
+class GenerationConfig(FeaturesConfig):
     images: str = field(metadata={"help": "folder of images, npz, or folder of a pipeline to sample"})
-    reference: str = field(metadata={"help": "real images: npz, folder, openmoji or a `datasets` collection"})
-    output: str = field(metadata={"help": "FILE.json for the results"})
-    reference_split: str = field(default="train", metadata={"help": "split of the reference"})
     floor_images: str | None = field(default=None, metadata={"help": "real images outside the reference, as it"})
     floor_split: str = field(default="validation", metadata={"help": "split of the floor images"})
-    data: DataConfig = field(
-        default_factory=DataConfig,
-        metadata={"help": "columns, hold-out and cache of both; reference and floor_images set the source"},
-    )
     control: str | None = field(
         default=None,
         metadata={
             "help": "images or pipeline of an untrained network; untrained = the pipeline, its transformer reset"
         },
     )
-    feature_network: list[str] = field(
-        default_factory=lambda: ["vgg16", "efficientnet_lite0"],
-        metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}"},
-    )
-    weights: list[str] = field(default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network"})
     nearest_neighbours: str | None = field(
         default=None, metadata={"help": "FILE.png: count near-duplicates and show the nearest pairs"}
     )
+    allow_duplicates: bool = field(default=False, metadata={"help": "measure files that hold an image twice"})
     save_images: str | None = field(
         default=None, metadata={"help": "folder for what is sampled, generated.npz and control.npz, to measure again"}
     )
@@ -104,31 +113,17 @@ class GenerationConfig:
     guidance_interval: tuple[float, float] = field(
         default=(0.0, 1.0), metadata={"help": "times between which guidance is on, 0 is noise and 1 is data"}
     )
-    seed: int = field(default=0, metadata={"help": "of samples, labels and random subsets"})
-    batch_size: int = field(default=32, metadata={"help": "images at once"})
+    batch_size: int = field(default=32, metadata={"help": "images sampled at once"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "precision in which a pipeline is sampled; features are always float32"}
-    )
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
+        default="float32", metadata={"help": "precision in which a pipeline is sampled"}
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.output.endswith(".json"):
             raise ValueError(f"output must be a FILE.json, got {self.output}")
         if self.nearest_neighbours is not None and not self.nearest_neighbours.endswith(".png"):
             raise ValueError(f"nearest_neighbours must be a FILE.png, got {self.nearest_neighbours}")
-        if (self.data.source, self.data.resolution) != (DataConfig.source, DataConfig.resolution):
-            raise ValueError(
-                "data.source and data.resolution are decided by reference, floor_images and the size of the images: "
-                f"got {self.data.source} and {self.data.resolution}"
-            )
-        if not self.feature_network:
-            raise ValueError(f"feature_network is empty, expected one or more of {', '.join(FEATURE_NETWORKS)}")
-        for name in self.feature_network:
-            if name not in FEATURE_NETWORKS:
-                raise ValueError(f"feature network {name!r} is unknown; known: {', '.join(FEATURE_NETWORKS)}")
-        weight_files(self.weights)
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 2):
             raise ValueError(
                 f"batch_size must be at least 1 and num_images 2, got {self.batch_size} and {self.num_images}"
@@ -143,6 +138,23 @@ class GenerationConfig:
             if source is not None and is_pipeline(source) and self.num_images is None:
                 raise ValueError(f"{source} is a pipeline: num_images must say how many images to sample")
 
+    @property
+    def networks(self) -> list[str]:
+        """Those that images pass through, that of the neighbours among them."""
+        return list(dict.fromkeys(self.feature_network + [NEIGHBOUR_NETWORK] * (self.nearest_neighbours is not None)))
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig(FeaturesConfig):
+    resolution: int = field(default=256, metadata={"help": "side that the images are cropped to"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.output.endswith(".npz"):
+            raise ValueError(f"output must be a FILE.npz, got {self.output}")
+        if len(self.feature_network) != 1:
+            raise ValueError(f"a file holds statistics of one feature network, got {', '.join(self.feature_network)}")
+
 
 def is_pipeline(source: str) -> bool:
     return (Path(source) / "model_index.json").is_file()
@@ -153,32 +165,13 @@ def open_images(source: str) -> ImageSource:
     if path.is_dir():
         return FolderImages(path)
     if path.suffix == ".npz" and path.is_file():
-        return ArrayImages.from_npz(path)
+        return NpzImages(path)
     raise ValueError(f"{source} is neither a folder of images, nor an npz file, nor a folder of a pipeline")
-
-
-def open_reference(data: DataConfig, source: str, split: str, size: tuple[int, int]) -> tuple[ImageSource, list[int]]:
-    """Real images of the given height and width, and the indices of those that are no variants of others."""
-    if source.endswith(".npz"):
-        images = ArrayImages.from_npz(source)
-        if image_size(images) != size:
-            raise ValueError(f"{source} holds images of {image_size(images)}, the generated ones are {size}")
-        return images, list(range(len(images)))
-    if size[0] != size[1]:
-        raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
-    dataset = open_dataset(replace(data, source=source, resolution=size[0]), split)
-    return DatasetImages(dataset), torch.nonzero(dataset.weights == dataset.weights.max()).flatten().tolist()
-
-
-def open_wanted(config: GenerationConfig, source: str) -> ImageSource | DiffusionPipeline:
-    if source == UNTRAINED:
-        return load_pipeline(config, config.images, reset=True)
-    return load_pipeline(config, source) if is_pipeline(source) else open_images(source)
 
 
 def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) -> DiffusionPipeline:
     """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, config.dtype)).to(config.device)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, config.dtype)).to(config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:
@@ -189,111 +182,141 @@ def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) ->
     return pipe
 
 
-def sampling_settings(config: GenerationConfig, pipe: DiffusionPipeline) -> dict:
-    """What decides sampled images beside seeds, labels and the sampler's arguments: the weights and the scheduler."""
-    weights = {}
-    for name in ("vae", "transformer"):
-        digest = hashlib.sha256()
-        for key, tensor in sorted(getattr(pipe, name).state_dict().items()):
-            digest.update(
-                f"{key} {tuple(tensor.shape)}".encode() + tensor.float().cpu().contiguous().numpy().tobytes()
-            )
-        weights[name] = digest.hexdigest()[:16]
-    scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
-    return {"weights": weights, "scheduler": scheduler, "labels": config.labels, "dtype": str(pipe.dtype)}
+def open_wanted(config: GenerationConfig, source: str) -> ImageSource | DiffusionPipeline:
+    if source == UNTRAINED:
+        return load_pipeline(config, config.images, reset=True)
+    return load_pipeline(config, source) if is_pipeline(source) else open_images(source)
 
 
-def image_size(source: ImageSource | DiffusionPipeline) -> tuple[int, int]:
-    if isinstance(source, DiffusionPipeline):
-        dit = source.transformer.config
-        latents = torch.zeros(1, dit.in_channels, dit.sample_size, dit.sample_size, device=source.device)
-        with torch.inference_mode():
-            return tuple(source.decode_latents(latents).shape[2:])
-    return tuple(source.read([0]).shape[2:])
+def sampled(config: GenerationConfig, pipe: DiffusionPipeline, reference_labels: list[int] | None) -> PipelineImages:
+    """The images that a pipeline will make."""
+    num_classes = pipe.transformer.config.num_classes
+    labels = draw_labels(config.labels, config.num_images, num_classes, config.seed, reference_labels)
+    images = PipelineImages(
+        pipe,
+        labels,
+        config.seed,
+        config.batch_size,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        guidance_interval=config.guidance_interval,
+    )
+    images.settings["labels"] = config.labels
+    return images
 
 
-def images_to_compare(
-    config: GenerationConfig, name: str, source: ImageSource | DiffusionPipeline, reference_labels: list[int] | None
-) -> tuple[ImageSource, list[int]]:
-    """The images and the indices of those that count: all, or a random subset; a pipeline makes them now."""
-    if isinstance(source, DiffusionPipeline):
-        made_with = sampling_settings(config, source)
-        num_classes = source.transformer.config.num_classes
-        labels = draw_labels(config.labels, config.num_images, num_classes, config.seed, reference_labels)
-        with tqdm(total=len(labels), desc=f"sampling {name}") as progress:
-            source = sample_images(
-                source,
-                labels,
-                config.seed,
-                config.batch_size,
-                progress.update,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                guidance_interval=config.guidance_interval,
-            )
-        source.settings |= made_with
-        if config.save_images is not None:
-            source.save_npz(Path(config.save_images) / f"{name}.npz")
+def chosen_images(config: GenerationConfig, name: str, source: ImageSource) -> list[int]:
+    """Indices of the images that count: all, or a random subset."""
     count = len(source) if config.num_images is None else config.num_images
     if count > len(source):
         raise ValueError(f"num_images is {count}, but the {name} images are {len(source)}")
     if count == len(source):
-        return source, list(range(count))
-    return source, sorted(np.random.default_rng(config.seed).permutation(len(source))[:count].tolist())
+        return list(range(count))
+    return sorted(np.random.default_rng(config.seed).permutation(len(source))[:count].tolist())
 
 
-def measure(features: dict[str, torch.Tensor], network: FeatureNetwork, seed: int) -> list[dict]:
-    """One row for the generated images and one for the control."""
-    reference = features["reference"]
-    rows = []
-    for name in ("generated", "control"):
-        if name not in features:
-            continue
-        if "floor" in features:
-            floor = floor_of_images(features[name], reference, features["floor"], seed)
-        else:
-            floor = floor_of_halves(features[name], reference, seed)
-        distance = frechet_distance(GaussianStatistics.of(features[name]), GaussianStatistics.of(reference))
-        rows.append(
-            {
-                "distance": network.distance_name,
-                "images": name,
-                "value": distance,
-                "num_images": len(features[name]),
-                "num_reference": len(reference),
-                "floor": asdict(floor),
-            }
+Sources = dict[str, tuple[ImageSource, list[int]]]
+
+
+def collect_images(config: GenerationConfig) -> Sources:
+    """Name -> images and the indices of those that count, in the order in which they are to be read.
+
+    Everything is opened and compared before a pipeline makes the first image.
+    """
+    wanted = {"generated": config.images} | ({"control": config.control} if config.control is not None else {})
+    opened = {name: open_wanted(config, source) for name, source in wanted.items()}
+    sizes = {
+        name: pipeline_image_size(source) if isinstance(source, DiffusionPipeline) else source.size
+        for name, source in opened.items()
+    }
+    size = sizes["generated"]
+    if sizes.get("control", size) != size:
+        raise ValueError(f"control images are {sizes['control']}, the generated ones are {size}")
+    real: Sources = {}
+    if config.floor_images is not None:
+        floor = open_reference(config.data, config.floor_images, config.floor_split, size)
+        if floor is None:
+            raise ValueError(f"floor_images {config.floor_images} holds statistics, expected images")
+        real["floor"] = floor[0], floor[1]
+    labels = None
+    reference = open_reference(config.data, config.reference, config.reference_split, size)
+    if reference is not None:
+        source, base, variants = reference
+        real["reference"] = source, base
+        if config.nearest_neighbours is not None and variants:
+            real["variants"] = source, variants
+        labels = [source.labels[i] for i in base] if isinstance(source, DatasetImages) else None
+    elif config.nearest_neighbours is not None or config.floor_images is not None:
+        raise ValueError(f"{config.reference} holds statistics only: neighbours and floors need images")
+    sources: Sources = {}
+    for name, source in opened.items():
+        if isinstance(source, DiffusionPipeline):
+            source = sampled(config, source, labels)
+        sources[name] = source, chosen_images(config, name, source)
+    return sources | real
+
+
+def record_all(
+    config: GenerationConfig, sources: Sources, extractors: dict[str, Extractor], wait: Callable[[], None]
+) -> dict[str, ImageRecord]:
+    """Name -> record of every set of images; what is sampled is kept if that is wanted. `wait` for all processes."""
+    records, neighbours = {}, config.nearest_neighbours is not None
+    for name, (source, kept) in sources.items():
+        spool = None
+        if config.save_images is not None and isinstance(source, PipelineImages):
+            spool = ImageSpool(Path(config.save_images) / f"{name}.npz", len(kept), source.size)
+            if this_process()[0] == 0:
+                spool.create()
+            wait()
+        wanted = {
+            network: wanted_outputs(extractor.network, name, all_features=neighbours and network == NEIGHBOUR_NETWORK)
+            for network, extractor in extractors.items()
+            if name != "variants" or network == NEIGHBOUR_NETWORK
+        }
+        records[name] = record_source(config, name, source, kept, extractors, wanted, spool)
+        if spool is not None and this_process()[0] == 0:
+            spool.pack(settings=np.array(json.dumps(source.settings)))
+        if name in MEASURED:
+            check_duplicates(config, name, source, records[name])
+    return records
+
+
+def check_duplicates(config: GenerationConfig, name: str, source: ImageSource, found: ImageRecord) -> None:
+    """Refuse files that hold an image twice; what a pipeline repeats is its own, and only counted."""
+    if found.duplicates and not config.allow_duplicates and not isinstance(source, PipelineImages):
+        first, second = found.example
+        raise ValueError(
+            f"{found.duplicates} of the {name} images equal an earlier one, the first is image {second}, which equals "
+            f"image {first} (counted from 0): N would be fewer than it says. Remove them, or say --allow_duplicates"
         )
-    return rows
 
 
 def count_near_duplicates(
-    config: GenerationConfig,
-    sources: dict[str, tuple[ImageSource, list[int]]],
-    features: dict[str, torch.Tensor],
-    base: list[int],
-    network: FeatureNetwork,
+    config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord], network: FeatureNetwork
 ) -> dict:
     """Shares of images that are near-duplicates of reference images; writes the picture of the nearest pairs."""
 
     def extract(images: torch.Tensor) -> torch.Tensor:
-        return extract_features(network, images.split(config.batch_size), config.device)
+        return extract_features(network, images.split(config.feature_batch_size), config.device)
 
-    reference = sources["reference"][0]
-    chosen = np.random.default_rng(config.seed).permutation(base)[:CALIBRATION_IMAGES].tolist()
-    calibration = reference.read(chosen)
+    features = {n: r.outputs[NEIGHBOUR_NETWORK]["features"].features for n, r in records.items()}
+    reference, base = sources["reference"]
+    keys = torch.cat([features["reference"], *(features[n] for n in ("variants",) if n in features)])
+    key_indices = torch.tensor(base + (sources["variants"][1] if "variants" in sources else []))
+    chosen = np.random.default_rng(config.seed).permutation(len(base))[:CALIBRATION_IMAGES].tolist()
+    calibration = reference.read([base[k] for k in chosen])
     threshold = near_duplicate_threshold(calibration, features["reference"][chosen], extract, config.seed)
     result = {"network": NEIGHBOUR_NETWORK, "threshold": threshold, "calibration_images": len(chosen)}
-    for name in features.keys() - {"reference"}:
-        distances, indices = nearest_neighbours(features[name], features["reference"])
+    for name in features.keys() - {"reference", "variants"}:
+        distances, indices = nearest_neighbours(features[name], keys)
         close = int((distances < threshold).sum())
         result[name] = {"near_duplicates": close, "num_images": len(distances), "share": close / len(distances)}
         if name == "generated":
             source, kept = sources[name]
-            nearest = distances.argsort(stable=True)[:PAIRS].tolist()
-            pairs = source.read([kept[i] for i in nearest]), reference.read(indices[nearest].tolist())
-            picture = neighbour_grid(*pairs, distances[nearest])
-    among, _ = nearest_neighbours(features["reference"][base], features["reference"][base], exclude_self=True)
+            nearest = distances.argsort(stable=True)[:PAIRS]
+            shown = source.read([kept[k] for k in nearest.tolist()])
+            picture = neighbour_grid(shown, reference.read(key_indices[indices[nearest]].tolist()), distances[nearest])
+    among, _ = nearest_neighbours(features["reference"], features["reference"], exclude_self=True)
     close = int((among < threshold).sum())
     result["reference"] = {"near_duplicates": close, "num_images": len(base), "share": close / len(base)}
     Path(config.nearest_neighbours).parent.mkdir(parents=True, exist_ok=True)
@@ -301,16 +324,55 @@ def count_near_duplicates(
     return result
 
 
+def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:
+    """What identifies the images: how many, which, what made them, which rules chose them."""
+    made = {name: source.settings for name, (source, _) in sources.items() if name in MEASURED and source.settings}
+    files = {"images": config.images, "control": config.control, "reference": config.reference}
+    files |= {"floor_images": config.floor_images}
+    reference = sources.get("reference")
+    base = None if reference is None else len(reference[1])
+    counts = {name: len(kept) for name, (_, kept) in sources.items() if name != "variants"}
+    counts |= {"reference": None if reference is None else len(reference[0]), "reference_without_variants": base}
+    return {
+        "image_size": list(sources["generated"][0].size),
+        "counts": counts,
+        "labels_rule": {name: made.get(name, {}).get("labels", "unknown") for name in records if name in MEASURED},
+        "split_rule": split_rule(config),
+        "duplicates": {name: found.duplicates for name, found in records.items()},
+        "images_sha256": {name: found.sha256 for name, found in records.items()},
+        "files_sha256": {
+            key: file_sha256(path) for key, path in files.items() if path is not None and path.endswith(".npz")
+        },
+        "converted": {n: s.converted for n, (s, _) in sources.items() if isinstance(s, FolderImages) and s.converted},
+        "sampling": {name: {k: v for k, v in s.items() if k != "label_ids"} for name, s in made.items()},
+        "fingerprints": {n: s.dataset.fingerprint for n, (s, _) in sources.items() if isinstance(s, DatasetImages)},
+    }
+
+
 def print_results(results: dict) -> None:
-    print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>10}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
-    for row in results["distances"]:
-        floor = row["floor"]
+    print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
+    for row in results["distances"] + results["kernel_distances"]:
+        floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
+        print(f"{row['distance']:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
+        if floor is None:
+            print("no floor: the reference has too few images")
+            continue
         print(
-            f"{row['distance']:12} {row['images']:10} {row['num_images']:7} {row['value']:10.3f}   "
-            f"{floor['generated']:12.3f} ± {floor['generated_deviation']:7.3f} "
-            f"{floor['real']:10.3f} ± {floor['real_deviation']:7.3f}  "
+            f"{floor['generated']:12.4g} ± {floor['generated_deviation']:7.2g} "
+            f"{floor['real']:10.4g} ± {floor['real_deviation']:7.2g}  "
             f"{floor['sizes'][0]} against {floor['sizes'][1]} ({floor['kind']})"
         )
+    for row in results["scores"]:
+        spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
+        order = f"  {row['order']}" if row.get("order", "as given") != "as given" else ""
+        print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}{order}")
+    for row in results["not_measured"]:
+        print(f"not measured: {row['what']} of {row['images']} on {row['network']}: {row['why']}")
+    repeated = {name: number for name, number in results["duplicates"].items() if number}
+    for name, number in repeated.items():
+        print(f"{name}: {number} of {results['counts'].get(name)} images equal an earlier one")
+    for name, modes in results["converted"].items():
+        print(f"{name}: converted to 8-bit RGB: {', '.join(f'{n} of mode {mode}' for mode, n in modes.items())}")
     if "near_duplicates" in results:
         found = results["near_duplicates"]
         print(f"near-duplicates in the reference (cosine distance below {found['threshold']:.4f}):")
@@ -320,66 +382,72 @@ def print_results(results: dict) -> None:
                 print(f"{name:12} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
 
 
-def collect_images(config: GenerationConfig) -> tuple[dict[str, tuple[ImageSource, list[int]]], list[int]]:
-    """Name -> images and the indices of those that count; and those of the reference that are no variants.
+def make_reference(config: ReferenceConfig) -> None:
+    """Statistics of a data set in ADM's format."""
+    (name,) = config.feature_network
+    extractors = open_networks(config, [name])
+    opened = open_reference(config.data, config.reference, config.reference_split, (config.resolution,) * 2)
+    if opened is None:
+        raise ValueError(f"{config.reference} holds statistics already")
+    source, base, _ = opened
+    network = extractors[name].network
+    wanted = {name: wanted_outputs(network, "reference")}
+    found = record_source(config, "reference", source, base, extractors, wanted)
+    if this_process()[0] == 0:
+        settings = {"settings": settings_of(config), "versions": versions(), "num_images": len(base)}
+        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates}
+        write_statistics(config.output, network, found, source, base, settings)
+        kept = len(found.outputs[name]["features"].kept)
+        print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
 
-    Everything is opened and compared before a pipeline makes the first image.
-    """
-    wanted = {"generated": config.images} | ({"control": config.control} if config.control is not None else {})
-    opened = {name: open_wanted(config, source) for name, source in wanted.items()}
-    size = image_size(opened["generated"])
-    if image_size(opened.get("control", opened["generated"])) != size:
-        raise ValueError(f"control images are {image_size(opened['control'])}, the generated ones are {size}")
-    reference, base = open_reference(config.data, config.reference, config.reference_split, size)
-    sources = {"reference": (reference, list(range(len(reference))))}
-    if config.floor_images is not None:
-        sources["floor"] = open_reference(config.data, config.floor_images, config.floor_split, size)
-    labels = [reference.labels[i] for i in base] if isinstance(reference, DatasetImages) else None
-    for name, source in opened.items():
-        sources[name] = images_to_compare(config, name, source, labels)
-    return sources, base
 
-
-def main() -> None:
-    config = parse_config(GenerationConfig, description=__doc__)
-    names = dict.fromkeys(config.feature_network + [NEIGHBOUR_NETWORK] * (config.nearest_neighbours is not None))
-    files = weight_files(config.weights)
-    networks = {name: feature_network(name, files.get(name)) for name in names}
-    sources, base = collect_images(config)
-
-    settings = asdict(config)
-    for decided_elsewhere in ("source", "resolution"):
-        del settings["data"][decided_elsewhere]
-    results = {
-        "settings": settings,
-        "versions": {"vtp_diffusion": vtp_diffusion.__version__} | {p: version(p) for p in ("torch", "diffusers")},
-        "image_size": image_size(sources["generated"][0]),
-        "counts": {name: len(kept) for name, (_, kept) in sources.items()} | {"reference_without_variants": len(base)},
-        "sampling": {n: s.settings for n, (s, _) in sources.items() if isinstance(s, ArrayImages) and s.settings},
-        "fingerprints": {n: s.dataset.fingerprint for n, (s, _) in sources.items() if isinstance(s, DatasetImages)},
-        "networks": [network.describe() for network in networks.values()],
-        "distances": [],
-    }
-    for name, network in networks.items():
-        neighbours = name == NEIGHBOUR_NETWORK and config.nearest_neighbours is not None
-        features = {}
-        for part, (source, kept) in sources.items():
-            if part == "reference" and not neighbours:
-                kept = base  # the distances leave variants out
-            batches = read_batches(source, kept, config.batch_size)
-            progress = tqdm(batches, total=math.ceil(len(kept) / config.batch_size), desc=f"{name}: {part}")
-            features[part] = extract_features(network, progress, config.device)
-        if name in config.feature_network:
-            without_variants = features["reference"][base] if neighbours else features["reference"]
-            results["distances"] += measure(features | {"reference": without_variants}, network, config.seed)
-        if neighbours:
-            results["near_duplicates"] = count_near_duplicates(config, sources, features, base, network)
-        network.cpu()
+def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
+    extractors = open_networks(config, config.networks)
+    statistics = {n: {} for n in config.feature_network}
+    if config.reference.endswith(".npz"):
+        statistics = {n: read_statistics(config.reference, extractors[n].network, config.device) for n in statistics}
+    sources = collect_images(config)
+    records = record_all(config, sources, extractors, wait)
+    if this_process()[0] > 0:
+        return
+    results = {"settings": settings_of(config), "versions": versions()} | describe_images(config, sources, records)
+    results |= {"networks": [extractor.network.describe() for extractor in extractors.values()]}
+    results |= {"distances": [], "kernel_distances": [], "scores": [], "not_measured": []}
+    for network in config.feature_network:
+        for name in MEASURED:
+            if name not in records:
+                continue
+            arguments = (extractors[network].network, name, records, statistics[network], config.seed, config.device)
+            measured = Measurement(*arguments).run()
+            results["distances"] += measured.distances
+            results["kernel_distances"] += measured.kernel_distances
+            results["scores"] += measured.scores
+            missing = [{"what": what, "why": why} for what, why in measured.not_measured.items()]
+            results["not_measured"] += [row | {"images": name, "network": network} for row in missing]
+    if config.nearest_neighbours is not None:
+        network = extractors[NEIGHBOUR_NETWORK].network
+        results["near_duplicates"] = count_near_duplicates(config, sources, records, network)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     Path(config.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print_results(results)
     print(f"results: {config.output}")
 
 
+def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    makes_reference = words[:1] == ["reference"]
+    kind = ReferenceConfig if makes_reference else GenerationConfig
+    config = parse_config(kind, words[1:] if makes_reference else words, __doc__)
+    accelerator = join_processes() if this_process()[1] > 1 else None
+    if accelerator is not None:
+        config = replace(config, device=str(accelerator.device))
+    if makes_reference:
+        make_reference(config)
+    else:
+        evaluate(config, (lambda: None) if accelerator is None else accelerator.wait_for_everyone)
+    if accelerator is not None:
+        accelerator.end_training()
+
+
 if __name__ == "__main__":
-    main()
+    run(main)

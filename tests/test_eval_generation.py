@@ -29,6 +29,7 @@ def evaluate(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", command(*words))
+        monkeypatch.setenv("VTP_DIFFUSION_TRACEBACK", "1")  # else an error would become a message and an exit
         runpy.run_path(sys.argv[0], run_name="__main__")
         return capsys.readouterr().out
 

@@ -19,8 +19,10 @@ from vtp_diffusion.metrics import (
     psnr,
     shifted_or_flipped,
 )
-from vtp_diffusion.metrics.networks import InceptionFeatures, VGG16Features
-from vtp_diffusion.metrics.sources import ArrayImages, FolderImages, draw_labels
+from vtp_diffusion.metrics.inception import InceptionFeatures
+from vtp_diffusion.metrics.networks import VGG16Features
+from vtp_diffusion.metrics.npz import NpzImages
+from vtp_diffusion.metrics.sources import FolderImages, draw_labels
 from vtp_diffusion.metrics.weights import export_trunk
 
 
@@ -29,10 +31,7 @@ def draw(n, dim, seed=0, scale=1.0, shift=0.0):
 
 
 def gaussian(mean, covariance):
-    statistics = GaussianStatistics(len(mean))
-    statistics.count, statistics.mean = 2, torch.as_tensor(mean, dtype=torch.float64)
-    statistics._scatter = torch.as_tensor(covariance, dtype=torch.float64)
-    return statistics
+    return GaussianStatistics.from_moments(torch.as_tensor(mean), torch.as_tensor(covariance))
 
 
 def test_statistics_are_numpys_however_they_arrive():
@@ -266,10 +265,10 @@ def test_images_of_folders_and_arrays(tmp_path):
     with pytest.raises(ValueError, match="d.png cannot be read"):
         FolderImages(tmp_path).read([3])
     np.savez(tmp_path / "x.npz", np.zeros((2, 4, 4, 3), np.uint8))
-    assert ArrayImages.from_npz(tmp_path / "x.npz").read([1]).shape == (1, 3, 4, 4)
+    assert NpzImages(tmp_path / "x.npz").read([1]).shape == (1, 3, 4, 4)
     np.savez(tmp_path / "y.npz", np.zeros((2, 3, 4, 4), np.uint8))
     with pytest.raises(ValueError, match=r"expected uint8 \(N, H, W, 3\)"):
-        ArrayImages.from_npz(tmp_path / "y.npz")
+        NpzImages(tmp_path / "y.npz")
     np.savez(tmp_path / "z.npz", mu=np.zeros(2))
     with pytest.raises(ValueError, match="holds mu: expected arr_0"):
-        ArrayImages.from_npz(tmp_path / "z.npz")
+        NpzImages(tmp_path / "z.npz")

@@ -11,7 +11,6 @@ Upstream's loader reads the folder too, the statistics from latents_stats.pt. On
 --mixed_precision bf16 --compile --num_workers 12 is fastest.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import CROP, NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
 from vtp_diffusion.data_order import step_generator
-from vtp_diffusion.extras import require
 from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latent_inputs import autocast
 from vtp_diffusion.latents import (
@@ -43,6 +41,7 @@ from vtp_diffusion.latents import (
     write_statistics,
 )
 from vtp_diffusion.openmoji import ATTRIBUTION, LICENSE
+from vtp_diffusion.processes import join_processes
 
 Sample = tuple[int, int]  # image, copy
 FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that decide no latent
@@ -132,17 +131,6 @@ def changed_images(config: Config, images: torch.Tensor, samples: list[Sample], 
     draws = torch.stack([torch.rand(NUM_DRAWS, generator=generator) for generator in generators]).to(device)
     first = torch.tensor([copy == 0 for _, copy in samples], device=device)[:, None, None, None]
     return torch.where(first, plain, augment_images(images, config.augmentation, draws=draws))
-
-
-def join_processes():
-    """The accelerator of this process, once it is sure that all processes share the work."""
-    accelerator, launched = require("accelerate", "train").Accelerator(), int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:  # each would encode everything, into the same files
-        raise ValueError(
-            f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: where there is no "
-            "accelerator, torchrun needs ACCELERATE_USE_CPU=true in the environment"
-        )
-    return accelerator
 
 
 def encode_missing(config: Config, accelerator, vae, dataset, shards: list[list[Sample]], paths: list[Path]) -> None:

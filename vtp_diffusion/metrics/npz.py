@@ -1,0 +1,185 @@
+"""The npz files of ADM's evaluator, read and written without ever holding their images in memory.
+
+An npz is a zip archive of npy files. One that was stored (`np.savez`) is mapped into memory; one that was compressed
+(`np.savez_compressed`) is decompressed on the way, forwards.
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+IMAGES_KEY = "arr_0"
+READ_BYTES = 1 << 24
+LOCAL_HEADER_BYTES = 30  # of a zip entry, without its name and extra field
+
+
+def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of the npy file that an open file stands at the beginning of.
+
+    Raises:
+        ValueError: no npy file, or one in Fortran order.
+    """
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = reader(file)
+    if fortran_order:
+        raise ValueError("the array is stored in Fortran order, expected C order")
+    return shape, dtype
+
+
+class NpzImages:
+    """Images of an npz by row, read when asked for.
+
+    Args:
+        path: an npz with `arr_0`, uint8 (N, H, W, 3), and perhaps `settings`, JSON text that says what made them.
+
+    Raises:
+        ValueError: the file is no npz, is damaged or holds something else.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.removesuffix(".npy") for name in archive.namelist()]
+                if IMAGES_KEY not in names:
+                    raise ValueError(f"{path} holds {', '.join(names)}: expected {IMAGES_KEY}, uint8 (N, H, W, 3)")
+                self._entry = archive.getinfo(f"{IMAGES_KEY}.npy")
+                with archive.open(self._entry) as file:
+                    self.shape, dtype = read_header(file)
+                    self._header_bytes = file.tell()
+                self.settings = None
+                if "settings" in names:
+                    with archive.open("settings.npy") as file:
+                        self.settings = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is no npz file, or a damaged one: {error}") from error
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
+            raise ValueError(f"{path}: {IMAGES_KEY} is {dtype} {self.shape}, expected uint8 (N, H, W, 3)")
+        self._mapped: np.memmap | None = None
+        self._stream: tuple[int, object, int] | None = None  # process, open entry, next row
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.shape[1:3]
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        """uint8 (B, 3, H, W) of the given rows. Compressed files are fast only where rows come in growing order."""
+        if self._entry.compress_type == zipfile.ZIP_STORED:
+            images = self._map()[list(indices)]
+        else:
+            found = {index: self._decompress(index) for index in sorted(set(indices))}
+            images = np.stack([found[index] for index in indices])
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+    def _map(self) -> np.memmap:
+        if self._mapped is None:
+            with open(self.path, "rb") as file:
+                file.seek(self._entry.header_offset)
+                header = file.read(LOCAL_HEADER_BYTES)
+            name, extra = (int.from_bytes(header[start : start + 2], "little") for start in (26, 28))
+            offset = self._entry.header_offset + LOCAL_HEADER_BYTES + name + extra + self._header_bytes
+            self._mapped = np.memmap(self.path, np.uint8, "r", offset, self.shape)
+        return self._mapped
+
+    def _decompress(self, index: int) -> np.ndarray:
+        process, file, position = self._stream or (None, None, 0)
+        if process != os.getpid() or position > index:  # a worker process must not share the place in the file
+            file, position = zipfile.ZipFile(self.path).open(self._entry), 0
+            file.read(self._header_bytes)
+        size = int(np.prod(self.shape[1:]))
+        try:
+            for _ in range(index - position):
+                file.read(size)
+            pixels = file.read(size)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self.path} is damaged before image {index + 1} of {len(self)}: {error}") from error
+        if len(pixels) != size:
+            raise ValueError(f"{self.path} ends within image {index + 1} of {len(self)}: it is incomplete")
+        self._stream = os.getpid(), file, index + 1
+        return np.frombuffer(pixels, np.uint8).reshape(self.shape[1:])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_mapped": None, "_stream": None}
+
+
+def write_npz(
+    path: str | Path, count: int, size: tuple[int, int], batches: Iterable[np.ndarray], **arrays: np.ndarray
+) -> None:
+    """Write images as they come, and other arrays, into an npz that ADM's evaluator reads.
+
+    A file that is there is replaced once all is written. Images are stored uncompressed, so that they can be mapped.
+
+    Args:
+        count, size: number of images, their height and width.
+        batches: uint8 (B, H, W, 3).
+        arrays: name -> array, beside `arr_0`.
+
+    Raises:
+        ValueError: the batches hold another number of images, or others.
+    """
+    path, written = Path(path), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True) as file:
+            header = {"shape": (count, *size, 3), "fortran_order": False, "descr": "|u1"}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in batches:
+                if batch.dtype != np.uint8 or batch.shape[1:] != (*size, 3):
+                    raise ValueError(
+                        f"a batch is {batch.dtype} {batch.shape}, expected uint8 (B, {size[0]}, {size[1]}, 3)"
+                    )
+                file.write(np.ascontiguousarray(batch).data)
+                written += len(batch)
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+    if written != count:
+        unfinished.unlink()
+        raise ValueError(f"{written} images were given for {path}, expected {count}")
+    unfinished.rename(path)
+
+
+class ImageSpool:
+    """Images on disk until all are there and can be packed: several processes write each their own rows.
+
+    Args:
+        path: the npz it will become; the spool lies beside it, hidden.
+        count, size: number of images, their height and width.
+    """
+
+    def __init__(self, path: str | Path, count: int, size: tuple[int, int]):
+        self.path, self.count, self.size = Path(path), count, size
+        self.file = self.path.with_name(f".{self.path.name}.images")
+
+    def create(self) -> None:
+        """By one process, before any writes."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.file, "wb") as file:
+            file.truncate(self.count * self.size[0] * self.size[1] * 3)
+
+    def write(self, rows: Sequence[int], images: np.ndarray) -> None:
+        """uint8 images (B, H, W, 3) to their rows."""
+        mapped = np.memmap(self.file, np.uint8, "r+", shape=(self.count, *self.size, 3))
+        mapped[list(rows)] = images
+        mapped.flush()
+
+    def pack(self, **arrays: np.ndarray) -> None:
+        """By one process, when all have written: the npz, with other arrays beside `arr_0`; the spool is removed."""
+        mapped = np.memmap(self.file, np.uint8, "r", shape=(self.count, *self.size, 3))
+        rows = max(1, READ_BYTES // max(1, mapped[0].size))
+        write_npz(
+            self.path, self.count, self.size, (mapped[k : k + rows] for k in range(0, self.count, rows)), **arrays
+        )
+        self.file.unlink()

@@ -1,0 +1,157 @@
+"""What evaluation programs do with images before anything is measured: open them, and pass them through networks."""
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..data import DataConfig, open_dataset
+from ..processes import this_process
+from .extraction import FEATURE_NETWORKS, Extractor, FeatureMode, feature_network, network_name, weight_files
+from .npz import ImageSpool, NpzImages
+from .records import ImageRecord, Wanted, record_images
+from .references import holds_images
+from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
+
+ON_CUDA = torch.cuda.is_available()
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig:
+    """What both commands have: a reference, feature networks, and how they run."""
+
+    reference: str = field(metadata={"help": "real images: npz, folder, openmoji or a `datasets` collection"})
+    reference_split: str = field(default="train", metadata={"help": "split of the reference"})
+    data: DataConfig = field(
+        default_factory=DataConfig,
+        metadata={"help": "columns, hold-out and cache of data sets; reference and floor_images set the source"},
+    )
+    feature_network: list[str] = field(
+        default_factory=lambda: ["vgg16", "efficientnet_lite0"],
+        metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"},
+    )
+    weights: list[str] = field(
+        default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network; FILE if there is one"}
+    )
+    output: str = field(metadata={"help": "FILE for the results"})
+    seed: int = field(default=0, metadata={"help": "of samples, labels and random subsets"})
+    feature_mode: FeatureMode = field(
+        default="exact", metadata={"help": "float32 without TensorFloat-32, or float16 inside the feature networks"}
+    )
+    feature_batch_size: int = field(default=256 if ON_CUDA else 32, metadata={"help": "images a network sees at once"})
+    compile: bool = field(default=ON_CUDA, metadata={"help": "torch.compile the feature networks"})
+    num_workers: int = field(
+        default=min(16, os.cpu_count() or 1) if ON_CUDA else 0, metadata={"help": "processes that read image files"}
+    )
+    device: str = field(default="cuda" if ON_CUDA else "cpu", metadata={"help": "torch device to run on"})
+
+    def __post_init__(self) -> None:
+        if (self.data.source, self.data.resolution) != (DataConfig.source, DataConfig.resolution):
+            raise ValueError(
+                "data.source and data.resolution are decided by reference, floor_images and the size of the images: "
+                f"got {self.data.source} and {self.data.resolution}"
+            )
+        if not self.feature_network:
+            raise ValueError(f"feature_network is empty, expected one or more of {', '.join(FEATURE_NETWORKS)}")
+        self.feature_network = [network_name(name) for name in self.feature_network]
+        weight_files(self.weights, self.feature_network)
+        if self.feature_batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                "feature_batch_size must be at least 1 and num_workers 0, "
+                f"got {self.feature_batch_size} and {self.num_workers}"
+            )
+
+
+def open_networks(config: FeaturesConfig, names: list[str]) -> dict[str, Extractor]:
+    files = weight_files(config.weights, config.feature_network)
+    networks = {name: feature_network(name, files.get(name)) for name in names}
+    return {
+        name: Extractor(network, config.device, config.feature_mode, config.compile, config.feature_batch_size)
+        for name, network in networks.items()
+    }
+
+
+def settings_of(config: FeaturesConfig) -> dict:
+    settings = asdict(config)
+    for decided_elsewhere in ("source", "resolution"):
+        del settings["data"][decided_elsewhere]
+    return settings | {"processes": this_process()[1]}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides numbers, for result files."""
+    return {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}
+
+
+def open_reference(
+    data: DataConfig, source: str, split: str, size: tuple[int, int]
+) -> tuple[ImageSource, list[int], list[int]] | None:
+    """Real images of the given height and width, and the indices of those that are no variants of others and of those
+    that are. None if the source holds statistics only."""
+    if source.endswith(".npz"):
+        if not Path(source).is_file():
+            raise ValueError(f"{source} is not there")
+        if not holds_images(source):
+            return None
+        images = NpzImages(source)
+        if images.size != size:
+            raise ValueError(f"{source} holds images of {images.size}, the generated ones are {size}")
+        return images, list(range(len(images))), []
+    if size[0] != size[1]:
+        raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
+    dataset = open_dataset(replace(data, source=source, resolution=size[0]), split)
+    is_base = dataset.weights == dataset.weights.max()
+    base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (is_base, ~is_base))
+    return DatasetImages(dataset), base, variants
+
+
+def split_rule(config: FeaturesConfig) -> str:
+    """How the images of the reference's split were told from the others."""
+    if config.reference.endswith(".npz"):
+        return "the file as it is"
+    if config.reference == "openmoji":
+        return (
+            f"{config.reference_split}: by base emoji, a hash of its code and seed {config.data.holdout_seed} holds "
+            f"{config.data.holdout:g} of them out"
+        )
+    return f"{config.reference_split}: the data set's own"
+
+
+def record_source(
+    config: FeaturesConfig,
+    name: str,
+    source: ImageSource,
+    kept: list[int],
+    extractors: dict[str, Extractor],
+    wanted: dict[str, dict[str, Wanted]],
+    spool: ImageSpool | None = None,
+) -> ImageRecord:
+    """Pass a set of images through networks once, every process its batches of them.
+
+    Args:
+        name: what the progress bar calls it.
+        source, kept: images, and the indices of those that count.
+        extractors: network -> extractor.
+        wanted: network -> output -> what to remember; a network that is not in it sees nothing.
+        spool: where the images are written to on the way.
+    """
+    (rank, count), step = this_process(), config.feature_batch_size
+    places = [range(k, min(k + step, len(kept))) for k in range(rank * step, len(kept), count * step)]
+    indices = [kept[place] for batch in places for place in batch]
+    pin = config.device.startswith("cuda")
+    batches = read_batches(source, indices, step, config.num_workers, pin_memory=pin, hashed=True)
+    verb = "sampling" if isinstance(source, PipelineImages) else "reading"
+
+    def passing():
+        with tqdm(total=len(indices), desc=f"{verb} {name}", unit="image", disable=rank > 0) as progress:
+            for batch, (images, hashes) in zip(places, batches, strict=True):
+                if spool is not None:
+                    spool.write(batch, images.permute(0, 2, 3, 1).numpy())
+                yield batch, images, hashes
+                progress.update(len(batch))
+
+    return record_images(passing(), len(kept), {n: extractors[n] for n in wanted}, wanted, config.seed)

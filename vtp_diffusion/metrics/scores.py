@@ -1,0 +1,217 @@
+"""Scores of features that are no Fréchet distances: Inception score, precision, recall, density, coverage, and the
+kernel distance. Features are float32 (N, D), computed with on their device; products of them never use TensorFloat-32.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+INCEPTION_SPLITS = 10
+NUM_ORDERS = 20  # random orders that the order of the files is compared with
+SORTED_BELOW = 5.0  # standard deviations
+PRECISION_NEIGHBOURS = 3
+DENSITY_NEIGHBOURS = 5
+KERNEL_SUBSETS = 100
+KERNEL_SUBSET_SIZE = 1000
+SHUFFLE_SEED = 2020  # torch-fidelity's
+
+
+@dataclass
+class InceptionScore:
+    """Inception score (Salimans et al., arXiv:1606.03498), and whether the images came in an order it can be read in.
+
+    Attributes:
+        value, deviation: mean and standard deviation over the splits.
+        splits: number of consecutive parts of equal size; of 50,000 images they are ADM's parts of 5,000.
+        order: "as given", or "shuffled" because the given order was sorted by class.
+        as_given: the score in the order given.
+        random_orders, random_orders_deviation: mean and standard deviation of the scores of 20 random orders.
+    """
+
+    value: float
+    deviation: float
+    splits: int
+    order: str
+    as_given: float
+    random_orders: float
+    random_orders_deviation: float
+
+    def settings(self) -> dict:
+        """Everything but value and deviation, for result files."""
+        return {key: value for key, value in asdict(self).items() if key not in ("value", "deviation")}
+
+
+def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, chunk: int = 4096) -> InceptionScore:
+    """exp(E KL(p(y|x) || p(y))) over consecutive splits: their mean, as ADM's evaluator and torch-fidelity compute it.
+
+    The score reads images in the order of their files. Where that is sorted by class, every split holds few classes
+    and the score is far too low. Papers draw labels at random, so the order given is compared with 20 random ones: if
+    it lies more than 5 of their standard deviations below their mean, the score is that of the first of them, which is
+    the order torch-fidelity shuffles in (numpy's RandomState(2020)).
+
+    Args:
+        logits: (N, C) without bias, in the order of the images.
+        splits: number of parts; part i is the rows i·N/splits to (i+1)·N/splits, rounded down.
+
+    Raises:
+        ValueError: fewer images than splits, or logits that are not finite.
+    """
+    if logits.ndim != 2 or len(logits) < splits:
+        raise ValueError(f"logits {tuple(logits.shape)} given, expected (N, C) with at least {splits} images")
+    if not logits.isfinite().all():
+        raise ValueError("logits are not finite: an Inception score of them would mean nothing")
+    count, device = len(logits), logits.device
+    orders = [np.arange(count)]
+    generator = np.random.RandomState(SHUFFLE_SEED)
+    orders += [generator.permutation(count) for _ in range(NUM_ORDERS)]
+    bounds = [i * count // splits for i in range(splits + 1)]
+    split_of_place = np.repeat(np.arange(splits), np.diff(bounds))
+    membership = torch.zeros(len(orders), splits, count, dtype=torch.float64, device=device)
+    for k, order in enumerate(orders):
+        membership[k, torch.from_numpy(split_of_place), torch.from_numpy(order)] = 1
+    membership /= membership.sum(2, keepdim=True)
+    marginal, negative_entropy = 0, 0
+    for start in range(0, count, chunk):
+        log_p = logits[start : start + chunk].double().log_softmax(1)  # (n, C)
+        p, members = log_p.exp(), membership[:, :, start : start + chunk]
+        marginal = marginal + members @ p  # (orders, splits, C)
+        negative_entropy = negative_entropy + members @ (p * log_p).sum(1)  # (orders, splits)
+    scores = (negative_entropy - torch.special.xlogy(marginal, marginal).sum(2)).exp().cpu()  # (orders, splits)
+    means = scores.mean(1)
+    given, random_mean, random_deviation = means[0].item(), means[1:].mean().item(), means[1:].std().item()
+    is_sorted = given < random_mean - SORTED_BELOW * random_deviation
+    chosen = scores[1 if is_sorted else 0]
+    return InceptionScore(
+        chosen.mean().item(),
+        chosen.std(correction=0).item(),
+        splits,
+        f"shuffled: sorted by class as given (numpy RandomState({SHUFFLE_SEED}))" if is_sorted else "as given",
+        given,
+        random_mean,
+        random_deviation,
+    )
+
+
+def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
+
+
+def _check_pair(x: torch.Tensor, y: torch.Tensor, minimum: int) -> None:
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < minimum:
+        raise ValueError(
+            f"features {tuple(x.shape)} and {tuple(y.shape)} given, expected (N, D) and (M, D), {minimum} rows or more"
+        )
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError("features are not finite: neighbours of them would mean nothing")
+
+
+def neighbour_radii(features: torch.Tensor, neighbours: int, chunk: int = 2048) -> torch.Tensor:
+    """Distance (N,) of each feature (N, D) to its `neighbours`-th nearest other one."""
+    parts = [_distances(part, features).kthvalue(neighbours + 1, dim=1).values for part in features.split(chunk)]
+    return torch.cat(parts)  # + 1: the nearest is the feature itself
+
+
+def precision_recall(
+    generated: torch.Tensor, reference: torch.Tensor, neighbours: int = PRECISION_NEIGHBOURS, chunk: int = 2048
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al., arXiv:1904.06991), as in ADM's evaluator.
+
+    Precision is the share of generated features that lie within the ball of some reference feature, whose radius is
+    the distance to its 3rd nearest other reference feature; recall is the same with the sides exchanged.
+
+    Args:
+        generated, reference: (N, D) and (M, D). ADM takes all generated images and 10,000 reference ones.
+
+    Raises:
+        ValueError: shapes that do not fit, features that are not finite, or no more rows than `neighbours`.
+    """
+    _check_pair(generated, reference, neighbours + 1)
+    # distances do not change, but products of numbers with a common offset lose digits
+    centre = reference.mean(0)
+    generated, reference = generated - centre, reference - centre
+    radii, other_radii = neighbour_radii(reference, neighbours, chunk), neighbour_radii(generated, neighbours, chunk)
+    precise = 0
+    recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for part, part_radii in zip(generated.split(chunk), other_radii.split(chunk), strict=True):
+        distances = _distances(part, reference)  # (n, M)
+        precise += (distances <= radii).any(1).sum().item()
+        recalled |= (distances <= part_radii[:, None]).any(0)
+    return precise / len(generated), recalled.double().mean().item()
+
+
+def density_coverage(
+    generated: torch.Tensor, reference: torch.Tensor, neighbours: int = DENSITY_NEIGHBOURS, chunk: int = 2048
+) -> tuple[float, float]:
+    """Density and coverage (Naeem et al., arXiv:2002.09797, equations 3 and 4, k = 5).
+
+    Density is how many reference balls (radius: 5th nearest other reference feature) a generated feature lies in, over
+    k: it can exceed 1. Coverage is the share of reference balls that hold a generated feature.
+
+    Raises:
+        ValueError: as `precision_recall`.
+    """
+    _check_pair(generated, reference, neighbours + 1)
+    centre = reference.mean(0)
+    generated, reference = generated - centre, reference - centre
+    radii = neighbour_radii(reference, neighbours, chunk)
+    inside = 0
+    covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
+    for part in generated.split(chunk):
+        within = _distances(part, reference) < radii  # (n, M)
+        inside += within.sum().item()
+        covered |= within.any(0)
+    return inside / (neighbours * len(generated)), covered.double().mean().item()
+
+
+@dataclass
+class KernelDistance:
+    """An unbiased squared maximum mean discrepancy, averaged over subsets: KID on Inception's features.
+
+    Attributes:
+        value, deviation: mean and standard deviation over the subsets, not multiplied by anything.
+    """
+
+    value: float
+    deviation: float
+    subsets: int
+    subset_size: int
+
+
+def kernel_distance(
+    generated: torch.Tensor,
+    reference: torch.Tensor,
+    subsets: int = KERNEL_SUBSETS,
+    subset_size: int = KERNEL_SUBSET_SIZE,
+    seed: int = SHUFFLE_SEED,
+) -> KernelDistance:
+    """Kernel distance (Bińkowski et al., arXiv:1801.01401): unbiased MMD² with the kernel (x·y / D + 1)³.
+
+    The product is divided by the number of features D, as in the paper, so that networks of different widths give
+    numbers of the same order; nothing is multiplied by 1000. Subsets are those that torch-fidelity draws with the same
+    seed. Being unbiased it is 0 on average between real images, whatever their number, and may be below 0.
+
+    Args:
+        generated, reference: (N, D) and (M, D).
+        subset_size: at most so many of each; fewer where there are fewer.
+
+    Raises:
+        ValueError: shapes that do not fit, features that are not finite, or fewer than 2 rows.
+    """
+    _check_pair(generated, reference, 2)
+    size = min(subset_size, len(generated), len(reference))
+    generator = np.random.RandomState(seed)
+    values = []
+    for _ in range(subsets):
+        x = generated[torch.from_numpy(generator.choice(len(generated), size, replace=False))]
+        y = reference[torch.from_numpy(generator.choice(len(reference), size, replace=False))]
+        (xx, x_self), (yy, y_self), (xy, _) = _kernel_sums(x, x), _kernel_sums(y, y), _kernel_sums(x, y)
+        values.append((xx - x_self + yy - y_self) / (size * (size - 1)) - 2 * xy / size**2)
+    return KernelDistance(float(np.mean(values)), float(np.std(values)), subsets, size)
+
+
+def _kernel_sums(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """Sums of the kernel of every pair and of the pairs (i, i)."""
+    # the distance is a small difference of these sums, so they are added up in float64
+    kernel = (x @ y.T / x.shape[1]).double().add_(1).pow_(3)  # (n, n)
+    return kernel.sum().item(), kernel.diagonal().sum().item()

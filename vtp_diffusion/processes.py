@@ -1,0 +1,34 @@
+"""Several processes that share one work: who they are, and what each of them has, gathered."""
+
+import os
+from typing import Any
+
+from .extras import require
+
+
+def join_processes():
+    """The accelerator of this process, once it is sure that all processes share the work.
+
+    Raises:
+        ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
+        ImportError: accelerate is not installed.
+    """
+    accelerator, launched = require("accelerate", "train").Accelerator(), this_process()[1]
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: where there is no "
+            "accelerator, torchrun needs ACCELERATE_USE_CPU=true in the environment"
+        )
+    return accelerator
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every process, in the order of their ranks, on every process. Tensors must lie on the CPU."""
+    if this_process()[1] == 1:
+        return [value]
+    return require("accelerate.utils", "train").gather_object([value])
+
+
+def this_process() -> tuple[int, int]:
+    """Rank of this process, and how many there are, as the launcher says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
