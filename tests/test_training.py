@@ -1,13 +1,12 @@
 """What the training programs share, with tiny real models."""
 
-import json
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_training import Objective, assert_identical, everything, interrupted_copy, log_of, tiny_config, train
 from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
@@ -16,7 +15,7 @@ from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
 from vtp_diffusion.data_order import StepBatchSampler, draw_for_positions, step_generator
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.training import MAX_SKIPPED_IN_A_ROW, TrainingRun
-from vtp_diffusion.training_config import TrainingConfig, learning_rate_at, parameter_groups
+from vtp_diffusion.training_config import learning_rate_at, parameter_groups
 
 CPU = torch.device("cpu")
 
@@ -30,78 +29,6 @@ def fresh_accelerate(monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-def tiny_config(folder, **changes):
-    settings = {"max_train_steps": 6, "checkpointing_steps": 3, "validation_steps": 100, "log_steps": 1}
-    settings |= {"train_batch_size": 4, "learning_rate": 1e-2, "ema_decay": 0.9, "report_to": "none"}
-    return TrainingConfig(output_dir=str(folder), **(settings | changes))
-
-
-class Objective(nn.Module):
-    """Fits a tiny LightningDiT to noise, keeps a counter of its own, and breaks its gradients on request."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.transformer = LightningDiTTransformer2DModel(
-            sample_size=2, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=3
-        ).eval()
-        self.head = nn.Linear(4, 4)
-        self.frozen = nn.Linear(2, 2).requires_grad_(False)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, latents, broken):
-        self.calls += 1
-        labels = torch.zeros(len(latents), dtype=torch.long)
-        prediction = self.transformer(latents, torch.full((len(latents),), 0.5), labels).sample
-        prediction = self.head(prediction.movedim(1, -1)).movedim(-1, 1)
-        loss = (prediction - latents).square().mean()
-        return {"loss": loss * (math.nan if broken else 1.0), "calls": self.calls.clone()}
-
-
-def train(config, broken_steps=(), fingerprint="data"):
-    objective = Objective()
-    folder = RunFolder(config.output_dir, config)
-    model = objective.transformer
-    run = TrainingRun(config, folder, objective, model, "transformer", fingerprint, not_saved=("frozen.",))
-
-    def inputs():
-        for step in run.micro_steps:
-            latents = run.draw(step, lambda n, generator: {"latents": torch.randn(n, 4, 2, 2, generator=generator)})
-            yield latents | {"broken": step in broken_steps}
-
-    batches = inputs()
-    for step in run.steps():
-        run.optimise(step, batches)
-    return run
-
-
-def everything(run):
-    state = {name: value.clone() for name, value in run.bare.state_dict().items()}
-    state |= {f"average.{i}": value for i, value in enumerate(run.average.averages)}
-    for i, parameter in enumerate(run.trained):
-        state |= {f"adam.{i}.{k}": v for k, v in run.optimizer.state[parameter].items()}
-    return state
-
-
-def assert_identical(first, second):
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert different == []
-
-
-def interrupted_copy(source, target, step):
-    """What a kill -9 after the checkpoint of that step leaves, half of the next checkpoint included."""
-    import shutil
-
-    shutil.copytree(source, target)
-    for path in target.glob("checkpoint-*"):
-        if path.name != f"checkpoint-{step}":
-            path.rename(target / f".unfinished-{path.name}")
-            (target / f".unfinished-{path.name}" / "optimizer.pt").write_bytes(b"half")
-    with open(target / "log.jsonl", "a") as file:
-        file.write('{"step": 9')
-
-
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path):
     config = tiny_config(tmp_path / "straight", lr_scheduler="cosine", lr_warmup_steps=2, ema_bias_correction=True)
     straight = everything(train(config))
@@ -110,10 +37,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path):
     assert run.first_step == 3
     assert_identical(everything(run), straight)
     assert sorted(p.name for p in (tmp_path / "resumed").glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
-    logs = [
-        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("straight", "resumed")
-    ]
+    logs = [log_of(tmp_path / name) for name in ("straight", "resumed")]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "grad_norm", "learning_rate", "calls"):
         assert [line[name] for line in logs[0]] == [line[name] for line in logs[1]]
@@ -166,8 +90,27 @@ def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path):
     assert run.skipped.tolist() == [0, 2]
     assert all(torch.isfinite(p).all() for p in run.trained)
     assert run.optimizer.state[run.trained[0]]["step"].item() == 4
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    lines = log_of(tmp_path / "run")
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+
+
+def test_tables_are_logged_as_means_and_memory_and_utilisation_beside(tmp_path):
+    """Sums and counts add up over micro-steps and steps; a peak of 1 FLOP/s makes the MFU the rate times the work."""
+    lengths = {"max_train_steps": 4, "checkpointing_steps": 3, "log_steps": 2, "gradient_accumulation_steps": 2}
+    config = tiny_config(tmp_path / "run", peak_flops=1.0, **lengths)
+    objective, folder = Objective(), RunFolder(config.output_dir, config)
+    tables, plain = iter(torch.tensor([[float(k), 1.0], [0.0, 0.0]]) for k in range(8)), objective.forward
+    objective.forward = lambda **inputs: plain(**inputs) | {"by_time": next(tables)}
+    run = TrainingRun(config, folder, objective, objective.transformer, "transformer", "data", flops_per_image=3.0)
+    batches = iter([{"latents": torch.ones(2, 4, 2, 2), "broken": k in (4, 5)} for k in range(8)])
+    for step in run.steps():
+        run.optimise(step, batches)
+    lines = log_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert [line["by_time"] for line in lines] == [[0.5, None], [2.5, None], [None, None], [6.5, None]]
+    assert [line["loss"] is None for line in lines] == [False, False, True, False]  # the third step was left out
+    for line in lines:
+        assert line["mfu"] == pytest.approx(3 * line["images_per_second"]) and line["peak_memory_gib"] > 0
 
 
 def test_training_stops_when_no_gradient_is_finite_any_more(tmp_path):

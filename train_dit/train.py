@@ -25,7 +25,7 @@ from torch import nn
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
-from vtp_diffusion.flow_matching import drop_labels, flow_matching_loss, interpolate, sample_times
+from vtp_diffusion.flow_matching import drop_labels, flow_matching_loss, interpolate, sample_times, sums_by_time
 from vtp_diffusion.images import image_grid
 from vtp_diffusion.latent_inputs import OnlineLatents, check_latents, class_names, stored_latents
 from vtp_diffusion.latents import LatentDataset, encode_raw, latent_statistics
@@ -121,9 +121,11 @@ class FlowMatchingObjective(nn.Module):
     def losses(self, latents, noise, times, labels) -> dict[str, torch.Tensor]:
         """`forward` without what accelerate wraps around it: this is what is compiled."""
         prediction = self.transformer(interpolate(latents, noise, times), times, labels, return_dict=False)[0]
-        squared_error, cosine = (loss.mean() for loss in flow_matching_loss(prediction, latents, noise))
+        squared_errors, cosines = flow_matching_loss(prediction, latents, noise)  # (B,), (B,)
+        by_time = sums_by_time(squared_errors.detach(), times)
+        squared_error, cosine = squared_errors.mean(), cosines.mean()
         total = squared_error + cosine if self.cosine_loss else squared_error
-        return {"loss": total, "squared_error": squared_error, "cosine": cosine}
+        return {"loss": total, "squared_error": squared_error, "cosine": cosine, "squared_error_by_time": by_time}
 
 
 def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:

@@ -73,6 +73,16 @@ def flow_matching_loss(
     return squared_error, cosine.flatten(1).mean(1)
 
 
+def sums_by_time(values: torch.Tensor, t: torch.Tensor, num_bins: int = 10) -> torch.Tensor:
+    """Sums and counts of `values` (B,) whose time `t` (B,) lies in the k-th of equal parts of [0, 1].
+
+    Returns: (num_bins, 2) float32. Such tables add up over batches and processes, as means do not.
+    """
+    part = (t * num_bins).long().clamp(0, num_bins - 1)
+    member = (part[:, None] == torch.arange(num_bins, device=t.device)).float()  # (B, num_bins)
+    return torch.stack([(member * values.float()[:, None]).sum(0), member.sum(0)], dim=1)
+
+
 def drop_labels(
     labels: torch.Tensor,
     probability: float,

@@ -1,6 +1,7 @@
 """The folder of a training run: whose it is, its log, its pictures and its checkpoints."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -38,10 +39,10 @@ class RunFolder:
             raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
 
     def claim(self) -> None:
-        """Create the folder, write the resolved configuration, remove what an interrupted save left behind."""
+        """Create the folder, write the resolved configuration, remove what interrupted writing left behind."""
         self.path.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.path / "config.yaml")
-        for unfinished in self.path.glob(".unfinished-checkpoint-*"):
+        for unfinished in self.path.glob(".unfinished-*"):
             shutil.rmtree(unfinished)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
@@ -59,13 +60,25 @@ class RunFolder:
 
     def finish(self, step: int, limit: int | None) -> None:
         """Give a completely written checkpoint its name and delete the oldest beyond `limit`."""
-        final = self.path / f"checkpoint-{step}"
-        if final.exists():
-            shutil.rmtree(final)
-        self.unfinished(step).rename(final)
+        self.unfinished(step).rename(self.path / f"checkpoint-{step}")
+        folder = os.open(self.path, os.O_RDONLY)
+        os.fsync(folder)  # the new name is on the disk before anything older is deleted
+        os.close(folder)
         if limit is not None:
-            for _, oldest in self.checkpoints()[:-limit]:
-                shutil.rmtree(oldest)
+            for old_step, oldest in self.checkpoints()[:-limit]:
+                doomed = self.unfinished(old_step)
+                oldest.rename(doomed)  # half deleted it must not look like a checkpoint
+                shutil.rmtree(doomed)
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after a step, which were found damaged, to damaged-checkpoint-N: so they take no
+        place among those that are kept, nor the place of one that is written again."""
+        for later, path in self.checkpoints():
+            if later > step:
+                aside = path.with_name(f"damaged-{path.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""

@@ -15,15 +15,34 @@ import numpy as np
 import torch
 from torch import nn
 
+from .accelerators import StopRequest, is_sharded, make_accelerator, whole
 from .averaging import AveragedWeights
-from .checkpoints import resume, save_checkpoint
+from .checkpoints import averaged_state, resume, save_checkpoint
 from .config import config_to_dict, flatten_config
 from .data_order import StepBatchSampler, draw_for_positions, step_generator
-from .extras import require
 from .run_folder import RunFolder
+from .throughput import peak_flops, peak_memory_bytes
 from .training_config import TrainingConfig, learning_rate_at, parameter_groups
 
 MAX_SKIPPED_IN_A_ROW = 50  # steps with non-finite gradients before training is given up
+STOP_STEPS = 10  # several processes agree on stopping every so many steps: agreeing makes them wait for the device
+
+
+def use_deterministic_algorithms() -> None:
+    """The same bits on every run on the same kind of device, where PyTorch has such algorithms; else it raises.
+
+    To be called before the first product on a GPU, which fixes cuBLAS's workspace. What torch.compile measures to
+    choose between kernels is left out as well: another choice would round differently.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch._inductor.config.deterministic = True
+
+
+def _means(table: torch.Tensor) -> list[float | None]:
+    """Means from sums and counts (K, 2); None where nothing was counted, which JSON has and NaN is not."""
+    return [total / count if count else None for total, count in table.tolist()]
 
 
 class TrainingRun:
@@ -50,9 +69,14 @@ class TrainingRun:
         groups: parameter groups of AdamW where not everything is trained alike; None is what `parameter_groups` gives.
             Beside AdamW's settings a group may have `lr_scale`, a factor on the learning rate, and `network`, a name:
             the gradients of a network are clipped by themselves. A step is left out for all networks or for none.
+        flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
+
+    A loss of the objective that is a table (K, 2) of sums and counts, as `flow_matching.sums_by_time` makes them, is
+    logged as the K means.
 
     Raises:
-        ValueError: the latest checkpoint was made from other data, or its weights do not fit.
+        ValueError: processes or precision that accelerate does not give here, a batch that cannot be divided among
+            them, a checkpoint that was made from other data or does not fit, or none that is not damaged.
     """
 
     def __init__(
@@ -65,30 +89,16 @@ class TrainingRun:
         fingerprint: str,
         not_saved: tuple[str, ...] = (),
         groups: list[dict[str, Any]] | None = None,
+        flops_per_image: float | None = None,
     ):
-        accelerate = require("accelerate", "train")
         self.config, self.folder, self.model, self.model_name = config, folder, model, model_name
         self.fingerprint, self.not_saved, self.bare = fingerprint, not_saved, objective
-        tracker = None if config.report_to == "none" else config.report_to
-        if tracker is not None:
-            require("tensorboard" if tracker == "tensorboard" else tracker, "train")
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=config.mixed_precision, log_with=tracker, project_dir=str(folder.path)
+        if config.deterministic:
+            use_deterministic_algorithms()
+        self.accelerator = make_accelerator(config, folder.path, getattr(model, "_no_split_modules", None) or [])
+        self.micro_batch_size = config.train_batch_size // (
+            self.accelerator.num_processes * config.gradient_accumulation_steps
         )
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.accelerator.num_processes:  # each would train alone and write into the same folder
-            raise ValueError(
-                f"{launched} processes were launched but accelerate joined {self.accelerator.num_processes}: "
-                "where there is no accelerator, torchrun needs ACCELERATE_USE_CPU=true in the environment"
-            )
-        parts = self.accelerator.num_processes * config.gradient_accumulation_steps
-        if config.train_batch_size % parts:
-            raise ValueError(
-                f"train_batch_size is {config.train_batch_size} images a step, expected a multiple of "
-                f"{self.accelerator.num_processes} processes x {config.gradient_accumulation_steps} "
-                "gradient_accumulation_steps"
-            )
-        self.micro_batch_size = config.train_batch_size // parts
         if self.accelerator.is_main_process:
             folder.claim()
         self.accelerator.wait_for_everyone()
@@ -105,16 +115,24 @@ class TrainingRun:
         self.networks: dict[str, list[nn.Parameter]] = {}
         for group in self.optimizer.param_groups:
             self.networks.setdefault(group.get("network", ""), []).extend(group["params"])
+        self.sharded = is_sharded(self.parameters)
         self.average = AveragedWeights(self.parameters, config.ema_decay, config.ema_bias_correction)
+        self.averages = {f"{model_name}_ema": self.average}  # as checkpoints call them
+        for decay in config.ema_further_decays:
+            further = AveragedWeights(self.parameters, decay, config.ema_bias_correction)
+            self.averages[f"{model_name}_ema_{decay}"] = further
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.skipped = torch.zeros(2, device=self.device)  # in a row, altogether
         self.first_step, self.seconds, self.rates = 0, 0.0, []
-        self._sums: torch.Tensor | None = None  # of the losses, then the number of steps that count
-        self._names, self._summed = [], 0
+        self._sums: dict[str, torch.Tensor] | None = None  # of the losses over the steps that count
+        self._summed = 0
+        peak = peak_flops(self.device, config.mixed_precision, config.peak_flops)
+        known = peak is not None and flops_per_image is not None
+        self._mfu_per_rate = flops_per_image / (peak * self.world_size) if known else None
         self._bar, self._mark = None, time.perf_counter()
         resume(self)
-        if tracker is not None:
+        if config.report_to != "none":
             scalars = {k: str(v) for k, v in flatten_config(config_to_dict(config)).items()}
             self.accelerator.init_trackers("logs", config=scalars)
 
@@ -166,7 +184,12 @@ class TrainingRun:
         return (step + 1) % every == 0 or step + 1 == self.config.max_train_steps
 
     def steps(self) -> Iterator[int]:
-        """Steps still to do, counted from 0, with a progress bar; logs and saves when due."""
+        """Steps still to do, counted from 0, with a progress bar; logs and saves when due.
+
+        After SIGTERM or SIGINT the step under way is finished and saved, and the program ends (SystemExit, status 0):
+        the same command resumes. Launchers may give less time than saving takes (torchrun: 30 seconds); a checkpoint
+        that a kill interrupts leaves the one before.
+        """
         from tqdm.auto import tqdm
 
         last, config = self.config.max_train_steps, self.config
@@ -174,15 +197,32 @@ class TrainingRun:
             initial=self.first_step, total=last, desc="steps", disable=not self.is_main, smoothing=0.05
         )
         self._mark = time.perf_counter()
-        for step in range(self.first_step, last):
-            yield step
-            bar.update()
-            pause = self.due(step, config.checkpointing_steps)
-            if pause:
-                self.save(step + 1)
-            if pause or self.due(step, config.validation_steps) or self._log_due(step):
-                self._mark = time.perf_counter()  # what was done besides training does not count as training time
+        with StopRequest() as request:
+            for step in range(self.first_step, last):
+                yield step
+                bar.update()
+                pause = self.due(step, config.checkpointing_steps)
+                if pause:
+                    self.save(step + 1)
+                if step + 1 < last and self._stop_agreed(step, request):
+                    if not pause:
+                        self.save(step + 1)
+                    bar.close()
+                    self.accelerator.print(f"stopped by a signal after step {step + 1}: the same command resumes")
+                    self.end()
+                    raise SystemExit(0)
+                if pause or self.due(step, config.validation_steps) or self._log_due(step):
+                    self._mark = time.perf_counter()  # what was done besides training does not count as training time
         bar.close()
+
+    def _stop_agreed(self, step: int, request: StopRequest) -> bool:
+        """Whether a signal asked one of the processes to stop; all answer the same at the same step."""
+        if self.world_size == 1:
+            return request.signal is not None
+        if not (self._log_due(step) or (step + 1) % STOP_STEPS == 0):
+            return False
+        asked = torch.tensor(float(request.signal is not None), device=self.device)
+        return self.accelerator.reduce(asked, reduction="sum").item() > 0
 
     def _log_due(self, step: int) -> bool:
         every = (self.config.log_steps, self.config.validation_steps, self.config.checkpointing_steps)
@@ -195,17 +235,19 @@ class TrainingRun:
             arguments = next(micro_batches)
             synchronise = contextlib.nullcontext() if k == count - 1 else self.accelerator.no_sync(self.objective)
             with synchronise:
-                losses = self.objective(**arguments)
+                with self.accelerator.autocast() if self.sharded else contextlib.nullcontext():
+                    losses = self.objective(**arguments)
                 self.accelerator.backward(losses["loss"] / count)
             for name, value in losses.items():
                 means[name] = means.get(name, 0) + value.detach().float() / count
         rate = learning_rate_at(step, self.config)
         norms, finite = self._update(rate)
-        means |= norms
-        values = torch.stack([*means.values(), finite])
-        values = torch.where(finite > 0, values, 0.0)  # a step that was left out does not enter the averages
-        self._sums = values if self._sums is None else self._sums + values
-        self._names, self._summed = list(means), self._summed + 1
+        means |= norms | {"finite": finite}
+        # a step that was left out does not enter the averages
+        means = {name: torch.where(finite > 0, value, 0.0) for name, value in means.items()}
+        if self._sums is not None:
+            means = {name: self._sums[name] + value for name, value in means.items()}
+        self._sums, self._summed = means, self._summed + 1
         if self._log_due(step):
             self._log(step + 1, rate)
 
@@ -217,7 +259,7 @@ class TrainingRun:
         self.accelerator.unscale_gradients(self.prepared_optimizer)
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norms = {
-            f"{network}/grad_norm".lstrip("/"): torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+            f"{network}/grad_norm".lstrip("/"): whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
             for network, parameters in self.networks.items()
         }
         bad = (~torch.isfinite(sum(norms.values()))).float()
@@ -225,28 +267,36 @@ class TrainingRun:
             self.optimizer.found_inf = bad
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.parameters)
+        for average in self.averages.values():
+            average.update(self.parameters)
         self.skipped = torch.stack([(self.skipped[0] + bad) * bad, self.skipped[1] + bad])
         return norms, 1 - bad
 
     def _log(self, step: int, rate: float) -> None:
-        means = self._sums[:-1] / self._sums[-1].clamp(min=1)
-        means = self.accelerator.reduce(means, reduction="mean").tolist()  # waits for the device
+        names, values = list(self._sums), list(self._sums.values())
+        flat = self.accelerator.reduce(torch.cat([v.flatten() for v in values]), reduction="mean")
+        sums = dict(zip(names, flat.cpu().split([v.numel() for v in values]), strict=True))  # waits for the device
         in_a_row, skipped = (int(n) for n in self.skipped.tolist())
         elapsed = time.perf_counter() - self._mark
         images = self.images_per_step * self._summed
         self.seconds += elapsed
         self.rates.append(images / elapsed)
-        record = dict(zip(self._names, means, strict=True)) | {
-            "learning_rate": rate,
-            "images_per_second": images / elapsed,
-        }
+        counted = sums.pop("finite")
+        record = {n: _means(torch.cat([v, counted])[None])[0] for n, v in sums.items() if v.numel() == 1}
+        record |= {"learning_rate": rate, "images_per_second": images / elapsed}
+        if self._mfu_per_rate is not None:
+            record["mfu"] = self._mfu_per_rate * images / elapsed
+        record["peak_memory_gib"] = peak_memory_bytes(self.device) / 2**30
+        tables = {name: _means(value.view(-1, 2)) for name, value in sums.items() if value.numel() > 1}
+        scalars = record | {f"{name}/{k}": value for name, row in tables.items() for k, value in enumerate(row)}
         self._sums, self._summed = None, 0
         if self.is_main:
-            self.folder.log({"step": step} | record | {"skipped_steps": skipped, "seconds": self.seconds})
-            self.accelerator.log(record, step=step)
+            counters = {"skipped_steps": skipped, "seconds": self.seconds}
+            self.folder.log({"step": step} | record | tables | counters)
+            self.accelerator.log({name: value for name, value in scalars.items() if value is not None}, step=step)
             if self._bar is not None:
-                self._bar.set_postfix(loss=f"{record['loss']:.4g}", images=f"{record['images_per_second']:.0f}/s")
+                loss = math.nan if record["loss"] is None else record["loss"]
+                self._bar.set_postfix(loss=f"{loss:.4g}", images=f"{record['images_per_second']:.0f}/s")
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(f"the gradients of the last {in_a_row} steps up to step {step} were not finite")
 
@@ -267,12 +317,32 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The model with its averaged weights, for evaluation, no gradients."""
+        """The model with its averaged weights, for evaluation, no gradients.
+
+        Raises: ValueError if the weights are sharded; `averaged_model` works then too.
+        """
+        if self.sharded:
+            raise ValueError("the weights are sharded over the processes: this evaluation needs whole ones (no FSDP)")
         training = self.model.training
         self.model.eval()
         with torch.no_grad(), self.average.swapped_into(self.parameters):
             yield
         self.model.train(training)
+
+    @contextlib.contextmanager
+    def averaged_model(self) -> Iterator[Any]:
+        """The model with its averaged weights, whole, on every process; all of them have to enter.
+
+        Under FSDP it is a copy that exists meanwhile, else the model itself.
+        """
+        if not self.sharded:
+            with self.averaged_weights():
+                yield self.model
+            return
+        model = type(self.model).from_config(self.model.config)
+        model.load_state_dict(averaged_state(self, self.average))
+        with torch.no_grad():
+            yield model.to(self.device).eval()
 
     def save(self, step: int) -> None:
         """Write checkpoint-<step>; see checkpoints.py."""

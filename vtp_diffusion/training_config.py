@@ -31,9 +31,15 @@ class TrainingConfig:
     adam_epsilon: float = _setting(1e-8, "AdamW, added to the denominator")
     adam_weight_decay: float = _setting(0.0, "AdamW, decoupled decay; weight matrices only")
     max_grad_norm: float | None = _setting(1.0, "gradients are clipped to this L2 norm; none leaves them")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _setting("no", "precision of the matrix products")
+    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] = _setting("no", "precision of the matrix products")
     ema_decay: float = _setting(0.9999, "decay of the averaged weights, constant from the first step")
+    ema_further_decays: list[float] = field(
+        default_factory=list, metadata={"help": "decays of further averages, which checkpoints hold beside"}
+    )
     ema_bias_correction: bool = _setting(False, "leave the initial weights out of the average, for short runs")
+    deterministic: bool = _setting(
+        False, "the same bits on every run on one kind of GPU, slower; without it GPU runs differ by rounding", True
+    )
     compile: bool = _setting(False, "torch.compile the forward and backward passes", True)
     gradient_checkpointing: bool = _setting(False, "recompute activations: less memory, slower", True)
     checkpointing_steps: int = _setting(5000, "a checkpoint every so many steps, and one at the end", True)
@@ -42,6 +48,9 @@ class TrainingConfig:
     log_steps: int = _setting(50, "steps averaged in one line of log.jsonl", True)
     dataloader_num_workers: int = _setting(0, "processes reading data that is not kept on the device", True)
     keep_on_device: bool | None = _setting(None, "hold all training data on the device; none decides by size", True)
+    peak_flops: float | None = _setting(
+        None, "FLOP/s of one device that MFU is a share of; none takes a known GPU's bfloat16 peak", True
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = _setting("tensorboard", "tracker beside log.jsonl", True)
 
     def __post_init__(self):
@@ -49,12 +58,18 @@ class TrainingConfig:
         for name in (*positive, "checkpointing_steps", "validation_steps", "adam_epsilon"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("max_grad_norm", "checkpoints_total_limit"):
+        for name in ("max_grad_norm", "checkpoints_total_limit", "peak_flops"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number or none")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number in [0, 1)")
+        decays = [self.ema_decay, *self.ema_further_decays]
+        if len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
+            raise ValueError(
+                f"ema_further_decays is {self.ema_further_decays}, expected different numbers in [0, 1), none of them "
+                f"ema_decay, {self.ema_decay}"
+            )
         if not 0 <= self.lr_warmup_steps <= self.max_train_steps:
             raise ValueError(f"lr_warmup_steps is {self.lr_warmup_steps}, expected 0 to {self.max_train_steps} steps")
 
