@@ -177,3 +177,15 @@ def test_a_known_drawing(rows, tmp_path, monkeypatch):
     red, green, blue = np.asarray(dataset[0]["image"])[:, 16, 16]
     assert red > 200 and green < 100 and blue < 100
     assert json.loads((folder / "metadata.jsonl").read_text())["caption"] == "large red circle"
+
+
+def test_labels_are_subcategories_or_categories(cache):
+    """Both ways of labelling the same images, which keep their fingerprint."""
+    fine, coarse = (
+        open_dataset(DataConfig(resolution=SIDE, cache_dir=str(cache), label_column=column), "validation")
+        for column in (None, "category")
+    )
+    assert (len(fine.label_names), len(coarse.label_names)) == (100, 10) and fine.fingerprint == coarse.fingerprint
+    assert coarse.label_names[coarse.labels[0]] in read_metadata(openmoji_folder(SIDE, cache))[0].values()
+    with pytest.raises(ValueError, match="label_column is 'name', expected subcategory or category"):
+        open_dataset(DataConfig(resolution=SIDE, cache_dir=str(cache), label_column="name"))

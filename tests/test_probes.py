@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from vtp_diffusion.probes import knn_accuracy, knn_scores, top_k_accuracy
+from vtp_diffusion.probe_features import ProbeFeatures
+from vtp_diffusion.probes import HeadSettings, LinearHeads, head_grid, knn_accuracy, knn_scores, top_k_accuracy
 
 
 def clouds(count, seed, classes=4, dim=16):
@@ -58,3 +59,46 @@ def test_neighbours_refuse_what_does_not_fit():
         knn_scores(bank, labels, bank[:, :3])
     with pytest.raises(ValueError, match="features are not finite"):
         knn_scores(bank, labels, bank / 0, (1,))
+
+
+def probe_features(count, seed):
+    """Two layers of class tokens, the last one separable; the mean patch token is noise."""
+    features, labels = clouds(count, seed)
+    noise = torch.randn(count, 2, 16, generator=torch.Generator().manual_seed(seed))
+    return ProbeFeatures(torch.stack([noise[:, 0], features], 1).numpy(), noise[:, 1].numpy(), labels)
+
+
+def test_heads_read_what_dinov2_gives_them():
+    features = probe_features(5, seed=1)
+    tokens, patches = torch.from_numpy(features.class_tokens), torch.from_numpy(features.patch_means)
+    assert torch.equal(features.inputs(1, False), tokens[:, 1])
+    expected = torch.cat([tokens[:, 0], tokens[:, 1], patches], dim=1)[[3, 1]]
+    assert torch.equal(features.inputs(2, True, torch.tensor([3, 1])), expected)
+    with pytest.raises(ValueError, match="layers is 3, the features have the last 2"):
+        features.inputs(3, False)
+    assert len(head_grid(4)) == 2 * 2 * 13 and len(head_grid(1, (0.1,))) == 2
+    with pytest.raises(ValueError, match="expected positive numbers"):
+        head_grid(1, (0.1, 0.0))
+
+
+def test_heads_learn_separable_classes_and_nothing_from_shuffled_labels():
+    train, held_out = probe_features(300, seed=1), probe_features(300, seed=2)
+    heads = LinearHeads(head_grid(2, (1e-3, 0.1)), num_classes=4).train(train, steps=150, batch_size=64, seed=0)
+    found = heads.accuracies(held_out, chunk=70)
+    assert max(accuracy[1] for accuracy in found) > 0.99 and all(accuracy[5] == 1.0 for accuracy in found)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+    shuffled = ProbeFeatures(train.class_tokens, train.patch_means, train.labels[order])
+    chance = LinearHeads(head_grid(1, (0.1,)), num_classes=4).train(shuffled, steps=50, batch_size=64, seed=0)
+    assert all(0.05 < accuracy[1] < 0.45 for accuracy in chance.accuracies(held_out))
+
+
+def test_heads_do_not_notice_each_other_and_one_that_diverges_says_so():
+    train = probe_features(100, seed=1)
+    grid = [HeadSettings(1, False, 0.1), HeadSettings(2, True, 0.02), HeadSettings(1, False, 1e38)]
+    together = LinearHeads(grid, num_classes=4).train(train, steps=30, batch_size=32, seed=0)
+    alone = LinearHeads(grid[:1], num_classes=4).train(train, steps=30, batch_size=32, seed=0)
+    assert torch.allclose(together.heads[0].weight, alone.heads[0].weight, atol=1e-6)
+    assert together.accuracies(train)[2][1] is None
+    assert together.accuracies(train)[0][1] > 0.9 and together.accuracies(train)[1][1] > 0.5
+    with pytest.raises(ValueError, match="labels go to 3, the heads have 3 classes"):
+        LinearHeads(grid, num_classes=3).train(train, steps=1, batch_size=8, seed=0)

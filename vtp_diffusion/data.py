@@ -23,6 +23,7 @@ from .images import from_uint8
 from .openmoji import is_held_out, openmoji_folder, read_metadata
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
 IN_MEMORY_BYTES = 2**30
 SPLIT_FOLDERS = ("train", "validation")
@@ -48,7 +49,9 @@ class DataConfig:
     name: str | None = field(default=None, metadata={"help": "`datasets`: name of the configuration"})
     data_files: str | None = field(default=None, metadata={"help": "`datasets`: files or pattern, for builders"})
     image_column: str = field(default="image", metadata={"help": "`datasets`: column of the images"})
-    label_column: str | None = field(default=None, metadata={"help": "`datasets`: column of the class"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "`datasets`: column of the class; openmoji: subcategory (none) or category"}
+    )
     caption_column: str | None = field(default=None, metadata={"help": "`datasets`: column of the text"})
     holdout: float = field(default=0.1, metadata={"help": "share of OpenMoji's base emoji in the validation split"})
     holdout_seed: int = field(default=0, metadata={"help": "which base emoji those are"})
@@ -280,7 +283,10 @@ def _affine(images, angle, scale, shift_x, shift_y) -> torch.Tensor:
 def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     folder = openmoji_folder(config.resolution, config.cache_dir)
     rows = read_metadata(folder)
-    names = sorted({row["subcategory"] for row in rows})
+    column = config.label_column or OPENMOJI_LABELS[0]
+    if column not in OPENMOJI_LABELS:
+        raise ValueError(f"label_column is {column!r}, expected {' or '.join(OPENMOJI_LABELS)} for openmoji")
+    names = sorted({row[column] for row in rows})
     wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
     rows = [row for row in rows if is_held_out(row["base"], config.holdout, config.holdout_seed) in wanted]
     rows = _limited(rows, config.limit)
@@ -289,7 +295,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
         read=read_image,
         resolution=config.resolution,
         keys=[row["key"] for row in rows],
-        labels=[names.index(row["subcategory"]) for row in rows],
+        labels=[names.index(row[column]) for row in rows],
         captions=[row["caption"] for row in rows],
         label_names=names,
         weights=torch.tensor([SKIN_TONE_WEIGHT if row["skin_tone"] else 1.0 for row in rows]),

@@ -1,0 +1,125 @@
+"""Zero-shot classification: how often an image is nearest to the prompts of its own class.
+
+    python eval/zero_shot.py --model VTP-Large-f16d64 --data.source imagenet-1k --data.label_column label \\
+        --classes imagenet --output zero_shot.json
+
+    python eval/zero_shot.py --model runs/vtp-openmoji/vtp --data.resolution 128 --data.label_column category \\
+        --templates "an emoji of {}" "a picture of {}" --output zero_shot.json
+
+--model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet the
+names and CLIP's 80 templates are those of open_clip, and labels are ImageNet's indices; else the names are the data
+set's. A class is the average of its prompts, as in CLIP. Images are ADM's centre crops.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from vtp_diffusion import VTPModel
+from vtp_diffusion.cli import run
+from vtp_diffusion.config import parse_config
+from vtp_diffusion.data import DataConfig, ImageDataset, open_dataset
+from vtp_diffusion.images import from_uint8
+from vtp_diffusion.latents import autoencoder_identity
+from vtp_diffusion.loading import load_vtp
+from vtp_diffusion.probes import top_k_accuracy
+from vtp_diffusion.results import check_output, write_results
+from vtp_diffusion.zero_shot import (
+    IMAGENET_CLASSES,
+    class_embeddings,
+    clip_tokenizer,
+    imagenet_prompts,
+    zero_shot_scores,
+)
+
+
+@dataclass(kw_only=True)
+class ZeroShotConfig:
+    """Settings of this program."""
+
+    model: str = field(metadata={"help": "folder of a VTPModel or of a released checkpoint"})
+    data: DataConfig = field(metadata={"help": "images with labels"})
+    output: str = field(metadata={"help": "FILE.json for the results"})
+    split: str = field(default="validation", metadata={"help": "split of the images"})
+    classes: Literal["imagenet", "data"] = field(default="data", metadata={"help": "whose class names"})
+    templates: list[str] = field(
+        default_factory=list,
+        metadata={"help": "prompts, {} is the name; none = CLIP's 80 for imagenet, else 'a photo of a {}.'"},
+    )
+    batch_size: int = field(default=64, metadata={"help": "images at once"})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
+    )
+
+    def __post_init__(self) -> None:
+        check_output(self.output)
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], list[str]]:
+    """(class names, templates). Raises: ValueError for classes that are not the data set's, or of the same name."""
+    if config.classes == "imagenet":
+        names, templates = imagenet_prompts()
+        known = len(dataset.label_names)
+        if known > IMAGENET_CLASSES or max(dataset.labels) >= IMAGENET_CLASSES or known == 1:
+            raise ValueError(
+                f"{config.data.source} has {known} classes, classes imagenet needs ImageNet's 0 to 999 as labels"
+            )
+        return names, config.templates or templates
+    names = dataset.label_names
+    if len(names) < 2:
+        raise ValueError(f"the images of {config.data.source} have one class, {names[0]!r}: expected at least 2")
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"classes of the same name cannot be told apart: {', '.join(twice)}")
+    return names, config.templates or ["a photo of a {}."]
+
+
+def readable_batches(dataset: ImageDataset, batch_size: int, labels: list[int]):
+    """Images (B, 3, H, W) in [-1, 1]; appends their labels. Images that cannot be read are left out where allowed."""
+    with tqdm(total=len(dataset), desc="classifying", unit="image") as progress:
+        for start in range(0, len(dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(dataset)))
+            items = zip(indices, dataset.__getitems__(list(indices)), strict=True)
+            read = [item for index, item in items if item["key"] == dataset.keys[index]]
+            progress.update(len(indices))
+            if read:
+                labels += [item["label"] for item in read]
+                yield from_uint8(torch.stack([item["image"] for item in read]))
+
+
+def main() -> None:
+    config = parse_config(ZeroShotConfig, description=__doc__)
+    model = load_vtp(config.model)
+    if not isinstance(model, VTPModel):
+        raise ValueError(f"{config.model} holds an autoencoder without a text tower, expected a VTPModel")
+    model = model.requires_grad_(False).to(config.device)
+    dataset = open_dataset(config.data, config.split)
+    names, templates = prompts(config, dataset)
+    tokenize = clip_tokenizer(model.config.text_context_length)
+    embeddings = class_embeddings(model, names, templates, tokenize)
+    labels: list[int] = []
+    scores = zero_shot_scores(model, readable_batches(dataset, config.batch_size, labels), embeddings)
+    found = torch.tensor(labels)
+
+    results = {
+        "num_images": len(labels),
+        "num_classes": len(names),
+        "fingerprint": dataset.fingerprint,
+        "model": autoencoder_identity(model),
+        "templates": templates,
+        "chance": 1 / len(names),
+        "top1": top_k_accuracy(scores, found, 1),
+        "top5": top_k_accuracy(scores, found, 5),
+    }
+    results = write_results(config.output, "zero_shot", config, results)
+    print(f"\n{len(labels)} images, {len(names)} classes, {len(templates)} templates")
+    print(f"chance  top-1 {results['chance']:6.1%}")
+    print(f"found   top-1 {results['top1']:6.1%}   top-5 {results['top5']:6.1%}\nresults: {config.output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,36 @@
+"""Result files of the evaluation programs: JSON that says which evaluation it is, every setting, and the versions."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import config_to_dict
+
+
+def write_results(path: str | Path, evaluation: str, config: Any, results: dict[str, Any]) -> dict[str, Any]:
+    """Write `results` beside the name of the evaluation, its settings and the versions that decide numbers.
+
+    Args:
+        path: FILE.json; written at once or not at all, folders are made.
+        evaluation: by which `eval/report.py` knows what the file holds.
+        config: the program's, a dataclass.
+
+    Returns:
+        What was written.
+    """
+    path = Path(path)
+    versions = {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}
+    written = {"evaluation": evaluation, "settings": config_to_dict(config), "versions": versions} | results
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(path)
+    return written
+
+
+def check_output(output: str, suffix: str = ".json") -> None:
+    """Raises: ValueError unless `output` ends as it should."""
+    if not output.endswith(suffix):
+        raise ValueError(f"output must be a FILE{suffix}, got {output}")
