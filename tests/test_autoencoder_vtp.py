@@ -7,7 +7,8 @@ from golden import GOLDEN, relative_error
 from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP
-from vtp_diffusion.autoencoder_vtp import VTP_SIZES, VTPSwiGLU, denormalize_images, normalize_images
+from vtp_diffusion.autoencoder_vtp import VTP_SIZES, denormalize_images, normalize_images
+from vtp_diffusion.vtp_blocks import VTPSwiGLU
 from vtp_diffusion.vtp_rotary import apply_rotary, rotary_periods, rotary_tables, round_to_bfloat16
 
 VTP_SETS = ["vtp_released", "vtp_qk_norm"]

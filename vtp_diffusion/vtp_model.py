@@ -12,8 +12,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .autoencoder_vtp import AutoencoderVTP, VTPAttention, initialise_weights
+from .autoencoder_vtp import AutoencoderVTP
 from .strict_loading import StrictLoadingMixin
+from .vtp_blocks import VTPAttention, initialise_weights
 
 
 @dataclass

@@ -1,0 +1,274 @@
+"""The networks inside a VTP autoencoder (arXiv:2512.13687): encoder, pixel decoder and their blocks."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+from .vtp_rotary import apply_rotary, rotary_tables
+
+
+class VTPTransformer(nn.Module):
+    """What encoder and decoder share: pre-norm blocks and a final norm over patches with axial rotary embedding.
+
+    Raises:
+        ValueError: when the size of a head is not a whole multiple of 4 (two axes, pairs of channels).
+    """
+
+    def __init__(
+        self, hidden_size: int, num_layers: int, num_heads: int, qk_norm: bool, rope_dtype: torch.dtype, norm: Callable
+    ):
+        super().__init__()
+        if hidden_size % num_heads or (hidden_size // num_heads) % 4:
+            raise ValueError(
+                f"{type(self).__name__}: hidden size {hidden_size} with {num_heads} attention heads, "
+                "the size of a head must be a whole multiple of 4."
+            )
+        self.head_dim = hidden_size // num_heads
+        self.rope_dtype = rope_dtype
+        self.blocks = nn.ModuleList(
+            VTPBlock(hidden_size, num_heads, qk_norm, norm(hidden_size), norm(hidden_size)) for _ in range(num_layers)
+        )
+        self.norm = norm(hidden_size)
+        self.gradient_checkpointing = False
+
+    def run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        grid: tuple[int, int],
+        prefix_tokens: int = 0,
+        num_layers: int = 1,
+        kept: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Tokens (B, prefix + h·w, D) -> the outputs of the last layers (B, prefix + h·w, D), each final-normed.
+
+        Args: `kept`: (layers, 2, K) samples that stochastic depth keeps in each layer's attention and MLP.
+        """
+        if kept is not None and kept.shape[:2] != (len(self.blocks), 2):
+            raise ValueError(f"kept has shape {tuple(kept.shape)}, expected ({len(self.blocks)}, 2, samples)")
+        cos, sin = rotary_tables(*grid, self.head_dim, self.rope_dtype, hidden_states.device)  # (h·w, head_dim)
+        # Prefix tokens are not rotated: angle zero, cosine 1 and sine 0.
+        cos = F.pad(cos, (0, 0, prefix_tokens, 0), value=1.0)
+        sin = F.pad(sin, (0, 0, prefix_tokens, 0), value=0.0)
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            samples = (None, None) if kept is None else kept[index].unbind(0)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, cos, sin, *samples)
+            else:
+                hidden_states = block(hidden_states, cos, sin, *samples)
+            if index >= len(self.blocks) - num_layers:
+                outputs.append(self.norm(hidden_states))
+        return outputs
+
+
+class VTPEncoder(VTPTransformer):
+    """Vision transformer with a class token and RMSNorm."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int, *transformer):
+        super().__init__(hidden_size, *transformer, norm=VTPRMSNorm)
+        self.patch_size = patch_size
+        self.embeddings = VTPEmbeddings(in_channels, patch_size, hidden_size)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        num_layers: int = 1,
+        masks: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """ImageNet-normalised images (B, 3, H, W) -> tokens (B, 1 + N, D) of the last layers, each final-normed.
+
+        Args: `masks`: (B, N) bool, patches that the mask token replaces; `kept`: as of `run_blocks`.
+        """
+        grid = tuple(side // self.patch_size for side in images.shape[-2:])
+        return self.run_blocks(self.embeddings(images, masks), grid, 1, num_layers, kept)
+
+
+class VTPDecoder(VTPTransformer):
+    """Pixel decoder with LayerNorm: linear in, linear out to the pixels of each patch."""
+
+    def __init__(self, latent_channels: int, out_channels: int, patch_size: int, hidden_size: int, *transformer):
+        super().__init__(hidden_size, *transformer, norm=partial(nn.LayerNorm, eps=1e-6))
+        self.patch_size = patch_size
+        self.proj_in = nn.Linear(latent_channels, hidden_size)
+        self.proj_out = nn.Linear(hidden_size, out_channels * patch_size**2)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        """Raw latents (B, C, h, w) -> ImageNet-normalised images (B, 3, h·p, w·p)."""
+        height, width = latents.shape[-2:]
+        tokens = self.proj_in(latents.flatten(2).transpose(1, 2))  # (B, N, D)
+        (tokens,) = self.run_blocks(tokens, (height, width))
+        # Per patch the pixels are ordered channel, row, column.
+        pixels = self.proj_out(tokens).transpose(1, 2).unflatten(2, (height, width))  # (B, 3·p·p, h, w)
+        return F.pixel_shuffle(pixels, self.patch_size)
+
+
+class VTPEmbeddings(nn.Module):
+    """Patches as tokens, after the class token. The mask token replaces patches in masked-image modelling only."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.mask_token = nn.Parameter(torch.empty(1, hidden_size))
+
+    def forward(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+        """Images (B, 3, H, W), masks (B, N) of the patches to hide -> tokens (B, 1 + N, D)."""
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        if masks is not None:
+            if masks.shape != patches.shape[:2]:
+                raise ValueError(f"masks have shape {tuple(masks.shape)}, expected {tuple(patches.shape[:2])}")
+            patches = torch.where(masks[:, :, None], self.mask_token.to(patches.dtype), patches)
+        cls_token = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        return torch.cat([cls_token, patches], dim=1)
+
+
+def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """hidden_states + branch(hidden_states), or with stochastic depth (arXiv:1603.09382) on a subset of the batch.
+
+    Only the K kept samples go through the branch, whose output is added to them B / K times: over a uniformly drawn
+    subset the expectation is the whole update. DINOv2 (arXiv:2304.07193, section 5) saves its time so.
+
+    Args: `hidden_states`: (B, S, D); `branch`: (K, S, D) -> (K, S, D); `kept`: (K,) int64 without repetition, or None.
+    """
+    if kept is None:
+        return hidden_states + branch(hidden_states)
+    update = branch(hidden_states.index_select(0, kept)).to(hidden_states.dtype)
+    return hidden_states.index_add(0, kept, update, alpha=len(hidden_states) / len(kept))
+
+
+class VTPBlock(nn.Module):
+    """Pre-norm transformer block: rotary self-attention and SwiGLU."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, norm1: nn.Module, norm2: nn.Module):
+        super().__init__()
+        self.norm1 = norm1
+        self.attn = VTPAttention(hidden_size, num_heads, qk_norm=qk_norm)
+        self.norm2 = norm2
+        self.mlp = VTPSwiGLU(hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kept_in_attention: torch.Tensor | None = None,
+        kept_in_mlp: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens (B, S, D) with rotary tables (S, head_dim) -> tokens (B, S, D).
+
+        Args: `kept_in_attention`, `kept_in_mlp`: (K,) samples whose branch is computed; None: all of them.
+        """
+        hidden_states = residual_update(
+            hidden_states, lambda x: self.attn(self.norm1(x), rotary=(cos, sin)), kept_in_attention
+        )
+        return residual_update(hidden_states, lambda x: self.mlp(self.norm2(x)), kept_in_mlp)
+
+
+class VTPAttentionProcessor:
+    """Self-attention through diffusers' attention backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "VTPAttention",
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, S, H, D)
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        # Under autocast the norms above leave float32; attention needs one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            is_causal=attn.is_causal,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = attn.to_out[0](hidden_states.flatten(2))  # (B, S, H·D)
+        return attn.to_out[1](hidden_states)
+
+
+class VTPAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with biases, laid out as diffusers' attention tools expect."""
+
+    _default_processor_cls = VTPAttentionProcessor
+    _available_processors = [VTPAttentionProcessor]
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, is_causal: bool = False):
+        super().__init__()
+        self.heads = num_heads
+        self.inner_dim = hidden_size
+        self.use_bias = True
+        self.is_causal = is_causal
+        self.is_cross_attention = False
+        self.cross_attention_dim = hidden_size
+        self.added_kv_proj_dim = None
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.norm_q = VTPRMSNorm(hidden_size // num_heads) if qk_norm else None
+        self.norm_k = VTPRMSNorm(hidden_size // num_heads) if qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Dropout(0.0)])
+        self.set_processor(VTPAttentionProcessor())
+
+    def forward(
+        self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Tokens (B, S, D) -> tokens (B, S, D); `rotary` is the pair of tables (S, head_dim)."""
+        return self.processor(self, hidden_states, rotary=rotary)
+
+
+class VTPSwiGLU(nn.Module):
+    """w3(silu(w1 x) · w2 x) with 2/3 · 4 times the width, rounded up to a multiple of 8 (arXiv:2002.05202)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        inner = -(-int(hidden_size * 8 / 3) // 8) * 8
+        self.w1 = nn.Linear(hidden_size, inner)
+        self.w2 = nn.Linear(hidden_size, inner)
+        self.w3 = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class VTPRMSNorm(nn.Module):
+    """Root-mean-square norm in float32, cast back before the scale, as the released weights expect it."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def initialise_weights(module: nn.Module) -> None:
+    """Truncated normal of standard deviation 0.02 and zero biases: our choice, the paper does not publish one."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, VTPEmbeddings):
+        nn.init.trunc_normal_(module.cls_token, std=0.02)
+        nn.init.zeros_(module.mask_token)
