@@ -48,6 +48,23 @@ def test_shift_is_a_flow_matching_scheduler_of_the_inverse_shift():
     assert torch.equal(fm.shift_times(t, 1.0), t)
 
 
+def test_the_shift_by_dimensions_is_raes_in_the_other_orientation():
+    """RAE on 768 x 16 x 16 latents: noise level u becomes a u / (1 + (a - 1) u), a = sqrt(196608 / 4096) = 6.93."""
+    a, u = math.sqrt(196608 / 4096), torch.linspace(0, 1, 11, dtype=torch.float64)
+    shifted = 1 - fm.shift_times(1 - u, fm.dimension_shift(768 * 16 * 16))
+    assert a == pytest.approx(6.928, abs=1e-3) and torch.allclose(shifted, a * u / (1 + (a - 1) * u))
+    assert fm.dimension_shift(4096) == 1.0 and fm.dimension_shift(64 * 16 * 16) == 0.5
+
+
+def test_sums_by_time_add_up_to_means_of_parts():
+    t, values = torch.tensor([0.0, 0.09, 0.1, 0.55, 1.0]), torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])
+    table = fm.sums_by_time(values, t)
+    assert table[:, 1].tolist() == [2, 1, 0, 0, 0, 1, 0, 0, 0, 1]
+    assert table[:, 0].tolist() == [4, 5, 0, 0, 0, 7, 0, 0, 0, 9]
+    halves = fm.sums_by_time(values[:2], t[:2]) + fm.sums_by_time(values[2:], t[2:])
+    assert torch.equal(halves, table)
+
+
 def test_dropped_labels_become_the_null_class():
     labels = torch.arange(10).repeat(5000)
     dropped = fm.drop_labels(labels, 0.1, num_classes=10, generator=torch.Generator().manual_seed(0))
@@ -62,6 +79,7 @@ def test_dropped_labels_become_the_null_class():
     [
         lambda: fm.sample_times(3, sigma=0.0),
         lambda: fm.shift_times(torch.rand(3), 0.0),
+        lambda: fm.dimension_shift(0),
         lambda: fm.drop_labels(torch.zeros(3, dtype=torch.long), 1.5, 10),
         lambda: fm.flow_matching_loss(torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 4, 4)),
     ],

@@ -201,6 +201,82 @@ def test_inputs_are_normalised_dropped_and_flipped(tmp_path, made):
     assert 0 < flips < 30 and 0 < (inputs["labels"] == 3).sum() < 30
 
 
+def test_times_can_be_uniform_and_shifted_by_the_size_of_the_latents(tmp_path, made):
+    """s = sqrt(4096 / (3 x 4 x 4)) = 9.24 moves the median of the times from 0.5 to 0.9."""
+    program = load_program("train_dit")
+    settings = ("--time_distribution=uniform", "--time_shift=dimensions", "--shift=dimensions")
+    config = program.parse_config(program.Config, arguments(tmp_path / "run", made, *settings))
+    vae = AutoencoderVTP.from_pretrained(config.vae)
+    dataset = program.open_training_data(config, vae)
+    transformer = program.build_transformer(config, dataset)
+    objective, folder = program.FlowMatchingObjective(transformer, True), program.RunFolder(config.output_dir, config)
+    run = program.TrainingRun(config, folder, objective, transformer, "transformer", "data")
+    times = next(program.training_inputs(run, config, dataset, vae, null=3))["times"]
+    drawn = run.draw(0, lambda n, g: {"noise": torch.randn(n, 3, 4, 4, generator=g), "u": torch.rand(n, generator=g)})
+    u, s = drawn["u"], (4096 / 48) ** 0.5
+    torch.testing.assert_close(times, s * u / (1 + (s - 1) * u))
+    assert program.build_pipeline(config, vae, transformer, dataset).scheduler.config.shift == pytest.approx(1 / s)
+
+
+def test_an_early_average_becomes_the_guide_of_the_pipeline(tmp_path, made):
+    program = load_program("train_dit")
+    program.main(arguments(tmp_path / "run", made, "--guide.step=3"))
+    early = load_file(tmp_path / "run/checkpoint-3/transformer_ema/diffusion_pytorch_model.safetensors")
+    guide = load_file(tmp_path / "run/pipeline/guidance_transformer/diffusion_pytorch_model.safetensors")
+    assert early.keys() == guide.keys() and all(torch.equal(early[name], guide[name]) for name in early)
+    pipeline = LightningDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.guidance_transformer is not None
+    assert "averaged weights of step 3 (autoguidance" in (tmp_path / "run/pipeline/README.md").read_text()
+    shutil.rmtree(tmp_path / "run" / "guidance_transformer")
+    with pytest.raises(ValueError, match="guide.step is 3, but the run goes on after step 6"):
+        program.main(arguments(tmp_path / "run", made, "--guide.step=3"))
+
+
+def test_a_smaller_transformer_becomes_the_guide_of_the_pipeline(tmp_path, made):
+    program = load_program("train_dit")
+    program.main(arguments(tmp_path / "small", made, "--model.attention_head_dim=4", "--max_train_steps=1"))
+    small = tmp_path / "small" / "pipeline" / "transformer"
+    program.main(arguments(tmp_path / "run", made, f"--guide.transformer={small}", "--max_train_steps=1"))
+    pipeline = LightningDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.guidance_transformer.config.attention_head_dim == 4
+    other = json.loads((small / "config.json").read_text()) | {"num_classes": 7}
+    (small / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="guide.transformer .* does not fit: num_classes 7 instead of 3"):
+        program.main(arguments(tmp_path / "other", made, f"--guide.transformer={small}", "--max_train_steps=1"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_log_has_losses_by_time_and_a_distance_with_its_floor(tmp_path, made, monkeypatch):
+    """The distance of a network of ours, which needs no weights: red and green of the mean colour."""
+    from PIL import Image
+
+    from vtp_diffusion import validation
+
+    (tmp_path / "images" / "grey").mkdir(parents=True)
+    for k in range(10):
+        Image.new("RGB", (20, 16), (25 * k, 250 - 20 * k, 7 * k)).save(tmp_path / "images" / "grey" / f"{k}.png")
+
+    class MeanColour(torch.nn.Module):
+        distance_name = "FD-colour"
+
+        def outputs(self, images):
+            return {"features": images.float().mean((2, 3))[:, :2]}
+
+    monkeypatch.setattr(validation, "feature_network", lambda name, weights: MeanColour())
+    source, count = f"--validation.distance.reference.source={tmp_path / 'images'}", "--validation.distance.num_images"
+    load_program("train_dit").main(arguments(tmp_path / "run", made, source, f"{count}=5"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line for line in lines if "loss" in line]
+    assert all(len(line["squared_error_by_time"]) == 10 for line in losses)
+    measured = {line["step"]: line for line in lines if "FD-colour" in line}
+    assert list(measured) == [3, 6] and measured[6]["FD-colour_images"] == 5
+    assert measured[3]["FD-colour_floor"] == measured[6]["FD-colour_floor"] > 0
+    assert measured[3]["FD-colour"] != measured[6]["FD-colour"]
+    with pytest.raises(ValueError, match="num_images is 6: the floor takes twice as many real images, .* has 10"):
+        load_program("train_dit").main(arguments(tmp_path / "two", made, source, f"{count}=6"))
+    assert not (tmp_path / "two").exists()
+
+
 def test_training_can_start_from_a_saved_transformer(tmp_path, made):
     program = load_program("train_dit")
     program.main(arguments(tmp_path / "first", made))
@@ -223,6 +299,11 @@ def test_training_can_start_from_a_saved_transformer(tmp_path, made):
         (["--class_dropout_prob=1.5"], "class_dropout_prob is 1.5"),
         (["--latents=/nonexistent"], "holds no latent shards"),
         (["--lerning_rate=1"], "did you mean --learning_rate"),
+        (["--time_shift=0"], "time_shift is 0.0, expected a positive number"),
+        (["--guide.step=7"], "guide.step is 7, expected a step from 1 to 6"),
+        (["--guide.step=1", "--guide.transformer=x"], "expected one of them"),
+        (["--validation.distance.num_images=1"], "distance.num_images is 1"),
+        (["--train_batch_size=5", "--gradient_accumulation_steps=2"], "expected a multiple of 1 processes x 2"),
         (["--save_dtype=float16"], "expected one of float32, bfloat16"),
     ],
 )

@@ -6,10 +6,17 @@ It learns from the latents that train_dit/extract_latents.py wrote. With `latent
 images of `data`: the autoencoder then runs in every step, on images changed as `augmentation` says.
 
 Every field of the configuration is also an option (--help lists them): --learning_rate 1e-3, --model.num_layers 8.
-The same command again resumes an interrupted run. The run folder ends with pipeline/, which
-DiffusionPipeline.from_pretrained loads.
+The same command again resumes an interrupted run, with any number of processes that train_batch_size can be divided
+among. SIGTERM and SIGINT save and stop it. The run folder ends with pipeline/, which DiffusionPipeline.from_pretrained
+loads. Sharded weights, for models that do not fit otherwise:
+
+    accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 train_dit/train.py --config ...
+
+Autoguidance (arXiv:2406.02507): with --guide.step 20000 the averaged weights of that step, with --guide.transformer
+FOLDER a smaller transformer trained on the same latents becomes the pipeline's guidance_transformer.
 """
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,15 +30,28 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.checkpoints import export_averaged
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
-from vtp_diffusion.flow_matching import drop_labels, flow_matching_loss, interpolate, sample_times, sums_by_time
-from vtp_diffusion.images import image_grid
+from vtp_diffusion.flow_matching import (
+    dimension_shift,
+    drop_labels,
+    flow_matching_loss,
+    interpolate,
+    sample_times,
+    shift_times,
+    sums_by_time,
+)
 from vtp_diffusion.latent_inputs import OnlineLatents, check_latents, class_names, stored_latents
 from vtp_diffusion.latents import LatentDataset, encode_raw, latent_statistics
+from vtp_diffusion.metrics.sources import pipeline_image_size
 from vtp_diffusion.run_folder import RunFolder
+from vtp_diffusion.throughput import forward_flops
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
+from vtp_diffusion.validation import QuickDistance, ValidationConfig, sample_grid
+
+GUIDE = "guidance_transformer"  # as the pipeline and, until then, the run folder call it
 
 
 @dataclass(kw_only=True)
@@ -49,13 +69,17 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class ValidationConfig:
-    """What is drawn at every validation, with the averaged weights and the same noise each time."""
+class GuideConfig:
+    """The weaker network that the pipeline guides with (autoguidance, arXiv:2406.02507), if any."""
 
-    labels: list[int | str] = field(default_factory=list, metadata={"help": "class indices or names, one image each"})
-    guidance_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 is none"})
-    num_inference_steps: int = field(default=50, metadata={"help": "Euler steps"})
-    seed: int = field(default=0, metadata={"help": "of the noise; image k uses seed + k"})
+    step: int | None = field(default=None, metadata={"help": "the averaged weights of this step of the run"})
+    transformer: str | None = field(default=None, metadata={"help": "folder of a transformer trained elsewhere"})
+
+    def __post_init__(self):
+        if self.step is not None and self.transformer is not None:
+            raise ValueError(
+                f"guide.step is {self.step} and guide.transformer {self.transformer}, expected one of them"
+            )
 
 
 @dataclass(kw_only=True)
@@ -78,24 +102,40 @@ class Config(TrainingConfig):
         metadata={"help": "folder of a saved transformer to start from, as transformer_ema/; None = fresh"},
     )
     class_dropout_prob: float = field(default=0.1, metadata={"help": "share of labels replaced by the null class"})
+    time_distribution: Literal["logit_normal", "uniform"] = field(
+        default="logit_normal", metadata={"help": "of the training times, before time_shift"}
+    )
     time_mu: float = field(default=-0.5, metadata={"help": "of the logit-normal times; -0.75 in VTP-Large's training"})
     time_sigma: float = field(
         default=1.25, metadata={"help": "of the logit-normal times; 1.0 in VTP-Large's training"}
     )
+    time_shift: float | Literal["dimensions"] = field(
+        default=1.0,
+        metadata={
+            "help": "shift s of the training times, 1 is none; dimensions: by the size of the latents, as in RAE"
+        },
+    )
     cosine_loss: bool = field(default=True, metadata={"help": "add 1 - cosine similarity of the velocities"})
     random_flip: bool = field(default=True, metadata={"help": "mirror half of the images"})
-    shift: float = field(default=0.3, metadata={"help": "time shift s that the pipeline samples with"})
+    shift: float | Literal["dimensions"] = field(
+        default=0.3, metadata={"help": "time shift s that the pipeline samples with, as time_shift"}
+    )
+    guide: GuideConfig = field(default_factory=GuideConfig, metadata={"may_change": True})
     save_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "weights in pipeline/"})
     validation: ValidationConfig = field(
-        default_factory=ValidationConfig, metadata={"help": "sample grids", "may_change": True}
+        default_factory=ValidationConfig, metadata={"help": "sample grids and distances", "may_change": True}
     )
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.class_dropout_prob <= 1:
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, expected a number in [0, 1]")
-        if self.time_sigma <= 0 or self.shift <= 0:
-            raise ValueError(f"time_sigma is {self.time_sigma} and shift {self.shift}, expected positive numbers")
+        for name in ("time_sigma", "time_shift", "shift"):
+            value = getattr(self, name)
+            if value != "dimensions" and value <= 0:
+                raise ValueError(f"{name} is {value}, expected a positive number")
+        if self.guide.step is not None and not 0 < self.guide.step <= self.max_train_steps:
+            raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
             raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
         if self.latents is not None and self.augmentation != AugmentationConfig():
@@ -174,19 +214,26 @@ def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset | On
     return dataset.batches(*common, config.mixed_precision, encode)
 
 
+def time_shift(value: float | Literal["dimensions"], dataset: LatentDataset | OnlineLatents) -> float:
+    return dimension_shift(math.prod(dataset.shape)) if value == "dimensions" else value
+
+
 def training_inputs(
     run: TrainingRun, config: Config, dataset: LatentDataset | OnlineLatents, vae, null: int
 ) -> Iterator[dict]:
     """What the objective is called with, micro-step by micro-step; everything random is keyed by the position in the
     run, whatever the number of processes."""
 
+    shift = time_shift(config.time_shift, dataset)
+
     def draw(count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         place = {"generator": generator, "device": run.device}
-        return {
-            "noise": torch.randn(count, *dataset.shape, **place),
-            "times": sample_times(count, config.time_mu, config.time_sigma, **place),
-            "drop": torch.rand(count, **place),
-        }
+        noise = torch.randn(count, *dataset.shape, **place)
+        if config.time_distribution == "uniform":
+            times = torch.rand(count, **place)
+        else:
+            times = sample_times(count, config.time_mu, config.time_sigma, **place)
+        return {"noise": noise, "times": shift_times(times, shift), "drop": torch.rand(count, **place)}
 
     mean, std = (s.to(run.device) for s in latent_statistics(vae))  # (1, C, 1, 1)
     for micro_step, batch in zip(run.micro_steps, latent_batches(run, config, dataset), strict=True):
@@ -199,24 +246,44 @@ def training_inputs(
         }
 
 
-def build_pipeline(config: Config, vae, transformer, id2label: dict[int, str]) -> LightningDiTPipeline:
+def build_pipeline(config: Config, vae, transformer, dataset, guide=None) -> LightningDiTPipeline:
     """The pipeline that samples as the configuration says; upstream's time shift s is a scheduler shift of 1/s."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / config.shift)
-    return LightningDiTPipeline(vae=vae, transformer=transformer, scheduler=scheduler, id2label=id2label)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / time_shift(config.shift, dataset))
+    pipeline = LightningDiTPipeline(
+        vae=vae, transformer=transformer, scheduler=scheduler, guidance_transformer=guide, id2label=dataset.id2label
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def sample_grid(config: Config, pipeline: LightningDiTPipeline, device: torch.device):
-    """One labelled image for each validation label, image k from seed + k."""
-    settings = config.validation
-    indices = pipeline.get_label_ids(settings.labels)
-    images = pipeline(
-        class_labels=indices,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        generator=[torch.Generator(device).manual_seed(settings.seed + k) for k in range(len(indices))],
-    ).images
-    names = [pipeline.config.id2label[str(index)].split(",")[0] for index in indices]
-    return image_grid(images, columns=min(8, len(images)), labels=names)
+def check_guide(config: Config, folder: RunFolder, transformer: LightningDiTTransformer2DModel) -> None:
+    """Raises: ValueError if the guide is one of other latents or classes, or its step is over without it."""
+    step, checkpoints = config.guide.step, folder.checkpoints()
+    if step is not None and checkpoints and checkpoints[-1][0] >= step and not (folder.path / GUIDE).is_dir():
+        raise ValueError(
+            f"guide.step is {step}, but the run goes on after step {checkpoints[-1][0]} and has no {GUIDE}/: name a "
+            "checkpoint's transformer_ema as guide.transformer"
+        )
+    if config.guide.transformer is not None:
+        other, own = LightningDiTTransformer2DModel.load_config(config.guide.transformer), transformer.config
+        keys = ("sample_size", "in_channels", "num_classes")
+        if different := [f"{k} {other.get(k)} instead of {own[k]}" for k in keys if other.get(k) != own[k]]:
+            raise ValueError(f"guide.transformer {config.guide.transformer} does not fit: {', '.join(different)}")
+
+
+def open_guide(config: Config, run: TrainingRun) -> LightningDiTTransformer2DModel | None:
+    if config.guide.transformer is None and config.guide.step is None:
+        return None
+    return LightningDiTTransformer2DModel.from_pretrained(config.guide.transformer or run.folder.path / GUIDE)
+
+
+def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDistance | None, step: int) -> None:
+    """A grid and a distance of the averaged weights, guided without a classifier where the settings ask for it."""
+    with run.averaged_model() as model:
+        pipeline = build_pipeline(config, vae, model, dataset)
+        values = {} if distance is None else distance.measure(pipeline, run.device, **config.validation.sampler)
+        draw = run.is_main and config.validation.labels
+        run.report(step, values, sample_grid(config.validation, pipeline, run.device) if draw else None)
 
 
 def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> Path:
@@ -242,6 +309,14 @@ def card_text(config: Config, run: TrainingRun, dataset) -> str:
     classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     parameters = sum(p.numel() for p in run.parameters) / 1e6
     source = "latents of training images" if config.latents else "training images, encoded in every step"
+    times = (
+        "uniform" if config.time_distribution == "uniform" else f"logit-normal ({config.time_mu}, {config.time_sigma})"
+    )
+    guide = "classifier-free"
+    if config.guide.step is not None:
+        guide = f"by its own averaged weights of step {config.guide.step} (autoguidance, arXiv:2406.02507)"
+    elif config.guide.transformer is not None:
+        guide = "by a weaker transformer (autoguidance, arXiv:2406.02507)"
     attribution = (dataset.metadata or {}).get("attribution")
     attribution = f"\n## Training images\n\n{attribution}\n" if attribution else ""
     return f"""# LightningDiT on VTP latents
@@ -268,8 +343,8 @@ images = pipeline(class_labels=[0], **settings).images
 - {len(dataset)} {source}; {config.max_train_steps} steps of {run.images_per_step} latents,
   {run.seconds:.0f} s ({statistics.median(rates):.0f} a second).
 - AdamW, learning rate {config.learning_rate} ({config.lr_scheduler}); averaged weights with decay {config.ema_decay}.
-- Logit-normal times ({config.time_mu}, {config.time_sigma}); class dropout {config.class_dropout_prob};
-  sampling with time shift {config.shift}.
+- Times: {times}, shift {time_shift(config.time_shift, dataset):.4g}; class dropout {config.class_dropout_prob}.
+- Sampling with time shift {time_shift(config.shift, dataset):.4g}; guidance: {guide}.
 
 ## Limits
 
@@ -287,25 +362,35 @@ def main(argv: list[str] | None = None) -> None:
     transformer.eval()  # labels are dropped in training_inputs, keyed by the step; in train mode it would drop again
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    build_pipeline(config, vae, transformer, dataset.id2label).get_label_ids(config.validation.labels or [0])
+    pipeline = build_pipeline(config, vae, transformer, dataset)
+    pipeline.get_label_ids(config.validation.labels or [0])
+    check_guide(config, folder, transformer)
+    distance = None
+    if config.validation.distance.num_images > 0:
+        distance = QuickDistance(config.validation.distance, config.validation.seed, pipeline_image_size(pipeline)[0])
 
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
     objective = FlowMatchingObjective(transformer, config.cosine_loss)
     if config.compile:
         objective.losses = torch.compile(objective.losses)
-    run = TrainingRun(config, folder, objective, transformer, "transformer", dataset.fingerprint)
+    blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
+    run = TrainingRun(
+        config, folder, objective, transformer, "transformer", dataset.fingerprint, flops_per_image=flops
+    )
     vae.to(run.device)
-    pipeline = build_pipeline(config, vae, transformer, dataset.id2label)
-    pipeline.set_progress_bar_config(disable=True)
     inputs = training_inputs(run, config, dataset, vae, transformer.config.num_classes)
+    watched = bool(config.validation.labels) or distance is not None
     for step in run.steps():
         run.optimise(step, inputs)
-        if config.validation.labels and run.is_main and run.due(step, config.validation_steps):
-            with run.averaged_weights():
-                run.report(step + 1, {}, sample_grid(config, pipeline, run.device))
-    if run.is_main:
-        with run.averaged_weights():
+        if watched and run.due(step, config.validation_steps):
+            validate(config, run, vae, dataset, distance, step + 1)
+        if step + 1 == config.guide.step:
+            export_averaged(run, GUIDE)
+    with run.averaged_model() as model:
+        if run.is_main:
+            pipeline = build_pipeline(config, vae, model, dataset, open_guide(config, run))
             print(f"the pipeline is in {save_pipeline(config, run, pipeline, dataset)}")
     run.end()
 

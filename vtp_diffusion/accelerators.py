@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .extras import require
+from .processes import join_processes
 from .training_config import TrainingConfig
 
 
@@ -33,18 +34,12 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None:
         require(tracker, "train")
-    accelerator = accelerate.Accelerator(
+    accelerator = join_processes(
         mixed_precision=config.mixed_precision,
         log_with=tracker,
         project_dir=str(project_dir),
         kwargs_handlers=handlers or None,
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:  # each would train alone and write into the same folder
-        raise ValueError(
-            f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: "
-            "where there is no accelerator, torchrun needs ACCELERATE_USE_CPU=true in the environment"
-        )
     _set_up_sharding(accelerate, accelerator, block_names)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
     if config.train_batch_size % parts:

@@ -4,6 +4,8 @@ Equations follow "Flow Straight and Fast" (Liu et al., arXiv:2209.03003) and "Fl
 arXiv:2210.02747) in LightningDiT's orientation (Yao et al., arXiv:2501.01423). Nothing here knows about networks.
 """
 
+import math
+
 import torch
 
 
@@ -39,6 +41,21 @@ def shift_times(t: torch.Tensor, shift: float) -> torch.Tensor:
     if shift <= 0:
         raise ValueError(f"the time shift must be positive, got {shift}")
     return shift * t / (1 + (shift - 1) * t)
+
+
+def dimension_shift(num_dimensions: int, base: int = 4096) -> float:
+    """Time shift s for latents of C·h·w dimensions: sqrt(base / dimensions), as RAE defines it (Zheng et al.,
+    arXiv:2510.11690, section 4, after Esser et al., arXiv:2403.03206).
+
+    The same noise hides less in more dimensions, since they say the same several times; so more of it is needed. RAE
+    counts time from data to noise and there shifts by sqrt(m / n), m the dimensions of all tokens together (the patch
+    size does not matter) and n = 4096; in our orientation that is `shift_times` with the inverse.
+
+    Raises: ValueError if there are no dimensions.
+    """
+    if num_dimensions < 1:
+        raise ValueError(f"latents have at least 1 dimension, got {num_dimensions}")
+    return math.sqrt(base / num_dimensions)
 
 
 def interpolate(data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

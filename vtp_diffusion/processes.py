@@ -6,14 +6,16 @@ from typing import Any
 from .extras import require
 
 
-def join_processes():
+def join_processes(**settings: Any) -> Any:
     """The accelerator of this process, once it is sure that all processes share the work.
+
+    Args: `settings`: of accelerate.Accelerator.
 
     Raises:
         ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
         ImportError: accelerate is not installed.
     """
-    accelerator, launched = require("accelerate", "train").Accelerator(), this_process()[1]
+    accelerator, launched = require("accelerate", "train").Accelerator(**settings), this_process()[1]
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: where there is no "
