@@ -203,7 +203,7 @@ def resume(run: "TrainingRun") -> None:
         torch.distributed.broadcast_object_list(found)
     if found[0] is None:
         if run.is_main:
-            run.folder.truncate_log(0)
+            run.folder.truncate_log(-1)  # nor is what was measured before training
         return
     step, path = found[0]
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))

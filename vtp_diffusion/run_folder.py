@@ -85,6 +85,10 @@ class RunFolder:
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl, in order."""
+        return [json.loads(line) for line in (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
     def truncate_log(self, step: int) -> None:
         """Forget the lines after a step: they will be written again."""
         path = self.path / "log.jsonl"

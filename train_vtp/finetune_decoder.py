@@ -1,0 +1,191 @@
+"""Fine-tune the pixel decoder of a VTP tokenizer with a GAN loss; encoder, bottleneck and latents stay as they are.
+
+    accelerate launch train_vtp/finetune_decoder.py --config train_vtp/configs/finetune_decoder_openmoji.yaml
+
+`--vae` is an AutoencoderVTP folder or the run folder of train_vtp/train.py. Every field of the configuration is also
+an option (--help lists them). The same command again resumes an interrupted run. The run folder ends with vae/, whose
+latents are those of the autoencoder it began with, so that a generator trained on them goes on working, and
+results.json: PSNR and LPIPS before and after, and the signs of collapse that were seen, if any.
+"""
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.adversarial import AdversarialConfig, AdversarialDecoding, collapse_signs, find_autoencoder
+from vtp_diffusion.batches import image_batches, plain_batches
+from vtp_diffusion.cli import run as run_program
+from vtp_diffusion.config import config_to_dict, parse_config
+from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
+from vtp_diffusion.latents import autoencoder_identity
+from vtp_diffusion.losses import LPIPS
+from vtp_diffusion.pretraining import (
+    ReconstructionConfig,
+    ReconstructionObjective,
+    evaluate_reconstruction,
+    reconstruction_grid,
+)
+from vtp_diffusion.run_folder import RunFolder
+from vtp_diffusion.training import TrainingRun
+from vtp_diffusion.training_config import TrainingConfig
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig):
+    """Settings of this program."""
+
+    vae: str = field(metadata={"help": "folder of an AutoencoderVTP, or of a run of train_vtp/train.py"})
+    data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    validation_images: int = field(
+        default=16,
+        metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
+    )
+    evaluation_images: int | None = field(
+        default=None, metadata={"help": "images measured of either split, none = all", "may_change": True}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("validation_images", "evaluation_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision is fp16, expected no or bf16: the adaptive weight comes from unscaled gradients"
+            )
+        if self.reconstruction.weight != 1:
+            raise ValueError(
+                f"reconstruction.weight is {self.reconstruction.weight}, expected 1: adversarial.weight balances"
+            )
+        if self.adversarial.start_step >= self.max_train_steps:
+            raise ValueError(
+                f"adversarial.start_step is {self.adversarial.start_step}, expected less than max_train_steps, "
+                f"{self.max_train_steps}"
+            )
+
+    def changeable_keys(self) -> set[str]:
+        return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
+
+
+def training_inputs(run: TrainingRun, config: Config, objective: AdversarialDecoding, dataset) -> Iterator[dict]:
+    """Inputs of the objective, micro-step by micro-step; everything random is keyed by the place in the run."""
+    sampler = run.batch_sampler(len(dataset), dataset.weights)
+    batches = image_batches(dataset, sampler, run.device, config.keep_on_device, config.dataloader_num_workers)
+
+    def changes(count, generator):
+        return {"draws": torch.rand(count, NUM_DRAWS, generator=generator, device=run.device)}
+
+    for micro_step, batch in zip(run.micro_steps, batches, strict=True):
+        images = augment_images(batch["image"], config.augmentation, draws=run.draw(micro_step, changes)["draws"])
+
+        def noise(count, generator, like=images[:1]):
+            return objective.reconstruction.draw(objective.autoencoder, like.expand(count, -1, -1, -1), generator)
+
+        adversarial = micro_step // config.gradient_accumulation_steps >= config.adversarial.start_step
+        yield {"images": images, "adversarial": adversarial, **run.draw(micro_step, noise, stream=1)}
+
+
+def measure(autoencoder: AutoencoderVTP, dataset, config: Config, perceptual) -> dict[str, float]:
+    """PSNR and LPIPS of the reconstructions of a split."""
+    batches = plain_batches(dataset, autoencoder.device, limit=config.evaluation_images)
+    return evaluate_reconstruction(autoencoder, batches, perceptual)
+
+
+def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> None:
+    """PSNR and LPIPS on held-out images, originals above reconstructions, and a word if the GAN collapses."""
+    name, dataset = list(datasets.items())[-1]
+    measured = measure(autoencoder, dataset, config, perceptual)
+    values = {f"{name}_{key}": value for key, value in measured.items()}
+    run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
+    for sign in collapse_signs(run.folder.read_log(), config.adversarial.start_step, f"{name}_psnr"):
+        if sign["step"] > step - config.validation_steps:  # the others were told before
+            print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
+
+
+def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: dict, perceptual) -> dict:
+    """Write vae/ and results.json, with the autoencoder that was given measured in the same way."""
+    autoencoder.save_pretrained(run.folder.path / "vae")
+    results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
+    results["images_per_second"] = statistics.median(run.rates[1:] or run.rates or [0.0])
+    for name, dataset in datasets.items():
+        models = {"before": reference.to(run.device), "after": autoencoder}
+        results[name] = {key: measure(model, dataset, config, perceptual) for key, model in models.items()}
+        results[name] |= {"images": min(len(dataset), config.evaluation_images or len(dataset))}
+        results[name] |= {"data": dataset.fingerprint}
+    results["encoder_unchanged"] = all(
+        torch.equal(old, autoencoder.state_dict()[key].to(old.device))
+        for key, old in reference.state_dict().items()
+        if not key.startswith("decoder.")
+    )
+    psnr = f"{list(datasets)[-1]}_psnr"
+    results["collapse"] = collapse_signs(run.folder.read_log(), config.adversarial.start_step, psnr)
+    results["autoencoder_before"] = autoencoder_identity(reference)
+    results["configuration"] = config_to_dict(config)
+    (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def compile_networks(autoencoder: AutoencoderVTP, perceptual, encoder: bool) -> None:
+    """Compile what is passed backwards once: the gradients at the pixels and at the last layer are taken between."""
+    for block in [*autoencoder.decoder.blocks, *(autoencoder.encoder.blocks if encoder else ())]:
+        block.compile()
+    if perceptual is not None:
+        perceptual.compile()
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
+    autoencoder, reference = (AutoencoderVTP.from_pretrained(source).eval() for _ in range(2))
+    if config.data.resolution % autoencoder.spatial_compression_ratio:
+        raise ValueError(
+            f"data.resolution is {config.data.resolution}, expected a multiple of the patch size of {source}, "
+            f"{autoencoder.spatial_compression_ratio}"
+        )
+    if config.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    settings = config.reconstruction
+    perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
+    datasets = {"train": open_dataset(config.data, "train"), "held_out": open_dataset(config.data, "validation")}
+    if datasets["held_out"].fingerprint == datasets["train"].fingerprint:
+        del datasets["held_out"]  # a plain folder has no validation split: nothing measured on it is held out
+    fingerprint = f"{datasets['train'].fingerprint}-{autoencoder_identity(reference)['weights']}"
+
+    if config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)
+    reconstruction = ReconstructionObjective(settings, perceptual)
+    objective = AdversarialDecoding(autoencoder, reconstruction, config.adversarial)
+    if config.compile:
+        compile_networks(autoencoder, perceptual, encoder=config.adversarial.discriminator == "patch")
+    frozen = ("reconstruction.perceptual.",)
+    groups = objective.parameter_groups(config)
+    run = TrainingRun(config, folder, objective, autoencoder, "vae", fingerprint, not_saved=frozen, groups=groups)
+    if run.is_main and run.first_step == 0:
+        with torch.no_grad():
+            validate(run, config, autoencoder, datasets, perceptual, 0)
+    inputs = training_inputs(run, config, objective, datasets["train"])
+    for step in run.steps():
+        run.optimise(step, inputs)
+        if run.is_main and run.due(step, config.validation_steps):
+            with run.averaged_weights():
+                validate(run, config, autoencoder, datasets, perceptual, step + 1)
+    if run.is_main:
+        with run.averaged_weights():
+            results = finish(run, config, autoencoder, reference, datasets, perceptual)
+        for name in datasets:
+            changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
+            print(f"{name}: {', '.join(changes)}")
+        print(f"the autoencoder is in {folder.path / 'vae'}")
+    run.end()
+
+
+if __name__ == "__main__":
+    run_program(main)
