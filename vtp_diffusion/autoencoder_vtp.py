@@ -67,7 +67,8 @@ class AutoencoderVTPOutput(BaseOutput):
     """
 
     latent_dist: DiagonalGaussianDistribution
-    latent: torch.Tensor
+    # accelerate rebuilds outputs from one dictionary, which diffusers takes when the other fields have defaults.
+    latent: torch.Tensor | None = None
 
 
 @dataclass
@@ -75,7 +76,7 @@ class VTPFeatures(BaseOutput):
     """Final-normed encoder features before the bottleneck: `cls_token` (B, D) and `patch_tokens` (B, N, D)."""
 
     cls_token: torch.Tensor
-    patch_tokens: torch.Tensor
+    patch_tokens: torch.Tensor | None = None
 
 
 class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
@@ -103,10 +104,10 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["VTPEmbeddings", "VTPBlock"]
-    _repeated_blocks = ["VTPBlock"]
+    _no_split_modules = ["VTPEmbeddings", "VTPBlock", "VTPDecoderBlock"]
+    _repeated_blocks = ["VTPBlock", "VTPDecoderBlock"]
     _skip_layerwise_casting_patterns = ["embeddings", "norm", "bottleneck", "proj_in", "proj_out"]
-    _group_offload_block_modules = ["encoder", "decoder"]
+    _group_offload_block_modules = ["encoder", "bottleneck", "decoder"]
 
     @register_to_config
     def __init__(

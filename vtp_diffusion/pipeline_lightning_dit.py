@@ -9,9 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderRAE,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+)
 from diffusers.utils.torch_utils import randn_tensor
 
+from .autoencoder_vtp import AutoencoderVTP
 from .images import to_pil
 from .transformer_lightning_dit import LightningDiTTransformer2DModel
 
@@ -41,7 +49,8 @@ class LightningDiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: torch.nn.Module | None,
+        # `from_pipe` hands over components of the classes named here alone
+        vae: AutoencoderVTP | AutoencoderKL | AutoencoderDC | AutoencoderRAE | None,
         transformer: LightningDiTTransformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         guidance_transformer: LightningDiTTransformer2DModel | None = None,

@@ -140,7 +140,7 @@ class LightningDiTTransformer2DModel(
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = tokens + self.pos_embed  # under autocast this makes the residual stream float32, as published
         timestep = torch.as_tensor(timestep, device=tokens.device).expand(batch)
-        conditioning = self.time_embed(timestep) + self.class_embed(class_labels)  # (B, D)
+        conditioning = self.time_embed(timestep, tokens.dtype) + self.class_embed(class_labels)  # (B, D)
         rotary = lightning_dit_rotary_tables(grid, config.attention_head_dim, tokens.device)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -289,7 +289,10 @@ class LightningDiTModulation(nn.Module):
 
 
 class LightningDiTTimeEmbedding(nn.Module):
-    """Sinusoids of t itself in [0, 1] (not of 1000·t), cosines first, then a two-layer MLP. (B,) -> (B, D)."""
+    """Sinusoids of t itself in [0, 1] (not of 1000·t), cosines first, then a two-layer MLP. (B,) -> (B, D).
+
+    They are computed in float32 and cast to the given dtype; that of the weights may be one of storage alone.
+    """
 
     def __init__(self, width: int, num_frequencies: int = 128):
         super().__init__()
@@ -297,11 +300,11 @@ class LightningDiTTimeEmbedding(nn.Module):
         self.linear_1 = nn.Linear(2 * num_frequencies, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=timestep.device)
         frequencies = torch.exp(-math.log(10000) * exponents / self.num_frequencies)
         angles = timestep.float()[:, None] * frequencies  # (B, num_frequencies)
-        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
         return self.linear_2(F.silu(self.linear_1(embedding)))
 
 

@@ -6,7 +6,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import nn
 
 from .vtp_rotary import apply_rotary, rotary_tables
@@ -20,7 +24,14 @@ class VTPTransformer(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, num_layers: int, num_heads: int, qk_norm: bool, rope_dtype: torch.dtype, norm: Callable
+        self,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        qk_norm: bool,
+        rope_dtype: torch.dtype,
+        norm: Callable,
+        block: type["VTPBlock"],
     ):
         super().__init__()
         if hidden_size % num_heads or (hidden_size // num_heads) % 4:
@@ -31,7 +42,7 @@ class VTPTransformer(nn.Module):
         self.head_dim = hidden_size // num_heads
         self.rope_dtype = rope_dtype
         self.blocks = nn.ModuleList(
-            VTPBlock(hidden_size, num_heads, qk_norm, norm(hidden_size), norm(hidden_size)) for _ in range(num_layers)
+            block(hidden_size, num_heads, qk_norm, norm(hidden_size), norm(hidden_size)) for _ in range(num_layers)
         )
         self.norm = norm(hidden_size)
         self.gradient_checkpointing = False
@@ -70,7 +81,7 @@ class VTPEncoder(VTPTransformer):
     """Vision transformer with a class token and RMSNorm."""
 
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int, *transformer):
-        super().__init__(hidden_size, *transformer, norm=VTPRMSNorm)
+        super().__init__(hidden_size, *transformer, norm=VTPRMSNorm, block=VTPBlock)
         self.patch_size = patch_size
         self.embeddings = VTPEmbeddings(in_channels, patch_size, hidden_size)
 
@@ -93,7 +104,7 @@ class VTPDecoder(VTPTransformer):
     """Pixel decoder with LayerNorm: linear in, linear out to the pixels of each patch."""
 
     def __init__(self, latent_channels: int, out_channels: int, patch_size: int, hidden_size: int, *transformer):
-        super().__init__(hidden_size, *transformer, norm=partial(nn.LayerNorm, eps=1e-6))
+        super().__init__(hidden_size, *transformer, norm=partial(nn.LayerNorm, eps=1e-6), block=VTPDecoderBlock)
         self.patch_size = patch_size
         self.proj_in = nn.Linear(latent_channels, hidden_size)
         self.proj_out = nn.Linear(hidden_size, out_channels * patch_size**2)
@@ -170,6 +181,15 @@ class VTPBlock(nn.Module):
         return residual_update(hidden_states, lambda x: self.mlp(self.norm2(x)), kept_in_mlp)
 
 
+class VTPDecoderBlock(VTPBlock):
+    """The decoder's block, with a `forward` of its own: regional compilation keeps its programs by function, and the
+    encoder's has another norm, width and number of tokens."""
+
+    def forward(self, hidden_states: torch.Tensor, *args) -> torch.Tensor:
+        """As `VTPBlock.forward`."""
+        return super().forward(hidden_states, *args)
+
+
 class VTPAttentionProcessor:
     """Self-attention through diffusers' attention backends."""
 
@@ -197,12 +217,20 @@ class VTPAttentionProcessor:
             query,
             key,
             value,
+            attn_mask=self._causal_mask(hidden_states.shape[1], hidden_states.device) if attn.is_causal else None,
             is_causal=attn.is_causal,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
         hidden_states = attn.to_out[0](hidden_states.flatten(2))  # (B, S, H·D)
         return attn.to_out[1](hidden_states)
+
+    def _causal_mask(self, length: int, device: torch.device) -> torch.Tensor | None:
+        # diffusers' flex backend looks at is_causal only where there is a mask; the others refuse to take both.
+        backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        if backend != AttentionBackendName.FLEX:
+            return None
+        return torch.ones(1, 1, length, length, dtype=torch.bool, device=device).tril()
 
 
 class VTPAttention(nn.Module, AttentionModuleMixin):

@@ -22,7 +22,7 @@ class VTPOutput(BaseOutput):
     """Scaled cosine similarities: `logits_per_image` (B_image, B_text) and its transpose `logits_per_text`."""
 
     logits_per_image: torch.Tensor
-    logits_per_text: torch.Tensor
+    logits_per_text: torch.Tensor | None = None  # always there; the default is what accelerate needs
 
 
 class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
@@ -40,9 +40,15 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["VTPEmbeddings", "VTPBlock", "VTPTextBlock"]
-    _repeated_blocks = ["VTPBlock", "VTPTextBlock"]
+    _no_split_modules = [*AutoencoderVTP._no_split_modules, "VTPTextBlock"]
+    _repeated_blocks = [*AutoencoderVTP._repeated_blocks, "VTPTextBlock"]
     _skip_layerwise_casting_patterns = [*AutoencoderVTP._skip_layerwise_casting_patterns, "token_embedding"]
+    _group_offload_block_modules = [
+        *AutoencoderVTP._group_offload_block_modules,
+        "autoencoder",
+        "visual_projection",
+        "text_model",
+    ]
 
     @register_to_config
     def __init__(
@@ -133,7 +139,9 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
     def save_config(self, *args, **kwargs) -> None:
         """Save the configuration, with the latent statistics that the autoencoder has now: it owns them."""
         owned = ("latents_mean", "latents_std", "block_out_channels")
-        self.register_to_config(**{key: self.autoencoder.config[key] for key in owned})
+        # What was built with a default is left out of `from_config(model.config)` unless it leaves this list.
+        defaults = sorted(set(self.config.get("_use_default_values", ())) - set(owned))
+        self.register_to_config(**{k: self.autoencoder.config[k] for k in owned}, _use_default_values=defaults)
         super().save_config(*args, **kwargs)
 
     def get_image_features(self, images: torch.Tensor, normalize: bool = True) -> torch.Tensor:
