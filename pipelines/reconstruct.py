@@ -63,7 +63,10 @@ def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
         raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed
     vae = AutoModel.from_pretrained(config.vae, low_cpu_mem_usage=is_accelerate_available())
-    resolution = config.resolution or vae.config.sample_size
+    # AutoencoderRAE calls it image_size; AutoencoderDC has neither
+    resolution = config.resolution or vae.config.get("sample_size") or vae.config.get("image_size")
+    if resolution is None:
+        raise ValueError(f"the configuration of {type(vae).__name__} names no image size: --resolution is needed")
     patch = getattr(vae, "spatial_compression_ratio", 1)
     if resolution % patch:
         raise ValueError(f"resolution must be a multiple of the autoencoder's patch {patch}, got {resolution}")

@@ -2,9 +2,11 @@ import re
 
 import numpy as np
 import pytest
+import test_latents
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderRAE,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -14,21 +16,15 @@ from safetensors.torch import load_file
 
 import vtp_diffusion
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.latents import encode_raw, latent_statistics
 
 ID2LABEL = {0: "cat", 1: "golden retriever, dog", 2: "bird"}
 
 
-def tiny_transformer(seed: int = 0) -> LightningDiTTransformer2DModel:
+def tiny_transformer(seed: int = 0, **changes) -> LightningDiTTransformer2DModel:
     torch.manual_seed(seed)
-    model = LightningDiTTransformer2DModel(
-        sample_size=4,
-        patch_size=1,
-        in_channels=4,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_classes=3,
-    )
+    settings = dict(sample_size=4, patch_size=1, in_channels=4, num_layers=2, num_attention_heads=2)
+    model = LightningDiTTransformer2DModel(**settings | {"attention_head_dim": 8, "num_classes": 3} | changes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
@@ -185,15 +181,29 @@ def test_other_schedulers_follow_the_same_path():
     assert relative_error(sample(tiny_pipeline(scheduler=unipc), num_inference_steps=50), euler) < 0.02
 
 
-def test_scaling_and_shift_of_a_kl_autoencoder_are_undone():
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=[8, 8], norm_num_groups=4, latent_channels=4, scaling_factor=0.5, shift_factor=0.25,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).eval()  # fmt: skip
-    pipeline, latents = tiny_pipeline(vae=vae), torch.randn(1, 4, 4, 4)
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (test_latents.vtp, {"latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}),
+        (test_latents.kl, {"scaling_factor": 0.5, "shift_factor": 0.25}),
+        (test_latents.dc, {"scaling_factor": 0.4}),
+        (test_latents.rae, {"scaling_factor": 0.5, "latents_std": torch.full((64, 1, 1), 3.0)}),
+    ],
+    ids=["AutoencoderVTP", "AutoencoderKL", "AutoencoderDC", "AutoencoderRAE"],
+)
+def test_any_autoencoder_decodes_what_the_network_would_be_trained_on(make, settings):
+    vae, pictures = make(**settings), test_latents.pictures()
     with torch.no_grad():
-        assert torch.equal(pipeline.decode_latents(latents), vae.decode(latents / 0.5 + 0.25).sample)
+        mean, std = latent_statistics(vae)
+        latents = (encode_raw(vae, pictures) - mean) / std  # what training sees
+        transformer = tiny_transformer(in_channels=latents.shape[1], sample_size=latents.shape[2])
+        pipeline = tiny_pipeline(vae=vae, transformer=transformer)
+        in_zero_to_one = isinstance(vae, AutoencoderRAE)
+        expected = vae(pictures / 2 + 0.5).sample * 2 - 1 if in_zero_to_one else vae(pictures).sample
+        assert relative_error(pipeline.decode_latents(latents), expected) < 1e-5
+        if not in_zero_to_one:  # AutoencoderRAE scales inside
+            assert not torch.allclose(latents, encode_raw(vae, pictures), rtol=0.1)
+    assert sample(pipeline, output_type="pt", num_inference_steps=1).shape == (2, 3, *expected.shape[2:])
 
 
 def test_half_precision_keeps_the_latents_in_float32():
@@ -229,10 +239,8 @@ def test_components_that_do_not_fit_are_refused():
         ({"id2label": {0: "cat", 3: "none"}}, r"id2label has \[3\], expected class indices from 0 to 2"),
         ({"id2label": {"cat": "0"}}, "id2label has .'cat'.*0 to 2"),
         ({"vae": kl}, "has 3 .*transformer 4"),
-        ({"guidance_transformer": LightningDiTTransformer2DModel(
-            sample_size=4, in_channels=4, num_layers=1, num_attention_heads=1, attention_head_dim=4, num_classes=7
-        )}, "num_classes 7, the transformer 3"),
-    ):  # fmt: skip
+        ({"guidance_transformer": tiny_transformer(num_classes=7)}, "num_classes 7, the transformer 3"),
+    ):
         with pytest.raises(ValueError, match=message):
             tiny_pipeline(**components)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_latents
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
@@ -192,6 +193,11 @@ def test_reconstruct_side_by_side(tmp_path, pipeline_folder, images):
     (tmp_path / "out.png").unlink()
     refused("multiple of the autoencoder's patch 8, got 60", *vae, images, "--resolution", 60)
     refused("absent.png is neither an image file nor a folder", *vae, "absent.png")
+    test_latents.dc().save_pretrained("dc")
+    test_latents.kl().save_pretrained("kl")
+    other = ("reconstruct.py", "--output", "out.png", "--images", images, "--vae")
+    refused("AutoencoderDC names no image size: --resolution is needed", *other, "dc")
+    refused(r"AutoencoderKL turns images \(1, 3, 31, 31\) into \(1, 3, 30, 30\)", *other, "kl", "--resolution", 31)
     refused("no config.json", "reconstruct.py", "--vae", images, "--images", images, "--output", "out.png")
     assert not (tmp_path / "out.png").exists()
 

@@ -240,6 +240,9 @@ def test_released_checkpoints_are_loaded_strictly(tmp_path):
     refused({**weights, "final_layer.linear.bias": torch.zeros(7)}, "proj_out.bias")
     refused(weights, "rotary table", sample_size=16)
     refused(weights, "blocks", num_layers=2)
+    torch.save({"ema": {name: tensor.bfloat16() for name, tensor in weights.items()}}, tmp_path / "x.pt")
+    half = LightningDiTTransformer2DModel.from_released(tmp_path / "x.pt", **architecture)
+    assert half.dtype == torch.bfloat16 and torch.equal(half.pos_embed, weights["pos_embed"].bfloat16())
     torch.save({"model": weights}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="no 'ema' weights"):
         LightningDiTTransformer2DModel.from_released(tmp_path / "x.pt", **architecture)

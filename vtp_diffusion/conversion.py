@@ -385,7 +385,8 @@ def convert_lightning_dit_state_dict(
     state = rename_strictly(released, _lightning_dit_rename_table(config) | {name: (name,) for name in rotary}, source)
     for name, expected in rotary.items():
         given = state.pop(name)
-        if given.shape != expected.shape or not torch.allclose(given.float(), expected, atol=1e-4):
+        tolerance = max(1e-4, torch.finfo(given.dtype).eps) if given.is_floating_point() else 0.0
+        if given.shape != expected.shape or not torch.allclose(given.float(), expected, atol=tolerance):
             raise ValueError(
                 f"{source}: {name} {tuple(given.shape)} is not the rotary table of a {grid}x{grid} "
                 f"grid with heads of {head_dim} channels, expected {tuple(expected.shape)}: "

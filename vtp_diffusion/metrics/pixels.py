@@ -20,10 +20,17 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def reconstruct(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8."""
+    """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8.
+
+    Raises: ValueError if what comes back has another size, as from sides that are no multiple of the autoencoder's.
+    """
     x = from_uint8(images).to(vae.device, vae.dtype)
     if type(vae).__name__ == "AutoencoderRAE":  # the one of diffusers whose images are in [0, 1]
         x = vae((x + 1) / 2).sample * 2 - 1
     else:
         x = vae(x).sample
+    if x.shape != images.shape:
+        raise ValueError(
+            f"{type(vae).__name__} turns images {tuple(images.shape)} into {tuple(x.shape)}, expected the same size"
+        )
     return to_uint8(x).to(images.device)
