@@ -1,37 +1,45 @@
-"""Train a VTP tokenizer on images; the result is a diffusers autoencoder.
+"""Pre-train a VTP tokenizer: contrastive, self-supervised and reconstruction objectives together, or some of them.
 
     accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji.yaml
 
-Every field of the configuration is also an option (--help lists them): --model.latent_channels 16, --data.limit 500.
-The same command again resumes an interrupted run. The run folder ends with vae/, which AutoencoderVTP.from_pretrained
-loads, its latent statistics inside, and results.json.
+Every field of the configuration is also an option (--help lists them): --model.latent_channels 16, --data.limit 500,
+--objectives reconstruction. The same command again resumes an interrupted run. The run folder ends with results.json,
+vae/, which AutoencoderVTP.from_pretrained loads, its latent statistics inside, and, where captions were trained on,
+vtp/ for VTPModel.from_pretrained.
 """
 
 import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from vtp_diffusion import AutoencoderVTP
-from vtp_diffusion.batches import image_batches, plain_batches
+from vtp_diffusion import AutoencoderVTP, VTPModel
+from vtp_diffusion.batches import plain_batches
 from vtp_diffusion.config import config_to_dict, parse_config
-from vtp_diffusion.data import AugmentationConfig, DataConfig, augment_images, open_dataset
+from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
+from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
-    ReconstructionConfig,
     ReconstructionObjective,
+    ReconstructionPartConfig,
     VTPForPreTraining,
     evaluate_reconstruction,
     measure_latent_statistics,
     reconstruction_grid,
 )
+from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features
+from vtp_diffusion.pretraining_flops import training_flops
+from vtp_diffusion.pretraining_inputs import PreTrainingInputs, training_batches
 from vtp_diffusion.run_folder import RunFolder
+from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.training import TrainingRun
-from vtp_diffusion.training_config import TrainingConfig
+from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
 
-MEASURES = {"psnr", "lpips"}
+OBJECTIVES = ("contrastive", "self_supervision", "reconstruction")
+COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients, and of validation
 
 
 @dataclass(kw_only=True)
@@ -52,23 +60,54 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class TextConfig:
+    """The text tower and the space shared with images; the defaults are those of the released models."""
+
+    text_hidden_size: int = field(default=768, metadata={"help": "width"})
+    text_num_layers: int = field(default=12, metadata={"help": "blocks"})
+    text_num_attention_heads: int = field(default=12, metadata={"help": "heads"})
+    text_context_length: int = field(default=77, metadata={"help": "tokens of a text; longer captions are cut"})
+    projection_dim: int = field(default=768, metadata={"help": "size of the shared space"})
+
+
+@dataclass(kw_only=True)
 class Config(TrainingConfig):
     """Settings of this program."""
 
+    objectives: tuple[Literal["contrastive", "self_supervision", "reconstruction"], ...] = field(
+        default=("reconstruction",), metadata={"help": "what is trained for"}
+    )
+    adam_weight_decay_end: float | None = field(
+        default=None, metadata={"help": "weight decay at the end, reached along a cosine; none: constant"}
+    )
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
+    reconstruction: ReconstructionPartConfig = field(default_factory=ReconstructionPartConfig)
     validation_images: int = field(
         default=16,
         metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
     )
+    zero_shot_templates: tuple[str, ...] = field(
+        default=("{}",), metadata={"help": "prompts, {} being the name of the class", "may_change": True}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives is {list(self.objectives)}, expected some of {', '.join(OBJECTIVES)}")
         resolution, patch = self.data.resolution, self.model.patch_size
-        if patch < 1 or resolution % patch:
-            raise ValueError(f"data.resolution is {resolution}, expected a multiple of model.patch_size, {patch}")
+        sizes = {"data.resolution": resolution}
+        if "self_supervision" in self.objectives:
+            crops = self.self_supervision.crops
+            sizes["self_supervision.crops.global_size"] = crops.global_size or resolution
+            sizes["self_supervision.crops.local_size"] = crops.local_size
+        for name, size in sizes.items():
+            if patch < 1 or size < 1 or size % patch:
+                raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
         if self.validation_images < 1:
             raise ValueError(f"validation_images is {self.validation_images}, expected a positive number")
 
@@ -76,40 +115,87 @@ class Config(TrainingConfig):
         return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
 
 
+def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]:
+    """The objectives, and the model that checkpoints hold: with a text tower only where one is trained."""
+    architecture = {"sample_size": config.data.resolution, **vars(config.model)}
+    with_text = "contrastive" in config.objectives
+    model = VTPModel(**architecture, **vars(config.text)) if with_text else AutoencoderVTP(**architecture)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    autoencoder, objectives = model.autoencoder if with_text else model, {}
+    if with_text:
+        objectives["contrastive"] = ContrastiveObjective(config.contrastive, model)
+    if "self_supervision" in config.objectives:
+        objectives["self_supervision"] = SelfSupervisionObjective(config.self_supervision, autoencoder)
+    if "reconstruction" in config.objectives:
+        settings = config.reconstruction
+        perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
+        objectives["reconstruction"] = ReconstructionObjective(settings, perceptual)
+    return VTPForPreTraining(autoencoder, objectives), model
+
+
+def compile_parts(objective: VTPForPreTraining) -> None:
+    """Compile what takes the time: all of the reconstruction where it is alone, else block by block, since one graph
+    of three objectives would take longer to compile than small models take to train."""
+    if list(objective.objectives) == ["reconstruction"]:
+        objective.losses = torch.compile(objective.losses)
+        return
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    for module in objective.modules():
+        if type(module).__name__ in VTPModel._repeated_blocks:
+            module.compile()
+
+
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, dataset) -> Iterator[dict]:
-    """Inputs of every objective, micro-step by micro-step; everything random is keyed by the micro-step."""
-    sampler = run.batch_sampler(len(dataset), dataset.weights)
-    batches = image_batches(dataset, sampler, run.device, config.keep_on_device, config.dataloader_num_workers)
-    reconstruction = objective.objectives["reconstruction"]
+    """Inputs of every objective, micro-step by micro-step."""
+    make = PreTrainingInputs(run, objective, config.augmentation, config.data.resolution)
+    length = config.text.text_context_length if "contrastive" in config.objectives else None
+    batches = training_batches(run, dataset, length, config.keep_on_device, config.dataloader_num_workers)
     for micro_step, batch in zip(run.micro_steps, batches, strict=True):
-        generator = run.generator(micro_step)
-        images = augment_images(batch["image"], config.augmentation, generator)
-        random = reconstruction.draw(objective.autoencoder, images, generator)
-        yield {"reconstruction": {"images": images, **random}}
+        yield make(micro_step, batch)
 
 
-def validate(
-    run: TrainingRun, config: Config, autoencoder: AutoencoderVTP, datasets: dict, perceptual, step: int
-) -> None:
-    """PSNR and LPIPS on held-out images, and a grid of originals with their reconstructions below."""
+def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, name: str, perceptual) -> dict:
+    """What is known about a split: reconstruction, and what the objectives trained for."""
+    autoencoder, dataset = getattr(model, "autoencoder", model), datasets[name]
+    values = {}
+    if "reconstruction" in config.objectives:
+        values |= evaluate_reconstruction(autoencoder, plain_batches(dataset, autoencoder.device), perceptual)
+    if name != "train":  # every training image is its own nearest neighbour
+        values |= evaluate_features(autoencoder, datasets["train"], dataset)
+    if "contrastive" in config.objectives:
+        values |= evaluate_alignment(model, dataset, config.zero_shot_templates)
+    return values
+
+
+def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual, step: int) -> None:
+    """The measures on held-out images, and a grid of originals with their reconstructions below."""
     name, dataset = list(datasets.items())[-1]
-    measured = evaluate_reconstruction(autoencoder, plain_batches(dataset, run.device), perceptual)
-    values = {f"{name}_{key}": value for key, value in measured.items()}
-    run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
+    values = {f"{name}_{key}": value for key, value in measure(config, model, datasets, name, perceptual).items()}
+    picture = None
+    if "reconstruction" in config.objectives:
+        picture = reconstruction_grid(getattr(model, "autoencoder", model), dataset, config.validation_images)
+    run.report(step, values, picture)
 
 
-def finish(run: TrainingRun, config: Config, autoencoder: AutoencoderVTP, datasets: dict, perceptual) -> dict:
-    """Measure, put the latent statistics into the configuration, write vae/ and results.json."""
+def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual) -> dict:
+    """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
+    autoencoder = getattr(model, "autoencoder", model)
     results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
     results["images_per_second"] = statistics.median(run.rates[1:] or run.rates or [0.0])
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
     for name, dataset in datasets.items():
-        measured = evaluate_reconstruction(autoencoder, plain_batches(dataset, run.device), perceptual)
+        measured = measure(config, model, datasets, name, perceptual)
         results[name] = measured | {"images": len(dataset), "data": dataset.fingerprint}
-    mean, std = measure_latent_statistics(autoencoder, plain_batches(datasets["train"], run.device, flips=True))
-    autoencoder.register_to_config(latents_mean=mean, latents_std=std)
+        results[name]["without_caption"] = sum(not (caption or "").strip() for caption in dataset.captions)
+    if "reconstruction" in config.objectives:
+        mean, std = measure_latent_statistics(autoencoder, plain_batches(datasets["train"], run.device, flips=True))
+        autoencoder.register_to_config(latents_mean=mean, latents_std=std)
+        results |= {"latents_mean": mean, "latents_std": std}
     autoencoder.save_pretrained(run.folder.path / "vae")
-    results |= {"latents_mean": mean, "latents_std": std, "configuration": config_to_dict(config)}
+    if isinstance(model, VTPModel):
+        model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
+    results["configuration"] = config_to_dict(config)
     (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
@@ -118,37 +204,52 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     folder = RunFolder(config.output_dir, config)
     torch.manual_seed(config.seed)
-    autoencoder = AutoencoderVTP(sample_size=config.data.resolution, **vars(config.model))
-    if config.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
-    settings = config.reconstruction
-    perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
+    objective, model = build(config)
     datasets = {"train": open_dataset(config.data, "train"), "held_out": open_dataset(config.data, "validation")}
     if datasets["held_out"].fingerprint == datasets["train"].fingerprint:
-        del datasets[
-            "held_out"
-        ]  # a plain folder has no validation split: nothing measured on it may be called held-out
+        # a plain folder has no validation split: nothing measured on it may be called held-out
+        del datasets["held_out"]
+    if len(config.objectives) > 1 and len(datasets["train"]) < config.train_batch_size:
+        raise ValueError(
+            f"{config.data.source} has {len(datasets['train'])} training images, expected at least train_batch_size, "
+            f"{config.train_batch_size}: an image would be its own negative"
+        )
+    if "contrastive" in config.objectives and not any(c and c.strip() for c in datasets["train"].captions):
+        raise ValueError(f"{config.data.source} has no captions, which the contrastive objective needs")
 
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
-    objective = VTPForPreTraining(autoencoder, {"reconstruction": ReconstructionObjective(settings, perceptual)})
     if config.compile:
-        objective.losses = torch.compile(objective.losses)
-    frozen = ("objectives.reconstruction.perceptual.",)
-    run = TrainingRun(config, folder, objective, autoencoder, "vae", datasets["train"].fingerprint, not_saved=frozen)
+        compile_parts(objective)
+    run = TrainingRun(
+        config,
+        folder,
+        objective,
+        model,
+        "vtp" if isinstance(model, VTPModel) else "vae",
+        datasets["train"].fingerprint,
+        not_saved=("objectives.reconstruction.perceptual.",),
+        flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
+    )
+    perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
     inputs = training_inputs(run, config, objective, datasets["train"])
     for step in run.steps():
+        done = step / config.max_train_steps
+        if config.adam_weight_decay_end is not None:
+            decay = weight_decay_at(done, config.adam_weight_decay, config.adam_weight_decay_end)
+            for group in run.optimizer.param_groups[:1]:  # of the matrices; see parameter_groups
+                group["weight_decay"] = decay
         run.optimise(step, inputs)
+        objective.after_step(done)
         if run.is_main and run.due(step, config.validation_steps):
             with run.averaged_weights():
-                validate(run, config, autoencoder, datasets, perceptual, step + 1)
+                validate(run, config, model, datasets, perceptual, step + 1)
     if run.is_main:
         with run.averaged_weights():
-            results = finish(run, config, autoencoder, datasets, perceptual)
+            results = finish(run, config, model, datasets, perceptual)
         for name in datasets:
-            print(
-                f"{name}: " + ", ".join(f"{key} {results[name][key]:.3f}" for key in results[name].keys() & MEASURES)
-            )
+            numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}
+            print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
         print(f"the autoencoder is in {folder.path / 'vae'}")
     run.end()
 

@@ -17,6 +17,7 @@ from .batches import collate_images
 from .images import from_uint8, image_grid, to_pil, to_uint8
 from .latents import ChannelStatistics
 from .metrics.pixels import psnr
+from .stochastic_depth import check_drop_rate
 
 
 @dataclass(kw_only=True)
@@ -52,6 +53,23 @@ class ReconstructionConfig:
             )
         if self.l1 + self.l2 + self.lpips == 0:
             raise ValueError("reconstruction: one of l1, l2 and lpips must be positive")
+
+
+@dataclass(kw_only=True)
+class ReconstructionPartConfig(ReconstructionConfig):
+    """Pixel reconstruction as one of the objectives of pre-training."""
+
+    share: float = field(default=1.0, metadata={"help": "of the batch, at random; 1/8 (2k of 16k) in the paper's"})
+    stochastic_depth: float = field(
+        default=0.0,
+        metadata={"help": "share of samples a residual branch of the encoder leaves out; no source states it"},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise ValueError(f"reconstruction.share is {self.share}, expected a share in (0, 1]")
+        check_drop_rate("reconstruction", self.stochastic_depth)
 
 
 class ReconstructionObjective(nn.Module):
@@ -91,12 +109,15 @@ class ReconstructionObjective(nn.Module):
         images: torch.Tensor,
         noise: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Named scalar losses; "loss" is their weighted sum.
 
-        Args: `images`: (B, 3, H, W) in [-1, 1]; `noise`: (B, C, h, w) standard normal; `noise_level`: (B,).
+        Args: `images`: (B, 3, H, W) in [-1, 1]; `noise`: (B, C, h, w) standard normal; `noise_level`: (B,); `kept`:
+            (layers, 2, K) samples that stochastic depth keeps in the encoder, see `residual_update`.
         """
-        latents = autoencoder.encode(images).latent.float()  # (B, C, h, w)
+        grid = (side // autoencoder.spatial_compression_ratio for side in images.shape[2:])
+        latents = autoencoder.latents_of(autoencoder.encode_tokens(images, kept=kept), *grid).float()  # (B, C, h, w)
         if noise is not None:
             latents = self.disturb(latents, noise, noise_level)
         return self.compare(autoencoder.decode(latents).sample.float(), images)
@@ -135,9 +156,13 @@ class VTPForPreTraining(nn.Module):
         if not objectives:
             raise ValueError("pre-training needs at least one objective")
         self.autoencoder = autoencoder
-        # no objective masks patches yet, and distributed training stops at a parameter that gets no gradient
-        autoencoder.encoder.embeddings.mask_token.requires_grad_(False)
         self.objectives = nn.ModuleDict(objectives)
+        # Distributed training stops at a parameter that gets no gradient.
+        if "self_supervision" not in objectives:
+            autoencoder.encoder.embeddings.mask_token.requires_grad_(False)
+        if "reconstruction" not in objectives:
+            autoencoder.bottleneck.requires_grad_(False)
+            autoencoder.decoder.requires_grad_(False)
 
     def forward(self, **inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`<objective>/<loss>` -> scalar, and "loss": the weighted sum over objectives (arXiv:2512.13687).
@@ -154,6 +179,15 @@ class VTPForPreTraining(nn.Module):
             total = total + objective.config.weight * parts["loss"]
             losses |= {f"{name}/{key}": value for key, value in parts.items() if key != "loss"}
         return losses | {"loss": total}
+
+    def after_step(self, done: float) -> None:
+        """What objectives do after a step of the optimiser: clamp a scale, move the teacher.
+
+        Args: `done`: share of training that was done before this step.
+        """
+        for objective in self.objectives.values():
+            if hasattr(objective, "after_step"):
+                objective.after_step(done)
 
 
 @torch.no_grad()

@@ -162,6 +162,11 @@ class TrainingRun:
             accumulation,
         )
 
+    def positions(self, micro_step: int) -> range:
+        """Positions in the run of the samples of this process in a micro-step; `draw` is keyed by them."""
+        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
     def draw(
         self, micro_step: int, draw: Callable[[int, torch.Generator], dict[str, torch.Tensor]], stream: int = 0
     ) -> dict[str, torch.Tensor]:
@@ -170,9 +175,7 @@ class TrainingRun:
 
         Args: `draw(count, generator)` returns named tensors (count, ...) on the run's device.
         """
-        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
-        positions = range(first, first + self.micro_batch_size)
-        return draw_for_positions(draw, positions, self.config.seed, stream, self.device)
+        return draw_for_positions(draw, self.positions(micro_step), self.config.seed, stream, self.device)
 
     def generator(self, micro_step: int, stream: int = 0) -> torch.Generator:
         """A generator on the device for what this process draws in a micro-step where `draw` does not fit: its numbers

@@ -88,6 +88,11 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * factor[config.lr_scheduler]
 
 
+def weight_decay_at(done: float, first: float, last: float) -> float:
+    """Weight decay after a share of training, along a cosine from the first value to the last (DINO)."""
+    return last - (last - first) * (math.cos(math.pi * done) + 1) / 2
+
+
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters for AdamW: matrices decay; biases, norm scales and single tokens do not."""
     trained = [p for p in module.parameters() if p.requires_grad]

@@ -1,0 +1,186 @@
+"""Multi-crop views and block masks of self-supervision, with the values DINOv2 publishes (arXiv:2304.07193 and its
+`ssl_default_config.yaml`).
+
+Crops are cut and recoloured on the device, in batches, from numbers drawn beforehand, so that what happens to a sample
+depends on its place in the run alone. Against DINOv2's: pixels are interpolated bilinearly instead of bicubically, the
+four changes of colour come in a fixed order instead of a random one, and hue is turned in the YIQ plane.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .images import from_uint8
+
+# Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
+FLIP, JITTER, GREY = 0.5, 0.8, 0.2
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL, BLUR_LOCAL = 1.0, 0.1, 0.5
+BLUR_SIGMA, BLUR_RADIUS = (0.1, 2.0), 4  # pixels
+SOLARIZE_OTHER_GLOBAL = 0.2
+ASPECT_RATIO = (3 / 4, 4 / 3)
+NUM_DRAWS = 14  # uniform numbers a crop
+GREY_WEIGHTS = (0.299, 0.587, 0.114)
+MIN_MASK_PATCHES, MIN_MASK_ASPECT, MASK_ATTEMPTS = 4, 0.3, 10
+
+
+@dataclass(kw_only=True)
+class CropConfig:
+    """Views of an image; the defaults are DINOv2's, except that global crops are as large as the training images."""
+
+    global_crops: int = field(default=2, metadata={"help": "large views an image; teacher and student see them"})
+    global_size: int | None = field(default=None, metadata={"help": "their side in pixels; none: data.resolution"})
+    global_scale: tuple[float, float] = field(default=(0.32, 1.0), metadata={"help": "share of the area they show"})
+    local_crops: int = field(default=8, metadata={"help": "small views an image, for the student only"})
+    local_size: int = field(default=96, metadata={"help": "their side in pixels"})
+    local_scale: tuple[float, float] = field(default=(0.05, 0.32), metadata={"help": "share of the area they show"})
+    colour: bool = field(default=True, metadata={"help": "jitter colours, blur and solarize as DINOv2 does"})
+
+    def __post_init__(self):
+        if self.global_crops < 2 or self.local_crops < 0:
+            raise ValueError(
+                f"crops: {self.global_crops} global and {self.local_crops} local ones, expected at least 2 and 0: a "
+                "student's view is compared with the teacher's other views"
+            )
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"crops.{name} is {low} to {high}, expected shares of the area, the smaller first")
+
+
+def draw_crops(config: CropConfig, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The random numbers of `make_crops` for `count` images: "crops" (count, views, NUM_DRAWS) uniform in [0, 1)."""
+    shape = (count, config.global_crops + config.local_crops, NUM_DRAWS)
+    return {"crops": torch.rand(shape, generator=generator, device=generator.device)}
+
+
+def make_crops(images: torch.Tensor, config: CropConfig, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global and local views of every image.
+
+    Args:
+        images: (B, 3, H, W), uint8 or float in [-1, 1].
+        config: sizes, numbers and scales.
+        draws: (B, views, NUM_DRAWS), as of `draw_crops`.
+
+    Returns:
+        global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
+    """
+    images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
+    draws = draws.transpose(0, 1)  # (views, B, NUM_DRAWS)
+    large, small = draws[: config.global_crops], draws[config.global_crops :]
+    blur = [BLUR_FIRST_GLOBAL] + [BLUR_OTHER_GLOBAL] * (config.global_crops - 1)
+    solarize = [0.0] + [SOLARIZE_OTHER_GLOBAL] * (config.global_crops - 1)
+    size = config.global_size or images.shape[-1]
+    views = _views(images, large, config.global_scale, size, blur, solarize, config.colour)
+    if config.local_crops == 0:
+        return views, views.new_empty(0, 3, config.local_size, config.local_size)
+    blur, solarize = [BLUR_LOCAL] * config.local_crops, [0.0] * config.local_crops
+    return views, _views(images, small, config.local_scale, config.local_size, blur, solarize, config.colour)
+
+
+def _views(images, draws, scale, size, blur, solarize, colour) -> torch.Tensor:
+    """(V·B, 3, size, size) from draws (V, B, NUM_DRAWS); blur and solarize: one probability a view."""
+    count = len(images)
+    views = torch.cat([cut(images, view, scale, size) for view in draws])
+    if not colour:
+        return views
+    draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
+    blur, solarize = (
+        torch.tensor(values, device=views.device).repeat_interleave(count)  # (V·B,)
+        for values in (blur, solarize)
+    )
+    pixels = recolour((views + 1) / 2, draws[:, 5:11])
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, 12]
+    pixels = torch.where(_like(draws[:, 11] < blur), gaussian_blur(pixels, sigma), pixels)
+    inverted = torch.where(pixels >= 0.5, 1 - pixels, pixels)
+    return torch.where(_like(draws[:, 13] < solarize), inverted, pixels) * 2 - 1
+
+
+def _like(values: torch.Tensor) -> torch.Tensor:
+    return values[:, None, None, None]
+
+
+def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int) -> torch.Tensor:
+    """Random resized crops, half of them mirrored: (B, 3, H, W) -> (B, 3, size, size), bilinear, inside the image.
+
+    Area and aspect ratio are distributed as in torchvision's `RandomResizedCrop`; a rectangle that does not fit is
+    made narrower or lower, where torchvision draws again.
+
+    Args: `draws`: (B, >= 5) uniform: area, aspect ratio, left, top, mirroring; `scale`: bounds of the share of area.
+    """
+    height, width = images.shape[-2:]
+    area = (scale[0] + (scale[1] - scale[0]) * draws[:, 0]) * height * width
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIO)
+    ratio = (low + (high - low) * draws[:, 1]).exp()  # width / height
+    wide, tall = (area * ratio).sqrt().clamp(max=width) / width, (area / ratio).sqrt().clamp(max=height) / height
+    # shares of the sides; affine_grid's coordinates run from -1 to 1
+    centre_x, centre_y = (2 * draws[:, 2] - 1) * (1 - wide), (2 * draws[:, 3] - 1) * (1 - tall)
+    mirror = torch.where(draws[:, 4] < FLIP, -1.0, 1.0)
+    zero = torch.zeros_like(wide)
+    theta = torch.stack([wide * mirror, zero, centre_x, zero, tall, centre_y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def recolour(pixels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue with probability 0.8, then grey with probability 0.2.
+
+    Args: `pixels`: (B, 3, H, W) in [0, 1]; `draws`: (B, 6) uniform: whether, the four strengths, whether grey.
+    """
+    weights = pixels.new_tensor(GREY_WEIGHTS)[:, None, None]
+    strength = 2 * draws[:, 1:5] - 1  # (B, 4)
+    changed = (pixels * _like(1 + BRIGHTNESS * strength[:, 0])).clamp(0, 1)
+    mean = (changed * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    changed = (mean + (changed - mean) * _like(1 + CONTRAST * strength[:, 1])).clamp(0, 1)
+    grey = (changed * weights).sum(1, keepdim=True)
+    changed = (grey + (changed - grey) * _like(1 + SATURATION * strength[:, 2])).clamp(0, 1)
+    changed = _turn_hue(changed, 2 * math.pi * HUE * strength[:, 3]).clamp(0, 1)
+    pixels = torch.where(_like(draws[:, 0] < JITTER), changed, pixels)
+    return torch.where(_like(draws[:, 5] < GREY), (pixels * weights).sum(1, keepdim=True), pixels)
+
+
+def _turn_hue(pixels: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Colours (B, 3, H, W) turned by an angle (B,) in the plane of chrominance of YIQ; luminance stays."""
+    to_yiq = pixels.new_tensor([GREY_WEIGHTS, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
+    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq  # (B, 3, 3)
+    return torch.einsum("bij,bjhw->bihw", matrix, pixels)
+
+
+def gaussian_blur(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Separable blur of (B, 3, H, W), its deviation in pixels (B,) one an image; kernel of 9, borders repeated."""
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=pixels.device)
+    kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1)  # (B, 9)
+    kernel = kernel.repeat_interleave(3, dim=0)[:, None]  # (3·B, 1, 9)
+    flat = F.pad(pixels.flatten(0, 1)[None], (BLUR_RADIUS,) * 4, mode="replicate")  # (1, 3·B, H + 8, W + 8)
+    flat = F.conv2d(flat, kernel[..., None, :], groups=len(kernel))
+    return F.conv2d(flat, kernel[..., None], groups=len(kernel)).view_as(pixels)
+
+
+def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -> np.ndarray:
+    """At most `count` patches hidden in rectangular blocks (BEiT, arXiv:2106.08254, algorithm 1, as DINOv2 has it).
+
+    Args: `grid`: rows and columns of patches; `random`: source of the draws.
+    Returns: (rows, columns) bool.
+    """
+    mask = np.zeros(grid, dtype=bool)
+    while (missing := count - int(mask.sum())) > 0:
+        for _ in range(MASK_ATTEMPTS):
+            area = random.uniform(MIN_MASK_PATCHES, max(missing, MIN_MASK_PATCHES))
+            aspect = math.exp(random.uniform(math.log(MIN_MASK_ASPECT), -math.log(MIN_MASK_ASPECT)))
+            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if rows >= grid[0] or columns >= grid[1]:
+                continue
+            top, left = random.integers(0, grid[0] - rows + 1), random.integers(0, grid[1] - columns + 1)
+            block = np.zeros(grid, dtype=bool)
+            block[top : top + rows, left : left + columns] = True
+            if 0 < int((block & ~mask).sum()) <= missing:
+                mask |= block
+                break
+        else:
+            return mask
+    return mask

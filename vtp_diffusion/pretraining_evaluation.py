@@ -1,0 +1,103 @@
+"""What is measured on a tokenizer's features while it is pre-trained: classes, captions, and whether they collapse."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .autoencoder_vtp import AutoencoderVTP
+from .batches import plain_batches
+from .contrastive import tokenize_captions
+from .probes import knn_accuracy, top_k_accuracy
+from .vtp_model import VTPModel
+from .zero_shot import class_embeddings, clip_tokenizer
+
+KNN_BANK = 10_000  # images of the training set that neighbours are looked for among, at most
+NEIGHBOURS = 20  # of k-NN: DINOv2's
+
+
+@torch.no_grad()
+def class_tokens(autoencoder: AutoencoderVTP, dataset: Any, limit: int | None = None) -> torch.Tensor:
+    """Frozen features (N, D) float32, before the bottleneck, of an `ImageDataset`, or `limit` images of it."""
+    batches = plain_batches(dataset, autoencoder.device, limit=limit)
+    return torch.cat([autoencoder.encode_features(images).cls_token.float() for images in batches])
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """RankMe (Garrido et al., arXiv:2210.02885, eq. 1 and 2): exp of the entropy of the normalised singular values of
+    features (N, D). From 1, everything on one line, to min(N, D); a falling one shows a collapse.
+
+    Raises: ValueError for fewer than two rows or values that are not finite.
+    """
+    if features.ndim != 2 or len(features) < 2 or not features.isfinite().all():
+        raise ValueError(f"features of shape {tuple(features.shape)}, expected finite ones (N, D) with N > 1")
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + 1e-7  # the paper's epsilon
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def retrieval_recall(
+    text_features: torch.Tensor, image_features: torch.Tensor, captions: Sequence[str], ranks: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """Text -> image retrieval: share of captions of which an image is among the k most similar ones.
+
+    Args:
+        text_features, image_features: (N, E) of length 1, row i of both belonging together.
+        captions: (N,); images with the same text are all right answers to it.
+        ranks: the values of k.
+
+    Returns: "recall_at_<k>" and "recall_at_<k>_by_chance", what a random order reaches where captions are unique.
+    """
+    unique = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+    group = torch.tensor([unique[caption] for caption in captions], device=text_features.device)
+    order = (text_features @ image_features.T).argsort(dim=1, descending=True)  # (N, N)
+    right = group[order] == group[:, None]
+    values = {f"recall_at_{k}": right[:, :k].any(1).double().mean().item() for k in ranks}
+    return values | {f"recall_at_{k}_by_chance": min(1.0, k / len(captions)) for k in ranks}
+
+
+@torch.no_grad()
+def evaluate_features(autoencoder: AutoencoderVTP, train: Any, held_out: Any) -> dict[str, float]:
+    """k-NN accuracy of held-out images among training images, and the effective rank of the held-out features.
+
+    With one class there is no accuracy, with one image no rank.
+    """
+    features, values = class_tokens(autoencoder, held_out), {}
+    if len(features) > 1:
+        values["effective_rank"] = effective_rank(features)
+    if len(train.label_names) > 1:
+        count = min(KNN_BANK, len(train))
+        bank = class_tokens(autoencoder, train, count)
+        bank_labels = torch.tensor([train.labels[k * len(train) // count] for k in range(count)])
+        neighbours = min(NEIGHBOURS, count)
+        labels = torch.tensor(held_out.labels)
+        values["knn_accuracy"] = knn_accuracy(bank, bank_labels, features, labels, [neighbours])[neighbours]
+        majority = bank_labels.mode().values
+        values["knn_accuracy_of_commonest_class"] = (labels == majority).double().mean().item()
+    return values
+
+
+@torch.no_grad()
+def evaluate_alignment(model: VTPModel, held_out: Any, templates: Sequence[str]) -> dict[str, float]:
+    """Zero-shot accuracy with the names of the classes as prompts, and text -> image retrieval by caption.
+
+    Images without a caption are left out of the retrieval; classes need more than one name.
+    """
+    device = model.logit_scale.device
+    batches = plain_batches(held_out, device)
+    images = torch.cat([model.get_image_features(batch).float() for batch in batches])
+    values, length = {}, model.config.text_context_length
+    if len(held_out.label_names) > 1:
+        tokenize = clip_tokenizer(length, truncate=True)
+        names = [name.replace("-", " ").replace("_", " ") for name in held_out.label_names]
+        classes = class_embeddings(model, names, templates, tokenize)
+        values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(held_out.labels))
+    token_ids, paired = tokenize_captions(held_out.captions, length)
+    rows = paired.nonzero().flatten()
+    if len(rows) > 1:
+        parts = token_ids[rows].split(256)
+        texts = torch.cat([F.normalize(model.get_text_features(p.to(device)).float(), dim=-1) for p in parts])
+        captions = [held_out.captions[row] for row in rows.tolist()]
+        values |= retrieval_recall(texts, images[rows.to(device)], captions)
+    return values
