@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> None:
         not_saved=("objectives.reconstruction.perceptual.",),
         flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
     )
+    if run.sharded and config.objectives != ("reconstruction",):
+        raise ValueError("the teacher and the text tower are not trained sharded: FSDP is for reconstruction alone")
     perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
     inputs = training_inputs(run, config, objective, datasets["train"])
     for step in run.steps():

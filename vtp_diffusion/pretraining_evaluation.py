@@ -13,14 +13,20 @@ from .probes import knn_accuracy, top_k_accuracy
 from .vtp_model import VTPModel
 from .zero_shot import class_embeddings, clip_tokenizer
 
-KNN_BANK = 10_000  # images of the training set that neighbours are looked for among, at most
+MEASURED_IMAGES = 10_000  # of a split at most, spread over it: similarities are all held at once
 NEIGHBOURS = 20  # of k-NN: DINOv2's
 
 
+def spread(dataset: Any, values: Sequence) -> list:
+    """Those of `values`, one an image of the data set, that belong to the images that are measured."""
+    count = min(MEASURED_IMAGES, len(dataset))
+    return [values[k * len(dataset) // count] for k in range(count)]
+
+
 @torch.no_grad()
-def class_tokens(autoencoder: AutoencoderVTP, dataset: Any, limit: int | None = None) -> torch.Tensor:
-    """Frozen features (N, D) float32, before the bottleneck, of an `ImageDataset`, or `limit` images of it."""
-    batches = plain_batches(dataset, autoencoder.device, limit=limit)
+def class_tokens(autoencoder: AutoencoderVTP, dataset: Any) -> torch.Tensor:
+    """Frozen features (N, D) float32, before the bottleneck, of the measured images of an `ImageDataset`."""
+    batches = plain_batches(dataset, autoencoder.device, limit=MEASURED_IMAGES)
     return torch.cat([autoencoder.encode_features(images).cls_token.float() for images in batches])
 
 
@@ -67,11 +73,9 @@ def evaluate_features(autoencoder: AutoencoderVTP, train: Any, held_out: Any) ->
     if len(features) > 1:
         values["effective_rank"] = effective_rank(features)
     if len(train.label_names) > 1:
-        count = min(KNN_BANK, len(train))
-        bank = class_tokens(autoencoder, train, count)
-        bank_labels = torch.tensor([train.labels[k * len(train) // count] for k in range(count)])
-        neighbours = min(NEIGHBOURS, count)
-        labels = torch.tensor(held_out.labels)
+        bank, bank_labels = class_tokens(autoencoder, train), torch.tensor(spread(train, train.labels))
+        neighbours = min(NEIGHBOURS, len(bank))
+        labels = torch.tensor(spread(held_out, held_out.labels))
         values["knn_accuracy"] = knn_accuracy(bank, bank_labels, features, labels, [neighbours])[neighbours]
         majority = bank_labels.mode().values
         values["knn_accuracy_of_commonest_class"] = (labels == majority).double().mean().item()
@@ -85,19 +89,20 @@ def evaluate_alignment(model: VTPModel, held_out: Any, templates: Sequence[str])
     Images without a caption are left out of the retrieval; classes need more than one name.
     """
     device = model.logit_scale.device
-    batches = plain_batches(held_out, device)
+    batches = plain_batches(held_out, device, limit=MEASURED_IMAGES)
     images = torch.cat([model.get_image_features(batch).float() for batch in batches])
     values, length = {}, model.config.text_context_length
     if len(held_out.label_names) > 1:
-        tokenize = clip_tokenizer(length, truncate=True)
+        tokenize, labels = clip_tokenizer(length, truncate=True), spread(held_out, held_out.labels)
         names = [name.replace("-", " ").replace("_", " ") for name in held_out.label_names]
         classes = class_embeddings(model, names, templates, tokenize)
-        values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(held_out.labels))
-    token_ids, paired = tokenize_captions(held_out.captions, length)
+        values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(labels))
+    all_captions = spread(held_out, held_out.captions)
+    token_ids, paired = tokenize_captions(all_captions, length)
     rows = paired.nonzero().flatten()
     if len(rows) > 1:
         parts = token_ids[rows].split(256)
         texts = torch.cat([F.normalize(model.get_text_features(p.to(device)).float(), dim=-1) for p in parts])
-        captions = [held_out.captions[row] for row in rows.tolist()]
+        captions = [all_captions[row] for row in rows.tolist()]
         values |= retrieval_recall(texts, images[rows.to(device)], captions)
     return values
