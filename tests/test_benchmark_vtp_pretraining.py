@@ -2,9 +2,11 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
+import pytest
 from test_joint_pretraining import arguments, load_program
 from test_train_vtp import ROOT, fresh_accelerate  # noqa: F401
 
@@ -27,14 +29,14 @@ def test_the_speed_of_every_objective_is_reported(tmp_path):
         assert abs(sum(part[name] for part in parts) - 1) < 1e-6
 
 
-def test_twins_are_compared_and_others_refused(tmp_path):
+def test_twins_are_compared_and_others_refused(tmp_path, monkeypatch):
     program = load_program("train_vtp")
     program.main(arguments(tmp_path / "joint", "--max_train_steps=2"))
     alone = ["--objectives", "reconstruction", "--max_train_steps=2"]
     program.main(arguments(tmp_path / "twin", *alone))
-    words = ["--joint=joint", "--twin=twin", "--output=out/compared.json"]
-    done = start("vtp_objectives.py", tmp_path, *words)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--joint=joint", "--twin=twin", "--output=out/compared.json"])
+    runpy.run_path(str(ROOT / "benchmarks" / "vtp_objectives.py"), run_name="__main__")
     results = json.loads((tmp_path / "out" / "compared.json").read_text())
     held_out = {
         run: json.loads((tmp_path / run / "results.json").read_text())["held_out"] for run in ("joint", "twin")
@@ -43,5 +45,6 @@ def test_twins_are_compared_and_others_refused(tmp_path):
     assert results["held_out"]["knn_accuracy"] == {run: held_out[run]["knn_accuracy"] for run in held_out}
     assert (tmp_path / "out" / "compared.svg").read_text().count("<polyline") >= 4
     program.main(arguments(tmp_path / "other", *alone, "--seed=1"))
-    done = start("vtp_objectives.py", tmp_path, "--joint=joint", "--twin=other", "--output=x.json")
-    assert done.returncode != 0 and "seed: 0 and 1" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["x", "--joint=joint", "--twin=other", "--output=x.json"])
+    with pytest.raises(SystemExit, match="seed: 0 and 1"):
+        runpy.run_path(str(ROOT / "benchmarks" / "vtp_objectives.py"), run_name="__main__")
