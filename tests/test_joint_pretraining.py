@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
+from vtp_diffusion.autoencoder_vtp import VTP_SIZES
+from vtp_diffusion.config import parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
 from vtp_diffusion.pretraining import ReconstructionObjective, ReconstructionPartConfig, VTPForPreTraining
@@ -249,3 +251,14 @@ def test_another_architecture_does_not_resume(tmp_path):
     program.main(arguments(tmp_path / "run", "--max_train_steps=1"))
     with pytest.raises(ValueError, match="self_supervision.prototypes: 16 there, 32 now"):
         program.main(arguments(tmp_path / "run", "--max_train_steps=1", "--self_supervision.prototypes=32"))
+
+
+@pytest.mark.parametrize("name", ["small", "base", "large"])
+def test_the_published_sizes_are_what_the_configurations_say(name):
+    program = load_program("train_vtp")
+    config = parse_config(program.Config, ["--config", str(ROOT / f"train_vtp/configs/{name}.yaml")])
+    size = VTP_SIZES[name.capitalize()].architecture()
+    assert {key: getattr(config.model, key) for key in size} == size
+    shares = (1, config.self_supervision.share, config.reconstruction.share)
+    assert [config.train_batch_size * share for share in shares] == [16384, 4096, 2048]
+    assert (config.reconstruction.weight, config.self_supervision.weight, config.contrastive.weight) == (0.1, 1, 1)
