@@ -262,6 +262,16 @@ def test_upstreams_loader_reads_the_folder(program, made, tmp_path):
     assert torch.equal(torch.cat(labels), batch["labels"])
 
 
+def test_convert_reads_the_statistics(program, made, tmp_path):
+    latents = extract(program, made, tmp_path / "out")
+    spec = importlib.util.spec_from_file_location("program_convert", ROOT / "pipelines" / "convert.py")
+    convert = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(convert)
+    for name in ("latents.json", "latents_stats.pt"):  # as --latent-statistics is given them
+        mean, std = convert.read_latent_statistics(str(tmp_path / "out" / name))
+        assert mean == pytest.approx(latents.metadata["mean"]) and std == pytest.approx(latents.metadata["std"])
+
+
 @pytest.mark.parametrize("content", [b"", b"half a shard", None])
 def test_a_damaged_shard_is_found_before_any_work(content, program, made, tmp_path):
     extract(program, made, tmp_path)

@@ -56,16 +56,18 @@ def test_a_configuration_builds_its_network(name):
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED if EXPECTED[name][1] > 100])
 def test_imagenet_configurations_share_the_published_recipe(name):
-    _, config = load(name)
+    program, config = load(name)
     assert {key: getattr(config, key) for key in RECIPE} == RECIPE
     assert config.data.resolution == 256 and config.model.num_classes == 1000 and not config.model.qk_norm
     tokenizer, _, size = name.rpartition("_")
     architecture = LIGHTNING_DIT_SIZES[PUBLISHED[size][0]]
     assert {key: getattr(config.model, key) for key in architecture} == architecture
     times = {"vtp_small": (-0.5, 1.25), "vtp_base": (-0.5, 1.25), "vtp_large": (-0.75, 1.0), "sd_vae": (0.0, 1.0)}
-    times["rae"] = (pytest.approx(-math.log(math.sqrt(768 * 16 * 16 / 4096)), abs=1e-3), 1.0)
+    times["rae"] = (0.0, 1.0)
+    shift = program.time_shift(config.time_shift, SimpleNamespace(shape=EXPECTED[name][0]))
+    assert shift == pytest.approx(math.sqrt(4096 / (768 * 16 * 16)) if tokenizer == "rae" else 1.0)
     assert (config.time_mu, config.time_sigma) == times[tokenizer]
     first = read_yaml(FOLDER / "vtp_large_xl.yaml")
-    free = {"output_dir", "vae", "latents", "time_mu", "time_sigma", "shift", "model", "validation"}
+    free = {"output_dir", "vae", "latents", "time_mu", "time_sigma", "time_shift", "shift", "model", "validation"}
     own = read_yaml(FOLDER / f"{name}.yaml")
     assert {key: own[key] for key in own.keys() - free} == {key: first[key] for key in first.keys() - free}
