@@ -200,3 +200,32 @@ def test_configurations_hold_nothing_unknown(name):
         program.Config, ["--config", str(ROOT / f"train_vtp/configs/finetune_decoder_{name}.yaml")]
     )
     assert config.adversarial.start_step < config.max_train_steps
+
+
+def test_shards_are_read_as_a_stream_and_resumed(tmp_path, inputs, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pictures = sorted((inputs / "pictures" / "train").glob("*.png"))
+    for shard, part in enumerate((pictures[:6], pictures[6:])):
+        images = [{"bytes": path.read_bytes(), "path": None} for path in part] + [{"bytes": b"broken", "path": None}]
+        table = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
+        table.to_parquet(str(tmp_path / f"{shard}.parquet"))
+    more = ["--data.source=parquet", f"--data.data_files={tmp_path / '*.parquet'}", "--data.streaming"]
+    more += ["--data.shuffle_buffer=3", "--data.skip_unreadable", "--evaluation_images=4"]
+    program = load_program()
+    program.main(arguments(tmp_path / "straight", inputs, *more))
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    (tmp_path / "resumed" / "checkpoint-4").rename(tmp_path / "resumed" / ".unfinished-checkpoint-4")
+    program.main(arguments(tmp_path / "resumed", inputs, *more))
+    first, second = (
+        load_file(tmp_path / run / "checkpoint-4/objective.safetensors") for run in ("straight", "resumed")
+    )
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    results = json.loads((tmp_path / "resumed" / "results.json").read_text())
+    assert results["train"]["images"] == 4 and "held_out" not in results
+    assert results["left_out"]["unreadable"] >= 1
+    with pytest.raises(ValueError, match="evaluation_images is none with data.streaming"):
+        program.main(arguments(tmp_path / "other", inputs, *more[:-1]))
+    with pytest.raises(ValueError, match="a stream is resumed with the same numbers"):
+        program.main(arguments(tmp_path / "straight", inputs, *more, "--dataloader_num_workers=2"))

@@ -10,17 +10,17 @@ results.json: PSNR and LPIPS before and after, and the signs of collapse that we
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.adversarial import AdversarialConfig, AdversarialDecoding, collapse_signs, find_autoencoder
-from vtp_diffusion.batches import image_batches, plain_batches
+from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
-from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
+from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, ImageDataset, augment_images, open_dataset
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
@@ -30,6 +30,7 @@ from vtp_diffusion.pretraining import (
     reconstruction_grid,
 )
 from vtp_diffusion.run_folder import RunFolder
+from vtp_diffusion.streaming import StreamingImages, count_left_out, stream_batches
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
 
@@ -56,6 +57,8 @@ class Config(TrainingConfig):
         for name in ("validation_images", "evaluation_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.data.streaming and self.evaluation_images is None:
+            raise ValueError("evaluation_images is none with data.streaming, expected how many are measured")
         if self.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision is fp16, expected no or bf16: the adaptive weight comes from unscaled gradients"
@@ -74,15 +77,35 @@ class Config(TrainingConfig):
         return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
 
 
-def training_inputs(run: TrainingRun, config: Config, objective: AdversarialDecoding, dataset) -> Iterator[dict]:
-    """Inputs of the objective, micro-step by micro-step; everything random is keyed by the place in the run."""
+def open_splits(config: Config) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
+    """What is trained on, and what is measured: the training images and, where there are any, held-out ones."""
+    if config.data.streaming:
+        training = StreamingImages(config.data)
+        measured = {"train": training.take(config.evaluation_images)}
+        if training.has_validation:
+            measured["held_out"] = StreamingImages(config.data, "validation").take(config.evaluation_images)
+        return training, measured
+    training, held_out = open_dataset(config.data, "train"), open_dataset(config.data, "validation")
+    # a plain folder has no validation split: nothing measured on it is held out
+    same = held_out.fingerprint == training.fingerprint
+    return training, {"train": training} | ({} if same else {"held_out": held_out})
+
+
+def training_batches(run: TrainingRun, config: Config, dataset) -> Iterable[Columns]:
+    """Batches of images, one for each of the run's micro-steps (a stream has more)."""
+    if isinstance(dataset, StreamingImages):
+        return stream_batches(run, dataset, collate_images, config.dataloader_num_workers)
     sampler = run.batch_sampler(len(dataset), dataset.weights)
-    batches = image_batches(dataset, sampler, run.device, config.keep_on_device, config.dataloader_num_workers)
+    return image_batches(dataset, sampler, run.device, config.keep_on_device, config.dataloader_num_workers)
+
+
+def training_inputs(run: TrainingRun, config: Config, objective: AdversarialDecoding, batches) -> Iterator[dict]:
+    """Inputs of the objective, micro-step by micro-step; everything random is keyed by the place in the run."""
 
     def changes(count, generator):
         return {"draws": torch.rand(count, NUM_DRAWS, generator=generator, device=run.device)}
 
-    for micro_step, batch in zip(run.micro_steps, batches, strict=True):
+    for micro_step, batch in zip(run.micro_steps, batches, strict=False):
         images = augment_images(batch["image"], config.augmentation, draws=run.draw(micro_step, changes)["draws"])
 
         def noise(count, generator, like=images[:1]):
@@ -109,7 +132,7 @@ def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perc
             print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
 
 
-def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: dict, perceptual) -> dict:
+def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: dict, perceptual, left_out) -> dict:
     """Write vae/ and results.json, with the autoencoder that was given measured in the same way."""
     autoencoder.save_pretrained(run.folder.path / "vae")
     results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
@@ -126,6 +149,7 @@ def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: d
     )
     psnr = f"{list(datasets)[-1]}_psnr"
     results["collapse"] = collapse_signs(run.folder.read_log(), config.adversarial.start_step, psnr)
+    results["left_out"] = left_out
     results["autoencoder_before"] = autoencoder_identity(reference)
     results["configuration"] = config_to_dict(config)
     (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -153,10 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         autoencoder.enable_gradient_checkpointing()
     settings = config.reconstruction
     perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
-    datasets = {"train": open_dataset(config.data, "train"), "held_out": open_dataset(config.data, "validation")}
-    if datasets["held_out"].fingerprint == datasets["train"].fingerprint:
-        del datasets["held_out"]  # a plain folder has no validation split: nothing measured on it is held out
-    fingerprint = f"{datasets['train'].fingerprint}-{autoencoder_identity(reference)['weights']}"
+    training, datasets = open_splits(config)
+    fingerprint = f"{training.fingerprint}-{autoencoder_identity(reference)['weights']}"
 
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
@@ -171,15 +193,17 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main and run.first_step == 0:
         with torch.no_grad():
             validate(run, config, autoencoder, datasets, perceptual, 0)
-    inputs = training_inputs(run, config, objective, datasets["train"])
+    batches = training_batches(run, config, training)
+    inputs = training_inputs(run, config, objective, batches)
     for step in run.steps():
         run.optimise(step, inputs)
         if run.is_main and run.due(step, config.validation_steps):
             with run.averaged_weights():
                 validate(run, config, autoencoder, datasets, perceptual, step + 1)
+    left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
         with run.averaged_weights():
-            results = finish(run, config, autoencoder, reference, datasets, perceptual)
+            results = finish(run, config, autoencoder, reference, datasets, perceptual, left_out)
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
             print(f"{name}: {', '.join(changes)}")

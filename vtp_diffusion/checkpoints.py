@@ -8,6 +8,7 @@ renamed at last. Whatever the processes were, and whether their weights were who
     objective.safetensors      what is trained beside the model, and buffers
     optimizer.pt               name of a parameter -> its moments; the state of the loss scaler
     random_state_<rank>.pt     of each process
+    data_state_<rank>.json     of each process, where data are read as a stream
     state.json                 step, data, counters
 """
 
@@ -172,6 +173,8 @@ def _write_checkpoint(run: "TrainingRun", step: int, path: Path) -> None:
     if run.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(run.device)
     torch.save(random, path / f"random_state_{run.rank}.pt")
+    if run.data_state is not None:
+        (path / f"data_state_{run.rank}.json").write_text(json.dumps(run.data_state()), encoding="utf-8")
     states = {run.model_name: lambda: {n: whole(v) for n, v in run.model.state_dict().items()}}
     for name, average in run.averages.items():
         states[name] = lambda average=average: averaged_state(run, average)
@@ -220,6 +223,9 @@ def resume(run: "TrainingRun") -> None:
         torch.set_rng_state(random["cpu"])
         if run.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], run.device)
+    data_state = path / f"data_state_{run.rank}.json"
+    if data_state.is_file():
+        run.resumed_data_state = json.loads(data_state.read_text(encoding="utf-8"))
     run.skipped = torch.tensor(state["skipped"], device=run.device)
     run.first_step, run.seconds = step, state["seconds"]
     if run.is_main:

@@ -57,6 +57,13 @@ class DataConfig:
     holdout_seed: int = field(default=0, metadata={"help": "which base emoji those are"})
     limit: int | None = field(default=None, metadata={"help": "use only so many images, spread over the whole set"})
     skip_unreadable: bool = field(default=False, metadata={"help": "count and leave out images that cannot be read"})
+    streaming: bool = field(
+        default=False, metadata={"help": "`datasets`: read the training shards as a stream, never as a whole"}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "streaming: samples shuffled together"})
+    skip_empty_captions: bool = field(
+        default=False, metadata={"help": "streaming: count and leave out samples without a text"}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "where OpenMoji is rendered to; see the README"})
 
     def __post_init__(self):
@@ -66,6 +73,15 @@ class DataConfig:
             raise ValueError(f"holdout is {self.holdout}, expected a share in [0, 1)")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit is {self.limit}, expected a positive number of images")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}, expected a positive number of samples")
+        if self.streaming and self.limit is not None:
+            raise ValueError(f"limit is {self.limit} with streaming, expected none: max_train_steps decides")
+        if self.streaming and (self.source == "openmoji" or Path(self.source).is_dir()):
+            raise ValueError(
+                f"source is {self.source!r} with streaming, expected a builder or a hub id of `datasets`, such as "
+                "webdataset or parquet with data_files"
+            )
 
 
 @dataclass(kw_only=True)
@@ -183,6 +199,8 @@ def open_dataset(config: DataConfig, split: Literal["train", "validation", "all"
     """
     if split not in ("train", "validation", "all"):
         raise ValueError(f"split is {split!r}, expected train, validation or all")
+    if config.streaming:
+        raise ValueError("streaming is true, expected false: images are read by index here; a stream has no length")
     if config.source == "openmoji":
         dataset = _open_openmoji(config, split)
     elif Path(config.source).is_dir():

@@ -125,6 +125,8 @@ class TrainingRun:
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.skipped = torch.zeros(2, device=self.device)  # in a row, altogether
         self.first_step, self.seconds, self.rates = 0, 0.0, []
+        self.data_state: Callable[[], dict[str, Any]] | None = None  # of data read as a stream, for checkpoints
+        self.resumed_data_state: dict[str, Any] | None = None
         self._sums: dict[str, torch.Tensor] | None = None  # of the losses over the steps that count
         self._summed = 0
         peak = peak_flops(self.device, config.mixed_precision, config.peak_flops)
