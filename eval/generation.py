@@ -72,12 +72,11 @@ from vtp_diffusion.metrics.sources import (
     DatasetImages,
     FolderImages,
     ImageSource,
-    LabelRule,
     PipelineImages,
-    draw_labels,
     pipeline_image_size,
 )
 from vtp_diffusion.processes import join_processes, this_process
+from vtp_diffusion.sampling import LabelRule, draw_labels
 
 NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"

@@ -1,4 +1,4 @@
-"""Images of given classes from a saved pipeline: one labelled picture, or a folder of files.
+"""Images of a saved pipeline: one labelled picture, a folder of files, or the npz that ADM's evaluator reads.
 
     python pipelines/generate.py --pipeline weights/openmoji-128 --labels face-smiling flag \\
         --num_images_per_label 4 --guidance_scale 2.5 --output demo/generated.png
@@ -6,34 +6,49 @@
     python pipelines/generate.py --pipeline FOLDER --labels 207 "golden retriever" \\
         --num_images_per_label 1000 --batch_size 64 --output samples
 
-Image k (counted over all labels) comes from a generator seeded with seed + k, so neither the batch size nor an
-interruption changes it. A folder can be continued with the same command; one that holds another run is refused.
+    accelerate launch pipelines/generate.py --pipeline FOLDER --num_images 50000 --label_rule random \\
+        --num_inference_steps 249 --batch_size 125 --dtype bfloat16 --output samples.npz
+
+Labels are given, or drawn: at random, or balanced (50 a class for 50,000 of ImageNet). Image k (counted over all)
+comes from noise seeded with seed + k, so that neither the batch size, nor the number of processes, nor an
+interruption changes it, but for rounding (`benchmarks/batch_invariance.py`). The same command continues what was
+interrupted; what holds another run is refused. `eval/generation.py` measures folders and npz files, and samples a
+pipeline itself without writing anything.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
-from PIL import Image
 from tqdm.auto import tqdm
 
 from vtp_diffusion import LightningDiTPipeline
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
-from vtp_diffusion.images import image_grid
+from vtp_diffusion.images import image_grid, to_pil
+from vtp_diffusion.processes import join_processes, this_process
+from vtp_diffusion.sample_files import SampleFolder, SampleNpz
+from vtp_diffusion.sampling import draw_labels, pipeline_identity, sample_numbers
+
+PICTURE_IMAGES = 1024
 
 
 @dataclass
 class GenerateConfig:
     pipeline: str = field(metadata={"help": "folder of a saved pipeline"})
-    labels: list[str] = field(metadata={"help": "class indices or names"})
-    output: str = field(metadata={"help": "FILE.png for one labelled picture, or a folder for a file an image"})
-    num_images_per_label: int = field(default=1, metadata={"help": "images of each label"})
+    output: str = field(metadata={"help": "FILE.png for one labelled picture, FILE.npz, or a folder of files"})
+    labels: list[str] = field(default_factory=list, metadata={"help": "class indices or names"})
+    num_images_per_label: int = field(default=1, metadata={"help": "images of each of the labels"})
+    num_images: int | None = field(default=None, metadata={"help": "so many images of drawn labels"})
+    label_rule: Literal["random", "balanced"] = field(
+        default="random", metadata={"help": "how num_images labels are drawn: at random, or each class in turn"}
+    )
     num_inference_steps: int = field(default=50, metadata={"help": "evaluations of the network an image"})
     guidance_scale: float = field(default=1.0, metadata={"help": "1 is no guidance"})
     guidance_interval: tuple[float, float] = field(
@@ -43,108 +58,130 @@ class GenerateConfig:
         default=None, metadata={"help": "guide only the first so many latent channels; 3 is upstream's rule"}
     )
     seed: int = field(default=0, metadata={"help": "image k uses seed + k"})
-    batch_size: int = field(default=8, metadata={"help": "images at once"})
+    batch_size: int = field(default=8, metadata={"help": "images at once, in each process"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "precision"})
     device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        metadata={"help": "torch device of a single process; several get theirs from accelerate"},
     )
 
     def __post_init__(self) -> None:
         if Path(self.output).suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
-            raise ValueError(f"output must be a file ending in .png or a folder, got {self.output}")
+            raise ValueError(f"output must be a file ending in .png or a folder or FILE.npz, got {self.output}")
         if self.num_images_per_label < 1 or self.batch_size < 1:
             raise ValueError(
                 "num_images_per_label and batch_size must be at least 1, "
                 f"got {self.num_images_per_label} and {self.batch_size}"
             )
+        if (self.num_images is None) == (not self.labels):
+            raise ValueError("give either labels, or num_images for labels that are drawn")
+        if self.num_images is not None and (self.num_images < 1 or self.num_images_per_label != 1):
+            raise ValueError(
+                "num_images must be at least 1 and goes without num_images_per_label, "
+                f"got {self.num_images} and {self.num_images_per_label}"
+            )
+        if self.kind == ".png" and (self.num_images or len(self.labels) * self.num_images_per_label) > PICTURE_IMAGES:
+            raise ValueError(f"one picture holds {PICTURE_IMAGES} images at most: give FILE.npz or a folder as output")
 
     @property
-    def settings(self) -> dict:
-        """What decides the images: everything but where they go and how many are made at once."""
-        where = ("output", "batch_size", "device")
-        return {name: value for name, value in json.loads(json.dumps(asdict(self))).items() if name not in where}
+    def kind(self) -> str:
+        """ ".png", ".npz" or "" for a folder."""
+        suffix = Path(self.output).suffix.lower()
+        return suffix if suffix in (".png", ".npz") else ""
+
+    @property
+    def sampler(self) -> dict:
+        names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels")
+        return {name: getattr(self, name) for name in names}
 
 
-def load_pipeline(config: GenerateConfig) -> LightningDiTPipeline:
+def load_pipeline(config: GenerateConfig, device: torch.device | str) -> LightningDiTPipeline:
     if not (Path(config.pipeline) / "model_index.json").is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed
     options = {"dtype": getattr(torch, config.dtype), "low_cpu_mem_usage": is_accelerate_available()}
     pipe = DiffusionPipeline.from_pretrained(config.pipeline, **options)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(config.device)
+    return pipe.to(device)
+
+
+def image_labels(config: GenerateConfig, pipe: LightningDiTPipeline) -> tuple[list[int], dict]:
+    """The label of every image, and the settings that say so."""
+    if config.num_images is not None:
+        labels = draw_labels(config.label_rule, config.num_images, pipe.transformer.config.num_classes, config.seed)
+        return labels, {"labels": config.label_rule}
+    # a word of digits is an index
+    given = pipe.get_label_ids([int(label) if label.isdecimal() else label for label in config.labels])
+    labels = [label for label in given for _ in range(config.num_images_per_label)]
+    return labels, {"labels": "given", "label_ids": given, "num_images_per_label": config.num_images_per_label}
 
 
 def generate(
-    config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int], wanted: list[int], receive
+    config: GenerateConfig,
+    pipe: LightningDiTPipeline,
+    labels: list[int],
+    numbers: list[int],
+    receive: Callable[[int, torch.Tensor], None],
 ) -> None:
-    """Make the images with the wanted numbers and hand each to `receive(number, image)`, batch by batch."""
-    batches = [wanted[start : start + config.batch_size] for start in range(0, len(wanted), config.batch_size)]
-    with tqdm(total=len(wanted) * config.num_inference_steps, desc="network evaluations") as progress:
-        for numbers in batches:
-
-            def advance(pipe, step, timestep, tensors, numbers=numbers):
-                progress.update(len(numbers))
-                return {}
-
-            images = pipe(
-                [labels[number // config.num_images_per_label] for number in numbers],
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                guidance_interval=config.guidance_interval,
-                guidance_channels=config.guidance_channels,
-                generator=[torch.Generator().manual_seed(config.seed + number) for number in numbers],
-                callback_on_step_end=advance,
-            ).images
-            for number, image in zip(numbers, images, strict=True):
+    """Make the images with these numbers and hand each to `receive(number, image)`, uint8 (3, H, W), in order."""
+    total, quiet = len(numbers) * config.num_inference_steps, this_process()[0] > 0
+    with tqdm(total=total, desc="network evaluations", unit_scale=True, disable=quiet) as progress:
+        for start in range(0, len(numbers), config.batch_size):
+            batch = numbers[start : start + config.batch_size]
+            advance = partial(progress.update, len(batch))
+            images = sample_numbers(pipe, labels, batch, config.seed, advance, **config.sampler)
+            for number, image in zip(batch, images, strict=True):
                 receive(number, image)
 
 
-def write_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int], total: int) -> None:
-    images: dict[int, Image.Image] = {}
-    generate(config, pipe, labels, list(range(total)), images.__setitem__)
+def write_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int]) -> None:
+    images: dict[int, torch.Tensor] = {}
+    generate(config, pipe, labels, list(range(len(labels))), images.__setitem__)
     known = pipe.config.id2label or {}
     names = [known.get(str(label), f"class {label}") for label in labels]
     each = config.num_images_per_label
-    columns = each if each > 1 else math.ceil(math.sqrt(total))
-    picture = image_grid([images[k] for k in range(total)], columns, [names[k // each] for k in range(total)])
+    columns = each if each > 1 else math.ceil(math.sqrt(len(labels)))
+    picture = image_grid(to_pil(torch.stack([images[k] for k in range(len(labels))])), columns, names)
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     picture.save(config.output)
-    print(f"{total} images: {config.output}")
+    print(f"{len(labels)} images: {config.output}")
 
 
-def write_folder(config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int], total: int) -> None:
-    folder = Path(config.output)
-    settings_file = folder / "settings.json"
-    settings = config.settings | {"label_ids": labels}
-    if settings_file.is_file():
-        others = json.loads(settings_file.read_text(encoding="utf-8"))
-        if changed := sorted(key for key in settings | others if settings.get(key) != others.get(key)):
-            given = ", ".join(f"{key} {settings.get(key)!r} instead of {others.get(key)!r}" for key in changed)
-            raise ValueError(f"{folder} holds another run's images: {given}")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds files of something else: expected a new or empty folder, or one of this run")
-
-    def save(number: int, image: Image.Image) -> None:
-        if not settings_file.exists():  # with the first image: bad settings leave nothing behind
-            folder.mkdir(parents=True, exist_ok=True)
-            settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        unfinished = folder / f".{number:06d}.png"  # renamed when complete: an interruption leaves no half image
-        image.save(unfinished)
-        unfinished.rename(folder / f"{number:06d}.png")
-
-    wanted = [number for number in range(total) if not (folder / f"{number:06d}.png").exists()]
-    generate(config, pipe, labels, wanted, save)
-    print(f"{len(wanted)} images made, {total - len(wanted)} were there: {folder}")
+def write_files(
+    config: GenerateConfig,
+    pipe: LightningDiTPipeline,
+    labels: list[int],
+    label_settings: dict,
+    wait: Callable[[], None],
+) -> None:
+    """A folder or an npz, by all processes together; `wait` for all of them."""
+    settings = config.sampler | {"seed": config.seed, "num_images": len(labels)}
+    settings |= pipeline_identity(pipe) | label_settings
+    files = (SampleNpz if config.kind == ".npz" else SampleFolder)(config.output, settings)
+    rank, world_size = this_process()
+    missing, numbers = len(files.missing()), files.missing(rank, world_size)
+    wait()  # all have looked before one writes
+    generate(config, pipe, labels, numbers, files.write)
+    wait()
+    if rank == 0:
+        files.finish(labels)
+        print(f"{missing} images made, {len(labels) - missing} were there: {config.output}")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(GenerateConfig, argv, __doc__)
-    pipe = load_pipeline(config)
-    # a word of digits is an index
-    labels = pipe.get_label_ids([int(label) if label.isdecimal() else label for label in config.labels])
-    write = write_picture if Path(config.output).suffix.lower() == ".png" else write_folder
-    write(config, pipe, labels, total=len(labels) * config.num_images_per_label)
+    several = this_process()[1] > 1
+    if several and config.kind == ".png":
+        raise ValueError(f"one picture is made by one process, {this_process()[1]} were launched")
+    accelerator = join_processes() if several else None
+    pipe = load_pipeline(config, accelerator.device if several else config.device)
+    labels, label_settings = image_labels(config, pipe)
+    if config.kind == ".png":
+        write_picture(config, pipe, labels)
+        return
+    write_files(config, pipe, labels, label_settings, accelerator.wait_for_everyone if several else lambda: None)
+    if several:
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from vtp_diffusion.metrics import (
 from vtp_diffusion.metrics.inception import InceptionFeatures
 from vtp_diffusion.metrics.networks import VGG16Features
 from vtp_diffusion.metrics.npz import NpzImages
-from vtp_diffusion.metrics.sources import FolderImages, draw_labels
+from vtp_diffusion.metrics.sources import FolderImages
 from vtp_diffusion.metrics.weights import export_trunk
+from vtp_diffusion.sampling import draw_labels
 
 
 def draw(n, dim, seed=0, scale=1.0, shift=0.0):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import DECODING_ERRORS, IMAGE_SUFFIXES, ImageDataset, read_image
+from ..sampling import pipeline_identity, sample_numbers
 
-LabelRule = Literal["random", "balanced", "reference"]
 # 32-bit integers and floats have no agreed range that could be brought to 8 bits
 REFUSED_MODES = ("I", "F")
 HASH_BYTES = 16
@@ -76,10 +76,7 @@ class FolderImages:
         self._check_complete()
 
     def _check_complete(self) -> None:
-        settings = self.settings or {}
-        if "label_ids" not in settings:
-            return
-        count = len(settings["label_ids"]) * settings.get("num_images_per_label", 1)
+        count = (self.settings or {}).get("num_images", len(self.files))
         if count != len(self.files):
             raise ValueError(
                 f"{self.folder} holds {len(self.files)} images, its settings.json says {count}: "
@@ -136,7 +133,7 @@ class PipelineImages:
         self.pipe, self.labels, self.seed, self.batch_size = pipe, list(labels), seed, batch_size
         self.sampler = settings
         self.size = pipeline_image_size(pipe)
-        self.settings = settings | {"seed": seed, "num_images": len(labels)} | _what_samples(pipe)
+        self.settings = settings | {"seed": seed, "num_images": len(labels)} | pipeline_identity(pipe)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -144,13 +141,9 @@ class PipelineImages:
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         batches = []
         for start in range(0, len(indices), self.batch_size):
-            chunk = indices[start : start + self.batch_size]
-            generators = [torch.Generator().manual_seed(self.seed + k) for k in chunk]
-            labels = [self.labels[k] for k in chunk]
-            # PIL images are 8-bit already, through the package's one conversion
-            images = self.pipe(labels, generator=generators, output_type="pil", **self.sampler).images
-            batches.append(np.stack([np.array(image) for image in images]))
-        return torch.from_numpy(np.concatenate(batches)).permute(0, 3, 1, 2)
+            numbers = indices[start : start + self.batch_size]
+            batches.append(sample_numbers(self.pipe, self.labels, numbers, self.seed, **self.sampler))
+        return torch.cat(batches)
 
 
 def pipeline_image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
@@ -159,20 +152,6 @@ def pipeline_image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
     latents = torch.zeros(1, dit.in_channels, dit.sample_size, dit.sample_size, device=pipe.device)
     with torch.inference_mode():
         return tuple(pipe.decode_latents(latents).shape[2:])
-
-
-def _what_samples(pipe: DiffusionPipeline) -> dict:
-    """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision."""
-    weights = {}
-    for name in ("vae", "transformer"):
-        digest = hashlib.sha256()
-        for key, tensor in sorted(getattr(pipe, name).state_dict().items()):
-            digest.update(
-                f"{key} {tuple(tensor.shape)}".encode() + tensor.float().cpu().contiguous().numpy().tobytes()
-            )
-        weights[name] = digest.hexdigest()[:16]
-    scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
-    return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype)}
 
 
 def image_hashes(images: torch.Tensor) -> list[bytes]:
@@ -218,24 +197,3 @@ def read_batches(
         generator=torch.Generator(),  # reading must not move the global one
     )
     return iter(loader)
-
-
-def draw_labels(
-    rule: LabelRule, count: int, num_classes: int, seed: int, reference: Sequence[int] | None = None
-) -> list[int]:
-    """Class labels of `count` generated images; label k does not depend on `count`.
-
-    Args:
-        rule: "random" draws classes uniformly (as ADM, DiT, SiT and LightningDiT do), "balanced" goes through them in
-            turn (VAR, MAR, RAE; lowers FID on ImageNet by about 0.1), "reference" draws from `reference`'s labels.
-    """
-    generator = np.random.default_rng(seed)
-    if rule == "random":
-        return generator.integers(0, num_classes, count).tolist()
-    if rule == "balanced":
-        return [k % num_classes for k in range(count)]
-    if rule != "reference":
-        raise ValueError(f"labels {rule!r} is unknown; known: random, balanced, reference")
-    if not reference or not all(0 <= label < num_classes for label in reference):
-        raise ValueError(f"labels 'reference' needs a labelled reference with labels from 0 to {num_classes - 1}")
-    return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
