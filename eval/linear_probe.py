@@ -12,7 +12,8 @@ once and kept in --features (beside the output unless it says otherwise); the sa
 All heads of the grid (class tokens of the last layer or of the last --num_layers, with and without the mean patch
 token, every learning rate) are trained at once. As in DINOv2 the best of them on the validation split is the result:
 it is chosen on the images it is reported for. All of them are in the JSON. Unlike there, training images are not
-augmented. k-NN votes are weighted, temperature 0.07, on the last class token, on the mean patch token, and on both.
+augmented. Variants that a data set draws less often (skin tones) are left out of both splits. k-NN votes are weighted,
+temperature 0.07, on the last class token, on the mean patch token, and on both.
 """
 
 from collections import Counter
@@ -94,7 +95,7 @@ def read_features(config: LinearProbeConfig, model, datasets: dict[str, ImageDat
         with tqdm(total=len(dataset), desc=f"features: {name}", unit="image") as progress:
             folder = config.features_folder / name
             arguments = (config.num_layers, config.batch_size, config.device, progress.update)
-            features[name] = cached_features(folder, model, dataset, *arguments)
+            features[name] = cached_features(folder, model, dataset, *arguments).without_variants()
     return features
 
 

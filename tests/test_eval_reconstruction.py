@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.metrics.ssim import ssim
 
 PROGRAM = Path(__file__).parents[1] / "eval" / "reconstruction.py"
 
@@ -34,12 +36,21 @@ def words(tmp_path):
 
 
 def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", [*words, "--worst_cases", str(tmp_path / "worst.png")])
     runpy.run_path(words[0], run_name="__main__")
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["num_images"] == 6 and 4 < results["psnr"] < 15 and results["lpips"] > 0.3
     assert results["distances"]["FD-EffLite0"] > 10
     assert results["lpips_trunk"]["file"] == "alexnet.ckpt" and len(results["networks"][0]["sha256"]) == 64
+    assert (
+        results["evaluation"] == "reconstruction" and 0 < results["ssim"] < 0.5 and "luma" in results["ssim_settings"]
+    )
+    worst = results["worst"]
+    assert sorted(case["key"] for case in worst) == [f"{k}.png" for k in range(6)]
+    assert worst == sorted(worst, key=lambda case: case["psnr"])
+    assert np.mean([case["psnr"] for case in worst]) == pytest.approx(results["psnr"])
+    with Image.open(tmp_path / "worst.png") as picture:
+        assert picture.width >= 8 * 32 and picture.height >= 2 * 32
     assert "LPIPS" in capsys.readouterr().out
 
 
@@ -49,11 +60,44 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
         (["--num_images", "7"], "num_images is 7, but split train has 6 images"),
         (["--output", "r.txt"], "output must be a FILE.json, got r.txt"),
         (["--lpips_network", "squeeze"], "'squeeze' is unknown; known: vgg, alex"),
+        (["--worst_cases", "worst"], "worst_cases must be a FILE.png"),
+        (["--vae", "none"], "none is not the folder of a diffusers autoencoder"),
+        (["--data.resolution", "36"], "multiple of the autoencoder's patch 8, got 36"),
         (["--lpips_trunk", "none.safetensors"], "neither"),
     ],
 )
 def test_bad_input(more, message, words, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", words + more)
+    monkeypatch.setenv("VTP_DIFFUSION_TRACEBACK", "1")
     with pytest.raises(ValueError, match=message):
         runpy.run_path(words[0], run_name="__main__")
     assert not (tmp_path / "r.json").exists()
+
+
+def ssim_of_the_paper(x, y):
+    """Another way to the same: scipy's Gaussian filter, cut to 11 taps and to windows inside the image."""
+    x, y = (image.astype(float) @ [0.299, 0.587, 0.114] for image in (x, y))
+
+    def mean(z):
+        return ndimage.gaussian_filter(z, sigma=1.5, radius=5)[5:-5, 5:-5]
+
+    mean_x, mean_y = mean(x), mean(y)
+    var_x, var_y, covariance = mean(x * x) - mean_x**2, mean(y * y) - mean_y**2, mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    numerator = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (numerator / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))).mean()
+
+
+def test_ssim_is_that_of_the_paper():
+    generator = np.random.default_rng(0)
+    x = ndimage.zoom(generator.integers(0, 256, (4, 8, 10, 3)), (1, 4, 4, 1), order=1).astype(np.uint8)
+    y = np.clip(x + generator.normal(0, [[[[2]]], [[[10]]], [[[40]]], [[[0]]]], x.shape), 0, 255).astype(np.uint8)
+    found = ssim(*(torch.from_numpy(images).permute(0, 3, 1, 2) for images in (x, y)))
+    expected = [ssim_of_the_paper(a, b) for a, b in zip(x, y, strict=True)]
+    assert found.tolist() == pytest.approx(expected, abs=1e-10)
+    assert found[3] == 1 > found[0] > found[1] > found[2]
+    # two constants: no variance, so that only the luminance term is left
+    dark, bright = (torch.full((1, 3, 16, 16), value, dtype=torch.uint8) for value in (50, 100))
+    assert ssim(dark, bright).item() == pytest.approx((2 * 50 * 100 + 2.55**2) / (50**2 + 100**2 + 2.55**2))
+    with pytest.raises(ValueError, match="8x16, SSIM needs at least 11x11"):
+        ssim(dark[:, :, :8], bright[:, :, :8])

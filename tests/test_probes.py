@@ -74,6 +74,11 @@ def test_heads_read_what_dinov2_gives_them():
     assert torch.equal(features.inputs(1, False), tokens[:, 1])
     expected = torch.cat([tokens[:, 0], tokens[:, 1], patches], dim=1)[[3, 1]]
     assert torch.equal(features.inputs(2, True, torch.tensor([3, 1])), expected)
+    assert features.without_variants() is features, "all alike"
+    features.weights = torch.tensor([1.0, 0.2, 1.0, 0.2, 1.0])
+    base = features.without_variants()
+    assert torch.equal(base.labels, features.labels[[0, 2, 4]])
+    assert torch.equal(base.inputs(2, True), features.inputs(2, True, torch.tensor([0, 2, 4])))
     with pytest.raises(ValueError, match="layers is 3, the features have the last 2"):
         features.inputs(3, False)
     assert len(head_grid(4)) == 2 * 2 * 13 and len(head_grid(1, (0.1,))) == 2

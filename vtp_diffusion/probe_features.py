@@ -26,14 +26,24 @@ class ProbeFeatures:
         class_tokens: (N, L, D) float32, of the last L layers, shallow to deep, each normed.
         patch_means: (N, D) float32, the last layer's patch tokens, averaged over positions.
         labels: (N,) int64.
+        weights: (N,) how often the data set draws an image, less for variants of others; None = all alike.
     """
 
     class_tokens: np.ndarray
     patch_means: np.ndarray
     labels: torch.Tensor
+    weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def without_variants(self) -> "ProbeFeatures":
+        """Those of images that are no variants of others (OpenMoji's skin tones), as in the reference of distances."""
+        if self.weights is None or bool((self.weights == self.weights.max()).all()):
+            return self
+        kept = self.weights == self.weights.max()
+        arrays = (array[kept.numpy()] for array in (self.class_tokens, self.patch_means))
+        return ProbeFeatures(*arrays, self.labels[kept], self.weights[kept])
 
     def inputs(self, layers: int, patches: bool, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """What DINOv2 gives a linear head: the class tokens of the last `layers` layers, one after the other, and
@@ -81,8 +91,9 @@ def cached_features(
     else:
         _read(folder, key, model, dataset, batch_size, device, progress)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-    labels = torch.tensor(dataset.labels)[torch.from_numpy(np.array(arrays["rows"]))]
-    return ProbeFeatures(arrays["class_tokens"], arrays["patch_means"], labels)
+    rows = torch.from_numpy(np.array(arrays["rows"]))
+    labels, weights = torch.tensor(dataset.labels)[rows], dataset.weights[rows]
+    return ProbeFeatures(arrays["class_tokens"], arrays["patch_means"], labels, weights)
 
 
 def _check_key(folder: Path, key: dict) -> None:

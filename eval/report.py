@@ -1,0 +1,60 @@
+"""Several results on one page: numbers with their floors, curves, sample grids, nearest neighbours, worst cases.
+
+    python eval/report.py --results generation.json reconstruction.json probe.json \\
+        --pictures "sampled=demo/generated.png" --output report.html
+
+--results are files that the programs of eval/ wrote, any of them in any number, in the order they are to have.
+Generations that differ in one thing only (steps, guidance, or checkpoint-N in their path) are drawn as a curve. The
+pictures that the programs wrote are shown where they still are. FILE.md beside the page has the table as Markdown.
+The page needs no network; the same files give the same page.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vtp_diffusion.cli import run
+from vtp_diffusion.config import parse_config
+from vtp_diffusion.report import find_charts, find_pictures, html_page, markdown_table, read_result, table_rows
+from vtp_diffusion.results import check_output
+
+
+@dataclass
+class ReportConfig:
+    results: list[str] = field(metadata={"help": "JSON files of the programs of eval/"})
+    output: str = field(metadata={"help": "FILE.html; FILE.md is written beside it"})
+    pictures: list[str] = field(default_factory=list, metadata={"help": "CAPTION=FILE: pictures to show first"})
+    title: str = field(default="Evaluation", metadata={"help": "heading of the page"})
+
+    def __post_init__(self) -> None:
+        check_output(self.output, ".html")
+        if not self.results:
+            raise ValueError("results is empty: give at least one JSON file of a program of eval/")
+        names = [Path(file).stem for file in self.results]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"result files of the same name cannot be told apart on the page: {', '.join(twice)}")
+        for word in self.pictures:
+            caption, separator, file = word.rpartition("=")
+            if not separator or not caption:
+                raise ValueError(f"pictures must be CAPTION=FILE, got {word!r}")
+            if not Path(file).is_file():
+                raise ValueError(f"picture {file} is not there")
+
+
+def main() -> None:
+    config = parse_config(ReportConfig, description=__doc__)
+    results = [read_result(file) for file in config.results]
+    rows, charts = table_rows(results), find_charts(results)
+    given = [(caption, Path(file)) for caption, _, file in (word.rpartition("=") for word in config.pictures)]
+    pictures = find_pictures(results, given)
+    page = html_page(config.title, rows, charts, pictures, results)
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    output.with_suffix(".md").write_text(f"# {config.title}\n\n{markdown_table(rows)}", encoding="utf-8")
+    print(
+        f"{len(rows)} numbers, {len(charts)} curves, {len(pictures)} pictures: {output}, {output.with_suffix('.md')}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,150 @@
+"""eval/report.py: one page of several results."""
+
+import copy
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from vtp_diffusion.report import chart_svg, find_charts, read_result, table_rows
+
+PROGRAM = str(Path(__file__).parents[1] / "eval" / "report.py")
+
+
+def generation(guidance, value, floor=True):
+    """What eval/generation.py writes, as far as the page reads it."""
+    row = {"distance": "FD-VGG", "network": "vgg16", "images": "generated", "value": value, "num_images": 1000}
+    row |= {"num_reference": 1713, "spread": {"kind": "jackknife of 10 groups", "value": 0.5}, "floor": None}
+    if floor:
+        row["floor"] = {"kind": "held-out", "sizes": [190, 1713], "repetitions": 5, "real": 4.0}
+        row["floor"] |= {"real_deviation": 0.1, "generated": value + 5, "generated_deviation": 0.2}
+    score = {"score": "precision (VGG)", "network": "vgg16", "images": "generated", "value": 0.61, "num_images": 1000}
+    made = {
+        "guidance_scale": guidance,
+        "num_inference_steps": 50,
+        "seed": 0,
+        "labels": "random",
+        "weights": {"vae": "a"},
+    }
+    return {
+        "settings": {"images": "runs/<dit>/pipeline", "nearest_neighbours": "there/pairs.png"},
+        "distances": [row], "kernel_distances": [], "scores": [score], "counts": {"generated": 1000},
+        "labels_rule": {"generated": "random"}, "sampling": {"generated": made},
+    }  # fmt: skip
+
+
+RECONSTRUCTION = {
+    "evaluation": "reconstruction", "settings": {"lpips_network": "vgg"}, "num_images": 363, "psnr": 28.252,
+    "ssim": 0.951, "lpips": 0.0367, "distances": {"FD-VGG": 1.25},
+}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for guidance, value in ((1.0, 30.0), (2.5, 12.0), (4.0, 18.0)):
+        (tmp_path / f"guidance-{guidance:g}.json").write_text(json.dumps(generation(guidance, value)))
+    (tmp_path / "vae.json").write_text(json.dumps(RECONSTRUCTION))
+    Image.new("RGB", (40, 20), "red").save("pairs.png")
+    Image.new("RGB", (30, 30), "blue").save("grid.png")
+    return ["guidance-4.json", "guidance-1.json", "guidance-2.5.json", "vae.json"]
+
+
+def report(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [PROGRAM, *words])
+    monkeypatch.setenv("VTP_DIFFUSION_TRACEBACK", "1")
+    runpy.run_path(PROGRAM, run_name="__main__")
+
+
+def test_a_page_that_needs_nothing_else(files, tmp_path, monkeypatch, capsys):
+    words = (
+        "--results",
+        *files,
+        "--pictures",
+        "sampled <b>=grid.png",
+        "--title",
+        "A & B",
+        "--output",
+        "out/page.html",
+    )
+    report(monkeypatch, *words)
+    # pairs.png lies beside each of the three results that recorded it
+    assert "10 numbers, 1 curves, 4 pictures" in capsys.readouterr().out
+    first = (tmp_path / "out" / "page.html").read_bytes()
+    page = first.decode()
+    assert not re.search(r"https?://|<script|<link|url\(", page), "nothing is fetched"
+    assert page.count("data:image/png;base64,") == 4 and "<svg" in page and "@media print" in page
+    assert "A &amp; B" in page and "sampled &lt;b&gt;" in page and "runs/&lt;dit&gt;/pipeline" in page
+    for text in ("12 ± 0.5", "4 ± 0.1", "28.25 dB", "0.0367", "190 against 1713, held-out"):
+        assert text in page
+    markdown = (tmp_path / "out" / "page.md").read_text()
+    assert markdown.count("\n| ") == 11 and "| FD-VGG | 12 ± 0.5 | 4 ± 0.1 | 1000 against 1713 real |" in markdown
+    report(monkeypatch, *words)
+    assert (tmp_path / "out" / "page.html").read_bytes() == first
+
+
+def test_curves_are_of_what_differs_in_one_thing_only(files):
+    results = [read_result(file) for file in files]
+    (chart,) = find_charts(results)
+    assert (chart.title, chart.axis) == ("FD-VGG", "guidance scale")
+    assert [point[:3] for point in chart.points] == [(1.0, 35.0, 4.0), (2.5, 17.0, 4.0), (4.0, 23.0, 4.0)]
+    picture = ElementTree.fromstring(chart_svg(chart))
+    line = [element for element in picture if element.get("class") == "line"][0]
+    places = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+    assert [x for x, _ in places] == sorted(x for x, _ in places) and min(places, key=lambda p: -p[1]) == places[1]
+    assert all(0 <= x <= 560 and 0 <= y <= 300 for x, y in places)
+    results[1].values["sampling"]["generated"]["num_inference_steps"] = 25
+    assert len(find_charts(results)[0].points) == 2, "the one that differs in two things is not drawn"
+    # checkpoints of one run, whose weights differ, are one curve against the step
+    steps = [copy.deepcopy(results[0]) for _ in range(2)]
+    for k, result in enumerate(steps):
+        result.values["settings"]["images"] = f"runs/dit/checkpoint-{1000 * (k + 1)}/pipeline"
+        result.values["sampling"]["generated"]["weights"] = {"vae": str(k)}
+    (chart,) = find_charts(steps)
+    assert chart.axis == "training step" and [point[0] for point in chart.points] == [1000.0, 2000.0]
+    without = [copy.deepcopy(result) for result in results[1:3]]
+    for result in without:
+        result.values["sampling"]["generated"]["num_inference_steps"] = 50
+        result.values["distances"][0]["floor"] = None
+    assert [point[1] for point in find_charts(without)[0].points] == [30.0, 12.0]
+    assert {row.floor for row in table_rows(without) if row.what == "FD-VGG"} == {"not available"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"evaluation": "zero_shot", "settings": {}}',
+            "bad.json is an incomplete zero_shot result: it lacks top1, top5",
+        ),
+        ('{"evaluation": "reconst', "bad.json is not a complete JSON file"),
+        ('{"steps": 3}', "bad.json is of no known evaluation"),
+        ("[1]", "bad.json holds a list"),
+        (json.dumps(RECONSTRUCTION | {"settings": {}, "distances": None}), "bad.json is an incomplete reconstruction"),
+    ],
+)
+def test_incomplete_results_are_refused_by_name(content, message, files, tmp_path, monkeypatch):
+    (tmp_path / "bad.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        report(monkeypatch, "--results", *files, "bad.json", "--output", "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--results", "none.json"], "none.json is not there"),
+        (["--results", "vae.json", "vae.json"], "cannot be told apart on the page: vae"),
+        (["--results", "vae.json", "--pictures", "grid.png"], "pictures must be CAPTION=FILE"),
+        (["--results", "vae.json", "--pictures", "a=none.png"], "picture none.png is not there"),
+        (["--results", "vae.json", "--output", "page.pdf"], "output must be a FILE.html"),
+    ],
+)
+def test_bad_input(words, message, files, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        report(monkeypatch, "--output", "page.html", *words)
