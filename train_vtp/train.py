@@ -32,7 +32,7 @@ from vtp_diffusion.pretraining import (
 )
 from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features
 from vtp_diffusion.pretraining_flops import training_flops
-from vtp_diffusion.pretraining_inputs import PreTrainingInputs, training_batches
+from vtp_diffusion.pretraining_inputs import PreTrainingInputs, check_share, training_batches
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.training import TrainingRun
@@ -108,6 +108,8 @@ class Config(TrainingConfig):
         for name, size in sizes.items():
             if patch < 1 or size < 1 or size % patch:
                 raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
+        for name in {"self_supervision", "reconstruction"} & set(self.objectives):
+            check_share(name, getattr(self, name).share, self.train_batch_size)
         if self.validation_images < 1:
             raise ValueError(f"validation_images is {self.validation_images}, expected a positive number")
 
@@ -132,6 +134,17 @@ def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]
         perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
         objectives["reconstruction"] = ReconstructionObjective(settings, perceptual)
     return VTPForPreTraining(autoencoder, objectives), model
+
+
+def check_data(config: Config, dataset) -> None:
+    """ValueError where the training images are too few, or have no captions, for what they are to be trained for."""
+    if config.objectives != ("reconstruction",) and len(dataset) < config.train_batch_size:
+        raise ValueError(
+            f"{config.data.source} has {len(dataset)} training images, expected at least train_batch_size, "
+            f"{config.train_batch_size}: an image would be its own negative"
+        )
+    if "contrastive" in config.objectives and not any((caption or "").strip() for caption in dataset.captions):
+        raise ValueError(f"{config.data.source} has no captions, which the contrastive objective needs")
 
 
 def compile_parts(objective: VTPForPreTraining) -> None:
@@ -209,14 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     if datasets["held_out"].fingerprint == datasets["train"].fingerprint:
         # a plain folder has no validation split: nothing measured on it may be called held-out
         del datasets["held_out"]
-    if len(config.objectives) > 1 and len(datasets["train"]) < config.train_batch_size:
-        raise ValueError(
-            f"{config.data.source} has {len(datasets['train'])} training images, expected at least train_batch_size, "
-            f"{config.train_batch_size}: an image would be its own negative"
-        )
-    if "contrastive" in config.objectives and not any(c and c.strip() for c in datasets["train"].captions):
-        raise ValueError(f"{config.data.source} has no captions, which the contrastive objective needs")
-
+    check_data(config, datasets["train"])
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
     if config.compile:

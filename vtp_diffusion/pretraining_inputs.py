@@ -30,12 +30,13 @@ def share_block(share: float) -> tuple[int, int]:
     return fraction.numerator, fraction.denominator
 
 
-def check_share(name: str, share: float, micro_batch_size: int) -> None:
-    """ValueError unless a share of a micro-batch is a whole number of samples in every block of it."""
+def check_share(name: str, share: float, batch_size: int) -> None:
+    """ValueError unless a share of a batch, or of a process's part of it, is a whole number of samples in every block
+    of it."""
     k, n = share_block(share)
-    if k == 0 or micro_batch_size % n:
+    if k == 0 or batch_size % n:
         raise ValueError(
-            f"{name}.share is {share} ({k} of {n}) and a process's micro-batch has {micro_batch_size} images, "
+            f"{name}.share is {share} ({k} of {n}) of a batch of {batch_size} images a process, "
             f"expected a multiple of {n}, so that every process has as many of them"
         )
 
