@@ -125,6 +125,8 @@ def test_a_killed_run_is_continued(generate, folder, tmp_path):
 
 
 def test_balanced_labels_and_a_folder_that_is_not_complete(generate, tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / ".settings.json.17").write_text("{")  # all that a kill at the first image may leave
     generate(tmp_path / "samples", "--num_images", 6, "--label_rule", "balanced")
     images = FolderImages(tmp_path / "samples")
     assert len(images) == 6 and images.settings["labels"] == "balanced" and images.settings["num_images"] == 6

@@ -4,6 +4,7 @@ What is there under its final name is complete; the rest is made again. Nothing 
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
         raise ValueError(f"{place} holds another run's images: {given}")
 
 
+def _unfinished(entry: Path) -> bool:
+    """Whether a process was killed while it wrote the settings."""
+    return entry.name.startswith(f".{SETTINGS_NAME}.")
+
+
 class _SampleFiles:
     """What both kinds share.
 
@@ -40,7 +46,7 @@ class _SampleFiles:
         file = self.folder / SETTINGS_NAME
         if file.is_file():
             check_same_run(json.loads(file.read_text(encoding="utf-8")), settings, self.path)
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_unfinished, self.folder.iterdir()))):
             raise ValueError(
                 f"{self.folder} holds files of something else: expected a new or empty folder, or one of this run"
             )
@@ -50,7 +56,9 @@ class _SampleFiles:
         file = self.folder / SETTINGS_NAME
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            unfinished = file.with_name(f".{SETTINGS_NAME}.{os.getpid()}")
+            unfinished.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            unfinished.rename(file)
 
 
 class SampleFolder(_SampleFiles):
