@@ -1,10 +1,18 @@
 """What the user of a program reads when the input is at fault."""
 
+import re
+from pathlib import Path
+
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from vtp_diffusion.cli import run
 from vtp_diffusion.extras import require
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = sorted(
+    path for folder in ("pipelines", "train_vtp", "train_dit", "eval") for path in (ROOT / folder).glob("*.py")
+)
 
 
 class Unreadable(Dataset):
@@ -50,3 +58,10 @@ def test_faults_of_the_program_keep_their_traceback(capsys):
         run(lambda: {}["unexpected"])
     run(lambda: print("done"))
     assert capsys.readouterr().out == "done\n"
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_program_ends_this_way(program):
+    text = program.read_text(encoding="utf-8")
+    assert "from vtp_diffusion.cli import run" in text
+    assert re.search(r'if __name__ == "__main__":\n    run\w*\(main\)\n$', text)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
+from vtp_diffusion.cli import run
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import CROP, NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
 from vtp_diffusion.data_order import step_generator
@@ -221,4 +222,4 @@ def finish(config: Config, folder: Path, dataset, shards: dict[Path, list[Sample
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -31,6 +31,7 @@ from torch import nn
 
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.checkpoints import export_averaged
+from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
 from vtp_diffusion.flow_matching import (
@@ -396,4 +397,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

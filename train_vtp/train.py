@@ -18,6 +18,7 @@ import torch
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.batches import plain_batches
+from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
@@ -263,4 +264,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
