@@ -114,10 +114,16 @@ def test_tables_are_logged_as_means_and_memory_and_utilisation_beside(tmp_path):
 
 
 def test_training_stops_when_no_gradient_is_finite_any_more(tmp_path):
+    """The checkpoints that are there then hold the weights of the last step that counted."""
     steps = MAX_SKIPPED_IN_A_ROW + 1
-    config = tiny_config(tmp_path / "run", max_train_steps=steps, checkpointing_steps=steps)
+    config = tiny_config(tmp_path / "run", max_train_steps=steps, checkpointing_steps=25)
     with pytest.raises(RuntimeError, match=f"last {MAX_SKIPPED_IN_A_ROW} steps up to step {steps}"):
         train(config, broken_steps=set(range(1, steps)))
+    kept = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert [path.name for path in kept] == ["checkpoint-25", "checkpoint-50"]
+    train(tiny_config(tmp_path / "one", max_train_steps=1))
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert_identical(load_file(kept[1] / weights), load_file(tmp_path / "one" / "checkpoint-1" / weights))
 
 
 def test_a_folder_of_another_configuration_is_refused_by_key(tmp_path):

@@ -11,7 +11,8 @@ from .config import config_to_dict, flatten_config, read_yaml, save_config
 
 
 class RunFolder:
-    """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/.
+    """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/. What begins with
+    .unfinished- was being written or deleted; damaged-checkpoint-N/ was found so, and is left for you to look at.
 
     Creating the object only looks; `claim` writes. `config.changeable_keys()` names what may differ on resuming.
 

@@ -1,0 +1,204 @@
+"""Speed, memory and exactness of train_dit/train.py, started as a user starts it, on random latents.
+
+    python benchmarks/dit_training.py --output speed.json --sizes XL/1 --processes 1 --compile
+    python benchmarks/dit_training.py --output two.json --sizes XL/1 --processes 1 2 --strategies ddp fsdp --compile
+    python benchmarks/dit_training.py --output resume.json --sizes B/1 --processes 1 2 --resume_check --steps 60
+    python benchmarks/dit_training.py --output tiny.json --sizes tiny --processes 1 2 --resume_check --steps 8
+
+Speed is the median of the log's img/s after the first third of the steps, which compilation is in. For XL/1 at 128
+images a GPU on an H100 it is put beside the upstream trainer's on the same work, measured there (`PEER`).
+--resume_check runs half of the steps, stops, goes on, and compares with a straight run: with the same number of
+processes, deterministic, every bit of the weights has to be the same; from the first to the second of --processes the
+losses have to agree within `LOSS_TOLERANCE`.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file
+
+from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.config import parse_config
+from vtp_diffusion.latents import autoencoder_identity, write_metadata, write_shard
+from vtp_diffusion.results import check_output, write_results
+
+PROGRAM = Path(__file__).parents[1] / "train_dit" / "train.py"
+# layers, heads, channels of a head, channels and side of the latents
+SIZES = {
+    "tiny": (2, 2, 16, 4, 4),
+    "B/1": (12, 12, 64, 64, 16),
+    "XL/1": (28, 16, 72, 64, 16),
+    "1p0B/1": (24, 24, 64, 64, 16),
+}
+# img/s on one H100: LightningDiT-XL/1, 256 tokens, batch 128, bf16, AdamW and EMA; and its model compiled as a whole
+PEER = {"upstream trainer": 460.0, "upstream model, compiled": 488.0}
+LOSS_TOLERANCE = 0.02  # relative; bf16 gradients summed in another order, over some steps
+NUM_LATENTS = 1024
+NUM_CLASSES = 10
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    output: str = field(metadata={"help": "FILE.json for the results"})
+    sizes: list[str] = field(default_factory=lambda: ["tiny"], metadata={"help": f"one or more of {', '.join(SIZES)}"})
+    processes: list[int] = field(default_factory=lambda: [1], metadata={"help": "one each GPU"})
+    strategies: list[Literal["ddp", "fsdp"]] = field(
+        default_factory=lambda: ["ddp"], metadata={"help": "fsdp: sharded weights, on two or more GPUs"}
+    )
+    batch_size: int | None = field(default=None, metadata={"help": "images a GPU; none: 128, for tiny 4"})
+    steps: int = field(default=60, metadata={"help": "of every run"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the loss"})
+    resume_check: bool = field(default=False, metadata={"help": "compare interrupted runs with straight ones"})
+
+    def __post_init__(self):
+        check_output(self.output)
+        for name in self.sizes:
+            if name not in SIZES:
+                raise ValueError(f"size {name!r} is unknown; known: {', '.join(SIZES)}")
+        if not self.processes or min(self.processes) < 1 or self.steps < 6:
+            raise ValueError(
+                f"processes is {self.processes} and steps {self.steps}, expected positive numbers and 6 steps or more"
+            )
+        if torch.cuda.is_available() and max(self.processes) > torch.cuda.device_count():
+            raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
+        if "fsdp" in self.strategies and not torch.cuda.is_available():
+            raise ValueError("strategies has fsdp, which accelerate gives on GPUs only")
+
+
+def make_data(folder: Path, size: str) -> None:
+    """An autoencoder of random weights (nothing is decoded) and latents of its shape, all in one shard."""
+    channels, side = SIZES[size][3:]
+    parts = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
+    vae = AutoencoderVTP(
+        sample_size=4 * side,
+        patch_size=4,
+        latent_channels=channels,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+        **{f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in parts.items()},
+    )
+    vae.save_pretrained(folder / "vae")
+    (folder / "latents").mkdir()
+    random = torch.Generator().manual_seed(0)
+    latents = torch.randn(NUM_LATENTS, channels, side, side, generator=random).bfloat16()
+    labels = torch.arange(NUM_LATENTS) % NUM_CLASSES
+    write_shard(folder / "latents" / "latents_00000.safetensors", latents, latents.flip(3), labels)
+    names = [str(k) for k in range(NUM_CLASSES)]
+    metadata = {"autoencoder": autoencoder_identity(vae), "num_samples": NUM_LATENTS, "label_names": names}
+    write_metadata(folder / "latents", metadata | {"mean": [0.0] * channels, "std": [1.0] * channels})
+
+
+def train(data: Path, size: str, processes: int, strategy: str, steps: int, output: Path, *options: str) -> list[dict]:
+    """Run the program to the end; the losses of its log."""
+    layers, heads, head_dim = SIZES[size][:3]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [PROGRAM, f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
+    command += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
+    command += [f"--model.attention_head_dim={head_dim}", f"--max_train_steps={steps}", "--report_to=none"]
+    command += ["--checkpoints_total_limit=1", *options]
+    gpu = torch.cuda.is_available()
+    command += ["--mixed_precision=bf16"] if gpu else []
+    environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[1]), "OMP_NUM_THREADS": "1"}
+    environment |= {} if gpu else {"ACCELERATE_USE_CPU": "true"}
+    environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "fsdp" else {}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"train_dit/train.py failed on {processes} processes, {strategy}:\n{done.stderr}")
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> list[dict]:
+    rows, images, single = [], images_per_process(config, size), None
+    for strategy in config.strategies:
+        for processes in config.processes:
+            if strategy == "fsdp" and processes == 1:
+                continue
+            every = max(1, config.steps // 12)
+            options = [f"--train_batch_size={images * processes}", f"--log_steps={every}"]
+            options += ["--checkpointing_steps=1000000", f"--compile={str(config.compile).lower()}"]
+            lines = train(data, size, processes, strategy, config.steps, folder / f"{strategy}-{processes}", *options)
+            shutil.rmtree(folder / f"{strategy}-{processes}")
+            steady = [line for line in lines if line["step"] > config.steps // 3]
+            row = {"size": size, "strategy": strategy, "processes": processes, "images_a_process": images}
+            row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
+            row["mfu"] = statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None
+            row["peak_memory_gib"] = lines[-1]["peak_memory_gib"]
+            if processes == 1:
+                single = row["images_per_second"]
+            row["scaling"] = None if single is None else row["images_per_second"] / (processes * single)
+            comparable = size == "XL/1" and images == 128 and processes == 1 and "H100" in device_name()
+            row["ratio_to"] = {n: row["images_per_second"] / v for n, v in PEER.items()} if comparable else None
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    return rows
+
+
+def images_per_process(config: BenchmarkConfig, size: str) -> int:
+    return config.batch_size or (4 if size == "tiny" else 128)
+
+
+def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> dict:
+    """Bits of a resumed run on as many processes, and losses of one that goes on with another number of them."""
+    first, second = config.processes[0], config.processes[-1]
+    options = [f"--train_batch_size={images_per_process(config, size) * max(config.processes)}", "--log_steps=1"]
+    options += ["--checkpointing_steps=1000000", "--deterministic", f"--compile={str(config.compile).lower()}"]
+    runs, half = {}, config.steps // 2
+    for name, counts in {"straight": [first], "resumed": [first, first], "moved": [first, second]}.items():
+        for count, steps in zip(counts, [half, config.steps][-len(counts) :], strict=True):
+            runs[name] = train(data, size, count, "ddp", steps, folder / name, *options)
+    states = {}
+    for name in runs:
+        path = folder / name / f"checkpoint-{config.steps}"
+        parts = ("transformer", "transformer_ema")
+        states[name] = {p: load_file(path / p / "diffusion_pytorch_model.safetensors") for p in parts}
+    differing = [
+        f"{part}/{key}"
+        for part, state in states["straight"].items()
+        for key, value in state.items()
+        if not torch.equal(value, states["resumed"][part][key])
+    ]
+    pairs = zip(runs["straight"], runs["moved"], strict=True)
+    largest = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in pairs)
+    result = {
+        "size": size,
+        "steps": config.steps,
+        "resumed_on_the_same_processes": {"processes": first, "bits_differ_in": differing},
+        "moved": {"from": first, "to": second, "largest_relative_loss_difference": largest},
+        "passed": not differing and largest < LOSS_TOLERANCE,
+    }
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(BenchmarkConfig, argv, __doc__)
+    results = {"device": device_name(), "speed": [], "resume": []}
+    for size in config.sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            make_data(folder, size)
+            results["speed"] += measure_speed(config, folder, size, folder)
+            if config.resume_check:
+                results["resume"].append(check_resume(config, folder, size, folder))
+        write_results(config.output, "dit_training", config, results)  # what is done is kept if the rest fails
+    print(f"results: {config.output}")
+    if not all(check["passed"] for check in results["resume"]):
+        raise SystemExit("a resumed run differs from a straight one, see above")
+
+
+if __name__ == "__main__":
+    main()
