@@ -10,9 +10,10 @@ from PIL import Image
 from .data import DataConfig, open_dataset
 from .images import image_grid
 from .metrics import extract_features, feature_network, floor_of_halves
-from .metrics.sources import DatasetImages, ImageSource, PipelineImages, draw_labels, read_batches
+from .metrics.sources import DatasetImages, ImageSource, PipelineImages, read_batches
 from .pipeline_lightning_dit import LightningDiTPipeline
 from .processes import gather_objects, this_process
+from .sampling import draw_labels
 
 
 @dataclass(kw_only=True)
