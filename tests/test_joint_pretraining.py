@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_streaming import write_shards
 from test_train_vtp import ROOT, fresh_accelerate, load_program  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -252,6 +253,30 @@ def test_another_architecture_does_not_resume(tmp_path):
     program.main(arguments(tmp_path / "run", "--max_train_steps=1"))
     with pytest.raises(ValueError, match="self_supervision.prototypes: 16 there, 32 now"):
         program.main(arguments(tmp_path / "run", "--max_train_steps=1", "--self_supervision.prototypes=32"))
+
+
+def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    shards = write_shards(datasets, tmp_path / "shards", silent=(2, 7))
+    more = [
+        "--data.source=parquet", f"--data.data_files={shards / '*.parquet'}", "--data.caption_column=text",
+        "--data.streaming", "--data.skip_empty_captions", "--data.limit=none", "--evaluation_images=6",
+    ]  # fmt: skip
+    program = load_program("train_vtp")
+    program.main(arguments(tmp_path / "straight", *more))
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    (tmp_path / "resumed" / "checkpoint-6").rename(tmp_path / "resumed" / ".unfinished-checkpoint-6")
+    program.main(arguments(tmp_path / "resumed", *more))
+    first, second = (
+        load_file(tmp_path / run / "vtp/diffusion_pytorch_model.safetensors") for run in ("straight", "resumed")
+    )
+    assert [key for key in first if not torch.equal(first[key], second[key])] == [] and first
+    results = json.loads((tmp_path / "straight" / "results.json").read_text())
+    assert results["left_out"]["without_caption"] >= 2 and results["train"]["images"] == 6
+    with pytest.raises(ValueError, match="evaluation_images is None with data.streaming"):
+        program.main(arguments(tmp_path / "other", *more, "--evaluation_images=none"))
 
 
 @pytest.mark.parametrize("name", ["small", "base", "large"])

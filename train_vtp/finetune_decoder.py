@@ -20,7 +20,7 @@ from vtp_diffusion.adversarial import AdversarialConfig, AdversarialDecoding, co
 from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
-from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, ImageDataset, augment_images, open_dataset
+from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
@@ -30,7 +30,7 @@ from vtp_diffusion.pretraining import (
     reconstruction_grid,
 )
 from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.streaming import StreamingImages, count_left_out, stream_batches
+from vtp_diffusion.streaming import StreamingImages, count_left_out, open_splits, stream_batches
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
 
@@ -75,20 +75,6 @@ class Config(TrainingConfig):
 
     def changeable_keys(self) -> set[str]:
         return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
-
-
-def open_splits(config: Config) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
-    """What is trained on, and what is measured: the training images and, where there are any, held-out ones."""
-    if config.data.streaming:
-        training = StreamingImages(config.data)
-        measured = {"train": training.take(config.evaluation_images)}
-        if training.has_validation:
-            measured["held_out"] = StreamingImages(config.data, "validation").take(config.evaluation_images)
-        return training, measured
-    training, held_out = open_dataset(config.data, "train"), open_dataset(config.data, "validation")
-    # a plain folder has no validation split: nothing measured on it is held out
-    same = held_out.fingerprint == training.fingerprint
-    return training, {"train": training} | ({} if same else {"held_out": held_out})
 
 
 def training_batches(run: TrainingRun, config: Config, dataset) -> Iterable[Columns]:
@@ -177,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         autoencoder.enable_gradient_checkpointing()
     settings = config.reconstruction
     perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
-    training, datasets = open_splits(config)
+    training, datasets = open_splits(config.data, config.evaluation_images)
     fingerprint = f"{training.fingerprint}-{autoencoder_identity(reference)['weights']}"
 
     if config.mixed_precision != "no":

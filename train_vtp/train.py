@@ -21,7 +21,7 @@ from vtp_diffusion.batches import plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
-from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
+from vtp_diffusion.data import AugmentationConfig, DataConfig
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
     ReconstructionObjective,
@@ -36,6 +36,7 @@ from vtp_diffusion.pretraining_flops import training_flops
 from vtp_diffusion.pretraining_inputs import PreTrainingInputs, check_share, training_batches
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
+from vtp_diffusion.streaming import count_left_out, open_splits
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
 
@@ -92,6 +93,9 @@ class Config(TrainingConfig):
         default=16,
         metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
     )
+    evaluation_images: int | None = field(
+        default=None, metadata={"help": "streaming: images measured of either split", "may_change": True}
+    )
     zero_shot_templates: tuple[str, ...] = field(
         default=("{}",), metadata={"help": "prompts, {} being the name of the class", "may_change": True}
     )
@@ -109,6 +113,10 @@ class Config(TrainingConfig):
         for name, size in sizes.items():
             if patch < 1 or size < 1 or size % patch:
                 raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
+        if self.data.streaming and (self.evaluation_images is None or self.evaluation_images < 1):
+            raise ValueError(
+                f"evaluation_images is {self.evaluation_images} with data.streaming, expected how many are measured"
+            )
         for name in {"self_supervision", "reconstruction"} & set(self.objectives):
             check_share(name, getattr(self, name).share, self.train_batch_size)
         if self.validation_images < 1:
@@ -139,7 +147,11 @@ def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]
 
 def check_data(config: Config, dataset) -> None:
     """ValueError where the training images are too few, or have no captions, for what they are to be trained for."""
-    if config.objectives != ("reconstruction",) and len(dataset) < config.train_batch_size:
+    if (
+        config.objectives != ("reconstruction",)
+        and not config.data.streaming
+        and len(dataset) < config.train_batch_size
+    ):
         raise ValueError(
             f"{config.data.source} has {len(dataset)} training images, expected at least train_batch_size, "
             f"{config.train_batch_size}: an image would be its own negative"
@@ -160,12 +172,10 @@ def compile_parts(objective: VTPForPreTraining) -> None:
             module.compile()
 
 
-def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, dataset) -> Iterator[dict]:
+def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[dict]:
     """Inputs of every objective, micro-step by micro-step."""
     make = PreTrainingInputs(run, objective, config.augmentation, config.data.resolution)
-    length = config.text.text_context_length if "contrastive" in config.objectives else None
-    batches = training_batches(run, dataset, length, config.keep_on_device, config.dataloader_num_workers)
-    for micro_step, batch in zip(run.micro_steps, batches, strict=True):
+    for micro_step, batch in zip(run.micro_steps, batches, strict=False):  # a stream does not end
         yield make(micro_step, batch)
 
 
@@ -192,7 +202,7 @@ def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual
     run.report(step, values, picture)
 
 
-def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual) -> dict:
+def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, left_out: dict) -> dict:
     """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
     autoencoder = getattr(model, "autoencoder", model)
     results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
@@ -209,6 +219,7 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual) 
     autoencoder.save_pretrained(run.folder.path / "vae")
     if isinstance(model, VTPModel):
         model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
+    results |= {"left_out": left_out} if left_out else {}
     results["configuration"] = config_to_dict(config)
     (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
@@ -219,10 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = RunFolder(config.output_dir, config)
     torch.manual_seed(config.seed)
     objective, model = build(config)
-    datasets = {"train": open_dataset(config.data, "train"), "held_out": open_dataset(config.data, "validation")}
-    if datasets["held_out"].fingerprint == datasets["train"].fingerprint:
-        # a plain folder has no validation split: nothing measured on it may be called held-out
-        del datasets["held_out"]
+    training, datasets = open_splits(config.data, config.evaluation_images)
     check_data(config, datasets["train"])
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
@@ -234,14 +242,16 @@ def main(argv: list[str] | None = None) -> None:
         objective,
         model,
         "vtp" if isinstance(model, VTPModel) else "vae",
-        datasets["train"].fingerprint,
+        training.fingerprint,
         not_saved=("objectives.reconstruction.perceptual.",),
         flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
     )
     if run.sharded and config.objectives != ("reconstruction",):
         raise ValueError("the teacher and the text tower are not trained sharded: FSDP is for reconstruction alone")
     perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
-    inputs = training_inputs(run, config, objective, datasets["train"])
+    length = config.text.text_context_length if "contrastive" in config.objectives else None
+    batches = training_batches(run, training, length, config.keep_on_device, config.dataloader_num_workers)
+    inputs = training_inputs(run, config, objective, batches)
     for step in run.steps():
         done = step / config.max_train_steps
         if config.adam_weight_decay_end is not None:
@@ -253,9 +263,10 @@ def main(argv: list[str] | None = None) -> None:
         if run.is_main and run.due(step, config.validation_steps):
             with run.averaged_weights():
                 validate(run, config, model, datasets, perceptual, step + 1)
+    left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
         with run.averaged_weights():
-            results = finish(run, config, model, datasets, perceptual)
+            results = finish(run, config, model, datasets, perceptual, left_out)
         for name in datasets:
             numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}
             print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))

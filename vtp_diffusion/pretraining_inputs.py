@@ -4,7 +4,7 @@ resumed run goes on bit for bit and several processes do what one does; only sto
 whole batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from fractions import Fraction
 
 import numpy as np
@@ -18,6 +18,7 @@ from .data import NUM_DRAWS, AugmentationConfig, augment_images
 from .data_order import StepBatchSampler, draw_for_positions
 from .pretraining import VTPForPreTraining
 from .stochastic_depth import draw_kept
+from .streaming import StreamingImages, stream_batches
 from .training import TrainingRun
 
 # Streams of random numbers: see `draw_for_positions` and `step_generator`.
@@ -63,9 +64,16 @@ class _Collate:
 
 
 def training_batches(
-    run: TrainingRun, dataset: Dataset, context_length: int | None, keep_on_device: bool | None, num_workers: int
-) -> Iterator[Columns]:
-    """Batches of "image" uint8 (B, 3, R, R) and, with a context length, "token_ids" (B, L) and "paired" (B,) bool."""
+    run: TrainingRun,
+    dataset: Dataset | StreamingImages,
+    context_length: int | None,
+    keep_on_device: bool | None,
+    num_workers: int,
+) -> Iterable[Columns]:
+    """Batches of "image" uint8 (B, 3, R, R) and, with a context length, "token_ids" (B, L) and "paired" (B,) bool;
+    one for each of the run's micro-steps, of a stream without end."""
+    if isinstance(dataset, StreamingImages):
+        return stream_batches(run, dataset, _Collate(context_length), num_workers)
     sampler: StepBatchSampler = run.batch_sampler(len(dataset), dataset.weights)
     if not fits_on_device(len(dataset) * 3 * dataset.resolution**2, run.device, keep_on_device):
         return read_batches(dataset, sampler, _Collate(context_length), run.device, num_workers)

@@ -22,7 +22,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batches import Columns
-from .data import DECODING_ERRORS, DataConfig, ImageDataset, UnreadableImageError, as_rgb, center_crop, read_image
+from .data import (
+    DECODING_ERRORS,
+    DataConfig,
+    ImageDataset,
+    UnreadableImageError,
+    as_rgb,
+    center_crop,
+    open_dataset,
+    read_image,
+)
 from .extras import require
 from .training import TrainingRun
 
@@ -182,6 +191,25 @@ class StreamingImages:
             weights=torch.ones(len(items)),
             fingerprint=f"{self.fingerprint}-{len(items)}",
         ).keep_in_memory()
+
+
+def open_splits(
+    config: DataConfig, evaluation_images: int | None
+) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
+    """What is trained on, and what is measured: the training images and, where there are any, held-out ones.
+
+    Args: `evaluation_images`: of a stream, so many of either split are measured.
+    """
+    if config.streaming:
+        training = StreamingImages(config)
+        measured = {"train": training.take(evaluation_images)}
+        if training.has_validation:
+            measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
+        return training, measured
+    training, held_out = open_dataset(config, "train"), open_dataset(config, "validation")
+    # a plain folder has no validation split: nothing measured on it is held out
+    same = held_out.fingerprint == training.fingerprint
+    return training, {"train": training} | ({} if same else {"held_out": held_out})
 
 
 def _as_it_is(image: Image.Image) -> Image.Image:
