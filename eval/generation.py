@@ -48,8 +48,6 @@ from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.metrics import (
     Extractor,
-    FeatureNetwork,
-    extract_features,
     file_sha256,
     near_duplicate_threshold,
     nearest_neighbours,
@@ -64,7 +62,6 @@ from vtp_diffusion.metrics.passes import (
     record_source,
     settings_of,
     split_rule,
-    versions,
 )
 from vtp_diffusion.metrics.records import ImageRecord
 from vtp_diffusion.metrics.references import read_statistics, write_statistics
@@ -76,6 +73,7 @@ from vtp_diffusion.metrics.sources import (
     pipeline_image_size,
 )
 from vtp_diffusion.processes import join_processes, this_process
+from vtp_diffusion.results import check_output, write_results
 from vtp_diffusion.sampling import LabelRule, draw_labels
 
 NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
@@ -119,8 +117,7 @@ class GenerationConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.output.endswith(".json"):
-            raise ValueError(f"output must be a FILE.json, got {self.output}")
+        check_output(self.output)
         if self.nearest_neighbours is not None and not self.nearest_neighbours.endswith(".png"):
             raise ValueError(f"nearest_neighbours must be a FILE.png, got {self.nearest_neighbours}")
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 2):
@@ -149,8 +146,7 @@ class ReferenceConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.output.endswith(".npz"):
-            raise ValueError(f"output must be a FILE.npz, got {self.output}")
+        check_output(self.output, ".npz")
         if len(self.feature_network) != 1:
             raise ValueError(f"a file holds statistics of one feature network, got {', '.join(self.feature_network)}")
 
@@ -252,6 +248,9 @@ def collect_images(config: GenerationConfig) -> Sources:
         if isinstance(source, DiffusionPipeline):
             source = sampled(config, source, labels)
         sources[name] = source, chosen_images(config, name, source)
+    for name, (_, kept) in (sources | real).items():
+        if name != "variants" and len(kept) < 2:
+            raise ValueError(f"the {name} images are {len(kept)}, expected at least 2")
     return sources | real
 
 
@@ -276,27 +275,31 @@ def record_all(
         if spool is not None and this_process()[0] == 0:
             spool.pack(settings=np.array(json.dumps(source.settings)))
         if name in MEASURED:
-            check_duplicates(config, name, source, records[name])
+            check_duplicates(config, name, source, kept, records[name])
     return records
 
 
-def check_duplicates(config: GenerationConfig, name: str, source: ImageSource, found: ImageRecord) -> None:
+def check_duplicates(
+    config: GenerationConfig, name: str, source: ImageSource, kept: list[int], found: ImageRecord
+) -> None:
     """Refuse files that hold an image twice; what a pipeline repeats is its own, and only counted."""
     if found.duplicates and not config.allow_duplicates and not isinstance(source, PipelineImages):
-        first, second = found.example
+        indices = [kept[place] for place in found.example]
+        files = isinstance(source, FolderImages)
+        first, second = (source.files[k].name if files else f"image {k} (counted from 0)" for k in indices)
         raise ValueError(
-            f"{found.duplicates} of the {name} images equal an earlier one, the first is image {second}, which equals "
-            f"image {first} (counted from 0): N would be fewer than it says. Remove them, or say --allow_duplicates"
+            f"{found.duplicates} of the {name} images equal an earlier one, the first is {second}, which equals "
+            f"{first}: N would be fewer than it says. Remove them, or say --allow_duplicates"
         )
 
 
 def count_near_duplicates(
-    config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord], network: FeatureNetwork
+    config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord], extractor: Extractor
 ) -> dict:
     """Shares of images that are near-duplicates of reference images; writes the picture of the nearest pairs."""
 
     def extract(images: torch.Tensor) -> torch.Tensor:
-        return extract_features(network, images.split(config.feature_batch_size), config.device)
+        return torch.cat([extractor(batch)["features"].cpu() for batch in images.split(config.feature_batch_size)])
 
     features = {n: r.outputs[NEIGHBOUR_NETWORK]["features"].features for n, r in records.items()}
     reference, base = sources["reference"]
@@ -354,7 +357,7 @@ def print_results(results: dict) -> None:
         floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
         print(f"{row['distance']:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
         if floor is None:
-            print("no floor: the reference has too few images")
+            print("no floor: the reference holds too few images")
             continue
         print(
             f"{floor['generated']:12.4g} ± {floor['generated_deviation']:7.2g} "
@@ -365,11 +368,13 @@ def print_results(results: dict) -> None:
         spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
         order = f"  {row['order']}" if row.get("order", "as given") != "as given" else ""
         print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}{order}")
+    if results["settings"]["feature_mode"] != "exact":
+        print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
     for row in results["not_measured"]:
         print(f"not measured: {row['what']} of {row['images']} on {row['network']}: {row['why']}")
-    repeated = {name: number for name, number in results["duplicates"].items() if number}
-    for name, number in repeated.items():
-        print(f"{name}: {number} of {results['counts'].get(name)} images equal an earlier one")
+    for name, number in results["duplicates"].items():
+        if number:
+            print(f"{name}: images that equal an earlier one: {number}")
     for name, modes in results["converted"].items():
         print(f"{name}: converted to 8-bit RGB: {', '.join(f'{n} of mode {mode}' for mode, n in modes.items())}")
     if "near_duplicates" in results:
@@ -393,7 +398,7 @@ def make_reference(config: ReferenceConfig) -> None:
     wanted = {name: wanted_outputs(network, "reference")}
     found = record_source(config, "reference", source, base, extractors, wanted)
     if this_process()[0] == 0:
-        settings = {"settings": settings_of(config), "versions": versions(), "num_images": len(base)}
+        settings = {"settings": settings_of(config), "num_reference": len(base)}
         settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates}
         write_statistics(config.output, network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
@@ -401,6 +406,8 @@ def make_reference(config: ReferenceConfig) -> None:
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
+    if config.reference.endswith(".npz") and not Path(config.reference).is_file():
+        raise ValueError(f"reference {config.reference} is not there")
     extractors = open_networks(config, config.networks)
     statistics = {n: {} for n in config.feature_network}
     if config.reference.endswith(".npz"):
@@ -409,7 +416,7 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     records = record_all(config, sources, extractors, wait)
     if this_process()[0] > 0:
         return
-    results = {"settings": settings_of(config), "versions": versions()} | describe_images(config, sources, records)
+    results = {"settings": settings_of(config)} | describe_images(config, sources, records)
     results |= {"networks": [extractor.network.describe() for extractor in extractors.values()]}
     results |= {"distances": [], "kernel_distances": [], "scores": [], "not_measured": []}
     for network in config.feature_network:
@@ -424,10 +431,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
             missing = [{"what": what, "why": why} for what, why in measured.not_measured.items()]
             results["not_measured"] += [row | {"images": name, "network": network} for row in missing]
     if config.nearest_neighbours is not None:
-        network = extractors[NEIGHBOUR_NETWORK].network
-        results["near_duplicates"] = count_near_duplicates(config, sources, records, network)
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(config.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        extractor = extractors[NEIGHBOUR_NETWORK]
+        results["near_duplicates"] = count_near_duplicates(config, sources, records, extractor)
+    write_results(config.output, "generation", config, results)
     print_results(results)
     print(f"results: {config.output}")
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def command(*words):
-    return [str(ROOT / "eval" / "generation.py"), "--device", "cpu", *map(str, words)]
+    return [str(ROOT / "eval" / "generation.py"), *map(str, words), "--device", "cpu"]
 
 
 @pytest.fixture
@@ -160,6 +160,82 @@ def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
     assert results["image_size"] == [32, 32] and results["counts"]["reference"] == 6
 
 
+def test_a_reference_is_made_once_and_read_back(evaluate, reference, tmp_path):
+    folder = save_folder(tmp_path / "real", shapes(30, seed=0))
+    network = ("--feature-network", "efficientnet-lite0")
+    printed = evaluate(
+        "reference", "--reference", folder, "--resolution", 32, *network, "--output", tmp_path / "r.npz"
+    )
+    assert "statistics of 30 images on efficientnet_lite0 and 30 of the images" in printed
+    with np.load(tmp_path / "r.npz") as file:
+        assert file["mu"].shape == (320,) and file["sigma"].shape == (320, 320) and len(file["arr_0"]) == 30
+        np.savez(tmp_path / "statistics.npz", **{key: file[key] for key in ("mu", "sigma", "settings")})
+    images = save_folder(tmp_path / "images", shapes(12, seed=1))
+    results = {}
+    for name in ("real", "r.npz", "statistics.npz"):
+        output = tmp_path / f"{name}.json"
+        printed = evaluate("--images", images, "--reference", tmp_path / name, *network, "--output", output)
+        results[name] = json.loads(output.read_text())
+    (by_folder,), (by_file,), (by_statistics,) = (result["distances"] for result in results.values())
+    assert by_folder["value"] == pytest.approx(by_file["value"], rel=1e-5)
+    assert by_folder["value"] == pytest.approx(by_statistics["value"], rel=1e-5)
+    assert by_folder["spread"]["value"] == pytest.approx(by_file["spread"]["value"], rel=1e-3)
+    assert by_folder["floor"] == by_file["floor"] and by_statistics["floor"] is None
+    for rows in ("kernel_distances", "scores"):
+        assert results["real"][rows] == results["r.npz"][rows] and results["statistics.npz"][rows] == []
+    names = [row["score"] for row in results["real"]["scores"]]
+    assert names == [f"{score} (EffLite0)" for score in ("precision", "recall", "density", "coverage")]
+    assert results["real"]["kernel_distances"][0]["distance"] == "KD-EffLite0"
+    assert "not measured: precision of generated on efficientnet_lite0: the reference holds statistics" in printed
+    with pytest.raises(ValueError, match="statistics of features of efficientnet_lite0 .* feature network is vgg16"):
+        evaluate(
+            "--images", images, "--reference", tmp_path / "r.npz", "--feature_network", "vgg16",
+            "--output", tmp_path / "x.json",
+        )  # fmt: skip
+
+
+def test_images_that_are_there_twice_are_refused(evaluate, reference, tmp_path):
+    images = shapes(8, seed=1)
+    images[6] = images[2]
+    words = ("--images", save_folder(tmp_path / "images", images), "--reference", reference)
+    words += ("--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json")
+    with pytest.raises(
+        ValueError, match=r"1 of the generated images equal an earlier one, the first is 006.png, which equals 002.png"
+    ):
+        evaluate(*words)
+    assert not (tmp_path / "r.json").exists()
+    printed = evaluate(*words, "--allow_duplicates")
+    assert "generated: images that equal an earlier one: 1" in printed
+    assert json.loads((tmp_path / "r.json").read_text())["duplicates"] == {"generated": 1, "reference": 0}
+
+
+def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_path):
+    words = (
+        "--images", pipeline, "--reference", reference, "--num_images", 7, "--num_inference_steps", 1,
+        "--batch_size", 2, "--feature_batch_size", 2, "--feature_network", "efficientnet_lite0",
+    )  # fmt: skip
+    output = tmp_path / "two.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, *command(*words, "--save_images", tmp_path / "two", "--output", output)],
+        capture_output=True, text=True, env=os.environ | variables,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results:") == 1, "not two processes but twice one"
+    evaluate(*words, "--save_images", tmp_path / "one", "--output", tmp_path / "one.json")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)
+    assert one["images_sha256"] == two["images_sha256"]
+    for rows in ("distances", "kernel_distances", "scores"):
+        assert len(one[rows]) == len(two[rows]) > 0
+        for a, b in zip(one[rows], two[rows], strict=True):
+            assert a["value"] == pytest.approx(b["value"], rel=1e-5, abs=1e-9)
+    kept = [np.load(tmp_path / name / "generated.npz")["arr_0"] for name in ("one", "two")]
+    assert np.array_equal(*kept) and len(kept[0]) == 7
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["generated.npz"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -176,6 +252,9 @@ def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
         (["--images", "missing"], "missing is neither a folder of images, nor an npz"),
         (["--data.source", "folder"], "data.source and data.resolution are decided by reference"),
         (["--nearest_neighbours", "pairs"], "nearest_neighbours must be a FILE.png"),
+        (["--feature_batch_size", "0"], "feature_batch_size must be at least 1"),
+        (["--reference", "missing.npz"], "reference missing.npz is not there"),
+        (["--weights", "vgg16=none.safetensors", "--feature_network", "vgg16"], "none.safetensors"),
     ],
 )
 def test_bad_input(words, message, evaluate, reference, tmp_path):

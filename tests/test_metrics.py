@@ -13,6 +13,7 @@ from vtp_diffusion.metrics import (
     floor_of_halves,
     floor_of_images,
     frechet_distance,
+    jackknife_deviation,
     near_duplicate_threshold,
     nearest_neighbours,
     neighbour_grid,
@@ -91,6 +92,55 @@ def test_rank_deficient_covariances():
     means = (p.mean - q.mean).square().sum()
     traces = p.covariance.trace() + q.covariance.trace()
     assert frechet_distance(p, q) == pytest.approx((means + traces).item(), rel=1e-9)
+
+
+def test_more_samples_than_features_and_fewer_agree():
+    # the same two sets of 30 samples, as 30 rows of 40 features and as moments
+    x, y = draw(30, 40), draw(30, 40, seed=1, scale=1.5, shift=0.3)
+    few = GaussianStatistics.of(x), GaussianStatistics.of(y)
+    many = [gaussian(statistics.mean, statistics.covariance) for statistics in few]
+    assert all(statistics.factor is not None for statistics in few)
+    expected = frechet_distance(*few)
+    for a, b in ((many[0], few[1]), (few[0], many[1]), many):
+        assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+        assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-6)
+
+
+def test_stable_where_the_square_root_of_the_product_is_not():
+    scipy = pytest.importorskip("scipy.linalg")
+    # 5 samples of 60 features, equal but for a shift: the closed form is the squared length of the shift
+    x = draw(5, 60)
+    a, b = GaussianStatistics.of(x), GaussianStatistics.of(x + 0.01)
+    expected = 60 * 0.01**2
+    with np.errstate(all="ignore"):
+        root = scipy.sqrtm(a.covariance.numpy() @ b.covariance.numpy())
+    usual = expected + 2 * a.covariance.trace().item() - 2 * np.trace(root).real
+    assert not abs(usual / expected - 1) < 1e-6, "the usual way holds too, so this shows nothing"
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    a, b = (gaussian(statistics.mean, statistics.covariance) for statistics in (a, b))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_jackknife_is_the_spread_of_repeated_draws():
+    reference = GaussianStatistics.of(draw(4000, 3))
+    distances, deviations = [], []
+    for seed in range(60):
+        x = draw(200, 3, seed=seed + 1, shift=0.4)
+        distances.append(frechet_distance(reference, GaussianStatistics.of(x)))
+        deviations.append(jackknife_deviation([GaussianStatistics.of(x[k::10]) for k in range(10)], reference))
+    assert np.mean(deviations) == pytest.approx(np.std(distances), rel=0.25)
+    with pytest.raises(ValueError, match="at least 2 groups, got 1"):
+        jackknife_deviation([reference], reference)
+
+
+def test_moments_that_are_none():
+    for mean, covariance, message in (
+        (torch.zeros(3), torch.eye(2), r"mean \(3,\), covariance \(2, 2\)"),
+        (torch.zeros(2), torch.tensor([[1.0, 0.5], [0, 1]]), "not symmetric"),
+        (torch.full((2,), math.inf), torch.eye(2), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GaussianStatistics.from_moments(mean, covariance)
 
 
 def test_agreement_with_scipys_square_root():

@@ -4,6 +4,7 @@ The definition and the loading of the weights are torch-fidelity's (`FeatureExtr
 three outputs from one forward pass, adds sFID's features, which torch-fidelity lacks, and folds the batch norms.
 """
 
+import io
 from pathlib import Path
 
 import torch
@@ -135,3 +136,32 @@ def open_inception(source: str | Path | None) -> InceptionFeatures:
             "other weights do not give an FID"
         )
     return InceptionFeatures(file)
+
+
+def save_random_inception(path: str | Path, seed: int) -> Path:
+    """A file of random Inception weights, for tests and benchmarks: what is computed with them is no FID.
+
+    Variances are kept from layer to layer and batch norms are not the identity, so that features differ from image to
+    image and no part of the network is without effect.
+    """
+    module = require("torch_fidelity.feature_extractor_inceptionv3", extra="eval")
+
+    class Unloaded(module.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            """The constructor's, of nothing."""
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    model = Unloaded("random", ["2048"], feature_extractor_weights_path=empty)
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.modules():
+        if isinstance(block, module.BasicConv2d):
+            nn.init.kaiming_normal_(block.conv.weight, generator=generator)
+            block.bn.running_mean.normal_(0, 0.1, generator=generator)
+            block.bn.running_var.uniform_(0.7, 1.4, generator=generator)
+            block.bn.weight.uniform_(0.9, 1.3, generator=generator)
+            block.bn.bias.normal_(0, 0.2, generator=generator)
+    nn.init.normal_(model.fc.weight, std=0.2, generator=generator)
+    torch.save(model.state_dict(), path)
+    return Path(path)

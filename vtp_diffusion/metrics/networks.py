@@ -1,17 +1,16 @@
 """Feature networks: uint8 images to one vector each, with everything that decides the numbers written down."""
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from diffusers import AutoModel
 from torch import nn
 from torch.nn import functional
 
 from ..extras import require
 from ..images import from_uint8
+from ..loading import load_encoder
 from .trunks import ConvolutionalTrunk
 from .weights import file_sha256, package_file
 
@@ -168,13 +167,13 @@ class EfficientNetLite0Features(FeatureNetwork):
 
 
 class VTPFeatures(FeatureNetwork):
-    """The encoder of a saved `AutoencoderVTP` or `VTPModel`: its patch tokens, averaged over positions.
+    """The encoder of an `AutoencoderVTP` or `VTPModel`, saved or as released: the mean of its patch tokens.
 
     The class token is not read: reconstruction alone does not train it. Images are resized to the side the encoder was
     configured for.
 
     Args:
-        folder: what `save_pretrained` wrote.
+        folder: as `load_encoder` takes it.
 
     Raises:
         ValueError: the folder holds no such model.
@@ -183,13 +182,7 @@ class VTPFeatures(FeatureNetwork):
     def __init__(self, folder: str | Path):
         super().__init__()
         folder = Path(folder)
-        config = folder / "config.json"
-        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
-        if kind not in ("AutoencoderVTP", "VTPModel"):
-            found = f"its config.json is of {kind}" if config.is_file() else "it has no config.json"
-            raise ValueError(f"vtp:{folder} must be the folder of a saved AutoencoderVTP or VTPModel: {found}")
-        model = AutoModel.from_pretrained(folder)
-        self.autoencoder = model.autoencoder if kind == "VTPModel" else model
+        self.autoencoder = load_encoder(folder)
         self.requires_grad_(False).eval()
         self.file, self.side = folder, self.autoencoder.config.sample_size
         self.name, self.dim = f"vtp:{folder}", self.autoencoder.config.encoder_hidden_size

@@ -40,7 +40,7 @@ class NpzImages:
         path: an npz with `arr_0`, uint8 (N, H, W, 3), and perhaps `settings`, JSON text that says what made them.
 
     Raises:
-        ValueError: the file is no npz, is damaged or holds something else.
+        ValueError: the file is no npz, is damaged, holds something else, or fewer images than its settings say.
     """
 
     def __init__(self, path: str | Path):
@@ -62,6 +62,9 @@ class NpzImages:
             raise ValueError(f"{path} is no npz file, or a damaged one: {error}") from error
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
             raise ValueError(f"{path}: {IMAGES_KEY} is {dtype} {self.shape}, expected uint8 (N, H, W, 3)")
+        count = (self.settings or {}).get("num_images", len(self))
+        if count != len(self):
+            raise ValueError(f"{path} holds {len(self)} images, its settings say {count}: it is incomplete")
         self._mapped: np.memmap | None = None
         self._stream: tuple[int, object, int] | None = None  # process, open entry, next row
 

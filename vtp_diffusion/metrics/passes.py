@@ -2,13 +2,10 @@
 
 import os
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from .. import __version__
 from ..data import DataConfig, open_dataset
 from ..processes import this_process
 from .extraction import FEATURE_NETWORKS, Extractor, FeatureMode, feature_network, network_name, weight_files
@@ -67,6 +64,7 @@ class FeaturesConfig:
 
 
 def open_networks(config: FeaturesConfig, names: list[str]) -> dict[str, Extractor]:
+    """Network -> extractor, ready on the device. Raises what `feature_network` raises."""
     files = weight_files(config.weights, config.feature_network)
     networks = {name: feature_network(name, files.get(name)) for name in names}
     return {
@@ -76,15 +74,11 @@ def open_networks(config: FeaturesConfig, names: list[str]) -> dict[str, Extract
 
 
 def settings_of(config: FeaturesConfig) -> dict:
+    """The settings that result files record."""
     settings = asdict(config)
     for decided_elsewhere in ("source", "resolution"):
         del settings["data"][decided_elsewhere]
     return settings | {"processes": this_process()[1]}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides numbers, for result files."""
-    return {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}
 
 
 def open_reference(
@@ -93,8 +87,6 @@ def open_reference(
     """Real images of the given height and width, and the indices of those that are no variants of others and of those
     that are. None if the source holds statistics only."""
     if source.endswith(".npz"):
-        if not Path(source).is_file():
-            raise ValueError(f"{source} is not there")
         if not holds_images(source):
             return None
         images = NpzImages(source)

@@ -28,7 +28,7 @@ class GaussianStatistics:
         self._rows: list[torch.Tensor] = []  # those that are not in the moments yet
         self._waiting = 0
         self._moments: tuple[int, torch.Tensor, torch.Tensor] | None = None  # count, mean (D,), scatter (D, D)
-        self._root: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._root: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -166,19 +166,32 @@ class GaussianStatistics:
         return (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
 
     @property
-    def root(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Symmetric square root (D, D) of the covariance and its largest eigenvalue; kept, since `eigh` is slow.
+    def root(self) -> torch.Tensor:
+        """R (D, D) with covariance R R^T, kept: the Cholesky factor, or the symmetric root of a singular covariance.
 
         Eigenvalues of about ±1e-16 of the largest are rounding noise where 0 is meant; their roots, 1e-8 each, would
         add up over thousands of dimensions. They are set to zero, by the threshold of `torch.linalg.matrix_rank`.
         """
         if self._root is None:
-            eigenvalues, vectors = torch.linalg.eigh(self.covariance)
-            largest = eigenvalues.max().clamp_min(0)
-            noise = eigenvalues <= largest * self.dim * torch.finfo(torch.float64).eps
-            roots = eigenvalues.masked_fill(noise, 0).sqrt()
-            self._root = (vectors * roots) @ vectors.T, largest
+            covariance = self.covariance
+            self._root, failed = torch.linalg.cholesky_ex(covariance)
+            if failed:
+                eigenvalues, vectors = torch.linalg.eigh(covariance)
+                noise = eigenvalues <= eigenvalues.max() * self.dim * torch.finfo(torch.float64).eps
+                self._root = vectors * eigenvalues.masked_fill(noise, 0).sqrt()
         return self._root
+
+
+def _sum_of_roots(product: torch.Tensor, scale: torch.Tensor) -> float:
+    """Sum of the square roots of the eigenvalues of a symmetric product of covariances, without its rounding noise.
+
+    Args:
+        scale: product of the Frobenius norms of the covariances. The product's own largest eigenvalue is noise itself
+            where the ranges of the two are orthogonal.
+    """
+    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
+    noise = eigenvalues <= 4 * torch.finfo(torch.float64).eps * scale
+    return eigenvalues.masked_fill(noise, 0).sqrt().sum().item()
 
 
 def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
@@ -186,37 +199,36 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
     .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}(S_a + S_b) - 2\,\mathrm{tr}\,(S_a^{1/2} S_b S_a^{1/2})^{1/2}
 
-    The usual `sqrtm(S_a S_b)` is unstable when there are fewer samples than features. With factors S = F^T F the last
-    trace is the sum of the singular values of F_a F_b^T, which is how few samples are compared. Otherwise the product
-    is symmetric, so that its eigenvalues are real and come from `eigvalsh`; the root is that of `a`, which keeps it:
-    give what is compared several times first. What a number says depends on the network the features come from: only
-    with the Inception weights of 2015 is it an FID.
+    The usual `sqrtm(S_a S_b)` is unstable when there are fewer samples than features. Here all matrices are symmetric,
+    so that eigenvalues are real: with S_a = R R^T those of R^T S_b R. With S = F^T F of few samples they are those of
+    the small F_a S_b F_a^T, and of two such the roots are the singular values of F_a F_b^T. R is kept by `a`: what is
+    compared several times comes first. What a number says depends on the network the features come from: only with the
+    Inception weights of 2015 is it an FID.
 
     Raises:
         ValueError: statistics of different dimensions, or of fewer than 2 samples.
     """
     if a.dim != b.dim:
         raise ValueError(f"statistics of {a.dim} and of {b.dim} features cannot be compared")
-    factor_a, factor_b = a.factor, b.factor
-    traces = sum(
-        s.covariance.trace() if f is None else f.square().sum() for s, f in ((a, factor_a), (b, factor_b))
-    ).item()
-    if factor_a is not None and factor_b is not None:
-        overlap = torch.linalg.svdvals(factor_a @ factor_b.T.to(a.device)).sum()
-    elif factor_a is not None:
-        overlap = torch.linalg.svdvals(factor_a @ b.root[0].to(a.device)).sum()
-    elif factor_b is not None:
-        overlap = torch.linalg.svdvals(factor_b.to(a.device) @ a.root[0]).sum()
-    else:
-        (root, largest), covariance = a.root, b.covariance.to(a.device)
-        product = root @ covariance @ root
-        eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
-        # rounding noise of the product, of the size of its factors and not of its own largest eigenvalue: that is
-        # noise itself where the two ranges are orthogonal
-        noise = 4 * torch.finfo(torch.float64).eps * largest * torch.linalg.matrix_norm(covariance)
-        overlap = eigenvalues.masked_fill(eigenvalues <= noise, 0).sqrt().sum()
     shift = (a.mean - b.mean.to(a.device)).square().sum().item()
-    return max(shift + traces - 2 * overlap.item(), 0.0)  # rounding leaves equal statistics at about -1e-12
+    (factor_a, trace_a), (factor_b, trace_b) = _factor_and_trace(a), _factor_and_trace(b)
+    if factor_a is not None and factor_b is not None:
+        overlap = torch.linalg.svdvals(factor_a @ factor_b.T.to(a.device)).sum().item()
+    elif factor_a is None and factor_b is None:
+        covariance = b.covariance.to(a.device)
+        scale = torch.linalg.matrix_norm(a.covariance) * torch.linalg.matrix_norm(covariance)
+        overlap = _sum_of_roots(a.root.T @ covariance @ a.root, scale)
+    else:
+        factor, covariance = (factor_a, b.covariance) if factor_b is None else (factor_b, a.covariance)
+        covariance = covariance.to(factor.device)
+        scale = torch.linalg.matrix_norm(factor @ factor.T) * torch.linalg.matrix_norm(covariance)
+        overlap = _sum_of_roots(factor @ covariance @ factor.T, scale)
+    return max(shift + trace_a + trace_b - 2 * overlap, 0.0)  # rounding leaves equal statistics at about -1e-12
+
+
+def _factor_and_trace(statistics: GaussianStatistics) -> tuple[torch.Tensor | None, float]:
+    factor = statistics.factor
+    return factor, (statistics.covariance.trace() if factor is None else factor.square().sum()).item()
 
 
 def jackknife_deviation(groups: Sequence[GaussianStatistics], reference: GaussianStatistics) -> float:

@@ -1,0 +1,177 @@
+"""Where measured images come from, and what is remembered of them when they are gone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.metrics import Extractor, FeatureNetwork, feature_network, network_name, weight_files
+from vtp_diffusion.metrics.npz import ImageSpool, NpzImages, write_npz
+from vtp_diffusion.metrics.records import Wanted, record_images
+from vtp_diffusion.metrics.sources import FolderImages, image_hashes, read_batches
+
+
+def pixels(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 6, 8, 3), dtype=np.uint8)
+
+
+class Means(FeatureNetwork):
+    """Mean colours of the four quarters."""
+
+    name, distance_name, dim, preprocessing = "means", "FD-means", 12, "none"
+
+    def forward(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_is_read_by_row_in_any_order_and_by_any_process(save, tmp_path):
+    images = pixels(9)
+    save(tmp_path / "x.npz", images, settings=np.array(json.dumps({"seed": 3})))
+    source = NpzImages(tmp_path / "x.npz")
+    assert (len(source), source.size, source.settings) == (9, (6, 8), {"seed": 3})
+    for rows in ([4, 1, 8, 1], [0], [7, 8]):
+        assert np.array_equal(source.read(rows).permute(0, 2, 3, 1), images[rows])
+    assert source._mapped is None or isinstance(source._mapped, np.memmap), "the file was read into memory"
+    batches = read_batches(source, list(range(9)), 2, num_workers=2, hashed=True)
+    found, hashes = zip(*batches, strict=True)
+    assert np.array_equal(torch.cat(found).permute(0, 2, 3, 1), images)
+    assert sum(hashes, []) == image_hashes(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def test_damaged_and_unfit_npz_files(tmp_path):
+    np.savez_compressed(tmp_path / "x.npz", pixels(50))
+    whole = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut.npz is no npz file, or a damaged one"):
+        NpzImages(tmp_path / "cut.npz")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(flipped)
+    with pytest.raises(ValueError, match="flipped.npz is damaged before image"):
+        NpzImages(tmp_path / "flipped.npz").read([49])
+    np.savez(tmp_path / "few.npz", pixels(2), settings=np.array(json.dumps({"num_images": 3})))
+    with pytest.raises(ValueError, match="few.npz holds 2 images, its settings say 3: it is incomplete"):
+        NpzImages(tmp_path / "few.npz")
+    np.savez(tmp_path / "floats.npz", pixels(2) / 255)
+    with pytest.raises(ValueError, match=r"arr_0 is float64 \(2, 6, 8, 3\), expected uint8 \(N, H, W, 3\)"):
+        NpzImages(tmp_path / "floats.npz")
+
+
+def test_writing_an_npz_in_pieces(tmp_path):
+    images = pixels(9)
+    spool = ImageSpool(tmp_path / "new" / "x.npz", 9, (6, 8))
+    spool.create()
+    for rows in ([5, 6, 7, 8], [0, 2], [1, 3, 4]):  # as several processes do
+        spool.write(rows, images[rows])
+    spool.pack(mu=np.arange(3.0))
+    with np.load(tmp_path / "new" / "x.npz") as file:
+        assert np.array_equal(file["arr_0"], images) and file["mu"].tolist() == [0, 1, 2]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.npz"]
+    with pytest.raises(ValueError, match="8 images were given for .*y.npz, expected 9"):
+        write_npz(tmp_path / "y.npz", 9, (6, 8), iter([images[:8]]))
+    assert not (tmp_path / "y.npz").exists()
+
+
+def test_images_of_other_modes_are_converted_and_counted_or_refused(tmp_path):
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "a.png")
+    Image.fromarray(grey).save(tmp_path / "b.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "c.png")
+    Image.fromarray(np.dstack([np.stack([grey] * 3, 2), np.zeros((6, 8), np.uint8)])).save(tmp_path / "d.png")
+    Image.fromarray(pixels(1)[0]).convert("P").save(tmp_path / "e.png")
+    source = FolderImages(tmp_path)
+    assert source.converted == {"L": 1, "I;16": 1, "RGBA": 1, "P": 1}
+    images = source.read(range(5))
+    assert np.array_equal(images[1, 2], grey) and np.array_equal(images[2, 0], grey), "16 bits keep their upper 8"
+    assert (images[3] == 255).all(), "what is transparent is white"
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ValueError, match="f.tif .* mode 'F', expected 8 or 16 bits"):
+        FolderImages(tmp_path)
+
+
+def test_a_folder_that_is_not_what_it_says(tmp_path):
+    with pytest.raises(ValueError, match="holds no image files"):
+        FolderImages(tmp_path)
+    for k in range(3):
+        Image.fromarray(pixels(1, k)[0]).save(tmp_path / f"{k:06d}.png")
+    settings = {"label_ids": [5, 7], "num_images_per_label": 2, "num_images": 4}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="holds 3 images, its settings.json says 4: it is incomplete"):
+        FolderImages(tmp_path)
+
+
+def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():
+    images = torch.from_numpy(pixels(23)).permute(0, 3, 1, 2)
+    images[11] = images[4]
+    extractor = Extractor(Means(), "cpu")
+    features = Means()(images)
+    wanted = {"means": {"features": Wanted(groups=4, kept=7)}}
+
+    def passing(batch_size):
+        for start in range(0, 23, batch_size):
+            part = images[start : start + batch_size]
+            yield range(start, start + len(part)), part, image_hashes(part)
+
+    records = [record_images(passing(size), 23, {"means": extractor}, wanted, seed=0) for size in (5, 23)]
+    for found in records:
+        record = found.outputs["means"]["features"]
+        torch.testing.assert_close(record.features, features[torch.from_numpy(record.kept)])
+        assert len(record.kept) == 7 and [group.count for group in record.groups] == [6, 6, 6, 5]
+        torch.testing.assert_close(record.statistics.covariance, torch.cov(features.double().T))
+        torch.testing.assert_close(record.groups[1].mean, features[1::4].double().mean(0))
+        assert (found.duplicates, found.example) == (1, (4, 11))
+    assert records[0].sha256 == records[1].sha256
+    with pytest.raises(ValueError, match="23 of 24 images were read"):
+        record_images(passing(5), 24, {"means": extractor}, wanted, seed=0)
+
+
+def test_a_compiled_network_sees_batches_of_one_size():
+    seen = []
+
+    class Watched(Means):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    images = torch.from_numpy(pixels(5)).permute(0, 3, 1, 2)
+    with torch.compiler.set_stance("force_eager"):
+        extractor = Extractor(Watched(), "cpu", compile=True, batch_size=4)
+        found = torch.cat([extractor(batch)["features"] for batch in images.split(4)])
+    assert seen == [4, 4] and torch.equal(found, Means()(images))
+    with pytest.raises(ValueError, match="needs the batch_size"):
+        Extractor(Means(), "cpu", compile=True)
+    with pytest.raises(ValueError, match="feature mode 'faster' is unknown"):
+        Extractor(Means(), "cpu", mode="faster")
+
+
+def test_the_encoder_of_a_vtp_as_a_feature_network(tmp_path):
+    torch.manual_seed(0)
+    sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in
+             (("hidden_size", 16), ("num_layers", 1), ("num_attention_heads", 2))}  # fmt: skip
+    vae = AutoencoderVTP(sample_size=16, patch_size=8, latent_channels=3, rope_dtype="float32", **sides)
+    vae.save_pretrained(tmp_path / "vae")
+    network = feature_network(f"vtp:{tmp_path / 'vae'}")
+    assert (network.dim, network.distance_name, network.kernel_distance_name) == (16, "FD-VTP-16", "KD-VTP-16")
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8))
+    expected = vae.encode_features(images.float() / 127.5 - 1).patch_tokens.mean(1)
+    torch.testing.assert_close(Extractor(network, "cpu")(images)["features"], expected, rtol=1e-4, atol=1e-4)
+    assert len(network.describe()["sha256"]) == 64 and network.score_name("recall") == "recall (VTP-16)"
+    with pytest.raises(ValueError, match="expected the folder of an AutoencoderVTP or VTPModel"):
+        feature_network(f"vtp:{tmp_path}")
+    with pytest.raises(ValueError, match="names its own weights"):
+        feature_network(f"vtp:{tmp_path / 'vae'}", "weights.pth")
+
+
+def test_names_and_weights_on_the_command_line(tmp_path):
+    assert network_name("efficientnet-lite0") == "efficientnet_lite0"
+    file = tmp_path / "a=b.pth"
+    file.write_bytes(b"")
+    assert weight_files([str(file)], ["vgg16"]) == {"vgg16": str(file)}
+    assert weight_files([f"efficientnet-lite0={file}"], ["vgg16"]) == {"efficientnet_lite0": str(file)}
+    for entry, networks in ((str(file), ["vgg16", "inception"]), ("none.pth", ["vgg16"]), (f"clip={file}", ())):
+        with pytest.raises(ValueError, match="weights must be NETWORK=FILE"):
+            weight_files([entry], networks)
