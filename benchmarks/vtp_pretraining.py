@@ -20,6 +20,7 @@ import torch
 
 from vtp_diffusion import VTPModel
 from vtp_diffusion.autoencoder_vtp import VTP_SIZES
+from vtp_diffusion.batches import to_device
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
 from vtp_diffusion.losses import LPIPS
@@ -81,9 +82,10 @@ def step_inputs(objective, images, token_ids, step: int) -> dict:
     large, small = make_crops(images[:count], part.config.crops, draws)
     side = large.shape[-1] // objective.autoencoder.spatial_compression_ratio
     masks = part.mask_inputs(np.stack([part.draw_masks((side, side), k, step) for k in range(count)]))
-    own = {name: value.to(device) for name, value in masks.items()} | part.draw_kept(count, generator)
+    own = {name: to_device(value, device) for name, value in masks.items()} | part.draw_kept(count, generator)
     own |= {"global_crops": large, "local_crops": small}
-    own |= {"temperature": torch.tensor(0.07, device=device), "prototypes_learn": torch.tensor(1.0, device=device)}
+    # filled on the device, as the program does it: a copy from the host would make every step wait for the GPU
+    own |= {"temperature": torch.full((), 0.07, device=device), "prototypes_learn": torch.ones((), device=device)}
     pixels = images.float() / 127.5 - 1
     paired = torch.ones(len(images), dtype=torch.bool, device=device)
     return {

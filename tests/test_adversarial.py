@@ -120,6 +120,14 @@ def test_one_backward_pass_gives_both_networks_their_own_gradients(settings):
     torch.testing.assert_close(losses["loss"], total)
 
 
+def test_logits_that_are_not_finite_leave_the_averages_as_they_were():
+    objective, images = tiny_objective(lecam=0.1), some_images()
+    objective(images, adversarial=True)
+    before = objective.mean_real.clone(), objective.mean_fake.clone()
+    objective(images * torch.nan, adversarial=True)
+    assert (objective.mean_real, objective.mean_fake) == before and before[0] != 0
+
+
 def test_before_its_start_the_verdict_does_not_reach_the_decoder_but_the_discriminator_learns():
     objective, images = tiny_objective(), some_images()
     objective(images, adversarial=False)["loss"].backward()

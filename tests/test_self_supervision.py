@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_joint_pretraining import tiny_objectives
+from test_joint_pretraining import tiny_inputs, tiny_objectives
+from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import run_on_two
 
-from vtp_diffusion.crops import CropConfig, block_mask, cut, draw_crops, gaussian_blur, make_crops
+from vtp_diffusion.crops import TO_YIQ, CropConfig, _turn_hue, block_mask, cut, draw_crops, gaussian_blur, make_crops
 from vtp_diffusion.self_supervision import (
     DINOHead,
     SelfSupervisionConfig,
@@ -145,6 +146,56 @@ def test_centers_are_averages_of_the_teachers_outputs():
     targets = part.targets(logits, torch.tensor(0.05), "dino", valid)
     torch.testing.assert_close(targets, F.softmax((logits - center) / 0.05, dim=-1))
     torch.testing.assert_close(part.dino_center, 0.9 * center + 0.1 * logits[:3].mean(0))
+
+
+def test_outputs_that_are_not_finite_leave_the_centers_as_they_were():
+    part = tiny_objectives().objectives["self_supervision"]
+    logits = random(4, part.config.prototypes)
+    logits[1, 2] = math.nan
+    part.targets(logits, torch.tensor(0.05), "ibot", torch.ones(4))
+    others = torch.arange(part.config.prototypes) != 2
+    assert part.ibot_center[2] == 0
+    torch.testing.assert_close(part.ibot_center[others], 0.1 * logits[:, others].mean(0))
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operations that were done."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.overloadpacket.__name__)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_nothing():
+    """Constants copied there, numbers read back and checks of results each make the host wait for all that is queued,
+    and then the device for the host."""
+    objective = tiny_objectives(depth_rate=0.3)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    config = objective.objectives["self_supervision"].config
+    draws = draw_crops(config.crops, 4, torch.Generator().manual_seed(0))["crops"]
+    inputs = tiny_inputs(objective)
+    with Watch() as done:
+        make_crops(images, config.crops, draws)
+        for name in ("self_supervision", "reconstruction"):
+            objective.objectives[name](objective.autoencoder, **inputs[name])["loss"].backward()
+        objective.after_step(0.5)
+    assert {"grid_sampler_2d", "convolution", "index_add"} <= done.names
+    assert not done.names & {"lift_fresh", "_local_scalar_dense", "_linalg_check_errors", "nonzero", "masked_select"}
+
+
+def test_turning_the_hue_turns_the_chrominance_and_keeps_the_luminance():
+    pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    angle = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    before, after = (
+        torch.einsum("ij,bjhw->bihw", torch.from_numpy(TO_YIQ), p) for p in (pixels, _turn_hue(pixels, angle))
+    )
+    torch.testing.assert_close(after[:, 0], before[:, 0])
+    turned = torch.complex(before[:, 1], before[:, 2]) * torch.exp(1j * angle)[:, None, None]
+    torch.testing.assert_close(torch.complex(after[:, 1], after[:, 2]), turned)
 
 
 def test_masks_hide_a_share_of_the_patches_in_some_of_the_crops():

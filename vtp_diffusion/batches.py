@@ -32,6 +32,13 @@ def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = N
     return num_bytes <= HOST_BYTES
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting for what is queued there."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Columns]:
     """Batches of rows of columns that lie on the device already. Nothing waits for the device: of all that training
     needs, only indices travel there.
@@ -40,9 +47,7 @@ def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Co
     """
     device = next(iter(columns.values())).device
     for indices in sampler:
-        rows = torch.tensor(indices)
-        if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
+        rows = to_device(torch.tensor(indices), device)
         yield {name: column[rows] for name, column in columns.items()}
 
 

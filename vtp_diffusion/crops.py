@@ -4,6 +4,9 @@
 Crops are cut and recoloured on the device, in batches, from numbers drawn beforehand, so that what happens to a sample
 depends on its place in the run alone. Against DINOv2's: pixels are interpolated bilinearly instead of bicubically, the
 four changes of colour come in a fixed order instead of a random one, and hue is turned in the YIQ plane.
+
+Constants enter as Python numbers: copying a tensor of them to the device, as `torch.tensor(..., device=...)` does,
+would wait until everything that is queued there is done.
 """
 
 import math
@@ -24,6 +27,7 @@ SOLARIZE_OTHER_GLOBAL = 0.2
 ASPECT_RATIO = (3 / 4, 4 / 3)
 NUM_DRAWS = 14  # uniform numbers a crop
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
+TO_YIQ = np.array([GREY_WEIGHTS, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
 MIN_MASK_PATCHES, MIN_MASK_ASPECT, MASK_ATTEMPTS = 4, 0.3, 10
 
 
@@ -89,7 +93,7 @@ def _views(images, draws, scale, size, blur, solarize, colour) -> torch.Tensor:
         return views
     draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
     blur, solarize = (
-        torch.tensor(values, device=views.device).repeat_interleave(count)  # (V·B,)
+        torch.cat([draws.new_full((count,), value) for value in values])  # (V·B,)
         for values in (blur, solarize)
     )
     pixels = recolour((views + 1) / 2, draws[:, 5:11])
@@ -130,24 +134,30 @@ def recolour(pixels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
 
     Args: `pixels`: (B, 3, H, W) in [0, 1]; `draws`: (B, 6) uniform: whether, the four strengths, whether grey.
     """
-    weights = pixels.new_tensor(GREY_WEIGHTS)[:, None, None]
     strength = 2 * draws[:, 1:5] - 1  # (B, 4)
     changed = (pixels * _like(1 + BRIGHTNESS * strength[:, 0])).clamp(0, 1)
-    mean = (changed * weights).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    mean = _luminance(changed).mean((2, 3), keepdim=True)
     changed = (mean + (changed - mean) * _like(1 + CONTRAST * strength[:, 1])).clamp(0, 1)
-    grey = (changed * weights).sum(1, keepdim=True)
+    grey = _luminance(changed)
     changed = (grey + (changed - grey) * _like(1 + SATURATION * strength[:, 2])).clamp(0, 1)
     changed = _turn_hue(changed, 2 * math.pi * HUE * strength[:, 3]).clamp(0, 1)
     pixels = torch.where(_like(draws[:, 0] < JITTER), changed, pixels)
-    return torch.where(_like(draws[:, 5] < GREY), (pixels * weights).sum(1, keepdim=True), pixels)
+    return torch.where(_like(draws[:, 5] < GREY), _luminance(pixels), pixels)
+
+
+def _luminance(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)."""
+    return sum(weight * channel for weight, channel in zip(GREY_WEIGHTS, pixels.split(1, dim=1), strict=True))
 
 
 def _turn_hue(pixels: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Colours (B, 3, H, W) turned by an angle (B,) in the plane of chrominance of YIQ; luminance stays."""
-    to_yiq = pixels.new_tensor([GREY_WEIGHTS, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
-    matrix = torch.linalg.inv(to_yiq) @ turn @ to_yiq  # (B, 3, 3)
+    still, along, across = np.zeros((3, 3, 3))
+    still[0, 0] = along[1, 1] = along[2, 2] = across[2, 1] = 1
+    across[1, 2] = -1
+    to_rgb, cos, sin = np.linalg.inv(TO_YIQ), angle.cos(), angle.sin()
+    parts = zip(*((to_rgb @ part @ TO_YIQ).flatten().tolist() for part in (still, along, across)), strict=True)
+    matrix = torch.stack([a + b * cos + c * sin for a, b, c in parts], dim=1).view(-1, 3, 3)  # to RGB · turn · to YIQ
     return torch.einsum("bij,bjhw->bihw", matrix, pixels)
 
 

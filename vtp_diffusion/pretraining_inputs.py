@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .batches import Columns, all_images, collate_images, fits_on_device, gathered_batches, read_batches
+from .batches import Columns, all_images, collate_images, fits_on_device, gathered_batches, read_batches, to_device
 from .contrastive import tokenize_captions
 from .crops import draw_crops, make_crops
 from .data import NUM_DRAWS, AugmentationConfig, augment_images
@@ -141,21 +141,16 @@ class PreTrainingInputs:
         )
         return choose_share(draw["scores"][:, which], share)
 
-    def _to_device(self, values: torch.Tensor) -> torch.Tensor:
-        if self.run.device.type == "cuda":
-            return values.pin_memory().to(self.run.device, non_blocking=True)
-        return values.to(self.run.device)
-
     def _self_supervision(self, micro_step, images, generator) -> dict[str, torch.Tensor]:
         run, objective = self.run, self.objective.objectives["self_supervision"]
         config, positions = objective.config, run.positions(micro_step)
         chosen = self._chosen(micro_step, 0, config.share)
-        rows = self._to_device(chosen)
+        rows = to_device(chosen, run.device)
         draws = run.draw(micro_step, lambda n, g: draw_crops(config.crops, n, g), CROPS)["crops"]
         views = make_crops(images[rows], config.crops, draws[rows])
         side = views[0].shape[-1] // self.patch
         masks = [objective.draw_masks((side, side), positions[k], run.config.seed) for k in chosen.tolist()]
-        inputs = {name: self._to_device(value) for name, value in objective.mask_inputs(np.stack(masks)).items()}
+        inputs = {name: to_device(value, run.device) for name, value in objective.mask_inputs(np.stack(masks)).items()}
         done = micro_step // run.config.gradient_accumulation_steps / run.config.max_train_steps
         inputs["temperature"] = torch.full((), config.temperature_at(done), device=run.device)
         learns = float(done >= config.freeze_last_layer)
@@ -166,7 +161,7 @@ class PreTrainingInputs:
     def _reconstruction(self, micro_step, images, generator) -> dict[str, torch.Tensor]:
         objective, autoencoder = self.objective.objectives["reconstruction"], self.objective.autoencoder
         share, rate = objective.config.share, objective.config.stochastic_depth
-        rows = self._to_device(self._chosen(micro_step, 1, share))
+        rows = to_device(self._chosen(micro_step, 1, share), self.run.device)
         random = self.run.draw(
             micro_step, lambda n, g: objective.draw(autoencoder, images[:1].expand(n, -1, -1, -1), g), NOISE
         )

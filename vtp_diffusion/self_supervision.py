@@ -180,10 +180,9 @@ def koleo_loss(features: torch.Tensor) -> torch.Tensor:
     """
     own = F.normalize(features.float(), dim=-1, eps=1e-8)
     every = gather_rows(own)
-    rows = torch.arange(len(own), device=own.device)
     with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
         similarity = own @ every.T
-        similarity[rows, rows + process_index() * len(own)] = -2.0
+        similarity.diagonal(process_index() * len(own)).fill_(-2.0)
         nearest = similarity.argmax(1)
     distance = F.pairwise_distance(own, every[nearest], eps=1e-8)
     return -(distance + 1e-8).log().mean()
@@ -255,6 +254,8 @@ class SelfSupervisionObjective(nn.Module):
         targets = ((logits.float() - center) / temperature).softmax(-1)
         mean = total((logits.float() * valid[:, None]).sum(0)) / total(valid.sum()).clamp(min=1)
         if self.training:
+            # A step that is left out must leave nothing behind either: a centre that is NaN once stays so.
+            mean = torch.where(mean.isfinite(), mean, center)
             center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))
         return targets
 
@@ -327,7 +328,7 @@ class SelfSupervisionObjective(nn.Module):
 def entropies(targets: torch.Tensor) -> dict[str, torch.Tensor]:
     """Whether the teacher collapses, in nats: the mean entropy of its distributions (N, K), 0 when all are sure, log K
     when all are flat; and that of their mean, 0 when all choose the same prototype. N are those of all processes."""
-    count = total(targets.new_tensor(float(len(targets))))
+    count = total(targets.new_full((), len(targets)))
     mean = total(targets.sum(0)) / count
     return {
         "teacher_entropy": total(torch.special.entr(targets).sum()) / count,
