@@ -1,5 +1,6 @@
 """The three objectives together: shares of the batch, stochastic depth, useful operations, and the program."""
 
+import functools
 import json
 import os
 import shutil
@@ -20,7 +21,12 @@ from vtp_diffusion.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
-from vtp_diffusion.pretraining import ReconstructionObjective, ReconstructionPartConfig, VTPForPreTraining
+from vtp_diffusion.pretraining import (
+    ReconstructionObjective,
+    ReconstructionPartConfig,
+    VTPForPreTraining,
+    checkpoint_blocks,
+)
 from vtp_diffusion.pretraining_evaluation import effective_rank, retrieval_recall
 from vtp_diffusion.pretraining_flops import training_flops
 from vtp_diffusion.pretraining_inputs import check_share, choose_share
@@ -201,6 +207,36 @@ def test_a_resumed_joint_run_gives_the_same_models(tmp_path):
     assert {"held_out_zero_shot_accuracy", "held_out_recall_at_1", "held_out_effective_rank"} <= measured.keys()
 
 
+def test_compiling_and_recomputing_leave_the_losses_as_they_are(tmp_path, monkeypatch):
+    """Without a graph break; traced and differentiated as for a GPU, but not turned into machine code (minutes)."""
+    program = load_program("train_vtp")
+    program.main(arguments(tmp_path / "plain", "--max_train_steps=3"))
+    compiled, functions = functools.partial(torch.compile, backend="aot_eager", fullgraph=True), []
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: functions.append(f) or compiled(f, **settings))
+    more = ["--compile", "--gradient_checkpointing", "--checkpointed_share=0.5", "--max_train_steps=3"]
+    program.main(arguments(tmp_path / "compiled", *more))
+    assert len(functions) == 8  # two blocks each of encoder, teacher and decoder, one of the text tower; the losses
+    plain, compiled = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("plain", "compiled")
+    )
+    names = ("loss", "contrastive/clip", "self_supervision/dino", "self_supervision/ibot", "reconstruction/l1")
+    for name in names:
+        losses = [[line[name] for line in lines if name in line] for lines in (plain, compiled)]
+        assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4), name
+
+
+@pytest.mark.parametrize(("share", "passes"), [(0.5, [2, 1]), (1.0, [2, 2])])
+def test_a_share_of_the_blocks_is_computed_twice(share, passes):
+    objective, counts = tiny_objectives(), [0, 0]
+    checkpoint_blocks(objective.objectives["contrastive"].model, share)
+    for k, block in enumerate(objective.autoencoder.decoder.blocks):
+        block.mlp.register_forward_pre_hook(lambda *_, k=k: counts.__setitem__(k, counts[k] + 1))
+    inputs = tiny_inputs(objective)["reconstruction"]
+    objective.objectives["reconstruction"](objective.autoencoder, **inputs)["loss"].backward()
+    assert counts == passes
+
+
 def test_two_processes_have_the_losses_of_one(tmp_path):
     """Stochastic depth off, float32, the same global batch: 20 steps."""
     more = ["--self_supervision.stochastic_depth=0", "--max_train_steps=20", "--validation_steps=20"]
@@ -226,6 +262,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
     [
         (["--objectives"], "objectives is .., expected some of"),
         (["--self_supervision.share=1.5"], "share is 1.5"),
+        (["--checkpointed_share=0"], "checkpointed_share is 0.0, expected a share in .0, 1."),
         (["--self_supervision.crops.local_size=12"], "local_size is 12, expected a multiple of model.patch_size, 8"),
         (["--train_batch_size=80"], "has 64 training images, expected at least train_batch_size, 80"),
         (["--train_batch_size=6"], "reconstruction.share is 0.25 .1 of 4. of a batch of 6 images"),

@@ -27,6 +27,8 @@ from vtp_diffusion.pretraining import (
     ReconstructionObjective,
     ReconstructionPartConfig,
     VTPForPreTraining,
+    checkpoint_blocks,
+    compile_parts,
     evaluate_reconstruction,
     measure_latent_statistics,
     reconstruction_grid,
@@ -41,7 +43,6 @@ from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
 
 OBJECTIVES = ("contrastive", "self_supervision", "reconstruction")
-COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients, and of validation
 
 
 @dataclass(kw_only=True)
@@ -82,6 +83,9 @@ class Config(TrainingConfig):
     adam_weight_decay_end: float | None = field(
         default=None, metadata={"help": "weight decay at the end, reached along a cosine; none: constant"}
     )
+    checkpointed_share: float = field(
+        default=1.0, metadata={"help": "of every stack's blocks, with gradient_checkpointing", "may_change": True}
+    )
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -119,6 +123,8 @@ class Config(TrainingConfig):
             )
         for name in {"self_supervision", "reconstruction"} & set(self.objectives):
             check_share(name, getattr(self, name).share, self.train_batch_size)
+        if not 0 < self.checkpointed_share <= 1:
+            raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")
         if self.validation_images < 1:
             raise ValueError(f"validation_images is {self.validation_images}, expected a positive number")
 
@@ -132,7 +138,7 @@ def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]
     with_text = "contrastive" in config.objectives
     model = VTPModel(**architecture, **vars(config.text)) if with_text else AutoencoderVTP(**architecture)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        checkpoint_blocks(model, config.checkpointed_share)
     autoencoder, objectives = model.autoencoder if with_text else model, {}
     if with_text:
         objectives["contrastive"] = ContrastiveObjective(config.contrastive, model)
@@ -158,18 +164,6 @@ def check_data(config: Config, dataset) -> None:
         )
     if "contrastive" in config.objectives and not any((caption or "").strip() for caption in dataset.captions):
         raise ValueError(f"{config.data.source} has no captions, which the contrastive objective needs")
-
-
-def compile_parts(objective: VTPForPreTraining) -> None:
-    """Compile what takes the time: all of the reconstruction where it is alone, else block by block, since one graph
-    of three objectives would take longer to compile than small models take to train."""
-    if list(objective.objectives) == ["reconstruction"]:
-        objective.losses = torch.compile(objective.losses)
-        return
-    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
-    for module in objective.modules():
-        if type(module).__name__ in VTPModel._repeated_blocks:
-            module.compile()
 
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[dict]:
@@ -261,11 +255,11 @@ def main(argv: list[str] | None = None) -> None:
         run.optimise(step, inputs)
         objective.after_step(done)
         if run.is_main and run.due(step, config.validation_steps):
-            with run.averaged_weights():
+            with run.averaged_weights(), torch.compiler.set_stance("force_eager"):  # other shapes: not worth programs
                 validate(run, config, model, datasets, perceptual, step + 1)
     left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
-        with run.averaged_weights():
+        with run.averaged_weights(), torch.compiler.set_stance("force_eager"):
             results = finish(run, config, model, datasets, perceptual, left_out)
         for name in datasets:
             numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}

@@ -17,7 +17,11 @@ from .batches import collate_images
 from .images import from_uint8, image_grid, to_pil, to_uint8
 from .latents import ChannelStatistics
 from .metrics.pixels import psnr
+from .self_supervision import SelfSupervisionObjective
 from .stochastic_depth import check_drop_rate
+from .vtp_model import VTPModel
+
+COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients
 
 
 @dataclass(kw_only=True)
@@ -188,6 +192,36 @@ class VTPForPreTraining(nn.Module):
         for objective in self.objectives.values():
             if hasattr(objective, "after_step"):
                 objective.after_step(done)
+
+
+def compile_parts(objective: VTPForPreTraining) -> None:
+    """Compile what takes the time: all of the reconstruction where it is alone, else the blocks, the losses over
+    prototypes and LPIPS one by one, since one graph of three objectives would take longer to compile than small models
+    take to train.
+
+    A step has few shapes, always the same ones: each has programs of its own, none with sizes left open.
+    """
+    if list(objective.objectives) == ["reconstruction"]:
+        objective.losses = torch.compile(objective.losses)
+        return
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    for module in objective.modules():
+        if type(module).__name__ in VTPModel._repeated_blocks:
+            module.compile(dynamic=False)
+    for part in objective.objectives.values():
+        if isinstance(part, SelfSupervisionObjective):
+            part.compare = torch.compile(part.compare, dynamic=False)
+        elif isinstance(part, ReconstructionObjective) and part.perceptual is not None:
+            part.perceptual.compile(dynamic=False)
+
+
+def checkpoint_blocks(model: AutoencoderVTP | VTPModel, share: float) -> None:
+    """Recompute the activations of a share of the blocks of every stack in the backward pass: less memory, and as much
+    more of the forward pass."""
+    model.enable_gradient_checkpointing()
+    for module in model.modules():
+        if hasattr(module, "checkpointed_blocks"):
+            module.checkpointed_blocks = round(share * len(module.blocks))
 
 
 @torch.no_grad()

@@ -272,6 +272,20 @@ class SelfSupervisionObjective(nn.Module):
         ibot = self.targets(patch_logits, temperature, "ibot", (mask_weights > 0).float())
         return dino.unflatten(0, (self.config.crops.global_crops, -1)), ibot
 
+    def compare(self, views, patches, dino_targets, ibot_targets, mask_weights, prototypes_learn) -> dict:
+        """The losses "dino" and "ibot" of class tokens (V·B, D) and masked patches (M, D) against their targets.
+
+        Apart, since `compile_parts` compiles it: the logits are large, and what is done to them is bound by memory.
+        """
+        # One pass of the shared head for class tokens and patches.
+        logits = self.head(torch.cat([views, patches]), prototypes_learn)
+        view_logits, patch_logits = logits.split([len(views), len(patches)])
+        crops, count = dino_targets.shape[:2]
+        return {
+            "dino": dino_loss(dino_targets, view_logits.unflatten(0, (-1, count))),
+            "ibot": ibot_loss(ibot_targets, patch_logits, mask_weights, crops * count),
+        }
+
     def forward(
         self,
         autoencoder: AutoencoderVTP,
@@ -293,21 +307,14 @@ class SelfSupervisionObjective(nn.Module):
             temperature: of the teacher, a scalar tensor; prototypes_learn: 1, or 0 while the last layer is frozen.
             kept_global, kept_local: see `draw_kept`.
         """
-        config, count = self.config, len(global_crops)
-        number = config.crops.global_crops
+        config, number = self.config, self.config.crops.global_crops
         dino_targets, ibot_targets = self.teach(global_crops, masked, mask_weights, temperature)
         tokens = autoencoder.encode_tokens(global_crops, masks=masks, kept=kept_global)  # (G·B, 1 + N, D)
         class_tokens = views = tokens[:, 0]
         if len(local_crops):
             views = torch.cat([views, autoencoder.encode_tokens(local_crops, kept=kept_local)[:, 0]])
         patches = tokens[:, 1:].flatten(0, 1).index_select(0, masked)
-        # One pass of the shared head for class tokens and patches.
-        logits = self.head(torch.cat([views, patches]), prototypes_learn)
-        view_logits, patch_logits = logits.split([len(views), len(patches)])
-        losses = {
-            "dino": dino_loss(dino_targets, view_logits.unflatten(0, (-1, count // number))),
-            "ibot": ibot_loss(ibot_targets, patch_logits, mask_weights, count),
-        }
+        losses = self.compare(views, patches, dino_targets, ibot_targets, mask_weights, prototypes_learn)
         loss = config.dino_weight * losses["dino"] + config.ibot_weight * losses["ibot"]
         if config.koleo_weight > 0:
             losses["koleo"] = sum(koleo_loss(part) for part in class_tokens.chunk(number)) / number

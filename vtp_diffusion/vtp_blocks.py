@@ -45,7 +45,7 @@ class VTPTransformer(nn.Module):
             block(hidden_size, num_heads, qk_norm, norm(hidden_size), norm(hidden_size)) for _ in range(num_layers)
         )
         self.norm = norm(hidden_size)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointed_blocks = False, num_layers  # the first ones
 
     def run_blocks(
         self,
@@ -68,7 +68,7 @@ class VTPTransformer(nn.Module):
         outputs = []
         for index, block in enumerate(self.blocks):
             samples = (None, None) if kept is None else kept[index].unbind(0)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            if torch.is_grad_enabled() and self.gradient_checkpointing and index < self.checkpointed_blocks:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, cos, sin, *samples)
             else:
                 hidden_states = block(hidden_states, cos, sin, *samples)

@@ -189,7 +189,7 @@ class VTPTextModel(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=1e-5)
         # Stored (width, out), used as x @ text_projection: a square one loads transposed without an error.
         self.text_projection = nn.Parameter(torch.empty(hidden_size, projection_dim))
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.checkpointed_blocks = False, num_layers  # the first ones
         self.apply(initialise_weights)
         # OpenCLIP's initialisation of these two.
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -200,8 +200,8 @@ class VTPTextModel(nn.Module):
         self._check_token_ids(token_ids)
         token_embedding = self.token_embedding(token_ids)  # (B, L, D)
         hidden_states = token_embedding + self.positional_embedding.to(token_embedding.dtype)
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+        for index, block in enumerate(self.blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing and index < self.checkpointed_blocks:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states)
             else:
                 hidden_states = block(hidden_states)
