@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_streaming import write_shards
 from test_train_vtp import ROOT, fresh_accelerate, load_program  # noqa: F401
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,7 @@ from vtp_diffusion.pretraining import (
     ReconstructionPartConfig,
     VTPForPreTraining,
     checkpoint_blocks,
+    compile_parts,
 )
 from vtp_diffusion.pretraining_evaluation import effective_rank, retrieval_recall
 from vtp_diffusion.pretraining_flops import training_flops
@@ -224,6 +226,22 @@ def test_compiling_and_recomputing_leave_the_losses_as_they_are(tmp_path, monkey
     for name in names:
         losses = [[line[name] for line in lines if name in line] for lines in (plain, compiled)]
         assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4), name
+
+
+def test_a_step_has_one_program_a_batch_and_kind_of_block(monkeypatch):
+    """None for further layers or later steps, none with sizes left open, and none for what is only measured."""
+    torch.compiler.reset()
+    objective, counter, compiled = tiny_objectives(depth_rate=0.3), CompileCounter(), torch.compile
+    inputs = tiny_inputs(objective)
+    monkeypatch.setattr(torch, "compile", functools.partial(compiled, backend=counter, fullgraph=True))
+    compile_parts(objective)
+    for _ in range(2):
+        objective(**inputs)["loss"].backward()
+        # encoder: contrastive, global and local crops, teacher, reconstruction; decoder; text tower; the losses
+        assert counter.frame_count == 8
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        objective.autoencoder.encode(inputs["reconstruction"]["images"][:3])
+    assert counter.frame_count == 8
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.5, [2, 1]), (1.0, [2, 2])])
