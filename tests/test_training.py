@@ -1,5 +1,8 @@
 """What the training programs share, with tiny real models."""
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -142,6 +145,28 @@ def test_the_length_of_a_run_may_change_only_where_the_schedule_ignores_it(tmp_p
     RunFolder(tmp_path / "cosine", config).claim()
     with pytest.raises(ValueError, match="max_train_steps: 6 there, 9 now"):
         RunFolder(tmp_path / "cosine", replace(config, max_train_steps=9))
+
+
+def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
+    """The pipeline would be that of 6 steps and its card would say 5."""
+    config = tiny_config(tmp_path / "run")
+    train(config)
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="max_train_steps is 5, but .* has trained for 6 steps"):
+        train(replace(config, max_train_steps=5))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_folder_claimed_by_half_is_claimed_again(tmp_path):
+    """A kill while the configuration is written leaves a part of it, under a name that nobody reads."""
+    (tmp_path / ".unfinished-config.yaml").write_text("output_d")
+    train(tiny_config(tmp_path, max_train_steps=1))
+    names = {"config.yaml", "log.jsonl", "checkpoint-1"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    before = (tmp_path / "log.jsonl").stat().st_ino
+    train(tiny_config(tmp_path, max_train_steps=1))
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "log.jsonl").stat().st_ino != before, "written over in place"
 
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path):
@@ -330,6 +355,19 @@ def test_batches_are_the_same_however_they_are_read(workers):
     gathered = [b["square"].tolist() for b in gathered_batches({"square": torch.arange(10) ** 2}, sampler)]
     assert read == gathered == [[i**2 for i in batch] for batch in sampler]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_processes_that_read_outlive_a_signal_to_all(number):
+    """Launchers and terminals signal the whole group, while training has a step to finish and needs its data."""
+    batches = read_batches(Squares(), [[k % 10] for k in range(30)], dict, CPU, 2)
+    read = [next(batches)]
+    readers = multiprocessing.active_children()
+    assert len(readers) == 2
+    for reader in readers:
+        os.kill(reader.pid, number)
+    read += batches
+    assert [b["square"].item() for b in read] == [(k % 10) ** 2 for k in range(30)]
 
 
 def test_data_sets_stay_on_the_device_by_size_or_choice():

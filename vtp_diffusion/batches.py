@@ -1,5 +1,6 @@
 """Batches on the device: gathered there from a data set held whole, or read ahead by processes or threads."""
 
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,16 @@ def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Co
         yield {name: column[rows] for name, column in columns.items()}
 
 
+def leave_stopping_to_parent(worker: int) -> None:
+    """`worker_init_fn` of a data loader that training reads from: its processes end when training ends, not before.
+
+    torchrun and schedulers send SIGTERM, and terminals SIGINT, to the whole group of processes. Training then still
+    finishes its step, for which it needs what they read; without them PyTorch would end it before anything is saved.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def read_batches(
     dataset: Dataset,
     sampler: Iterable[list[int]],
@@ -68,7 +79,7 @@ def read_batches(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
-        persistent_workers=False,
+        worker_init_fn=leave_stopping_to_parent,
         generator=torch.Generator(),  # else every iterator would draw from the global generator, and resuming differ
     )
     for columns in loader:

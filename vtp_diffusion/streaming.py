@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .batches import Columns
+from .batches import Columns, leave_stopping_to_parent
 from .data import (
     DECODING_ERRORS,
     DataConfig,
@@ -317,6 +317,7 @@ class StreamBatches:
             self._reader,
             batch_size=None,
             num_workers=self.num_workers,
+            worker_init_fn=leave_stopping_to_parent,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global generator, and resuming differ
         )
