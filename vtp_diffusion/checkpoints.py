@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .accelerators import laid_out_like, whole
-from .run_folder import RunFolder
+from .run_folder import UNFINISHED, RunFolder
 
 if TYPE_CHECKING:
     from .averaging import AveragedWeights
@@ -112,7 +112,7 @@ def export_averaged(run: "TrainingRun", name: str) -> None:
     call this."""
     state = averaged_state(run, run.average)
     if run.is_main:
-        unfinished, path = run.folder.path / f".unfinished-{name}", run.folder.path / name
+        unfinished, path = run.folder.path / f"{UNFINISHED}{name}", run.folder.path / name
         write_model(run.model, state, unfinished)
         if path.exists():
             shutil.rmtree(path)
@@ -254,7 +254,8 @@ def _load_weights(run: "TrainingRun", path: Path, state: dict[str, Any]) -> None
 
 
 def _load_optimizer(run: "TrainingRun", path: Path) -> None:
-    saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    # mapped: else the moments would take room in the host's memory once for every process
+    saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     for name, parameter in _trained_by_name(run).items():
         run.optimizer.state[parameter] = {
             key: laid_out_like(value, parameter) if value.shape == parameter.shape else value.to(run.device)

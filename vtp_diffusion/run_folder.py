@@ -9,6 +9,8 @@ from typing import Any
 
 from .config import config_to_dict, flatten_config, read_yaml, save_config
 
+UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
+
 
 class RunFolder:
     """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/. What begins with
@@ -17,8 +19,8 @@ class RunFolder:
     Creating the object only looks; `claim` writes. `config.changeable_keys()` names what may differ on resuming.
 
     Raises:
-        ValueError: the folder holds the run of another configuration (the differing keys are named), or files that no
-            run wrote.
+        ValueError: the folder holds the run of another configuration (the differing keys are named), a run that has
+            gone on longer than this one is to, or files that no run wrote.
     """
 
     def __init__(self, path: str | Path, config: Any):
@@ -26,8 +28,12 @@ class RunFolder:
         saved = self.path / "config.yaml"
         if saved.is_file():
             self._compare(saved)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            self._compare_steps()
+        elif self.path.exists() and (not self.path.is_dir() or self._holds_files()):
             raise ValueError(f"{self.path} exists and holds no run (no config.yaml): give a new or an empty folder")
+
+    def _holds_files(self) -> bool:
+        return any(not path.name.startswith(UNFINISHED) for path in self.path.iterdir())
 
     def _compare(self, saved: Path) -> None:
         old, new = flatten_config(read_yaml(saved)), flatten_config(config_to_dict(self.config))
@@ -39,12 +45,22 @@ class RunFolder:
             lines = [f"  {k}: {old.get(k, missing)} there, {new.get(k, missing)} now" for k in differing]
             raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
 
+    def _compare_steps(self) -> None:
+        newest, wanted = max((step for step, _ in self.checkpoints()), default=0), self.config.max_train_steps
+        if newest > wanted:
+            raise ValueError(
+                f"max_train_steps is {wanted}, but {self.path} has trained for {newest} steps: expected at least as "
+                "many, or another output_dir"
+            )
+
     def claim(self) -> None:
         """Create the folder, write the resolved configuration, remove what interrupted writing left behind."""
         self.path.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, self.path / "config.yaml")
-        for unfinished in self.path.glob(".unfinished-*"):
-            shutil.rmtree(unfinished)
+        unfinished = self.path / f"{UNFINISHED}config.yaml"
+        save_config(self.config, unfinished)
+        unfinished.rename(self.path / "config.yaml")  # a kill must not leave half of what tells whose the folder is
+        for unfinished in self.path.glob(f"{UNFINISHED}*"):
+            unfinished.unlink() if unfinished.is_file() else shutil.rmtree(unfinished)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, oldest first."""
@@ -57,7 +73,7 @@ class RunFolder:
 
     def unfinished(self, step: int) -> Path:
         """Where a checkpoint is written until `finish` renames it: a name that resuming never looks at."""
-        return self.path / f".unfinished-checkpoint-{step}"
+        return self.path / f"{UNFINISHED}checkpoint-{step}"
 
     def finish(self, step: int, limit: int | None) -> None:
         """Give a completely written checkpoint its name and delete the oldest beyond `limit`."""
@@ -96,7 +112,10 @@ class RunFolder:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             complete = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a line
-            path.write_text("".join(x for x in complete if json.loads(x)["step"] <= step), encoding="utf-8")
+            kept = "".join(line for line in complete if json.loads(line)["step"] <= step)
+            unfinished = self.path / f"{UNFINISHED}log.jsonl"  # in its place a kill would lose all of it
+            unfinished.write_text(kept, encoding="utf-8")
+            unfinished.rename(path)
 
     def samples(self, step: int, name: str = "step") -> Path:
         """Path of the picture made at a step."""
