@@ -1,8 +1,7 @@
 """What the training programs share, with tiny real models."""
 
 import multiprocessing
-import os
-import signal
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -357,17 +356,27 @@ def test_batches_are_the_same_however_they_are_read(workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_processes_that_read_outlive_a_signal_to_all(number):
+def test_processes_that_read_outlive_signals_of_others_than_their_parent():
     """Launchers and terminals signal the whole group, while training has a step to finish and needs its data."""
     batches = read_batches(Squares(), [[k % 10] for k in range(30)], dict, CPU, 2)
     read = [next(batches)]
     readers = multiprocessing.active_children()
     assert len(readers) == 2
-    for reader in readers:
-        os.kill(reader.pid, number)
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(reader.pid) for reader in readers)], check=True)
     read += batches
     assert [b["square"].item() for b in read] == [(k % 10) ** 2 for k in range(30)]
+
+
+def test_processes_that_read_end_when_their_parent_says_so():
+    batches = read_batches(Squares(), [[k % 10] for k in range(30)], dict, CPU, 1)
+    next(batches)
+    (reader,) = multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        reader.terminate()
+        list(batches)
+    reader.join(10)
+    assert not reader.is_alive()
 
 
 def test_data_sets_stay_on_the_device_by_size_or_choice():

@@ -1,6 +1,8 @@
 """Batches on the device: gathered there from a data set held whole, or read ahead by processes or threads."""
 
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,11 +57,19 @@ def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Co
 def leave_stopping_to_parent(worker: int) -> None:
     """`worker_init_fn` of a data loader that training reads from: its processes end when training ends, not before.
 
-    torchrun and schedulers send SIGTERM, and terminals SIGINT, to the whole group of processes. Training then still
+    torchrun and schedulers send SIGTERM, and terminals SIGINT, to all processes of a group. Training then still
     finishes its step, for which it needs what they read; without them PyTorch would end it before anything is saved.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """The parent's SIGTERM, which every data loader sends to what does not end by itself, is the one that counts."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def read_batches(
