@@ -125,6 +125,8 @@ def test_the_pipeline_holds_the_averaged_weights_and_a_card(tmp_path, made):
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
     assert card.startswith("---\n") and "30 latents of training images; 6 steps of 4 latents," in card
     assert "license: cc-by-sa-4.0" in card and "Drawn by a friend." in card and "TODO" not in card
+    load_program("train_dit").main(arguments(tmp_path / "run", made, "--shift=0.5"))
+    assert (tmp_path / "run" / "pipeline" / "README.md").read_text() == card, "of a run that had ended already"
 
 
 def test_the_pipeline_can_be_saved_in_half_the_size(tmp_path, made):
@@ -300,6 +302,9 @@ def test_training_can_start_from_a_saved_transformer(tmp_path, made):
         (["--latents=/nonexistent"], "holds no latent shards"),
         (["--lerning_rate=1"], "did you mean --learning_rate"),
         (["--time_shift=0"], "time_shift is 0.0, expected a positive number"),
+        (["--time_mu=nan"], "time_mu is nan, expected a finite number"),
+        (["--learning_rate=nan"], "learning_rate is nan, expected a positive number"),
+        (["--seed=-1"], "seed is -1, expected 0 or a positive number"),
         (["--guide.step=7"], "guide.step is 7, expected a step from 1 to 6"),
         (["--guide.step=1", "--guide.transformer=x"], "expected one of them"),
         (["--validation.distance.num_images=1"], "distance.num_images is 1"),

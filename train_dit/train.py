@@ -17,7 +17,6 @@ FOLDER a smaller transformer trained on the same latents becomes the pipeline's 
 """
 
 import math
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,8 +132,10 @@ class Config(TrainingConfig):
             raise ValueError(f"class_dropout_prob is {self.class_dropout_prob}, expected a number in [0, 1]")
         for name in ("time_sigma", "time_shift", "shift"):
             value = getattr(self, name)
-            if value != "dimensions" and value <= 0:
+            if value != "dimensions" and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, expected a positive number")
+        if not math.isfinite(self.time_mu):
+            raise ValueError(f"time_mu is {self.time_mu}, expected a finite number")
         if self.guide.step is not None and not 0 < self.guide.step <= self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
@@ -305,7 +306,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
 
 def card_text(config: Config, run: TrainingRun, dataset) -> str:
     """Body of the model card: what the model is, how it is used, how it was trained, what it can draw."""
-    model, sampling, rates = config.model, config.validation, run.rates[1:] or run.rates or [0.0]
+    model, sampling = config.model, config.validation
     names = list(dataset.id2label.values())
     classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     parameters = sum(p.numel() for p in run.parameters) / 1e6
@@ -342,7 +343,7 @@ images = pipeline(class_labels=[0], **settings).images
   (arXiv:2512.13687).
 - {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, patch {model.patch_size}.
 - {len(dataset)} {source}; {config.max_train_steps} steps of {run.images_per_step} latents,
-  {run.seconds:.0f} s ({statistics.median(rates):.0f} a second).
+  {run.seconds:.0f} s ({run.median_rate():.0f} a second).
 - AdamW, learning rate {config.learning_rate} ({config.lr_scheduler}); averaged weights with decay {config.ema_decay}.
 - Times: {times}, shift {time_shift(config.time_shift, dataset):.4g}; class dropout {config.class_dropout_prob}.
 - Sampling with time shift {time_shift(config.shift, dataset):.4g}; guidance: {guide}.

@@ -9,7 +9,6 @@ results.json: PSNR and LPIPS before and after, and the signs of collapse that we
 """
 
 import json
-import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -122,7 +121,7 @@ def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: d
     """Write vae/ and results.json, with the autoencoder that was given measured in the same way."""
     autoencoder.save_pretrained(run.folder.path / "vae")
     results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
-    results["images_per_second"] = statistics.median(run.rates[1:] or run.rates or [0.0])
+    results["images_per_second"] = run.median_rate()
     for name, dataset in datasets.items():
         models = {"before": reference.to(run.device), "after": autoencoder}
         results[name] = {key: measure(model, dataset, config, perceptual) for key, model in models.items()}

@@ -9,7 +9,6 @@ vtp/ for VTPModel.from_pretrained.
 """
 
 import json
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -200,7 +199,7 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, 
     """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
     autoencoder = getattr(model, "autoencoder", model)
     results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
-    results["images_per_second"] = statistics.median(run.rates[1:] or run.rates or [0.0])
+    results["images_per_second"] = run.median_rate()
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
     for name, dataset in datasets.items():
         measured = measure(config, model, datasets, name, perceptual)

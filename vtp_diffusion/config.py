@@ -264,7 +264,10 @@ def _sequence_of(annotation: Any) -> Any | None:
 
 def _parser(config_class: type, leaves: list, description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",  # else one screen of names before what it is about
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; options on the command line come after it")
     for name, annotation, field in leaves:

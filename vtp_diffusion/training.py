@@ -7,6 +7,7 @@ ten steps, a restart and ten more steps the same as twenty, bit for bit on a CPU
 import contextlib
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -124,7 +125,7 @@ class TrainingRun:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.skipped = torch.zeros(2, device=self.device)  # in a row, altogether
-        self.first_step, self.seconds, self.rates = 0, 0.0, []
+        self.first_step, self.seconds = 0, 0.0
         self.data_state: Callable[[], dict[str, Any]] | None = None  # of data read as a stream, for checkpoints
         self.resumed_data_state: dict[str, Any] | None = None
         self._sums: dict[str, torch.Tensor] | None = None  # of the losses over the steps that count
@@ -285,7 +286,6 @@ class TrainingRun:
         elapsed = time.perf_counter() - self._mark
         images = self.images_per_step * self._summed
         self.seconds += elapsed
-        self.rates.append(images / elapsed)
         counted = sums.pop("finite")
         record = {n: _means(torch.cat([v, counted])[None])[0] for n, v in sums.items() if v.numel() == 1}
         record |= {"learning_rate": rate, "images_per_second": images / elapsed}
@@ -304,6 +304,12 @@ class TrainingRun:
                 self._bar.set_postfix(loss=f"{loss:.4g}", images=f"{record['images_per_second']:.0f}/s")
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RuntimeError(f"the gradients of the last {in_a_row} steps up to step {step} were not finite")
+
+    def median_rate(self) -> float:
+        """Images a second: the median of the log, the sessions before this one included; the first line of it, which
+        compilation is in, only where there is no other."""
+        rates = [line["images_per_second"] for line in self.folder.read_log() if "images_per_second" in line]
+        return statistics.median(rates[1:] or rates)
 
     def report(self, step: int, values: dict[str, float], picture: Any = None, name: str = "validation") -> None:
         """Log what a validation measured, and its picture (PIL), which is also written into samples/."""

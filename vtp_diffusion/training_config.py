@@ -56,10 +56,13 @@ class TrainingConfig:
     def __post_init__(self):
         positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "learning_rate", "log_steps")
         for name in (*positive, "checkpointing_steps", "validation_steps", "adam_epsilon"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:  # nan is no number either
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("seed", "adam_weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or a positive number")
         for name in ("max_grad_norm", "checkpoints_total_limit", "peak_flops"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number or none")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
