@@ -372,11 +372,9 @@ def test_processes_that_read_end_when_their_parent_says_so():
     batches = read_batches(Squares(), [[k % 10] for k in range(30)], dict, CPU, 1)
     next(batches)
     (reader,) = multiprocessing.active_children()
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
-        reader.terminate()
-        list(batches)
+    reader.terminate()
     reader.join(10)
-    assert not reader.is_alive()
+    assert reader.exitcode == 0
 
 
 def test_data_sets_stay_on_the_device_by_size_or_choice():
