@@ -154,6 +154,10 @@ def test_agreement_with_scipys_square_root():
 def test_bad_features():
     with pytest.raises(ValueError, match="not finite"):
         GaussianStatistics.of(torch.full((3, 2), math.nan))
+    few = GaussianStatistics.of(torch.full((3, 8), math.inf))
+    for read in (lambda: few.mean, lambda: few.covariance, lambda: frechet_distance(few, few)):
+        with pytest.raises(ValueError, match="not finite"):
+            read()
     with pytest.raises(ValueError, match=r"expected \(B, 3\)"):
         GaussianStatistics(3).update(torch.zeros(4, 2))
     with pytest.raises(ValueError, match="at least 2"):

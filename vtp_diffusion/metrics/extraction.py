@@ -131,6 +131,8 @@ class Extractor:
         if self.batch_size is not None and count < self.batch_size:
             filling = images[-1:].expand(self.batch_size - count, -1, -1, -1)
             images = torch.cat([images, filling])
+        # one layout whatever the source's and the filling's: another one would be compiled anew
+        images = images.contiguous(memory_format=torch.channels_last)
         fast = torch.autocast(self.device.type, dtype=torch.float16, enabled=self.mode == "fast")
         outputs = self._compiled or self.network.outputs
         with exact_float32(benchmark=True), fast:

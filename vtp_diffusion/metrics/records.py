@@ -48,7 +48,8 @@ class Record:
         self._chosen = np.zeros(count, dtype=bool)
         self._chosen[self.kept] = True
         self._positions: list[np.ndarray] = []
-        self._rows: list[torch.Tensor] = [torch.zeros(0, dim)]
+        # on the device until `gather`: a copy would wait for the network after every batch
+        self._rows: list[torch.Tensor] = [torch.zeros(0, dim, device=device)]
 
     def add(self, positions: Sequence[int], rows: torch.Tensor) -> None:
         """Rows (B, D) of the images at these places of the set."""
@@ -56,17 +57,17 @@ class Record:
         for k, group in enumerate(self.groups):
             members = np.flatnonzero(positions % len(self.groups) == k)
             if len(members):
-                group.update(rows[torch.from_numpy(members)])
+                group.update(_take(rows, members))
         kept = np.flatnonzero(self._chosen[positions])
         self._positions.append(positions[kept])
-        self._rows.append(rows[torch.from_numpy(kept)].cpu())
+        self._rows.append(_take(rows, kept))
 
     def gather(self) -> None:
         """Make this the record of all processes' images, on every process."""
         for k, group in enumerate(self.groups):  # one at a time: 33 MB each of 2048 features
             device = group.device
             self.groups[k] = GaussianStatistics.merged([part.to(device) for part in gather_objects(group.to("cpu"))])
-        mine = np.concatenate([np.zeros(0, dtype=int), *self._positions]), torch.cat(self._rows)
+        mine = np.concatenate([np.zeros(0, dtype=int), *self._positions]), torch.cat(self._rows).cpu()
         positions, rows = zip(*gather_objects(mine), strict=True)
         order = torch.from_numpy(np.argsort(np.concatenate(positions), kind="stable"))
         self._positions, self._rows = [self.kept], [torch.cat(rows)[order]]
@@ -145,6 +146,14 @@ def record_images(
 
 def _statistics_device(extractor: Extractor) -> torch.device:
     return torch.device("cpu") if extractor.device.type == "mps" else extractor.device  # mps has no float64
+
+
+def _take(rows: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+    """Rows at the places, without waiting for the device to have computed them."""
+    index = torch.from_numpy(places)
+    if rows.is_cuda:
+        index = index.pin_memory().to(rows.device, non_blocking=True)
+    return rows[index]
 
 
 def _pairs(hashes: list[bytes]) -> Iterator[tuple[int, int]]:

@@ -84,13 +84,15 @@ class GaussianStatistics:
         return moved
 
     def update(self, features: torch.Tensor) -> None:
-        """Adds a batch (B, D). Raises ValueError on another width or on values that are not finite."""
+        """Adds a batch (B, D).
+
+        Raises:
+            ValueError: another width, now; values that are not finite, when the batch is counted in: to look at each
+                batch would make the host wait for the device each time.
+        """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features {tuple(features.shape)} given, expected (B, {self.dim})")
-        features = features.to(self.device, copy=True)
-        if not features.isfinite().all():
-            raise ValueError("features are not finite: statistics of them would mean nothing")
-        self._rows.append(features)
+        self._rows.append(features.to(self.device, copy=True))
         self._waiting += len(features)
         self._root = None
         if self._waiting >= self.dim:
@@ -106,8 +108,15 @@ class GaussianStatistics:
             self._root = None
             self._add(*(part.to(self.device) if torch.is_tensor(part) else part for part in other._moments))
 
-    def _collapse(self) -> None:
+    def _waiting_rows(self) -> torch.Tensor:
+        """(n, D) float64. Raises ValueError on values that are not finite."""
         rows = torch.cat(self._rows).double()
+        if not rows.isfinite().all():
+            raise ValueError("features are not finite: statistics of them would mean nothing")
+        return rows
+
+    def _collapse(self) -> None:
+        rows = self._waiting_rows()
         self._rows, self._waiting = [], 0
         centred = rows - rows.mean(0)
         self._add(len(rows), rows.mean(0), centred.T @ centred)
@@ -130,7 +139,7 @@ class GaussianStatistics:
     def mean(self) -> torch.Tensor:
         """(D,) float64."""
         if self._moments is None and self._waiting:
-            return torch.cat(self._rows).double().mean(0)
+            return self._waiting_rows().mean(0)
         return self._complete()[1]
 
     @property
@@ -162,7 +171,7 @@ class GaussianStatistics:
             return None
         if self._waiting < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {self._waiting}")
-        rows = torch.cat(self._rows).double()
+        rows = self._waiting_rows()
         return (rows - rows.mean(0)) / (len(rows) - 1) ** 0.5
 
     @property
