@@ -170,5 +170,11 @@ def test_adms_reference_file_is_read_in_full_and_refused_in_part(weights, tmp_pa
     np.savez(tmp_path / "short.npz", **{key: value[..., :2000] for key, value in statistics.items()})
     with pytest.raises(ValueError, match=r"mu and sigma are \(2000,\) and \(2048, 2000\), expected .* 2048 features"):
         read_statistics(tmp_path / "short.npz", network)
+    np.savez(tmp_path / "half.npz", mu=np.zeros(2048))
+    with pytest.raises(ValueError, match="half.npz holds mu without sigma: expected both"):
+        read_statistics(tmp_path / "half.npz", network)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "adm.npz").read_bytes()[:2000])
+    with pytest.raises(ValueError, match="cut.npz is no npz file, or a damaged one"):
+        read_statistics(tmp_path / "cut.npz", network)
     with pytest.raises(ValueError, match="holds statistics of features of inception .* the feature network is vgg16"):
         read_statistics(tmp_path / "adm.npz", feature_network("vgg16"))

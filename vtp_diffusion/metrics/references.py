@@ -6,6 +6,7 @@ files, which don't, are of Inception.
 """
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,16 @@ REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and t
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
+def _open_npz(path: str | Path):
+    """Raises: ValueError if the file is no npz."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no npz file, or a damaged one: expected {IMAGES_KEY}, or mu and sigma, or both")
+    return np.load(path, allow_pickle=False)
+
+
 def holds_images(path: str | Path) -> bool:
-    """Whether an npz holds images, beside or instead of statistics."""
-    with np.load(path, allow_pickle=False) as file:
+    """Whether an npz holds images, beside or instead of statistics. Raises: ValueError if it is none."""
+    with _open_npz(path) as file:
         return IMAGES_KEY in file
 
 
@@ -33,9 +41,9 @@ def read_statistics(
     """Statistics of a file, output of the network -> statistics; empty if the file holds images only.
 
     Raises:
-        ValueError: statistics of another network, or of another dimension than it has.
+        ValueError: no npz; statistics of another network, or of another dimension than it has; half of them.
     """
-    with np.load(path, allow_pickle=False) as file:
+    with _open_npz(path) as file:
         if "mu" not in file:
             return {}
         settings = json.loads(str(file["settings"])) if "settings" in file else {}
@@ -52,6 +60,8 @@ def read_statistics(
             if output not in network.output_dims or mean not in file:
                 continue
             dim = network.output_dims[output]
+            if covariance not in file:
+                raise ValueError(f"{path} holds {mean} without {covariance}: expected both")
             if file[mean].shape != (dim,) or file[covariance].shape != (dim, dim):
                 raise ValueError(
                     f"{path}: {mean} and {covariance} are {file[mean].shape} and {file[covariance].shape}, expected "
