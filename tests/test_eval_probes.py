@@ -77,6 +77,8 @@ def test_probe_and_its_cached_features(evaluate, made, tmp_path):
     changed = (folder / "train" / "class_tokens.npy").stat().st_mtime_ns
     evaluate("linear_probe.py", *PROBE, "--model", made / "vae", "--features", folder, "--output", tmp_path / "2.json")
     again = json.loads((tmp_path / "2.json").read_text())
+    assert str(folder) not in (tmp_path / "2.json").read_text(), "where a machine keeps its caches decides no number"
+    assert "cache_dir" not in again["settings"]["data"] and again["settings"]["data"]["holdout"] == 0.1
     assert again["heads"] == results["heads"], "the autoencoder in a VTPModel is the same one"
     assert (folder / "train" / "class_tokens.npy").stat().st_mtime_ns == changed
     with pytest.raises(ValueError, match="num_layers: 2 there, 1 now"):

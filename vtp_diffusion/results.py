@@ -8,6 +8,8 @@ from typing import Any
 from . import __version__
 from .config import config_to_dict
 
+CACHES = ("cache_dir", "features")  # settings that say where a machine keeps what it can make again
+
 
 def write_results(path: str | Path, evaluation: str, config: Any, results: dict[str, Any]) -> dict[str, Any]:
     """Write `results` beside the name of the evaluation, its settings and the versions that decide numbers.
@@ -18,16 +20,25 @@ def write_results(path: str | Path, evaluation: str, config: Any, results: dict[
         config: the program's, a dataclass.
 
     Returns:
-        What was written.
+        What was written: settings that name caches are left out, they decide no number.
     """
     path = Path(path)
     versions = {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}
     written = {"evaluation": evaluation, "settings": config_to_dict(config), "versions": versions} | results
+    written["settings"] = _without_caches(written["settings"])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     unfinished.rename(path)
     return written
+
+
+def _without_caches(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_caches(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in CACHES
+    }
 
 
 def check_output(output: str, suffix: str = ".json") -> None:
