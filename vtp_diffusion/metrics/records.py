@@ -48,7 +48,7 @@ class Record:
         self._chosen = np.zeros(count, dtype=bool)
         self._chosen[self.kept] = True
         self._positions: list[np.ndarray] = []
-        # on the device until `gather`: a copy would wait for the network after every batch
+        # on that device until `gather`: a copy would wait for the network after every batch
         self._rows: list[torch.Tensor] = [torch.zeros(0, dim, device=device)]
 
     def add(self, positions: Sequence[int], rows: torch.Tensor) -> None:
@@ -60,7 +60,7 @@ class Record:
                 group.update(_take(rows, members))
         kept = np.flatnonzero(self._chosen[positions])
         self._positions.append(positions[kept])
-        self._rows.append(_take(rows, kept))
+        self._rows.append(_take(rows, kept).to(self._rows[0].device))  # mps: to the CPU, as its statistics
 
     def gather(self) -> None:
         """Make this the record of all processes' images, on every process."""
