@@ -107,7 +107,8 @@ def train(data: Path, size: str, processes: int, strategy: str, steps: int, outp
     command += ["--checkpoints_total_limit=1", *options]
     gpu = torch.cuda.is_available()
     command += ["--mixed_precision=bf16"] if gpu else []
-    environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[1]), "OMP_NUM_THREADS": "1"}
+    paths = [str(PROGRAM.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     environment |= {} if gpu else {"ACCELERATE_USE_CPU": "true"}
     environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "fsdp" else {}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
