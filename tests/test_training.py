@@ -160,7 +160,7 @@ def test_a_folder_claimed_by_half_is_claimed_again(tmp_path):
     """A kill while the configuration is written leaves a part of it, under a name that nobody reads."""
     (tmp_path / ".unfinished-config.yaml").write_text("output_d")
     train(tiny_config(tmp_path, max_train_steps=1))
-    names = {"config.yaml", "log.jsonl", "checkpoint-1"}
+    names = {"config.yaml", "log.jsonl", "checkpoint-1", ".lock"}
     assert {path.name for path in tmp_path.iterdir()} == names
     before = (tmp_path / "log.jsonl").stat().st_ino
     train(tiny_config(tmp_path, max_train_steps=1))

@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from . import folder_lock
 from .config import config_to_dict, flatten_config, read_yaml, save_config
+from .processes import this_process
 
 UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
 
@@ -16,16 +18,20 @@ class RunFolder:
     """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/. What begins with
     .unfinished- was being written or deleted; damaged-checkpoint-N/ was found so, and is left for you to look at.
 
-    Creating the object only looks; `claim` writes. `config.changeable_keys()` names what may differ on resuming.
+    Creating the object only looks; `claim` writes, from then on the folder is locked until `release` or the end of the
+    process (see folder_lock.py). `config.changeable_keys()` names what may differ on resuming.
 
     Raises:
-        ValueError: the folder holds the run of another configuration (the differing keys are named), a run that has
-            gone on longer than this one is to, or files that no run wrote.
+        ValueError: another process trains in the folder (the main process of a run looks), or it holds the run of
+            another configuration (the differing keys are named), a run that has gone on longer than this one is to,
+            or files that no run wrote.
     """
 
     def __init__(self, path: str | Path, config: Any):
         self.path, self.config = Path(path), config
         saved = self.path / "config.yaml"
+        if this_process()[0] == 0:
+            folder_lock.check_free(self.path)
         if saved.is_file():
             self._compare(saved)
             self._compare_steps()
@@ -33,7 +39,8 @@ class RunFolder:
             raise ValueError(f"{self.path} exists and holds no run (no config.yaml): give a new or an empty folder")
 
     def _holds_files(self) -> bool:
-        return any(not path.name.startswith(UNFINISHED) for path in self.path.iterdir())
+        names = {path.name for path in self.path.iterdir()} - {folder_lock.LOCK_NAME}
+        return any(not name.startswith(UNFINISHED) for name in names)
 
     def _compare(self, saved: Path) -> None:
         old, new = flatten_config(read_yaml(saved)), flatten_config(config_to_dict(self.config))
@@ -54,13 +61,21 @@ class RunFolder:
             )
 
     def claim(self) -> None:
-        """Create the folder, write the resolved configuration, remove what interrupted writing left behind."""
+        """Create the folder and lock it, write the resolved configuration, remove what interrupted writing left behind.
+
+        To be called by one process of a run. Raises: ValueError if another run was faster.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        folder_lock.acquire(self.path)
         unfinished = self.path / f"{UNFINISHED}config.yaml"
         save_config(self.config, unfinished)
         unfinished.rename(self.path / "config.yaml")  # a kill must not leave half of what tells whose the folder is
         for unfinished in self.path.glob(f"{UNFINISHED}*"):
             unfinished.unlink() if unfinished.is_file() else shutil.rmtree(unfinished)
+
+    def release(self) -> None:
+        """Let another process work in the folder."""
+        folder_lock.release(self.path)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of every complete checkpoint, oldest first."""

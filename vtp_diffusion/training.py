@@ -360,5 +360,7 @@ class TrainingRun:
         save_checkpoint(self, step)
 
     def end(self) -> None:
-        """Close the trackers."""
+        """Close the trackers, and let another process have the run folder."""
         self.accelerator.end_training()
+        if self.is_main:
+            self.folder.release()
