@@ -12,6 +12,7 @@ from tiny_training import Objective, assert_identical, everything, interrupted_c
 from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion.accelerators import tracker_names
 from vtp_diffusion.averaging import AveragedWeights
 from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
 from vtp_diffusion.data_order import StepBatchSampler, draw_for_positions, step_generator
@@ -197,6 +198,16 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     assert {"loss", "learning_rate", "held_out_psnr"} <= set(events.Tags()["scalars"])
     assert "validation" in events.Tags()["images"]
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
+
+
+def test_wandb_has_one_project_and_a_run_the_name_of_its_folder(tmp_path):
+    """As far as accelerate goes without wandb, which starts when the tracker does."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    names = tracker_names("wandb", tmp_path / "vtp-l" / ".." / "dit-xl")
+    tracker = LOGGER_TYPE_TO_CLASS["wandb"](names["project_name"], **names["init_kwargs"]["wandb"])
+    assert tracker.run_name == "vtp-diffusion", "what accelerate passes to wandb.init as the project"
+    assert tracker.init_kwargs["name"] == "dit-xl"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,18 @@ def _set_up_sharding(accelerate: Any, accelerator: Any, block_names: list[str]) 
         plugin.transformer_cls_names_to_wrap = block_names
 
 
+def tracker_names(report_to: str, folder: Path) -> dict[str, Any]:
+    """What `init_trackers` of accelerate is called with: accelerate's one name is wandb's project, but tensorboard's
+    folder, where a resumed run has to find it.
+
+    Args: `report_to`: the tracker; `folder`: of the run, whose name the run has in wandb.
+    """
+    if report_to == "wandb":
+        settings = {"name": folder.resolve().name, "dir": str(folder)}
+        return {"project_name": "vtp-diffusion", "init_kwargs": {"wandb": settings}}
+    return {"project_name": "logs"}
+
+
 def is_sharded(parameters: list[torch.nn.Parameter]) -> bool:
     """Whether every process holds a part of each weight only (FSDP2)."""
     return any(isinstance(parameter, DTensor) for parameter in parameters)

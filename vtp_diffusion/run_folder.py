@@ -61,9 +61,9 @@ class RunFolder:
             )
 
     def claim(self) -> None:
-        """Create the folder and lock it, write the resolved configuration, remove what interrupted writing left behind.
+        """Create and lock the folder, write the resolved configuration, remove what interrupted writing left behind.
 
-        To be called by one process of a run. Raises: ValueError if another run was faster.
+        To be called by one process of a run. Raises: ValueError if another one was faster.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         folder_lock.acquire(self.path)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .accelerators import StopRequest, is_sharded, make_accelerator, whole
+from .accelerators import StopRequest, is_sharded, make_accelerator, tracker_names, whole
 from .averaging import AveragedWeights
 from .checkpoints import averaged_state, resume, save_checkpoint
 from .config import config_to_dict, flatten_config
@@ -137,7 +137,7 @@ class TrainingRun:
         resume(self)
         if config.report_to != "none":
             scalars = {k: str(v) for k, v in flatten_config(config_to_dict(config)).items()}
-            self.accelerator.init_trackers("logs", config=scalars)
+            self.accelerator.init_trackers(config=scalars, **tracker_names(config.report_to, folder.path))
 
     @property
     def images_per_step(self) -> int:
