@@ -7,22 +7,30 @@
 
 Speed is the median of the log's img/s after the first third of the steps, which compilation is in. For XL/1 at 128
 images a GPU on an H100 it is put beside the upstream trainer's on the same work, measured there (`PEER`).
---resume_check runs half of the steps, stops, goes on, and compares with a straight run: with the same number of
-processes, deterministic, every bit of the weights has to be the same; from the first to the second of --processes the
-losses have to agree within `LOSS_TOLERANCE`.
+--resume_check goes on from what a kill in the second half of a run leaves, its checkpoint of half of the steps, and
+compares with that run: with the same number of processes, deterministic, every bit of the weights has to be the same;
+from the first to the second of --processes the losses have to agree within `LOSS_TOLERANCE`.
+
+Every run's seconds are those from its start to its end and, as its log counts them, of training alone: what is between
+is starting, compiling and saving. A row is in the file as soon as it is measured, and when the benchmark is told to
+stop (SIGTERM, SIGINT), the training that it started ends at once.
 """
 
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -97,29 +105,54 @@ def make_data(folder: Path, size: str) -> None:
     write_metadata(folder / "latents", metadata | {"mean": [0.0] * channels, "std": [1.0] * channels})
 
 
-def train(data: Path, size: str, processes: int, strategy: str, steps: int, output: Path, *options: str) -> list[dict]:
-    """Run the program to the end; the losses of its log."""
+def run_to_its_end(command: list, environment: dict[str, str]) -> None:
+    """Run a launcher; if this program ends before it, so do the launcher and all that it started.
+
+    They are found by parentage: torchrun puts every process into a session of its own.
+    Raises: RuntimeError with what it wrote if it fails.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
+    try:
+        _, errors = process.communicate()
+    finally:
+        if process.poll() is None:
+            doomed = psutil.Process(process.pid).children(recursive=True)
+            process.kill()
+            for child in doomed:
+                child.kill()
+            process.wait()
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{errors}")
+
+
+def train(
+    data: Path, size: str, processes: int, strategy: str, steps: int, output: Path, *options: str
+) -> tuple[list[dict], dict[str, float]]:
+    """Run the program to the end: the losses of its log; its seconds, altogether and of training."""
     layers, heads, head_dim = SIZES[size][:3]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [PROGRAM, f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
     command += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
-    command += [f"--model.attention_head_dim={head_dim}", f"--max_train_steps={steps}", "--report_to=none"]
-    command += ["--checkpoints_total_limit=1", *options]
+    command += [f"--model.attention_head_dim={head_dim}", f"--max_train_steps={steps}", "--report_to=none", *options]
     gpu = torch.cuda.is_available()
     command += ["--mixed_precision=bf16"] if gpu else []
     paths = [str(PROGRAM.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     environment |= {} if gpu else {"ACCELERATE_USE_CPU": "true"}
     environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "fsdp" else {}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"train_dit/train.py failed on {processes} processes, {strategy}:\n{done.stderr}")
+    states = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("checkpoint-*/state.json")]
+    before, start = max((state["seconds"] for state in states), default=0.0), time.perf_counter()
+    run_to_its_end(command, environment)
+    seconds = {"altogether": time.perf_counter() - start}
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "loss" in line]
+    losses = [line for line in lines if "loss" in line]
+    return losses, seconds | {"training": losses[-1]["seconds"] - before}
 
 
-def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> list[dict]:
-    rows, images, single = [], images_per_process(config, size), None
+def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> Iterator[dict]:
+    """A row for every strategy and number of processes, as soon as it is measured."""
+    images, single = images_per_process(config, size), None
     for strategy in config.strategies:
         for processes in config.processes:
             if strategy == "fsdp" and processes == 1:
@@ -127,8 +160,9 @@ def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) 
             every = max(1, config.steps // 12)
             options = [f"--train_batch_size={images * processes}", f"--log_steps={every}"]
             options += ["--checkpointing_steps=1000000", f"--compile={str(config.compile).lower()}"]
-            lines = train(data, size, processes, strategy, config.steps, folder / f"{strategy}-{processes}", *options)
-            shutil.rmtree(folder / f"{strategy}-{processes}")
+            output = folder / f"{strategy}-{processes}"
+            lines, seconds = train(data, size, processes, strategy, config.steps, output, *options)
+            shutil.rmtree(output)
             steady = [line for line in lines if line["step"] > config.steps // 3]
             row = {"size": size, "strategy": strategy, "processes": processes, "images_a_process": images}
             row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
@@ -139,67 +173,87 @@ def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) 
             row["scaling"] = None if single is None else row["images_per_second"] / (processes * single)
             comparable = size == "XL/1" and images == 128 and processes == 1 and "H100" in device_name()
             row["ratio_to"] = {n: row["images_per_second"] / v for n, v in PEER.items()} if comparable else None
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    return rows
+            yield row | {"seconds": seconds}
 
 
 def images_per_process(config: BenchmarkConfig, size: str) -> int:
     return config.batch_size or (4 if size == "tiny" else 128)
 
 
-def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> dict:
-    """Bits of a resumed run on as many processes, and losses of one that goes on with another number of them."""
+def as_killed_after(step: int, run: Path, target: Path) -> None:
+    """The folder that a kill after the checkpoint of a step would have left of a run; the run itself stays."""
+    target.mkdir()
+    for name in ("config.yaml", "log.jsonl"):
+        shutil.copy(run / name, target)
+    kept = f"checkpoint-{step}"
+    shutil.copytree(run / kept, target / kept, copy_function=os.link)  # gigabytes, which nobody writes to again
+
+
+def saved_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    parts = {part: run / f"checkpoint-{step}" / part for part in ("transformer", "transformer_ema")}
+    states = {part: load_file(path / "diffusion_pytorch_model.safetensors") for part, path in parts.items()}
+    return {f"{part}/{key}": value for part, state in states.items() for key, value in state.items()}
+
+
+def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> Iterator[dict]:
+    """Bits of a resumed run on as many processes, then losses of one that goes on with another number of them."""
     first, second = config.processes[0], config.processes[-1]
+    steps, half = config.steps, -(-config.steps // 2)
     options = [f"--train_batch_size={images_per_process(config, size) * max(config.processes)}", "--log_steps=1"]
-    options += ["--checkpointing_steps=1000000", "--deterministic", f"--compile={str(config.compile).lower()}"]
-    runs, half = {}, config.steps // 2
-    for name, counts in {"straight": [first], "resumed": [first, first], "moved": [first, second]}.items():
-        for count, steps in zip(counts, [half, config.steps][-len(counts) :], strict=True):
-            runs[name] = train(data, size, count, "ddp", steps, folder / name, *options)
-    states = {}
-    for name in runs:
-        path = folder / name / f"checkpoint-{config.steps}"
-        parts = ("transformer", "transformer_ema")
-        states[name] = {p: load_file(path / p / "diffusion_pytorch_model.safetensors") for p in parts}
-    differing = [
-        f"{part}/{key}"
-        for part, state in states["straight"].items()
-        for key, value in state.items()
-        if not torch.equal(value, states["resumed"][part][key])
-    ]
-    pairs = zip(runs["straight"], runs["moved"], strict=True)
-    largest = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in pairs)
-    result = {
-        "size": size,
-        "steps": config.steps,
-        "resumed_on_the_same_processes": {"processes": first, "bits_differ_in": differing},
-        "moved": {"from": first, "to": second, "largest_relative_loss_difference": largest},
-        "passed": not differing and largest < LOSS_TOLERANCE,
-    }
-    print(json.dumps(result), flush=True)
-    return result
+    options += [f"--checkpointing_steps={half}", "--checkpoints_total_limit=2"]
+    options += ["--deterministic", f"--compile={str(config.compile).lower()}"]
+    result = {"size": size, "steps": steps, "seconds": {}}
+    straight, seconds = train(data, size, first, "ddp", steps, folder / "straight", *options)
+    result["seconds"]["straight"] = seconds
+    as_killed_after(half, folder / "straight", folder / "resumed")
+    as_killed_after(half, folder / "straight", folder / "moved")
+    _, result["seconds"]["resumed"] = train(data, size, first, "ddp", steps, folder / "resumed", *options)
+    one, other = (saved_weights(folder / name, steps) for name in ("straight", "resumed"))
+    differing = [key for key, value in one.items() if not torch.equal(value, other[key])]
+    del one, other
+    result["resumed_on_the_same_processes"] = {"processes": first, "bits_differ_in": differing}
+    yield result
+    moved, result["seconds"]["moved"] = train(data, size, second, "ddp", steps, folder / "moved", *options)
+    largest = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(straight, moved, strict=True))
+    result["moved"] = {"from": first, "to": second, "largest_relative_loss_difference": largest}
+    result["passed"] = not differing and largest < LOSS_TOLERANCE
+    for name in ("straight", "resumed", "moved"):
+        shutil.rmtree(folder / name)
+    yield result
 
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
+def end_by_exception(number: int, frame) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchmarkConfig, argv, __doc__)
     results = {"device": device_name(), "speed": [], "resume": []}
+
+    def keep(kind: str, row: dict) -> None:
+        if not results[kind] or results[kind][-1] is not row:  # a check that goes on after a part of it is known
+            results[kind].append(row)
+        write_results(config.output, "dit_training", config, results)
+        print(json.dumps(row), flush=True)
+
     for size in config.sizes:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             make_data(folder, size)
-            results["speed"] += measure_speed(config, folder, size, folder)
+            for row in measure_speed(config, folder, size, folder):
+                keep("speed", row)
             if config.resume_check:
-                results["resume"].append(check_resume(config, folder, size, folder))
-        write_results(config.output, "dit_training", config, results)  # what is done is kept if the rest fails
+                for row in check_resume(config, folder, size, folder):
+                    keep("resume", row)
     print(f"results: {config.output}")
     if not all(check["passed"] for check in results["resume"]):
         raise SystemExit("a resumed run differs from a straight one, see above")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_by_exception)
     main()

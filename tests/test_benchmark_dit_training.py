@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,7 +27,33 @@ def test_a_tiny_run_is_measured_and_compared_with_nothing(tmp_path, benchmark):
     result = json.loads((tmp_path / "speed.json").read_text())
     (row,) = result["speed"]
     assert row["images_per_second"] > 0 and row["scaling"] == 1.0 and row["peak_memory_gib"] > 0
+    assert 0 < row["seconds"]["training"] < row["seconds"]["altogether"]
     assert row["mfu"] is None and row["ratio_to"] is None and result["device"] == "CPU"
+
+
+def test_what_was_started_ends_with_the_benchmark(tmp_path, benchmark):
+    """In a session of its own too, where torchrun puts what it starts."""
+    body = f"""
+import subprocess, time
+child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+time.sleep(60)"""
+
+    def tell(number, frame):
+        if (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text():
+            benchmark.end_by_exception(signal.SIGTERM, frame)
+
+    before = signal.signal(signal.SIGALRM, tell)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            benchmark.run_to_its_end([sys.executable, "-c", body], dict(os.environ))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ended.value.code == 143
+    child = Path("/proc") / (tmp_path / "pid").read_text() / "stat"  # a killed orphan may wait for its last rites
+    assert not child.is_file() or child.read_text().split()[2] == "Z"
 
 
 @pytest.mark.parametrize(
