@@ -1,15 +1,30 @@
 """Images a second through Inception, this package's against torch-fidelity's, from PNG files and from tensors.
 
-    python benchmarks/feature_extraction.py --device cuda --num_images 8192 --num_workers 16 \\
+    python benchmarks/feature_extraction.py --device cuda --num_workers 16 \\
         --output benchmarks/results/feature_extraction_h100.json
 
-    python benchmarks/feature_extraction.py --device cpu --num_images 8 --size 64 --batch_size 4 --num_workers 0
+    python benchmarks/feature_extraction.py --device cpu --num_files 8 --num_tensors 8 --size 64 --batch_size 4 \\
+        --num_workers 0 --seconds 600
 
-Both sides run on the same machine in one process after each other, with TensorFloat-32 off ("exact" and the peer);
-"fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its loader, its batch size of 64.
-Beside the ratios stand how far features lie apart, and an FID of two sets of images in both modes: that difference is
-what fast mode costs. Weights are random unless given, which changes no speed; the FID difference that counts is that
-of the real ones.
+Both sides run on the same machine and images in one process after each other, with TensorFloat-32 off ("exact" and the
+peer); "fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its loader of four
+processes, its batch size of 64. A row is one pass over the number of images that stands beside it, from the start of
+its reading processes to the last feature on the CPU; cuDNN's choice of algorithms and the compiler's work come before
+it and are rows of their own. The rows, in the order of what they are worth:
+
+    torch-fidelity            features and logits
+    exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
+    ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
+    reading                   files to batches in pinned memory: no network can be faster
+    ... eager, contiguous     the same network not compiled, and in the other layout of activations
+
+After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
+when it is measured: what ends early keeps what it has.
+
+The ceiling is the rate of plain matrix products of the precision over the operations of one image. Convolutions of
+3x3 that save multiplications (Winograd's) may pass it. Weights are random unless given, which changes no speed; how
+far features lie apart and the FID between two sets of tensors in both modes are what fast mode costs, and count with
+real weights only. Files beyond 1,024 are links to the first: read and decoded anew each, but not made anew.
 """
 
 import argparse
@@ -17,7 +32,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,84 +41,54 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_diffusion.metrics import Extractor, GaussianStatistics, InceptionFeatures, exact_float32, frechet_distance
+from vtp_diffusion.metrics.evaluation import wanted_outputs
 from vtp_diffusion.metrics.inception import save_random_inception
-from vtp_diffusion.metrics.sources import FolderImages, read_batches
+from vtp_diffusion.metrics.records import record_images
+from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batches
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
+DISTINCT_FILES = 1024
+PRODUCT_SIDE = 8192  # of the matrices of the ceiling on a GPU
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
+    start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="torch device")
-    parser.add_argument("--num_images", type=int, default=8192, help="images of each of the two sets")
+    parser.add_argument("--num_files", type=int, default=16384, help="PNG files; the peer reads --num_tensors of them")
+    parser.add_argument("--num_tensors", type=int, default=4096, help="tensors of each of the two sets")
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--batch_size", type=int, default=256, help="of this package")
     parser.add_argument("--num_workers", type=int, default=min(16, os.cpu_count() or 1), help="of this package")
     parser.add_argument("--weights", type=Path, help="torch-fidelity's file of Inception; random ones if not given")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="on a GPU if not given")
+    parser.add_argument("--seconds", type=float, default=90, help="after which no other group of rows is begun")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(arguments, Path(folder))
-    print(json.dumps(results, indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
-
-
-def measure(arguments: argparse.Namespace, folder: Path) -> dict:
-    device, count = torch.device(arguments.device), arguments.num_images
-    weights = arguments.weights or save_random_inception(folder / "random.pth", seed=0)
-    first, second = (textures(count, arguments.size, seed) for seed in (0, 1))
-    save_png(first, folder / "png")
-    with exact_float32():
-        rates, peer = measure_peer(weights, folder / "png", first, device)
-    compiled = device.type == "cuda" if arguments.compile is None else arguments.compile
-    distances, differences, compilation = {}, {}, {}
-    for mode in ("exact", "fast"):
-        extractor = Extractor(InceptionFeatures(weights), device, mode, compiled, arguments.batch_size)
-        compilation[mode], _ = timed(lambda e=extractor: extract(e, [first[: arguments.batch_size]]))
-        source = FolderImages(folder / "png")
-        options = (arguments.batch_size, arguments.num_workers, device.type == "cuda")
-        seconds, found = timed(
-            lambda e=extractor, s=source, o=options: extract(e, read_batches(s, list(range(count)), *o))
+    arguments = parser.parse_args(argv)
+    for name in ("num_files", "num_tensors", "size", "batch_size"):
+        if getattr(arguments, name) < 2:
+            raise ValueError(f"--{name} must be at least 2, got {getattr(arguments, name)}")
+    if arguments.num_tensors > arguments.num_files:
+        raise ValueError(
+            f"--num_tensors {arguments.num_tensors} are also the files that the peer reads: expected no more than "
+            f"--num_files {arguments.num_files}"
         )
-        rates[f"png, {mode}"] = count / seconds
-        seconds, _ = timed(lambda e=extractor: extract(e, first.split(arguments.batch_size)))
-        rates[f"tensors, {mode}"] = count / seconds
-        other = extract(extractor, second.split(arguments.batch_size))
-        distances[mode] = frechet_distance(*(GaussianStatistics.of(x, device=device) for x in (found, other)))
-        differences[mode] = ((found - peer).norm() / (peer - peer.mean(0)).norm()).item()
-    ours = {name: rate for name, rate in rates.items() if "torch-fidelity" not in name}
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "output"},
-        "weights": "random" if arguments.weights is None else arguments.weights.name,
-        "compiled": compiled,
-        "seconds_of_first_batch": {mode: round(seconds, 2) for mode, seconds in compilation.items()},
-        "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
-        "ratio_to_torch_fidelity": {
-            name: round(rate / rates[f"{name.partition(',')[0]}, torch-fidelity"], 2) for name, rate in ours.items()
-        },
-        "difference_of_features_to_their_spread": differences,
-        "fid": distances,
-        "fid_difference_of_fast_mode": distances["fast"] - distances["exact"],
-    }
+    if arguments.compile is None:
+        arguments.compile = arguments.device.startswith("cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        Benchmark(arguments, Path(folder), start).run()
 
 
-def extract(extractor: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """All three outputs are computed, the features (N, 2048) kept, on the CPU."""
-    return torch.cat([extractor(batch)["features"] for batch in batches]).cpu()
+class TensorImages(Dataset):
+    """Tensors (N, 3, H, W) in memory, as torch-fidelity and `read_batches` take images."""
 
-
-class Tensors(Dataset):
-    """What torch-fidelity takes tensors as."""
+    settings = None
 
     def __init__(self, images: torch.Tensor):
-        self.images = images
+        self.images, self.size = images, tuple(images.shape[2:])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -111,25 +96,198 @@ class Tensors(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.images[index]
 
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        return self.images[indices[0] : indices[-1] + 1]
 
-def measure_peer(weights: Path, folder: Path, images: torch.Tensor, device: torch.device) -> tuple[dict, torch.Tensor]:
-    """Rates of torch-fidelity and its features."""
-    from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.utils import get_featuresdict_from_dataset
 
-    layers, cuda = ["2048", "logits_unbiased"], device.type == "cuda"
-    model = FeatureExtractorInceptionV3("peer", layers, feature_extractor_weights_path=str(weights)).to(device)
-    files = ImagesPathDataset(sorted(map(str, folder.iterdir())), TransformPILtoRGBTensor())
-    rates = {}
-    for name, dataset in (("png", files), ("tensors", Tensors(images))):
-        # the first time is cuDNN's and the loader's
-        get_featuresdict_from_dataset(Tensors(images[:PEER_BATCH_SIZE]), model, PEER_BATCH_SIZE, cuda, not cuda, False)
-        seconds, found = timed(
-            lambda d=dataset: get_featuresdict_from_dataset(d, model, PEER_BATCH_SIZE, cuda, not cuda, False)
-        )
-        rates[f"{name}, torch-fidelity"] = len(images) / seconds
-    return rates, found["2048"]
+class Benchmark:
+    """Measures row after row, and writes all there are after each.
+
+    Args:
+        folder: for files of images and of random weights.
+        start: time when the program began.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path, start: float):
+        self.arguments, self.folder, self.start = arguments, folder, start
+        self.device = torch.device(arguments.device)
+        self.cuda = self.device.type == "cuda"
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "output"}
+        self.results: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(self.device) if self.cuda else "cpu",
+            "torch": torch.__version__,
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "settings": settings,
+            "weights": "random" if arguments.weights is None else arguments.weights.name,
+            "rows": [],
+            "seconds_before": {},
+            "not_run": [],
+        }
+        self.distances: dict[str, float] = {}
+
+    def run(self) -> None:
+        self.prepare()
+        with exact_float32():
+            self.measure_peer()
+        kind = "compiled" if self.arguments.compile else "eager"
+        groups: dict[str, Callable[[], None]] = {
+            f"exact, {kind}": lambda: self.measure_mode("exact"),
+            f"fast, {kind}": lambda: self.measure_mode("fast"),
+            "reading": self.measure_reading,
+            "ceiling": self.measure_ceiling,
+        }
+        for mode, layout, compiled in (
+            ("exact", "contiguous", False),
+            ("exact", "channels_last", False),
+            ("fast", "channels_last", False),
+            ("exact", "contiguous", True),
+        ):
+            # without a compiler the default mode was the second of these
+            if compiled <= self.arguments.compile and (compiled, layout) != (self.arguments.compile, "channels_last"):
+                name = f"{mode}, {'compiled' if compiled else 'eager'}, {layout}"
+                groups[name] = lambda v=(mode, layout, compiled), n=name: self.measure_variant(n, *v)
+        for name, measure in groups.items():
+            if time.perf_counter() - self.start > self.arguments.seconds:
+                self.results["not_run"].append(name)
+                print(f"not run, --seconds {self.arguments.seconds:g} are over: {name}", flush=True)
+            else:
+                measure()
+        self.write()
+
+    def prepare(self) -> None:
+        """Images and weights."""
+        count, size = self.arguments.num_tensors, self.arguments.size
+        seconds, sets = timed(lambda: [textures(count, size, seed, self.device) for seed in (0, 1)])
+        self.first, self.second = map(TensorImages, sets)
+        self.before("making images", seconds)
+        seconds, _ = timed(lambda: save_png(self.first.images, self.arguments.num_files, self.folder / "png"))
+        self.before("writing files", seconds)
+        seconds, self.files = timed(lambda: FolderImages(self.folder / "png"))
+        self.before("opening the folder", seconds)
+        self.weights = self.arguments.weights or save_random_inception(self.folder / "random.pth", seed=0)
+
+    def measure_peer(self) -> None:
+        """Rates of torch-fidelity and its features."""
+        from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        from torch_fidelity.utils import get_featuresdict_from_dataset
+
+        layers = ["2048", "logits_unbiased"]
+        model = FeatureExtractorInceptionV3("peer", layers, feature_extractor_weights_path=str(self.weights))
+        model.to(self.device)
+        files = [str(file) for file in self.files.files[: len(self.first)]]
+
+        def extract_theirs(dataset: Dataset) -> torch.Tensor:
+            options = (PEER_BATCH_SIZE, self.cuda, not self.cuda, False)
+            return get_featuresdict_from_dataset(dataset, model, *options)["2048"]
+
+        first = TensorImages(self.first.images[:PEER_BATCH_SIZE])
+        self.before("torch-fidelity's first batch", timed(lambda: extract_theirs(first))[0])
+        dataset = ImagesPathDataset(files, TransformPILtoRGBTensor())
+        self.row("png, torch-fidelity", len(dataset), timed(lambda: extract_theirs(dataset))[0])
+        seconds, self.peer = timed(lambda: extract_theirs(self.first))
+        self.row("tensors, torch-fidelity", len(self.first), seconds)
+
+    def measure_mode(self, mode: str) -> None:
+        """As evaluation runs, with what the mode does to features and to an FID."""
+        kind = "compiled" if self.arguments.compile else "eager"
+        extractor = self.extractor(f"{mode}, {kind}", mode, compile=self.arguments.compile)
+        seconds, found = timed(lambda: extract(extractor, self.batches(self.first)))
+        self.row(f"tensors, {mode}", len(self.first), seconds)
+        seconds, _ = timed(lambda: extract(extractor, self.batches(self.files)))
+        self.row(f"png, {mode}", len(self.files), seconds)
+        seconds, _ = timed(lambda: self.record(extractor))
+        self.row(f"png, {mode}, record", len(self.files), seconds)
+        other = extract(extractor, self.batches(self.second))
+        pair = [GaussianStatistics.of(x, device=self.device) for x in (found, other)]
+        seconds, self.distances[mode] = timed(lambda: frechet_distance(*pair))
+        self.before(f"distance of {mode} features", seconds)
+        difference = ((found - self.peer).norm() / (self.peer - self.peer.mean(0)).norm()).item()
+        self.results.setdefault("difference_of_features_to_their_spread", {})[mode] = difference
+        self.results["fid"] = self.distances
+        if len(self.distances) == 2:
+            self.results["fid_difference_of_fast_mode"] = self.distances["fast"] - self.distances["exact"]
+        self.write()
+
+    def measure_variant(self, name: str, mode: str, layout: str, compiled: bool) -> None:
+        extractor = self.extractor(name, mode, compile=compiled, layout=layout)
+        seconds, _ = timed(lambda: extract(extractor, self.batches(self.first)))
+        self.row(f"tensors, {name}", len(self.first), seconds)
+
+    def measure_reading(self) -> None:
+        for name, hashed in (("png, reading", False), ("png, reading and hashing", True)):
+            seconds, _ = timed(lambda h=hashed: [None for _ in self.batches(self.files, h)])
+            self.row(name, len(self.files), seconds)
+
+    def measure_ceiling(self) -> None:
+        network = InceptionFeatures(self.weights)
+        image = torch.zeros(1, 3, self.arguments.size, self.arguments.size, dtype=torch.uint8)
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            network(image)
+        flops = counter.get_total_flops()
+        ceiling: dict[str, Any] = {"flops_an_image": flops}
+        side = PRODUCT_SIDE if self.cuda else 1024
+        for mode, dtype in (("exact", torch.float32), ("fast", torch.float16)):
+            if self.cuda or mode == "exact":  # no CPU program is made for float16
+                rate = product_flops(side, dtype, self.device)
+                ceiling[mode] = {"flops_a_second": rate, "images_per_second": round(rate / flops, 1)}
+        self.results["ceiling"] = ceiling
+        print(f"ceiling: {json.dumps(ceiling)}", flush=True)
+        self.write()
+
+    def extractor(self, name: str, mode: str, **options) -> Extractor:
+        """Ready: compiled, and its algorithms chosen."""
+        size = self.arguments.batch_size
+        extractor = Extractor(InceptionFeatures(self.weights), self.device, mode, batch_size=size, **options)
+        self.before(f"first batch, {name}", timed(lambda: extract(extractor, [self.first.images[:size]]))[0])
+        rest = len(self.first) % size
+        if rest and not options["compile"]:  # a batch of another size is another choice
+            extract(extractor, [self.first.images[-rest:]])
+        return extractor
+
+    def batches(self, source: ImageSource, hashed: bool = False) -> Iterator:
+        """As evaluation reads them. Tensors lie in memory: processes could only copy them."""
+        workers = 0 if isinstance(source, TensorImages) else self.arguments.num_workers
+        return read_batches(source, range(len(source)), self.arguments.batch_size, workers, self.cuda, hashed)
+
+    def record(self, extractor: Extractor) -> None:
+        """What `eval/generation.py` does with generated images."""
+        count, step = len(self.files), self.arguments.batch_size
+        places = (range(k, min(k + step, count)) for k in range(0, count, step))
+        passing = ((place, *batch) for place, batch in zip(places, self.batches(self.files, True), strict=True))
+        wanted = {"inception": wanted_outputs(extractor.network, "generated")}
+        record_images(passing, count, {"inception": extractor}, wanted, seed=0)
+
+    def before(self, what: str, seconds: float) -> None:
+        """What precedes rows, and is in none."""
+        self.results["seconds_before"][what] = round(seconds, 2)
+        print(f"{what}: {seconds:.2f} s", flush=True)
+
+    def row(self, name: str, count: int, seconds: float) -> None:
+        row = {"name": name, "images": count, "seconds": round(seconds, 3), "images_per_second": count / seconds}
+        peer = f"{name.partition(',')[0]}, torch-fidelity"
+        for other in self.results["rows"]:
+            if other["name"] == peer and "reading" not in name:
+                row["ratio_to_torch_fidelity"] = row["images_per_second"] / other["images_per_second"]
+        self.results["rows"].append(row)
+        ratio = f", {row['ratio_to_torch_fidelity']:.2f} x torch-fidelity" if "ratio_to_torch_fidelity" in row else ""
+        print(f"{name}: {row['images_per_second']:.1f} images/s ({count} images){ratio}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        self.results["seconds_in_all"] = round(time.perf_counter() - self.start, 1)
+        if self.arguments.output:
+            path = self.arguments.output
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f".{path.name}")
+            unfinished.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
+            unfinished.rename(path)
+
+
+def extract(extractor: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """All three outputs are computed, the features (N, 2048) kept, on the CPU."""
+    return torch.cat([extractor(batch)["features"] for batch in batches]).cpu()
 
 
 def timed(call: Callable) -> tuple[float, Any]:
@@ -139,27 +297,48 @@ def timed(call: Callable) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
-def textures(count: int, size: int, seed: int) -> torch.Tensor:
-    """uint8 (N, 3, size, size): noise of several sizes, which PNG compresses about as badly as photographs."""
-    generator = torch.Generator().manual_seed(seed)
+def product_flops(side: int, dtype: torch.dtype, device: torch.device, repeats: int = 10) -> float:
+    """FLOP/s of square matrix products without TensorFloat-32."""
+    x = torch.randn(side, side, device=device).to(dtype)
+
+    def multiply(times: int) -> None:
+        for _ in range(times):
+            y = x @ x
+        y[0, 0].item()  # waits
+
+    with exact_float32():
+        multiply(2)
+        seconds, _ = timed(lambda: multiply(repeats))
+    return 2 * side**3 * repeats / seconds
+
+
+def textures(count: int, size: int, seed: int, device: torch.device) -> torch.Tensor:
+    """uint8 (N, 3, size, size) on the CPU, made on the device: noise of several sizes, which PNG compresses about as
+    badly as photographs."""
+    generator = torch.Generator(device).manual_seed(seed)
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)
     for chunk in images.split(256):
-        total = torch.zeros(len(chunk), 3, size, size)
+        total = torch.full((len(chunk), 3, size, size), 128.0, device=device)
         for side, weight in ((4, 60.0), (16, 30.0 + 10 * seed), (size, 6.0)):
-            noise = torch.randn(len(chunk), 3, side, side, generator=generator)
-            total += weight * interpolate(noise, (size, size), mode="bilinear")
-        chunk.copy_((total + 128).clamp(0, 255))
+            noise = torch.randn(len(chunk), 3, side, side, generator=generator, device=device)
+            total += weight * (noise if side == size else interpolate(noise, (size, size), mode="bilinear"))
+        chunk.copy_(total.clamp_(0, 255))
     return images
 
 
-def save_png(images: torch.Tensor, folder: Path) -> None:
+def save_png(images: torch.Tensor, count: int, folder: Path) -> None:
+    """`count` files, of which the first 1,024 at most are made and the others linked to them."""
     folder.mkdir()
+    distinct = min(count, len(images), DISTINCT_FILES)
+    pixels = images[:distinct].permute(0, 2, 3, 1).contiguous().numpy()
 
     def save(k: int) -> None:
-        Image.fromarray(images[k].permute(1, 2, 0).numpy()).save(folder / f"{k:06d}.png")
+        Image.fromarray(pixels[k]).save(folder / f"{k:06d}.png")
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(save, range(len(images))))
+        list(pool.map(save, range(distinct)))
+    for k in range(distinct, count):
+        os.link(folder / f"{k % distinct:06d}.png", folder / f"{k:06d}.png")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from .inception import open_inception
 from .networks import EfficientNetLite0Features, FeatureNetwork, VGG16Features, VTPFeatures
 
 FeatureMode = Literal["exact", "fast"]
+Layout = Literal["channels_last", "contiguous"]
 VTP_PREFIX = "vtp:"
 
 FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
@@ -97,13 +98,15 @@ class Extractor:
     """A feature network ready to run on a device.
 
     Args:
-        network: is moved there and, for its convolutions' sake, to channels-last weights.
+        network: is moved there, its weights to the layout.
         mode: "exact" computes in float32 without TensorFloat-32; "fast" computes convolutions and products in float16
             (resizing, averages over positions and all statistics stay float32 or better). What that does to an FID is
             what `benchmarks/feature_extraction.py` prints. float16 and not bfloat16, because its rounding is 8 times
             finer; features that overflow it are an error, as all that are not finite are.
         compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
         batch_size: what to fill up to.
+        layout: of activations and weights. Tensor cores want channels_last; which is faster in float32 without
+            TensorFloat-32 depends on the library of convolutions: `benchmarks/feature_extraction.py` measures both.
     """
 
     def __init__(
@@ -113,15 +116,20 @@ class Extractor:
         mode: FeatureMode = "exact",
         compile: bool = False,
         batch_size: int | None = None,
+        layout: Layout = "channels_last",
     ):
         if mode not in ("exact", "fast"):
             raise ValueError(f"feature mode {mode!r} is unknown; known: exact, fast")
         if compile and batch_size is None:
             raise ValueError("a compiled network needs the batch_size that smaller batches are filled up to")
         self.network, self.device, self.mode = network, torch.device(device), mode
-        network.to(self.device, memory_format=torch.channels_last)
+        channels_last = layout == "channels_last"
+        network.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        network.to(self.device, memory_format=network.memory_format)
         self.batch_size = batch_size if compile else None
-        self._compiled = torch.compile(network.outputs, dynamic=False) if compile else None
+        # else the compiler chooses a layout of its own
+        options = None if channels_last else {"layout_optimization": False}
+        self._compiled = torch.compile(network.outputs, dynamic=False, options=options) if compile else None
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -132,7 +140,7 @@ class Extractor:
             filling = images[-1:].expand(self.batch_size - count, -1, -1, -1)
             images = torch.cat([images, filling])
         # one layout whatever the source's and the filling's: another one would be compiled anew
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=self.network.memory_format)
         fast = torch.autocast(self.device.type, dtype=torch.float16, enabled=self.mode == "fast")
         outputs = self._compiled or self.network.outputs
         with exact_float32(benchmark=True), fast:

@@ -93,7 +93,7 @@ class InceptionFeatures(FeatureNetwork):
 
     def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = (resize_like_tensorflow1(images.float()) - 128) / 128
-        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        hidden = hidden.contiguous(memory_format=self.memory_format)
         for name in BLOCKS:
             hidden = getattr(self.model, name)(hidden)
         spatial, self._spatial = self._spatial, None

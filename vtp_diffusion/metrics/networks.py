@@ -28,8 +28,10 @@ class FeatureNetwork(nn.Module):
         output_dims: widths of what `outputs` gives; "features" is among them.
         preprocessing: what happens to the pixels first, in words.
         file: where the weights came from.
+        memory_format: layout of activations, which an `Extractor` chooses.
     """
 
+    memory_format = torch.channels_last
     name: str
     distance_name: str
     dim: int
