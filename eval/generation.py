@@ -65,6 +65,7 @@ from vtp_diffusion.metrics.passes import (
 )
 from vtp_diffusion.metrics.records import ImageRecord
 from vtp_diffusion.metrics.references import read_statistics, write_statistics
+from vtp_diffusion.metrics.scores import SMALL_SPLIT
 from vtp_diffusion.metrics.sources import (
     DatasetImages,
     FolderImages,
@@ -368,6 +369,11 @@ def print_results(results: dict) -> None:
         spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
         order = f"  {row['order']}" if row.get("order", "as given") != "as given" else ""
         print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}{order}")
+        if row.get("images_per_split", SMALL_SPLIT) < SMALL_SPLIT:
+            print(
+                f"  its {row['splits']} parts hold {row['images_per_split']} images, which no score exceeds: "
+                "compare it at this size only (papers': 5,000)"
+            )
     if results["settings"]["feature_mode"] != "exact":
         print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
     for row in results["not_measured"]:

@@ -139,9 +139,11 @@ def test_the_program_gives_torch_fidelitys_numbers(weights, folders, tmp_path, m
     expected = torch_fidelity.calculate_metrics(
         input1=str(generated), input2=str(reference), cuda=False, isc=True, kid=True, prc=True, cache=False,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights), save_cpu_ram=True,
-        feature_layer_prc="2048", samples_shuffle=False, kid_subset_size=COUNT, verbose=False,
+        feature_layer_prc="2048", samples_shuffle=False, kid_subset_size=COUNT // 2, verbose=False,
     )  # fmt: skip
+    assert (rows["KID"]["subset_size"], rows["KID"]["subsets"]) == (COUNT // 2, 100)
     score = scores["Inception score"]
+    assert score["images_per_split"] == 1 and "parts hold 1 images, which no score exceeds" in printed
     assert score["as_given"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
     assert rows["KID"]["value"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
     assert scores["precision"]["value"] == pytest.approx(expected["precision"])

@@ -71,7 +71,8 @@ def test_the_kernel_distance_is_zero_on_average_and_sees_a_shift():
     assert moved.value > 5 * moved.deviation
     expected = kid(x + 1, y, kid_subsets=40, kid_subset_size=100, verbose=False)
     assert moved.value == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
-    assert kernel_distance(x[:9], y).subset_size == 9
+    small = kernel_distance(x[:9], y)  # not 9: every subset would be the set itself
+    assert small.subset_size == 4 and small.deviation > 0
 
 
 def test_bad_scores():
@@ -83,5 +84,7 @@ def test_bad_scores():
         precision_recall(torch.zeros(3, 2), torch.zeros(9, 2))
     with pytest.raises(ValueError, match=r"\(9, 2\) and \(9, 3\)"):
         density_coverage(torch.zeros(9, 2), torch.zeros(9, 3))
+    with pytest.raises(ValueError, match="4 rows or more"):
+        kernel_distance(torch.zeros(3, 2), torch.zeros(9, 2))
     with pytest.raises(ValueError, match="features are not finite"):
         kernel_distance(torch.full((9, 2), float("inf")), torch.zeros(9, 2))

@@ -12,7 +12,9 @@ from .references import REFERENCE_IMAGES
 from .scores import (
     DENSITY_NEIGHBOURS,
     INCEPTION_SPLITS,
+    KERNEL_MINIMUM,
     PRECISION_NEIGHBOURS,
+    SUBSET_RULE,
     density_coverage,
     inception_score,
     kernel_distance,
@@ -116,13 +118,17 @@ class Measurement:
         statistics = self._record("reference", output).statistics
         return statistics, statistics.count
 
-    def _floor(self, output: str, **distance) -> Floor | None:
+    def _floor(self, output: str, minimum: int = 2, **distance) -> Floor | None:
+        """None where a side of it would hold fewer images than `minimum`."""
         if "reference" not in self.records:
             return None
         features, reference = self._features(self.name, output), self._features("reference", output)
         if "floor" in self.records:
-            return floor_of_images(features, reference, self._features("floor", output), self.seed, **distance)
-        if min(len(features), len(reference) // 2) < 2:
+            floor = self._features("floor", output)
+            if min(len(features), len(floor)) < minimum:
+                return None
+            return floor_of_images(features, reference, floor, self.seed, **distance)
+        if min(len(features), len(reference) // 2) < minimum:
             return None
         return floor_of_halves(features, reference, self.seed, **distance)
 
@@ -140,16 +146,21 @@ class Measurement:
 
     def _kernel_distance(self) -> None:
         generated, reference = self._features(self.name), self._features("reference")
+        title = self.network.kernel_distance_name
+        if min(len(generated), len(reference)) < KERNEL_MINIMUM:
+            why = f"{len(generated)} and {len(reference)} images, expected at least {KERNEL_MINIMUM}"
+            self.not_measured[title] = why
+            return
         found = kernel_distance(generated, reference)
 
         def distance(x: torch.Tensor, y: torch.Tensor) -> float:
             return kernel_distance(y, x, subsets=FLOOR_SUBSETS).value
 
         spread = f"standard deviation of {found.subsets} subsets of {found.subset_size}"
-        floor = self._floor("features", prepare=lambda features: features, distance=distance)
-        title = self.network.kernel_distance_name
-        spread = {"kind": spread, "value": found.deviation}
-        self.kernel_distances.append(self._row(title, found.value, spread, len(reference), floor))
+        floor = self._floor("features", KERNEL_MINIMUM, prepare=lambda features: features, distance=distance)
+        row = self._row(title, found.value, {"kind": spread, "value": found.deviation}, len(reference), floor)
+        subsets = {"subsets": found.subsets, "subset_size": found.subset_size, "subset_rule": SUBSET_RULE}
+        self.kernel_distances.append(row | subsets)
 
     def _row(self, title: str, value: float, spread: dict, num_reference: int | None, floor: Floor | None) -> dict:
         return {

@@ -8,12 +8,19 @@ import numpy as np
 import torch
 
 INCEPTION_SPLITS = 10
+SPLIT_RULE = (
+    "10 consecutive parts, as Salimans et al. and torch-fidelity; ADM's evaluator takes parts of 5,000, which are the "
+    "same of 50,000 images"
+)
+SMALL_SPLIT = 100  # images, below which a score says more about the size of its parts than about the images
 NUM_ORDERS = 20  # random orders that the order of the files is compared with
 SORTED_BELOW = 5.0  # standard deviations
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
+KERNEL_MINIMUM = 4  # images of a set: half of them are a subset, and its unbiased estimate needs pairs
+SUBSET_RULE = f"{KERNEL_SUBSET_SIZE} images, at most half of the smaller set"
 SHUFFLE_SEED = 2020  # torch-fidelity's
 
 
@@ -23,7 +30,9 @@ class InceptionScore:
 
     Attributes:
         value, deviation: mean and standard deviation over the splits.
-        splits: number of consecutive parts of equal size; of 50,000 images they are ADM's parts of 5,000.
+        splits: number of consecutive parts of equal size; of 50,000 images they are ADM's parts of 5,000. Of another
+            number ADM's evaluator would take more or fewer: scores are comparable for parts of one size only.
+        images_per_split: of the smallest part. The fewer, the lower the score.
         order: "as given", or "shuffled" because the given order was sorted by class.
         as_given: the score in the order given.
         random_orders, random_orders_deviation: mean and standard deviation of the scores of 20 random orders.
@@ -32,6 +41,7 @@ class InceptionScore:
     value: float
     deviation: float
     splits: int
+    images_per_split: int
     order: str
     as_given: float
     random_orders: float
@@ -39,7 +49,9 @@ class InceptionScore:
 
     def settings(self) -> dict:
         """Everything but value and deviation, for result files."""
-        return {key: value for key, value in asdict(self).items() if key not in ("value", "deviation")}
+        return {"split_rule": SPLIT_RULE} | {
+            key: value for key, value in asdict(self).items() if key not in ("value", "deviation")
+        }
 
 
 def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, chunk: int = 4096) -> InceptionScore:
@@ -86,6 +98,7 @@ def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, chunk:
         chosen.mean().item(),
         chosen.std(correction=0).item(),
         splits,
+        count // splits,
         f"shuffled: sorted by class as given (numpy RandomState({SHUFFLE_SEED}))" if is_sorted else "as given",
         given,
         random_mean,
@@ -193,13 +206,14 @@ def kernel_distance(
 
     Args:
         generated, reference: (N, D) and (M, D).
-        subset_size: at most so many of each; fewer where there are fewer.
+        subset_size: at most so many of each, and at most half of the smaller set: subsets as large as their set would
+            all be the same one, and their spread of 0 would say nothing.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not finite, or fewer than 2 rows.
+        ValueError: shapes that do not fit, features that are not finite, or fewer than 4 rows.
     """
-    _check_pair(generated, reference, 2)
-    size = min(subset_size, len(generated), len(reference))
+    _check_pair(generated, reference, KERNEL_MINIMUM)
+    size = min(subset_size, len(generated) // 2, len(reference) // 2)
     generator = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
