@@ -131,9 +131,10 @@ def main():
 
     def step(number: int) -> None:
         inputs = step_inputs(objective, images, token_ids, number)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = objective(**inputs)["loss"]
-        loss.backward()
+        for name, arguments in inputs.items():  # one after the other, as the program does it
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = objective(**{name: arguments})["loss"]
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 3.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -90,6 +90,46 @@ def test_the_losses_are_named_and_every_trained_weight_learns():
     assert objective.autoencoder.encoder.embeddings.mask_token.grad.any()
 
 
+def test_objectives_passed_backwards_one_by_one_have_the_gradients_of_all_at_once():
+    together, one_by_one = tiny_objectives(depth_rate=0.5), tiny_objectives(depth_rate=0.5)
+    one_by_one.load_state_dict(together.state_dict())
+    inputs = tiny_inputs(together)
+    loss = together(**inputs)["loss"]
+    loss.backward()
+    total = 0.0
+    for name, arguments in inputs.items():
+        losses = one_by_one(**{name: arguments})
+        losses["loss"].backward()
+        total += losses["loss"].item()
+    assert total == pytest.approx(loss.item(), rel=1e-5)
+    for (name, first), second in zip(together.named_parameters(), one_by_one.parameters(), strict=True):
+        if first.requires_grad:
+            torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_stochastic_depth_has_the_gradients_of_adding_into_rows(compiled):
+    """Against the plain formula, whose gradients are sums over rows."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 3, 4, generator=generator), torch.randn(4, 4, generator=generator)
+    kept, seen = torch.tensor([4, 0, 5, 2]), torch.randn(6, 3, 4, generator=generator)
+
+    def ours(x, weight):
+        return residual_update(x, lambda part: torch.sin(part @ weight), kept)
+
+    def plain(x, weight):
+        return x.index_add(0, kept, torch.sin(x[kept] @ weight), alpha=6 / 4)
+
+    ours = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
+    results = []
+    for function in (ours, plain):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        value = function(*leaves)
+        results.append([value.detach(), *torch.autograd.grad((value * seen).sum(), leaves)])
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second)
+
+
 def test_stochastic_depth_computes_fewer_samples_and_its_expectation_is_the_whole_update():
     x, seen = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(0)), []
 

@@ -31,6 +31,7 @@ from torch import nn
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.checkpoints import export_averaged
 from vtp_diffusion.cli import run as run_program
+from vtp_diffusion.compilation import compile_blocks
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
 from vtp_diffusion.flow_matching import (
@@ -45,6 +46,7 @@ from vtp_diffusion.flow_matching import (
 from vtp_diffusion.latent_inputs import OnlineLatents, check_latents, class_names, stored_latents
 from vtp_diffusion.latents import LatentDataset, encode_raw, latent_statistics
 from vtp_diffusion.metrics.sources import pipeline_image_size
+from vtp_diffusion.processes import this_process
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.throughput import forward_flops
 from vtp_diffusion.training import TrainingRun
@@ -374,10 +376,12 @@ def main(argv: list[str] | None = None) -> None:
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
     objective = FlowMatchingObjective(transformer, config.cosine_loss)
-    if config.compile:
-        objective.losses = torch.compile(objective.losses)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
+    if config.compile and this_process()[1] == 1:
+        objective.losses = torch.compile(objective.losses)
+    elif config.compile:
+        compile_blocks(transformer, transformer._repeated_blocks)
     run = TrainingRun(
         config, folder, objective, transformer, "transformer", dataset.fingerprint, flops_per_image=flops
     )
@@ -387,7 +391,8 @@ def main(argv: list[str] | None = None) -> None:
     for step in run.steps():
         run.optimise(step, inputs)
         if watched and run.due(step, config.validation_steps):
-            validate(config, run, vae, dataset, distance, step + 1)
+            with torch.compiler.set_stance("force_eager"):  # other shapes: not worth programs
+                validate(config, run, vae, dataset, distance, step + 1)
         if step + 1 == config.guide.step:
             export_averaged(run, GUIDE)
     with run.averaged_model() as model:

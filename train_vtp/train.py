@@ -165,11 +165,12 @@ def check_data(config: Config, dataset) -> None:
         raise ValueError(f"{config.data.source} has no captions, which the contrastive objective needs")
 
 
-def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[dict]:
-    """Inputs of every objective, micro-step by micro-step."""
+def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[list[dict]]:
+    """Inputs of every objective, micro-step by micro-step. Each objective is passed backwards by itself: the memory of
+    a step is then that of the largest, not of all."""
     make = PreTrainingInputs(run, objective, config.augmentation, config.data.resolution)
     for micro_step, batch in zip(run.micro_steps, batches, strict=False):  # a stream does not end
-        yield make(micro_step, batch)
+        yield [{name: inputs} for name, inputs in make(micro_step, batch).items()]
 
 
 def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, name: str, perceptual) -> dict:
@@ -238,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         training.fingerprint,
         not_saved=("objectives.reconstruction.perceptual.",),
         flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
+        in_parts=len(config.objectives) > 1,
     )
     if run.sharded and config.objectives != ("reconstruction",):
         raise ValueError("the teacher and the text tower are not trained sharded: FSDP is for reconstruction alone")

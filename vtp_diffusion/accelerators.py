@@ -15,20 +15,25 @@ from .processes import join_processes
 from .training_config import TrainingConfig
 
 
-def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: list[str]) -> Any:
+def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: list[str], in_parts: bool = False) -> Any:
     """The accelerate.Accelerator of a run. Processes, DDP and FSDP2 are what `accelerate launch` says they are.
 
     Under FSDP2 the shards stay float32 and products run under autocast, as without it: accelerate's own policy would
     round the times that the network is conditioned on to bfloat16.
 
-    Args: `block_names`: classes whose instances FSDP2 shards one by one, unless the launcher names others.
+    Args:
+        block_names: classes whose instances FSDP2 shards one by one, unless the launcher names others.
+        in_parts: the backward passes of a step do not all reach the same parameters, see `TrainingRun`.
 
     Raises:
         ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, fp8 where
             accelerate has nothing that gives it, a batch that the processes cannot share.
     """
     accelerate = require("accelerate", "train")
-    handlers = []
+    # DDP sums gradients up in the last backward pass of a step: also those of parameters which only others reached,
+    # if it is told to look for them
+    ddp = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=in_parts)
+    handlers = [ddp]
     if config.mixed_precision == "fp8":
         handlers.append(_fp8_recipe(accelerate))
     tracker = None if config.report_to == "none" else config.report_to
@@ -38,7 +43,7 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
         mixed_precision=config.mixed_precision,
         log_with=tracker,
         project_dir=str(project_dir),
-        kwargs_handlers=handlers or None,
+        kwargs_handlers=handlers,
     )
     _set_up_sharding(accelerate, accelerator, block_names)
     parts = accelerator.num_processes * config.gradient_accumulation_steps

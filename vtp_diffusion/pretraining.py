@@ -14,9 +14,11 @@ from torch import nn
 
 from .autoencoder_vtp import AutoencoderVTP
 from .batches import collate_images
+from .compilation import compile_blocks
 from .images import from_uint8, image_grid, to_pil, to_uint8
 from .latents import ChannelStatistics
 from .metrics.pixels import psnr
+from .processes import this_process
 from .self_supervision import SelfSupervisionObjective
 from .stochastic_depth import check_drop_rate
 from .vtp_model import VTPModel
@@ -171,15 +173,16 @@ class VTPForPreTraining(nn.Module):
     def forward(self, **inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`<objective>/<loss>` -> scalar, and "loss": the weighted sum over objectives (arXiv:2512.13687).
 
-        Args: `inputs`: objective name -> its inputs.
+        Args: `inputs`: objective name -> its inputs; of some only, where each is passed backwards by itself.
         """
         return self.losses(inputs)
 
     def losses(self, inputs: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """`forward` without what accelerate wraps around it: what a program compiles."""
         losses, total = {}, 0.0
-        for name, objective in self.objectives.items():
-            parts = objective(self.autoencoder, **inputs[name])
+        for name, arguments in inputs.items():
+            objective = self.objectives[name]
+            parts = objective(self.autoencoder, **arguments)
             total = total + objective.config.weight * parts["loss"]
             losses |= {f"{name}/{key}": value for key, value in parts.items() if key != "loss"}
         return losses | {"loss": total}
@@ -197,17 +200,13 @@ class VTPForPreTraining(nn.Module):
 def compile_parts(objective: VTPForPreTraining) -> None:
     """Compile what takes the time: all of the reconstruction where it is alone, else the blocks, the losses over
     prototypes and LPIPS one by one, since one graph of three objectives would take longer to compile than small models
-    take to train.
-
-    A step has few shapes, always the same ones: each has programs of its own, none with sizes left open.
+    take to train. Several processes compile blocks in any case, see `compile_blocks`.
     """
-    if list(objective.objectives) == ["reconstruction"]:
+    if list(objective.objectives) == ["reconstruction"] and this_process()[1] == 1:
         objective.losses = torch.compile(objective.losses)
         return
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
-    for module in objective.modules():
-        if type(module).__name__ in VTPModel._repeated_blocks:
-            module.compile(dynamic=False)
+    compile_blocks(objective, VTPModel._repeated_blocks)
     for part in objective.objectives.values():
         if isinstance(part, SelfSupervisionObjective):
             part.compare = torch.compile(part.compare, dynamic=False)

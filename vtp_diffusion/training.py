@@ -71,6 +71,7 @@ class TrainingRun:
             Beside AdamW's settings a group may have `lr_scale`, a factor on the learning rate, and `network`, a name:
             the gradients of a network are clipped by themselves. A step is left out for all networks or for none.
         flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
+        in_parts: micro-batches are lists, and what a set of arguments leads to does not use every parameter.
 
     A loss of the objective that is a table (K, 2) of sums and counts, as `flow_matching.sums_by_time` makes them, is
     logged as the K means.
@@ -91,12 +92,14 @@ class TrainingRun:
         not_saved: tuple[str, ...] = (),
         groups: list[dict[str, Any]] | None = None,
         flops_per_image: float | None = None,
+        in_parts: bool = False,
     ):
         self.config, self.folder, self.model, self.model_name = config, folder, model, model_name
         self.fingerprint, self.not_saved, self.bare = fingerprint, not_saved, objective
         if config.deterministic:
             use_deterministic_algorithms()
-        self.accelerator = make_accelerator(config, folder.path, getattr(model, "_no_split_modules", None) or [])
+        block_names = getattr(model, "_no_split_modules", None) or []
+        self.accelerator = make_accelerator(config, folder.path, block_names, in_parts)
         self.micro_batch_size = config.train_batch_size // (
             self.accelerator.num_processes * config.gradient_accumulation_steps
         )
@@ -234,18 +237,24 @@ class TrainingRun:
         every = (self.config.log_steps, self.config.validation_steps, self.config.checkpointing_steps)
         return step == self.first_step or any(self.due(step, n) for n in every)
 
-    def optimise(self, step: int, micro_batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        """One optimiser step over the next `gradient_accumulation_steps` sets of arguments of the objective."""
+    def optimise(self, step: int, micro_batches: Iterator[dict[str, Any] | list[dict[str, Any]]]) -> None:
+        """One optimiser step over the next `gradient_accumulation_steps` sets of arguments of the objective.
+
+        A micro-batch may be a list of sets, which are passed forwards and backwards one after the other: their losses
+        are added up, and the activations of one set only are in memory at a time. See `in_parts`.
+        """
         count, means = self.config.gradient_accumulation_steps, {}
         for k in range(count):
-            arguments = next(micro_batches)
-            synchronise = contextlib.nullcontext() if k == count - 1 else self.accelerator.no_sync(self.objective)
-            with synchronise:
-                with self.accelerator.autocast() if self.sharded else contextlib.nullcontext():
-                    losses = self.objective(**arguments)
-                self.accelerator.backward(losses["loss"] / count)
-            for name, value in losses.items():
-                means[name] = means.get(name, 0) + value.detach().float() / count
+            micro_batch = next(micro_batches)
+            parts = micro_batch if isinstance(micro_batch, list) else [micro_batch]
+            for arguments in parts:
+                last = k == count - 1 and arguments is parts[-1]
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
+                    with self.accelerator.autocast() if self.sharded else contextlib.nullcontext():
+                        losses = self.objective(**arguments)
+                    self.accelerator.backward(losses["loss"] / count)
+                for name, value in losses.items():
+                    means[name] = means.get(name, 0) + value.detach().float() / count
         rate = learning_rate_at(step, self.config)
         norms, finite = self._update(rate)
         means |= norms | {"finite": finite}

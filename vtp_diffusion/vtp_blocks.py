@@ -149,8 +149,49 @@ def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.T
     """
     if kept is None:
         return hidden_states + branch(hidden_states)
-    update = branch(hidden_states.index_select(0, kept)).to(hidden_states.dtype)
-    return hidden_states.index_add(0, kept, update, alpha=len(hidden_states) / len(kept))
+    order = torch.arange(len(kept), device=kept.device)
+    place = kept.new_full((len(hidden_states),), len(kept)).scatter(0, kept, order)  # (B,) of a sample in kept
+    update = branch(_KeptSamples.apply(hidden_states, kept, place))
+    return _AddedUpdate.apply(hidden_states, update.to(hidden_states.dtype), kept, place)
+
+
+def _spread(samples: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """(K, S, D) and places (B,) in it -> (B, S, D), zero where the place is K."""
+    count = len(samples)
+    rows = samples.index_select(0, place.clamp(max=count - 1))
+    return torch.where((place < count)[:, None, None], rows, 0)
+
+
+# Both below read rows where autograd would add them up: a kept sample is in one place, so nothing has to be summed,
+# and compilation makes one kernel of it with what stands beside it.
+
+
+class _KeptSamples(torch.autograd.Function):
+    """x[kept]."""
+
+    @staticmethod
+    def forward(ctx, x, kept, place):
+        ctx.save_for_backward(place)
+        return x.index_select(0, kept)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _spread(grad, *ctx.saved_tensors), None, None
+
+
+class _AddedUpdate(torch.autograd.Function):
+    """x, to whose kept samples the update is added B / K times."""
+
+    @staticmethod
+    def forward(ctx, x, update, kept, place):
+        ctx.save_for_backward(kept)
+        ctx.factor = len(x) / len(kept)
+        return x + ctx.factor * _spread(update, place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        return grad, ctx.factor * grad.index_select(0, kept), None, None
 
 
 class VTPBlock(nn.Module):

@@ -1,0 +1,21 @@
+"""Compiling the blocks of a model one by one (regional compilation)."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def compile_blocks(model: nn.Module, class_names: Iterable[str]) -> None:
+    """Compile the forward pass of every module of these classes by itself: one program serves all blocks of a kind,
+    which takes seconds where a whole model takes minutes.
+
+    With several processes it is also faster than one program of everything: DDP sends the gradients of a block while
+    those before it are computed, and what FSDP does at a block's borders stays outside. A step has few shapes, always
+    the same ones: each has a program of its own, none with sizes left open.
+    """
+    torch._dynamo.config.optimize_ddp = False  # it would cut every program at the borders of DDP's buckets
+    names = set(class_names)
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.forward = torch.compile(module.forward, dynamic=False)
