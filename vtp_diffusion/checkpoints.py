@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,20 +35,52 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 MANIFEST_NAME = "manifest.json"
+HASHING_THREADS = 4  # a checkpoint has hardly more large files
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file of a folder with its size and SHA-256, and make sure that all of it is on the disk."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, flush: bool = False) -> str:
+    """Hash of a file's content; `flush`: make sure, too, that it is on the disk. Both leave the interpreter alone."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if flush:
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest}
-    with open(folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
-        json.dump(files, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    return digest
+
+
+class Manifest:
+    """Size and SHA-256 of every file of a folder, and the certainty that all of it is on the disk.
+
+    Files that are `add`ed once they are complete are hashed and flushed by threads while the next ones are written.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._threads, self._hashes = ThreadPoolExecutor(HASHING_THREADS), {}
+
+    def __enter__(self) -> "Manifest":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def add(self, *paths: Path) -> None:
+        """Take complete files, or folders of them, of which each is then as it was."""
+        for path in paths:
+            for file in [path] if path.is_file() else path.rglob("*"):
+                if file.is_file() and file not in self._hashes:
+                    self._hashes[file] = self._threads.submit(_sha256, file, flush=True)
+
+    def write(self) -> None:
+        """Add what is there besides, and write the list. Raises: OSError if something does not reach the disk."""
+        self.add(self.folder)
+        files = {
+            path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest.result()}
+            for path, digest in sorted(self._hashes.items())
+        }
+        with open(self.folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
+            json.dump(files, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def find_damage(folder: Path) -> str | None:
@@ -64,8 +97,10 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-        with open(path, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+    with ThreadPoolExecutor(HASHING_THREADS) as threads:
+        digests = threads.map(_sha256, (folder / name for name in files))
+        for (name, expected), digest in zip(files.items(), digests, strict=True):
+            if digest != expected["sha256"]:
                 return f"the content of {name} is not what was written"
     return None
 
@@ -150,9 +185,11 @@ def save_checkpoint(run: "TrainingRun", step: int) -> None:
     """
     path = run.folder.unfinished(step)
     try:
-        _write_checkpoint(run, step, path)
+        with Manifest(path) as manifest:
+            _write_checkpoint(run, step, path, manifest)
+            if run.is_main:
+                manifest.write()
         if run.is_main:
-            write_manifest(path)
             run.folder.finish(step, run.config.checkpoints_total_limit)
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
         shutil.rmtree(path, ignore_errors=True)
@@ -164,7 +201,7 @@ def save_checkpoint(run: "TrainingRun", step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _write_checkpoint(run: "TrainingRun", step: int, path: Path) -> None:
+def _write_checkpoint(run: "TrainingRun", step: int, path: Path, manifest: Manifest) -> None:
     if run.is_main:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
@@ -175,6 +212,12 @@ def _write_checkpoint(run: "TrainingRun", step: int, path: Path) -> None:
     torch.save(random, path / f"random_state_{run.rank}.pt")
     if run.data_state is not None:
         (path / f"data_state_{run.rank}.json").write_text(json.dumps(run.data_state()), encoding="utf-8")
+    optimizer = _optimizer_state(run)
+    if run.is_main:  # first, as it takes longest to hash
+        scaler = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
+        torch.save({"optimizer": optimizer, "scaler": scaler}, path / "optimizer.pt")
+        manifest.add(path / "optimizer.pt")
+    del optimizer
     states = {run.model_name: lambda: {n: whole(v) for n, v in run.model.state_dict().items()}}
     for name, average in run.averages.items():
         states[name] = lambda average=average: averaged_state(run, average)
@@ -182,13 +225,11 @@ def _write_checkpoint(run: "TrainingRun", step: int, path: Path) -> None:
         state = gather()
         if run.is_main:
             write_model(run.model, state, path / name)
+            manifest.add(path / name)
         del state
     beside = {name: whole(value).contiguous() for name, value in _beside_model(run).items()}
-    optimizer = _optimizer_state(run)
     if run.is_main:
         save_file(beside, path / "objective.safetensors")
-        scaler = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
-        torch.save({"optimizer": optimizer, "scaler": scaler}, path / "optimizer.pt")
         state = {"step": step, "fingerprint": run.fingerprint, "seconds": run.seconds}
         state |= {"skipped": run.skipped.tolist(), "average_step": run.average.step, "processes": run.world_size}
         (path / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
