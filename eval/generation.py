@@ -121,9 +121,9 @@ class GenerationConfig(FeaturesConfig):
         check_output(self.output)
         if self.nearest_neighbours is not None and not self.nearest_neighbours.endswith(".png"):
             raise ValueError(f"nearest_neighbours must be a FILE.png, got {self.nearest_neighbours}")
-        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 2):
+        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 3):
             raise ValueError(
-                f"batch_size must be at least 1 and num_images 2, got {self.batch_size} and {self.num_images}"
+                f"batch_size must be at least 1 and num_images 3, got {self.batch_size} and {self.num_images}"
             )
         if self.control == UNTRAINED and not is_pipeline(self.images):
             raise ValueError(f"control {UNTRAINED} resets the network of a pipeline, images {self.images} is none")
@@ -250,8 +250,9 @@ def collect_images(config: GenerationConfig) -> Sources:
             source = sampled(config, source, labels)
         sources[name] = source, chosen_images(config, name, source)
     for name, (_, kept) in (sources | real).items():
-        if name != "variants" and len(kept) < 2:
-            raise ValueError(f"the {name} images are {len(kept)}, expected at least 2")
+        least = 3 if name in MEASURED else 2  # a jackknife leaves one out, and a covariance is of 2
+        if name != "variants" and len(kept) < least:
+            raise ValueError(f"the {name} images are {len(kept)}, expected at least {least}")
     return sources | real
 
 
@@ -381,6 +382,12 @@ def print_results(results: dict) -> None:
     for name, number in results["duplicates"].items():
         if number:
             print(f"{name}: images that equal an earlier one: {number}")
+    hashes = results["images_sha256"]
+    for name in ("reference", "floor"):
+        if hashes.get(name) == hashes["generated"]:
+            print(
+                f"the generated images are those of the {name}, pixel for pixel: the numbers say nothing of new images"
+            )
     for name, modes in results["converted"].items():
         print(f"{name}: converted to 8-bit RGB: {', '.join(f'{n} of mode {mode}' for mode, n in modes.items())}")
     if "near_duplicates" in results:

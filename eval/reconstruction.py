@@ -30,11 +30,13 @@ from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.metrics import (
     FEATURE_NETWORKS,
+    FeatureNetwork,
     GaussianStatistics,
     extract_features,
     feature_network,
     file_sha256,
     frechet_distance,
+    jackknife_deviation,
     network_name,
     psnr,
     weight_files,
@@ -42,6 +44,7 @@ from vtp_diffusion.metrics import (
 from vtp_diffusion.metrics.pixels import reconstruct
 from vtp_diffusion.metrics.sources import DatasetImages, read_batches
 from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
+from vtp_diffusion.metrics.statistics import JACKKNIFE_GROUPS
 from vtp_diffusion.results import check_output, write_results
 
 WORST = 16
@@ -78,9 +81,9 @@ class ReconstructionEvaluationConfig:
         if self.worst_cases is not None and not self.worst_cases.endswith(".png"):
             raise ValueError(f"worst_cases must be a FILE.png, got {self.worst_cases}")
         self.feature_network = [network_name(name) for name in self.feature_network]
-        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 2):
+        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 3):
             raise ValueError(
-                f"batch_size must be at least 1 and num_images 2, got {self.batch_size} and {self.num_images}"
+                f"batch_size must be at least 1 and num_images 3, got {self.batch_size} and {self.num_images}"
             )
 
 
@@ -131,6 +134,34 @@ def mean_psnr(ratios: torch.Tensor) -> dict:
     return {"psnr": finite.mean().item() if len(finite) else None, "equal_images": len(ratios) - len(finite)}
 
 
+class PairedStatistics:
+    """Features of images and of their reconstructions: their distance, and how much it depends on the images.
+
+    Image k is in group k % 10.
+    """
+
+    def __init__(self, network: FeatureNetwork):
+        self.network = network
+        self.real, self.fake = ([GaussianStatistics(network.dim) for _ in range(JACKKNIFE_GROUPS)] for _ in range(2))
+
+    def update(self, start: int, real: torch.Tensor, fake: torch.Tensor, device: str) -> None:
+        """A batch whose first image has the index `start`."""
+        place = torch.arange(start, start + len(real)) % JACKKNIFE_GROUPS
+        for groups, images in ((self.real, real), (self.fake, fake)):
+            features = extract_features(self.network, [images], device)
+            for k in place.unique().tolist():
+                groups[k].update(features[place == k])
+
+    def distance(self) -> tuple[str, float, dict]:
+        """Its name, its value and its spread."""
+        real, fake = ([group for group in groups if group.count] for groups in (self.real, self.fake))
+        # against the very same images: on Inception's features that is the rFID
+        name = "rFID" if self.network.name == "inception" else self.network.distance_name
+        value = frechet_distance(*map(GaussianStatistics.merged, (real, fake)))
+        kind = f"jackknife of {len(real)} groups of pairs"
+        return name, value, {"kind": kind, "value": jackknife_deviation(fake, real)}
+
+
 def main() -> None:
     config = parse_config(ReconstructionEvaluationConfig, description=__doc__)
     files = weight_files(config.weights, config.feature_network)
@@ -142,7 +173,9 @@ def main() -> None:
     if count > len(images):
         raise ValueError(f"num_images is {count}, but split {config.split} has {len(images)} images")
 
-    statistics = {n: (GaussianStatistics(net.dim), GaussianStatistics(net.dim)) for n, net in networks.items()}
+    if count < 3:
+        raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
+    statistics = [PairedStatistics(network) for network in networks.values()]
     values, worst, start = {"psnr": [], "ssim": [], "lpips": []}, WorstCases(WORST), 0
     batches = read_batches(images, range(count), config.batch_size)
     for real in tqdm(batches, total=math.ceil(count / config.batch_size), desc="reconstructing"):
@@ -153,12 +186,12 @@ def main() -> None:
         values["psnr"].append(psnr(real, fake).cpu())
         values["ssim"].append(ssim(real, fake).cpu())
         worst.update(start, values["psnr"][-1], real, fake)
+        for pair in statistics:
+            pair.update(start, real, fake, config.device)
         start += len(real)
-        for name, network in networks.items():
-            for part, batch in zip(statistics[name], (real, fake), strict=True):
-                part.update(extract_features(network, [batch], config.device))
 
     found = {name: torch.cat(parts) for name, parts in values.items()}
+    distances = [pair.distance() for pair in statistics]
     results = {
         "num_images": count,
         "skipped": images.dataset.skipped,
@@ -169,11 +202,8 @@ def main() -> None:
         "ssim_settings": SSIM_SETTINGS,
         "lpips": found["lpips"].mean().item(),
         "lpips_trunk": {"file": lpips.trunk.file.name, "sha256": file_sha256(lpips.trunk.file)},
-        # against the very same images: on Inception's features that is the rFID
-        "distances": {
-            "rFID" if name == "inception" else net.distance_name: frechet_distance(*statistics[name])
-            for name, net in networks.items()
-        },
+        "distances": {name: value for name, value, _ in distances},
+        "distance_spreads": {name: spread for name, _, spread in distances},
         "networks": [network.describe() for network in networks.values()],
         "worst": [{"key": images.dataset.keys[k], "psnr": ratio} for k, ratio, *_ in worst.sorted()],
     }
@@ -193,7 +223,8 @@ def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None
     print(f"SSIM         {results['ssim']:.4f} (luma)")
     print(f"LPIPS        {results['lpips']:.4f} ({config.lpips_network})")
     for name, distance in results["distances"].items():
-        print(f"{name:12} {distance:.3f} (against the same images)")
+        spread = results["distance_spreads"][name]["value"]
+        print(f"{name:12} {distance:.3f} ± {spread:.2g} (against the same images)")
     for place in filter(None, (config.worst_cases, config.output)):
         print(f"written: {place}")
 

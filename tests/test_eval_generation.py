@@ -170,6 +170,7 @@ def test_a_reference_is_made_once_and_read_back(evaluate, reference, tmp_path):
     with np.load(tmp_path / "r.npz") as file:
         assert file["mu"].shape == (320,) and file["sigma"].shape == (320, 320) and len(file["arr_0"]) == 30
         np.savez(tmp_path / "statistics.npz", **{key: file[key] for key in ("mu", "sigma", "settings")})
+        np.savez(tmp_path / "none.npz", mu=file["mu"], sigma=-file["sigma"], settings=file["settings"])
     images = save_folder(tmp_path / "images", shapes(12, seed=1))
     results = {}
     for name in ("real", "r.npz", "statistics.npz"):
@@ -187,6 +188,8 @@ def test_a_reference_is_made_once_and_read_back(evaluate, reference, tmp_path):
     assert names == [f"{score} (EffLite0)" for score in ("precision", "recall", "density", "coverage")]
     assert results["real"]["kernel_distances"][0]["distance"] == "KD-EffLite0"
     assert "not measured: precision of generated on efficientnet_lite0: the reference holds statistics" in printed
+    with pytest.raises(ValueError, match=r"none.npz: mu and sigma: the covariance holds variances below 0"):
+        evaluate("--images", images, "--reference", tmp_path / "none.npz", *network, "--output", tmp_path / "x.json")
     with pytest.raises(ValueError, match="statistics of features of efficientnet_lite0 .* feature network is vgg16"):
         evaluate(
             "--images", images, "--reference", tmp_path / "r.npz", "--feature_network", "vgg16",
@@ -207,6 +210,8 @@ def test_images_that_are_there_twice_are_refused(evaluate, reference, tmp_path):
     printed = evaluate(*words, "--allow_duplicates")
     assert "generated: images that equal an earlier one: 1" in printed
     assert json.loads((tmp_path / "r.json").read_text())["duplicates"] == {"generated": 1, "reference": 0}
+    assert "are those of the reference" not in printed
+    assert "the generated images are those of the reference" in evaluate("--images", reference, *words[2:])
 
 
 def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_path):
@@ -246,6 +251,7 @@ def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_
             ["--feature_network", "inception", "--weights", "inception=none.pth"],
             "6726825d.pth there, or name",
         ),
+        (["--num_images", "2"], "num_images 3, got 32 and 2"),
         (["--num_images", "41"], "num_images is 41, but the generated images are 40"),
         (["--save_images", "samples"], "neither"),
         (["--control", "untrained"], "resets the network of a pipeline"),

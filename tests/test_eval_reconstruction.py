@@ -41,6 +41,8 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["num_images"] == 6 and 4 < results["psnr"] < 15 and results["lpips"] > 0.3
     assert results["distances"]["FD-EffLite0"] > 10
+    spread = results["distance_spreads"]["FD-EffLite0"]
+    assert spread["kind"] == "jackknife of 6 groups of pairs" and 0 < spread["value"]
     assert results["lpips_trunk"]["file"] == "alexnet.ckpt" and len(results["networks"][0]["sha256"]) == 64
     assert (
         results["evaluation"] == "reconstruction" and 0 < results["ssim"] < 0.5 and "luma" in results["ssim_settings"]
@@ -58,6 +60,7 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
     ("more", "message"),
     [
         (["--num_images", "7"], "num_images is 7, but split train has 6 images"),
+        (["--num_images", "2"], "num_images 3, got 4 and 2"),
         (["--output", "r.txt"], "output must be a FILE.json, got r.txt"),
         (["--lpips_network", "squeeze"], "'squeeze' is unknown; known: vgg, alex"),
         (["--worst_cases", "worst"], "worst_cases must be a FILE.png"),

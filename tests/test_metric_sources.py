@@ -94,8 +94,11 @@ def test_images_of_other_modes_are_converted_and_counted_or_refused(tmp_path):
 
 
 def test_a_folder_that_is_not_what_it_says(tmp_path):
-    with pytest.raises(ValueError, match="holds no image files"):
+    with pytest.raises(ValueError, match=r"holds no image files \([^)]*\)$"):
         FolderImages(tmp_path)
+    (tmp_path / "of" / "classes").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds folders, of which each is a set of images here"):
+        FolderImages(tmp_path / "of")
     for k in range(3):
         Image.fromarray(pixels(1, k)[0]).save(tmp_path / f"{k:06d}.png")
     settings = {"label_ids": [5, 7], "num_images_per_label": 2, "num_images": 4}

@@ -133,10 +133,21 @@ def test_the_jackknife_is_the_spread_of_repeated_draws():
         jackknife_deviation([reference], reference)
 
 
+def test_a_paired_jackknife_leaves_out_both_sides():
+    x = draw(60, 3)
+    real, moved, scaled = ([GaussianStatistics.of(y[k::10]) for k in range(10)] for y in (x, x + 2, 1.5 * x))
+    # a shift is as far whichever images are left out; a scaling depends on their spread
+    assert jackknife_deviation(moved, real) < 1e-4 < 1e-2 < jackknife_deviation(scaled, real)
+    assert jackknife_deviation(moved, GaussianStatistics.merged(real)) > 1e-2
+    with pytest.raises(ValueError, match="groups of equal sizes, got 10 and 9 others"):
+        jackknife_deviation(moved, real[1:])
+
+
 def test_moments_that_are_none():
     for mean, covariance, message in (
         (torch.zeros(3), torch.eye(2), r"mean \(3,\), covariance \(2, 2\)"),
         (torch.zeros(2), torch.tensor([[1.0, 0.5], [0, 1]]), "not symmetric"),
+        (torch.zeros(2), torch.tensor([[1.0, 0], [0, -1]]), "variances below 0"),
         (torch.full((2,), math.inf), torch.eye(2), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -135,7 +135,9 @@ def _reconstruction_rows(result: Result) -> Iterable[Row]:
     network = values["settings"].get("lpips_network", "")
     yield Row(f"LPIPS ({network})", _number(values["lpips"]), "", count, "", result.name)
     for name, value in values["distances"].items():
-        yield Row(name, _number(value), "0", count, "against the same images, so that perfection is 0", result.name)
+        spread = values.get("distance_spreads", {}).get(name)
+        shown = _number(value) + (f" ± {_number(spread['value'])}" if spread else "")
+        yield Row(name, shown, "0", count, "against the same images, so that perfection is 0", result.name)
 
 
 def _probe_rows(result: Result) -> Iterable[Row]:

@@ -91,7 +91,7 @@ def open_reference(
             return None
         images = NpzImages(source)
         if images.size != size:
-            raise ValueError(f"{source} holds images of {images.size}, the generated ones are {size}")
+            raise ValueError(f"{source} holds images of {images.size}, expected {size}, the size of what is measured")
         return images, list(range(len(images))), []
     if size[0] != size[1]:
         raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")

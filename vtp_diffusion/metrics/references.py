@@ -67,9 +67,11 @@ def read_statistics(
                     f"{path}: {mean} and {covariance} are {file[mean].shape} and {file[covariance].shape}, expected "
                     f"statistics of the {dim} features of {network.name}"
                 )
-            found[output] = GaussianStatistics.from_moments(
-                *(torch.from_numpy(np.asarray(file[key], np.float64)) for key in (mean, covariance)), device=device
-            )
+            moments = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in (mean, covariance))
+            try:
+                found[output] = GaussianStatistics.from_moments(*moments, device=device)
+            except ValueError as error:
+                raise ValueError(f"{path}: {mean} and {covariance}: {error}") from error
         return found
 
 

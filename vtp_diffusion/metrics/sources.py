@@ -59,7 +59,9 @@ class FolderImages:
         files = (p for p in self.folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
         self.files = sorted(files)
         if not self.files:
-            raise ValueError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            folders = any(path.is_dir() for path in self.folder.iterdir())
+            hint = ": it holds folders, of which each is a set of images here" if folders else ""
+            raise ValueError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
         # headers only, all of them now: an error after hours of work would be no use
         with ThreadPoolExecutor(16) as pool:
             headers = list(pool.map(_header, self.files))

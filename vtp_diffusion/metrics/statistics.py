@@ -50,7 +50,8 @@ class GaussianStatistics:
             count: of how many samples; only merging needs it.
 
         Raises:
-            ValueError: shapes that do not fit, values that are not finite, or a covariance that is not symmetric.
+            ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric, or
+                variances below 0.
         """
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
             raise ValueError(
@@ -62,6 +63,8 @@ class GaussianStatistics:
             raise ValueError("mean or covariance are not finite: statistics of them would mean nothing")
         if not torch.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8 * covariance.abs().max().item()):
             raise ValueError("the covariance is not symmetric")
+        if (covariance.diagonal() < 0).any():
+            raise ValueError("the covariance holds variances below 0")
         statistics = cls(len(mean), device)
         statistics._moments = count, mean, covariance * (count - 1)
         return statistics
@@ -240,22 +243,33 @@ def _factor_and_trace(statistics: GaussianStatistics) -> tuple[torch.Tensor | No
     return factor, (statistics.covariance.trace() if factor is None else factor.square().sum()).item()
 
 
-def jackknife_deviation(groups: Sequence[GaussianStatistics], reference: GaussianStatistics) -> float:
+def jackknife_deviation(
+    groups: Sequence[GaussianStatistics], reference: GaussianStatistics | Sequence[GaussianStatistics]
+) -> float:
     """Standard error of the distance of all groups' samples to a reference: how much it depends on which images were
     drawn, the reference being what it is. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11).
+
+    A reference in groups is one of pairs: its group k belongs to group k, and both are left out together.
 
     A bootstrap would draw images twice, which moves a Fréchet distance upwards by itself.
 
     Raises:
-        ValueError: fewer than 2 groups.
+        ValueError: fewer than 2 groups, other groups of the reference, or 1 sample where a group is left out.
     """
+    paired = not isinstance(reference, GaussianStatistics)
     if len(groups) < 2:
         raise ValueError(f"a jackknife needs at least 2 groups, got {len(groups)}")
+    if paired and [group.count for group in groups] != [group.count for group in reference]:
+        raise ValueError(f"pairs need groups of equal sizes, got {len(groups)} and {len(reference)} others")
     without = [
-        frechet_distance(reference, GaussianStatistics.merged([*groups[:k], *groups[k + 1 :]]))
+        frechet_distance(_merged_without(reference, k) if paired else reference, _merged_without(groups, k))
         for k in range(len(groups))
     ]
     return float(np.sqrt((len(groups) - 1) * np.var(without)))
+
+
+def _merged_without(groups: Sequence[GaussianStatistics], left_out: int) -> GaussianStatistics:
+    return GaussianStatistics.merged([*groups[:left_out], *groups[left_out + 1 :]])
 
 
 @dataclass
