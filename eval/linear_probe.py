@@ -31,6 +31,7 @@ from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.loading import load_encoder
 from vtp_diffusion.probe_features import ProbeFeatures, cached_features
 from vtp_diffusion.probes import KNN_NEIGHBOURS, LEARNING_RATES, LinearHeads, head_grid, knn_accuracy
+from vtp_diffusion.processes import check_device
 from vtp_diffusion.results import check_output, write_results
 
 
@@ -58,6 +59,7 @@ class LinearProbeConfig:
     )
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         check_output(self.output)
         for name in ("num_layers", "steps", "train_batch_size", "batch_size"):
             if getattr(self, name) < 1:

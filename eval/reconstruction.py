@@ -45,6 +45,7 @@ from vtp_diffusion.metrics.pixels import reconstruct
 from vtp_diffusion.metrics.sources import DatasetImages, read_batches
 from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
 from vtp_diffusion.metrics.statistics import JACKKNIFE_GROUPS
+from vtp_diffusion.processes import check_device
 from vtp_diffusion.results import check_output, write_results
 
 WORST = 16
@@ -77,6 +78,7 @@ class ReconstructionEvaluationConfig:
     )
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         check_output(self.output)
         if self.worst_cases is not None and not self.worst_cases.endswith(".png"):
             raise ValueError(f"worst_cases must be a FILE.png, got {self.worst_cases}")

@@ -25,6 +25,7 @@ from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.loading import load_vtp
 from vtp_diffusion.probes import top_k_accuracy
+from vtp_diffusion.processes import check_device
 from vtp_diffusion.results import check_output, write_results
 from vtp_diffusion.zero_shot import (
     IMAGENET_CLASSES,
@@ -54,6 +55,7 @@ class ZeroShotConfig:
     )
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         check_output(self.output)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")

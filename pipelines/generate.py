@@ -32,7 +32,7 @@ from vtp_diffusion import LightningDiTPipeline
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.images import image_grid, to_pil
-from vtp_diffusion.processes import join_processes, this_process
+from vtp_diffusion.processes import check_device, join_processes, this_process
 from vtp_diffusion.sample_files import SampleFolder, SampleNpz
 from vtp_diffusion.sampling import draw_labels, pipeline_identity, sample_numbers
 
@@ -66,6 +66,7 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if Path(self.output).suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
             raise ValueError(f"output must be a file ending in .png or a folder or FILE.npz, got {self.output}")
         if self.num_images_per_label < 1 or self.batch_size < 1:

@@ -21,6 +21,7 @@ from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
 from vtp_diffusion.images import from_pil, image_grid, to_pil, to_uint8
 from vtp_diffusion.metrics.pixels import psnr, reconstruct
+from vtp_diffusion.processes import check_device
 
 
 @dataclass
@@ -35,6 +36,7 @@ class ReconstructConfig:
     )
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if Path(self.output).suffix.lower() != ".png":
             raise ValueError(f"output must be a FILE.png, got {self.output}")
         if self.resolution is not None and self.resolution < 1:

@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.metrics.passes import FeaturesConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,6 +213,13 @@ def test_images_that_are_there_twice_are_refused(evaluate, reference, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["duplicates"] == {"generated": 1, "reference": 0}
     assert "are those of the reference" not in printed
     assert "the generated images are those of the reference" in evaluate("--images", reference, *words[2:])
+
+
+def test_a_device_that_is_not_there():
+    messages = {"gpu": "cuda:INDEX or mps, got 'gpu'", "cuda:99": "device is cuda:99, but torch .* finds"}
+    for device, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            FeaturesConfig(reference="real", output="r.json", device=device)
 
 
 def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_path):

@@ -19,6 +19,22 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def finite_to_uint8(images: torch.Tensor, names: Sequence[object] | None = None) -> torch.Tensor:
+    """`to_uint8` of images (B, ...) that are to be measured: it alone would make black pixels of what is not a number.
+
+    Raises: ValueError if some of them are not finite, by their names or else their places.
+    """
+    finite = images.isfinite().flatten(1).all(1)  # (B,)
+    if not finite.all():
+        names = range(len(images)) if names is None else names
+        broken = [str(name) for name, good in zip(names, finite.tolist(), strict=True) if not good]
+        raise ValueError(
+            f"pixels of image {', '.join(broken)} are not finite: expected numbers; the weights, their precision "
+            f"({images.dtype} pixels) or the settings of the sampler make none"
+        )
+    return to_uint8(images)
+
+
 def from_uint8(images: torch.Tensor) -> torch.Tensor:
     """uint8 images in [0, 255] -> float32 in [-1, 1]. Any shape; `to_uint8` undoes it exactly."""
     if images.dtype != torch.uint8:

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from .extras import require
 
 
@@ -22,6 +24,19 @@ def join_processes(**settings: Any) -> Any:
             "accelerator, torchrun needs ACCELERATE_USE_CPU=true in the environment"
         )
     return accelerator
+
+
+def check_device(name: str) -> None:
+    """Raises: ValueError if a device is none of torch's, or one that this machine lacks. Nothing is put on it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:INDEX or mps, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"device is {name}, but torch {torch.__version__} finds {found} CUDA GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device is {name}, but torch {torch.__version__} finds no such GPU")
 
 
 def gather_objects(value: Any) -> list[Any]:

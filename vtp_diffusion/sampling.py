@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from .images import finite_to_uint8
 from .metrics.extraction import exact_float32
 
 LabelRule = Literal["random", "balanced", "reference"]
@@ -62,21 +63,28 @@ def sample_numbers(
         labels: of all images; image k has labels[k].
         on_step: called after every evaluation of the network.
         settings: of the sampler: num_inference_steps, guidance_scale, guidance_interval, guidance_channels.
+
+    Raises:
+        ValueError: settings that the pipeline refuses, one without an autoencoder, or images that are not finite.
     """
+    if pipe.vae is None:
+        raise ValueError("this pipeline has no vae: it makes latents, expected images")
 
     def callback(pipe, step, timestep, tensors):
         on_step()
         return {}
 
     with exact_float32() if pipe.dtype == torch.float32 else contextlib.nullcontext():
-        images = pipe(
+        latents = pipe(
             [labels[number] for number in numbers],
             latents=initial_noise(pipe, numbers, seed),
-            output_type="pil",  # 8 bits already, through the package's one conversion
+            output_type="latent",
             callback_on_step_end=None if on_step is None else callback,
             **settings,
         ).images
-    return torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            images = finite_to_uint8(pipe.decode_latents(latents), numbers)
+    return images.cpu()
 
 
 def pipeline_identity(pipe: DiffusionPipeline) -> dict:

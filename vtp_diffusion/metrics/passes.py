@@ -7,7 +7,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data import DataConfig, open_dataset
-from ..processes import this_process
+from ..processes import check_device, this_process
 from .extraction import FEATURE_NETWORKS, Extractor, FeatureMode, feature_network, network_name, weight_files
 from .npz import ImageSpool, NpzImages
 from .records import ImageRecord, Wanted, record_images
@@ -47,6 +47,7 @@ class FeaturesConfig:
     device: str = field(default="cuda" if ON_CUDA else "cpu", metadata={"help": "torch device to run on"})
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if (self.data.source, self.data.resolution) != (DataConfig.source, DataConfig.resolution):
             raise ValueError(
                 "data.source and data.resolution are decided by reference, floor_images and the size of the images: "

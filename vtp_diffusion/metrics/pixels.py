@@ -2,7 +2,7 @@
 
 import torch
 
-from ..images import from_uint8, to_uint8
+from ..images import finite_to_uint8, from_uint8
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -22,7 +22,8 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def reconstruct(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8.
 
-    Raises: ValueError if what comes back has another size, as from sides that are no multiple of the autoencoder's.
+    Raises: ValueError if what comes back is not finite, or has another size, as from sides that are no multiple of the
+        autoencoder's.
     """
     x = from_uint8(images).to(vae.device, vae.dtype)
     if type(vae).__name__ == "AutoencoderRAE":  # the one of diffusers whose images are in [0, 1]
@@ -33,4 +34,4 @@ def reconstruct(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             f"{type(vae).__name__} turns images {tuple(images.shape)} into {tuple(x.shape)}, expected the same size"
         )
-    return to_uint8(x).to(images.device)
+    return finite_to_uint8(x).to(images.device)
