@@ -1,6 +1,7 @@
 """What the training programs share, with tiny real models."""
 
 import multiprocessing
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from tiny_training import Objective, assert_identical, everything, interrupted_c
 from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
-from vtp_diffusion.accelerators import tracker_names
+from vtp_diffusion.accelerators import tracker_settings
 from vtp_diffusion.averaging import AveragedWeights
 from vtp_diffusion.batches import fits_on_device, gathered_batches, read_batches
 from vtp_diffusion.data_order import StepBatchSampler, draw_for_positions, step_generator
@@ -200,12 +201,41 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
 
 
+def test_tensorboard_has_every_step_of_a_resumed_run_once(tmp_path):
+    """The run was killed after its sixth step and goes on after the third, whose checkpoint was the last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config(tmp_path / "run", report_to="tensorboard")
+    run = train(config)
+    run.report(6, {"held_out_psnr": 20.0})
+    run.end()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    train(config).end()
+    events = EventAccumulator(str(tmp_path / "run" / "logs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert events.Scalars("held_out_psnr") == []
+    assert len(list((tmp_path / "run" / "logs").rglob("hparams.yml"))) == 1
+
+
+def test_a_damaged_line_of_the_log_is_named(tmp_path):
+    config = tiny_config(tmp_path / "run", max_train_steps=3)
+    train(config)
+    for damaged in (b"\0\0\0\n", b"[1]\n", b'{"loss": 1.0}\n', b"\xff\n"):
+        lines = (tmp_path / "run" / "log.jsonl").read_bytes().splitlines(keepends=True)[:3]
+        (tmp_path / "run" / "log.jsonl").write_bytes(b"".join([lines[0], damaged, *lines[1:]]))
+        with pytest.raises(ValueError, match="log.jsonl, line 2, is no record of a step"):
+            train(config)
+        assert damaged in (tmp_path / "run" / "log.jsonl").read_bytes()
+        (tmp_path / "run" / "log.jsonl").write_bytes(b"".join(lines))
+
+
 def test_wandb_has_one_project_and_a_run_the_name_of_its_folder(tmp_path):
     """As far as accelerate goes without wandb, which starts when the tracker does."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    names = tracker_names("wandb", tmp_path / "vtp-l" / ".." / "dit-xl")
-    tracker = LOGGER_TYPE_TO_CLASS["wandb"](names["project_name"], **names["init_kwargs"]["wandb"])
+    settings = tracker_settings("wandb", tmp_path / "vtp-l" / ".." / "dit-xl", 0, {})
+    tracker = LOGGER_TYPE_TO_CLASS["wandb"](settings["project_name"], **settings["init_kwargs"]["wandb"])
     assert tracker.run_name == "vtp-diffusion", "what accelerate passes to wandb.init as the project"
     assert tracker.init_kwargs["name"] == "dit-xl"
 

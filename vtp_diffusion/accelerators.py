@@ -89,16 +89,20 @@ def _set_up_sharding(accelerate: Any, accelerator: Any, block_names: list[str]) 
         plugin.transformer_cls_names_to_wrap = block_names
 
 
-def tracker_names(report_to: str, folder: Path) -> dict[str, Any]:
+def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict[str, str]) -> dict[str, Any]:
     """What `init_trackers` of accelerate is called with: accelerate's one name is wandb's project, but tensorboard's
     folder, where a resumed run has to find it.
 
-    Args: `report_to`: the tracker; `folder`: of the run, whose name the run has in wandb.
+    Resumed, tensorboard forgets what a killed run logged after its checkpoint, and has the configuration already.
+
+    Args: `report_to`: the tracker; `folder`: of the run, whose name the run has in wandb; `first_step`: steps done.
     """
     if report_to == "wandb":
         settings = {"name": folder.resolve().name, "dir": str(folder)}
-        return {"project_name": "vtp-diffusion", "init_kwargs": {"wandb": settings}}
-    return {"project_name": "logs"}
+        return {"project_name": "vtp-diffusion", "config": config, "init_kwargs": {"wandb": settings}}
+    settings = {"purge_step": first_step + 1 if first_step else 0}
+    known = {"config": config} if first_step == 0 else {}
+    return {"project_name": "logs", "init_kwargs": {"tensorboard": settings}} | known
 
 
 def is_sharded(parameters: list[torch.nn.Parameter]) -> bool:

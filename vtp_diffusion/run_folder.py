@@ -117,19 +117,35 @@ class RunFolder:
         with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    def _log_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Lines of log.jsonl and what they say; the half line that a killed process may leave at its end is left out.
+
+        Raises: ValueError naming the line that is no record of a step.
+        """
+        path, found = self.path / "log.jsonl", []
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or "step" not in record:
+                raise ValueError(f"{path}, line {number}, is no record of a step: {line[:80]!r}. Delete or mend it")
+            found.append((line, record))
+        return found
+
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl, in order."""
-        return [json.loads(line) for line in (self.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        """The lines of log.jsonl, in order. Raises: ValueError naming a line that is damaged."""
+        return [record for _, record in self._log_lines()]
 
     def truncate_log(self, step: int) -> None:
-        """Forget the lines after a step: they will be written again."""
+        """Forget the lines after a step: they will be written again. Raises: as `read_log`."""
         path = self.path / "log.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            complete = [line for line in lines if line.endswith("\n")]  # a killed process may leave half a line
-            kept = "".join(line for line in complete if json.loads(line)["step"] <= step)
+            kept = b"".join(line for line, record in self._log_lines() if record["step"] <= step)
             unfinished = self.path / f"{UNFINISHED}log.jsonl"  # in its place a kill would lose all of it
-            unfinished.write_text(kept, encoding="utf-8")
+            unfinished.write_bytes(kept)
             unfinished.rename(path)
 
     def samples(self, step: int, name: str = "step") -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .accelerators import StopRequest, is_sharded, make_accelerator, tracker_names, whole
+from .accelerators import StopRequest, is_sharded, make_accelerator, tracker_settings, whole
 from .averaging import AveragedWeights
 from .checkpoints import averaged_state, resume, save_checkpoint
 from .config import config_to_dict, flatten_config
@@ -140,7 +140,8 @@ class TrainingRun:
         resume(self)
         if config.report_to != "none":
             scalars = {k: str(v) for k, v in flatten_config(config_to_dict(config)).items()}
-            self.accelerator.init_trackers(config=scalars, **tracker_names(config.report_to, folder.path))
+            settings = tracker_settings(config.report_to, folder.path, self.first_step, scalars)
+            self.accelerator.init_trackers(**settings)
 
     @property
     def images_per_step(self) -> int:
