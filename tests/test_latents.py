@@ -249,6 +249,16 @@ def test_missing_foreign_and_double_shards_of_ours_are_named(tmp_path):
         LatentDataset(tmp_path)
 
 
+def test_a_damaged_latents_json_is_named(tmp_path):
+    metadata = write_ours(tmp_path)
+    (tmp_path / METADATA_NAME).write_text("{")
+    with pytest.raises(ValueError, match="latents.json is not JSON"):
+        LatentDataset(tmp_path)
+    write_metadata(tmp_path, {key: value for key, value in metadata.items() if key != "label_names"})
+    with pytest.raises(ValueError, match="latents.json lacks label_names: expected what"):
+        LatentDataset(tmp_path)
+
+
 def test_a_gap_shows_without_latents_json_too(tmp_path):
     write_ours(tmp_path)
     (tmp_path / METADATA_NAME).unlink()

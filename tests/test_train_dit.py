@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline
@@ -123,10 +124,23 @@ def test_the_pipeline_holds_the_averaged_weights_and_a_card(tmp_path, made):
     images = pipeline(class_labels=["dog", 0], num_inference_steps=2).images
     assert [image.size for image in images] == [(16, 16)] * 2
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "# LightningDiT on VTP latents" in card and "- vtp\n" in card
     assert card.startswith("---\n") and "30 latents of training images; 6 steps of 4 latents," in card
     assert "license: cc-by-sa-4.0" in card and "Drawn by a friend." in card and "TODO" not in card
     load_program("train_dit").main(arguments(tmp_path / "run", made, "--shift=0.5"))
     assert (tmp_path / "run" / "pipeline" / "README.md").read_text() == card, "of a run that had ended already"
+
+
+def test_another_autoencoder_is_trained_on_and_named_in_the_card(tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=3, scaling_factor=0.5)
+    vae.save_pretrained(tmp_path / "vae")
+    make_latents(tmp_path / "latents", vae)
+    load_program("train_dit").main(arguments(tmp_path / "run", tmp_path, "--max_train_steps=1"))
+    pipeline = LightningDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert isinstance(pipeline.vae, AutoencoderKL) and pipeline.vae.config.scaling_factor == 0.5
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "# LightningDiT on AutoencoderKL latents" in card and "VTP" not in card and "- vtp\n" not in card
 
 
 def test_the_pipeline_can_be_saved_in_half_the_size(tmp_path, made):

@@ -28,7 +28,7 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.checkpoints import export_averaged
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.compilation import compile_blocks
@@ -301,13 +301,18 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
     data = ModelCardData(
         library_name="diffusers", pipeline_tag="unconditional-image-generation", license=known.get("license")
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{card_text(config, run, dataset)}", ignore_metadata_errors=False)
-    populate_model_card(card, tags=["class-to-image", "lightning-dit", "vtp"]).save(folder / "README.md")
+    text = card_text(config, run, dataset, type(pipeline.vae).__name__)
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=False)
+    tags = ["class-to-image", "lightning-dit"] + ["vtp"] * isinstance(pipeline.vae, AutoencoderVTP)
+    populate_model_card(card, tags=tags).save(folder / "README.md")
     return folder
 
 
-def card_text(config: Config, run: TrainingRun, dataset) -> str:
-    """Body of the model card: what the model is, how it is used, how it was trained, what it can draw."""
+def card_text(config: Config, run: TrainingRun, dataset, autoencoder: str) -> str:
+    """Body of the model card: what the model is, how it is used, how it was trained, what it can draw.
+
+    Args: `autoencoder`: name of its class.
+    """
     model, sampling = config.model, config.validation
     names = list(dataset.id2label.values())
     classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
@@ -323,7 +328,9 @@ def card_text(config: Config, run: TrainingRun, dataset) -> str:
         guide = "by a weaker transformer (autoguidance, arXiv:2406.02507)"
     attribution = (dataset.metadata or {}).get("attribution")
     attribution = f"\n## Training images\n\n{attribution}\n" if attribution else ""
-    return f"""# LightningDiT on VTP latents
+    vtp = autoencoder == AutoencoderVTP.__name__
+    tokenizer = "the tokenizer after VTP\n  (arXiv:2512.13687)" if vtp else f"the latents are of\n  {autoencoder}"
+    return f"""# LightningDiT on {"VTP" if vtp else autoencoder} latents
 
 Class labels to images: a LightningDiT ({parameters:.1f} M parameters) on the latents of the autoencoder in `vae/`.
 {len(names)} classes: {classes}.
@@ -341,8 +348,7 @@ images = pipeline(class_labels=[0], **settings).images
 
 ## Training
 
-- `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423), the tokenizer after VTP
-  (arXiv:2512.13687).
+- `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423), {tokenizer}.
 - {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, patch {model.patch_size}.
 - {len(dataset)} {source}; {config.max_train_steps} steps of {run.images_per_step} latents,
   {run.seconds:.0f} s ({run.median_rate():.0f} a second).

@@ -258,7 +258,7 @@ class LatentDataset(Dataset):
         headers = [_read_header(path) for path in self.files]
         counts = self._check_headers(headers)
         self.ends = np.cumsum(counts)
-        self.metadata = json.loads(metadata.read_text(encoding="utf-8")) if metadata.is_file() else None
+        self.metadata = _read_metadata(metadata) if metadata.is_file() else None
         if self.metadata is not None:
             self._check_promises(counts)
         if not unfinished:
@@ -391,6 +391,19 @@ class LatentDataset(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}, "_bytes": {}}  # mapped files do not travel to worker processes
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """Raises: ValueError if latents.json is damaged or lacks what training needs of it."""
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Delete it and run the same extraction again") from error
+    names = ("autoencoder", "num_samples", "label_names", "mean", "std")
+    lacking = names if not isinstance(metadata, dict) else [name for name in names if name not in metadata]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: expected what train_dit/extract_latents.py writes")
+    return metadata
 
 
 def _check_upstream_names(counts: dict[Path, int]) -> None:
