@@ -248,15 +248,22 @@ def test_a_resumed_joint_run_gives_the_same_models(tmp_path):
     assert {"held_out_zero_shot_accuracy", "held_out_recall_at_1", "held_out_effective_rank"} <= measured.keys()
 
 
-def test_compiling_and_recomputing_leave_the_losses_as_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        # two blocks each of encoder, teacher and decoder, one of the text tower; two of the prototypes' losses
+        (["--gradient_checkpointing", "--checkpointed_share=0.5"], 9),
+        (["--compile_stacks"], 6),  # encoder, teacher, text tower, reconstruction; two of the prototypes' losses
+    ],
+)
+def test_compiling_and_recomputing_leave_the_losses_as_they_are(tmp_path, monkeypatch, options, count):
     """Without a graph break; traced and differentiated as for a GPU, but not turned into machine code (minutes)."""
     program = load_program("train_vtp")
     program.main(arguments(tmp_path / "plain", "--max_train_steps=3"))
     compiled, functions = functools.partial(torch.compile, backend="aot_eager", fullgraph=True), []
     monkeypatch.setattr(torch, "compile", lambda f, **settings: functions.append(f) or compiled(f, **settings))
-    more = ["--compile", "--gradient_checkpointing", "--checkpointed_share=0.5", "--max_train_steps=3"]
-    program.main(arguments(tmp_path / "compiled", *more))
-    assert len(functions) == 8  # two blocks each of encoder, teacher and decoder, one of the text tower; the losses
+    program.main(arguments(tmp_path / "compiled", "--compile", "--max_train_steps=3", *options))
+    assert len(functions) == count
     plain, compiled = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("plain", "compiled")
@@ -281,12 +288,13 @@ def test_a_step_has_one_program_a_batch_and_kind_of_block(monkeypatch):
     compile_parts(objective)
     for _ in range(2):
         objective(**inputs)["loss"].backward()
-        # encoder: contrastive, global and local crops, teacher, reconstruction; decoder; text tower; the losses
-        assert len(programs) == 8
+        # encoder: contrastive, global and local crops, teacher, reconstruction; decoder; text tower; the losses over
+        # prototypes; the teacher's distributions of class tokens and of patches
+        assert len(programs) == 10
     assert not any(isinstance(value, torch.SymInt) for values in programs for value in values)
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
         objective.autoencoder.encode(inputs["reconstruction"]["images"][:3])
-    assert len(programs) == 8
+    assert len(programs) == 10
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.5, [2, 1]), (1.0, [2, 2])])

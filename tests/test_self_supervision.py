@@ -214,6 +214,19 @@ def test_masks_hide_a_share_of_the_patches_in_some_of_the_crops():
     assert block_mask((4, 4), 0, np.random.default_rng(0)).sum() == 0
 
 
+def test_blocks_of_a_mask_are_rectangles_anywhere_in_the_grid():
+    random, seen = np.random.default_rng(0), np.zeros((5, 9), dtype=bool)
+    for _ in range(300):
+        mask = block_mask((5, 9), 4, random)  # no room for a second block
+        rows, columns = mask.any(1), mask.any(0)
+        assert mask.shape == (5, 9) and 0 < mask.sum() <= 4
+        assert mask[rows][:, columns].all()
+        for side in (rows, columns):  # without gaps
+            assert np.flatnonzero(side).size == np.ptp(np.flatnonzero(side)) + 1
+        seen |= mask
+    assert seen.all()
+
+
 def test_a_crop_is_a_rectangle_of_the_image():
     """On a ramp, cutting is linear: the mean of a crop is the ramp at its centre, the range its width."""
     ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)

@@ -32,7 +32,7 @@ from torch import nn
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.checkpoints import export_averaged
 from vtp_diffusion.cli import run as run_program
-from vtp_diffusion.compilation import compile_blocks
+from vtp_diffusion.compilation import compile_modules
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
 from vtp_diffusion.flow_matching import (
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.compile and this_process()[1] == 1:
         objective.losses = torch.compile(objective.losses)
     elif config.compile:
-        compile_blocks(transformer, transformer._repeated_blocks)
+        compile_modules(transformer, transformer._repeated_blocks)
     run = TrainingRun(
         config, folder, objective, transformer, "transformer", dataset.fingerprint, flops_per_image=flops
     )

@@ -82,6 +82,13 @@ class Config(TrainingConfig):
     adam_weight_decay_end: float | None = field(
         default=None, metadata={"help": "weight decay at the end, reached along a cosine; none: constant"}
     )
+    compile_stacks: bool = field(
+        default=False,
+        metadata={
+            "help": "with compile and several objectives: whole encoders, not blocks; small models' steps are shorter",
+            "may_change": True,
+        },
+    )
     checkpointed_share: float = field(
         default=1.0, metadata={"help": "of every stack's blocks, with gradient_checkpointing", "may_change": True}
     )
@@ -229,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
     if config.compile:
-        compile_parts(objective)
+        compile_parts(objective, config.compile_stacks)
     run = TrainingRun(
         config,
         folder,

@@ -177,20 +177,24 @@ def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -
     Args: `grid`: rows and columns of patches; `random`: source of the draws.
     Returns: (rows, columns) bool.
     """
-    mask = np.zeros(grid, dtype=bool)
-    while (missing := count - int(mask.sum())) > 0:
+    height, width = grid
+    mask, missing = 0, count  # the bits of an integer are the patches, row by row: much faster than small arrays
+    while missing > 0:
         for _ in range(MASK_ATTEMPTS):
-            area = random.uniform(MIN_MASK_PATCHES, max(missing, MIN_MASK_PATCHES))
-            aspect = math.exp(random.uniform(math.log(MIN_MASK_ASPECT), -math.log(MIN_MASK_ASPECT)))
+            size, shape, down, across = random.random(4).tolist()
+            area = MIN_MASK_PATCHES + size * (max(missing, MIN_MASK_PATCHES) - MIN_MASK_PATCHES)
+            aspect = math.exp((1 - 2 * shape) * math.log(MIN_MASK_ASPECT))
             rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if rows >= grid[0] or columns >= grid[1]:
+            if not (0 < rows < height and 0 < columns < width):
                 continue
-            top, left = random.integers(0, grid[0] - rows + 1), random.integers(0, grid[1] - columns + 1)
-            block = np.zeros(grid, dtype=bool)
-            block[top : top + rows, left : left + columns] = True
-            if 0 < int((block & ~mask).sum()) <= missing:
+            top, left = int(down * (height - rows + 1)), int(across * (width - columns + 1))
+            every_row = ((1 << width * rows) - 1) // ((1 << width) - 1)  # the first patch of each
+            block = (((1 << columns) - 1) << left) * every_row << top * width
+            if 0 < (block & ~mask).bit_count() <= missing:
+                missing -= (block & ~mask).bit_count()
                 mask |= block
                 break
         else:
-            return mask
-    return mask
+            break
+    packed = np.frombuffer(mask.to_bytes(-(-height * width // 8), "little"), np.uint8)
+    return np.unpackbits(packed, count=height * width, bitorder="little").astype(bool).reshape(grid)

@@ -43,6 +43,7 @@ class LPIPS(nn.Module):
                     f"{trunk}: heads.{i} of shape ({channels},) expected; did export_trunk write the file?"
                 )
             self.register_buffer(f"head_{i}", head.clone(), persistent=False)
+        self.trunk.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -51,6 +52,8 @@ class LPIPS(nn.Module):
             raise ValueError(
                 f"x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)} given, expected equal shapes"
             )
+        # One layout whatever the images come in: tensor cores want the channels last.
+        x, y = (images.contiguous(memory_format=torch.channels_last) for images in (x, y))
         # Two passes, not one of twice the batch: the side without gradient keeps no activations.
         distance = x.new_zeros(x.shape[0], dtype=torch.float32)
         for i, (a, b) in enumerate(zip(self.trunk(x), self.trunk(y), strict=True)):

@@ -14,7 +14,7 @@ from torch import nn
 
 from .autoencoder_vtp import AutoencoderVTP
 from .batches import collate_images
-from .compilation import compile_blocks
+from .compilation import compile_modules
 from .images import from_uint8, image_grid, to_pil, to_uint8
 from .latents import ChannelStatistics
 from .metrics.pixels import psnr
@@ -24,6 +24,7 @@ from .stochastic_depth import check_drop_rate
 from .vtp_model import VTPModel
 
 COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients
+STACKS = ("VTPEncoder", "VTPTextModel", "ReconstructionObjective")
 
 
 @dataclass(kw_only=True)
@@ -197,20 +198,23 @@ class VTPForPreTraining(nn.Module):
                 objective.after_step(done)
 
 
-def compile_parts(objective: VTPForPreTraining) -> None:
+def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
     """Compile what takes the time: all of the reconstruction where it is alone, else the blocks, the losses over
     prototypes and LPIPS one by one, since one graph of three objectives would take longer to compile than small models
-    take to train. Several processes compile blocks in any case, see `compile_blocks`.
+    take to train. Several processes do that in any case, see `compile_modules`.
+
+    Args: `stacks`: whole encoders, text towers and reconstructions instead of blocks.
     """
     if list(objective.objectives) == ["reconstruction"] and this_process()[1] == 1:
         objective.losses = torch.compile(objective.losses)
         return
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
-    compile_blocks(objective, VTPModel._repeated_blocks)
+    compile_modules(objective, STACKS if stacks else VTPModel._repeated_blocks)
     for part in objective.objectives.values():
         if isinstance(part, SelfSupervisionObjective):
             part.compare = torch.compile(part.compare, dynamic=False)
-        elif isinstance(part, ReconstructionObjective) and part.perceptual is not None:
+            part.centred = torch.compile(part.centred, dynamic=False)
+        elif isinstance(part, ReconstructionObjective) and part.perceptual is not None and not stacks:
             part.perceptual.compile(dynamic=False)
 
 

@@ -251,13 +251,21 @@ class SelfSupervisionObjective(nn.Module):
         if self.config.centering == "sinkhorn_knopp":
             return sinkhorn_knopp(logits, temperature, valid)
         center = getattr(self, f"{name}_center")
-        targets = ((logits.float() - center) / temperature).softmax(-1)
-        mean = total((logits.float() * valid[:, None]).sum(0)) / total(valid.sum()).clamp(min=1)
+        targets, summed = self.centred(logits, center, temperature, valid)
+        mean = total(summed) / total(valid.sum()).clamp(min=1)
         if self.training:
             # A step that is left out must leave nothing behind either: a centre that is NaN once stays so.
             mean = torch.where(mean.isfinite(), mean, center)
             center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))
         return targets
+
+    def centred(self, logits, center, temperature, valid) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distributions (N, K) of the logits without the centre (K,), and the sum (K,) of the valid logits, float32.
+
+        Apart for the reason `compare` is.
+        """
+        targets = ((logits.float() - center) / temperature).softmax(-1)
+        return targets, (logits.float() * valid[:, None]).sum(0)
 
     @torch.no_grad()
     def teach(self, global_crops, masked, mask_weights, temperature) -> tuple[torch.Tensor, torch.Tensor]:
