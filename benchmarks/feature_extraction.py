@@ -10,13 +10,13 @@ Both sides run on the same machine and images in one process after each other, w
 peer); "fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its loader of four
 processes, its batch size of 64. A row is one pass over the number of images that stands beside it, from the start of
 its reading processes to the last feature on the CPU; cuDNN's choice of algorithms and the compiler's work come before
-it and are rows of their own. The rows, in the order of what they are worth:
+it and are rows of their own. The rows:
 
     torch-fidelity            features and logits
     exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
     ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
-    reading                   files to batches in pinned memory: no network can be faster
     ... eager, contiguous     the same network not compiled, and in the other layout of activations
+    reading                   files to batches in pinned memory: no network can be faster
 
 After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
 when it is measured: what ends early keeps what it has.
@@ -131,22 +131,22 @@ class Benchmark:
         with exact_float32():
             self.measure_peer()
         kind = "compiled" if self.arguments.compile else "eager"
-        groups: dict[str, Callable[[], None]] = {
-            f"exact, {kind}": lambda: self.measure_mode("exact"),
-            f"fast, {kind}": lambda: self.measure_mode("fast"),
-            "reading": self.measure_reading,
-            "ceiling": self.measure_ceiling,
-        }
+        default = (self.arguments.compile, "channels_last")
+        groups: dict[str, Callable[[], None]] = {f"exact, {kind}": lambda: self.measure_mode("exact")}
         for mode, layout, compiled in (
             ("exact", "contiguous", False),
             ("exact", "channels_last", False),
-            ("fast", "channels_last", False),
+            ("fast", "channels_last", self.arguments.compile),
             ("exact", "contiguous", True),
+            ("fast", "channels_last", False),
         ):
-            # without a compiler the default mode was the second of these
-            if compiled <= self.arguments.compile and (compiled, layout) != (self.arguments.compile, "channels_last"):
-                name = f"{mode}, {'compiled' if compiled else 'eager'}, {layout}"
+            name = f"{mode}, {'compiled' if compiled else 'eager'}"
+            if mode == "fast" and (compiled, layout) == default:
+                groups[name] = lambda: self.measure_mode("fast")
+            elif compiled <= self.arguments.compile and (compiled, layout) != default:
+                name = f"{name}, {layout}"
                 groups[name] = lambda v=(mode, layout, compiled), n=name: self.measure_variant(n, *v)
+        groups |= {"reading": self.measure_reading, "ceiling": self.measure_ceiling}
         for name, measure in groups.items():
             if time.perf_counter() - self.start > self.arguments.seconds:
                 self.results["not_run"].append(name)
@@ -265,7 +265,7 @@ class Benchmark:
         print(f"{what}: {seconds:.2f} s", flush=True)
 
     def row(self, name: str, count: int, seconds: float) -> None:
-        row = {"name": name, "images": count, "seconds": round(seconds, 3), "images_per_second": count / seconds}
+        row = {"name": name, "images": count, "seconds": round(seconds, 6), "images_per_second": count / seconds}
         peer = f"{name.partition(',')[0]}, torch-fidelity"
         for other in self.results["rows"]:
             if other["name"] == peer and "reading" not in name:

