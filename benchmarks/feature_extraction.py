@@ -16,6 +16,8 @@ it and are rows of their own. The rows:
     exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
     ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
     ... eager, contiguous     the same network not compiled, and in the other layout of activations
+    ... every algorithm tried cuDNN tries all of its algorithms, not ten
+    ... 1x1 as products       convolutions of 1x1 by the library of matrix products
     reading                   files to batches in pinned memory: no network can be faster
 
 After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
@@ -51,6 +53,7 @@ from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batche
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
 DISTINCT_FILES = 1024
+EVERY_ALGORITHM, PRODUCTS = "every algorithm tried", "1x1 as products"
 PRODUCT_SIDE = 8192  # of the matrices of the ceiling on a GPU
 
 
@@ -131,21 +134,23 @@ class Benchmark:
         with exact_float32():
             self.measure_peer()
         kind = "compiled" if self.arguments.compile else "eager"
-        default = (self.arguments.compile, "channels_last")
+        default = (self.arguments.compile, "channels_last", None)
         groups: dict[str, Callable[[], None]] = {f"exact, {kind}": lambda: self.measure_mode("exact")}
-        for mode, layout, compiled in (
-            ("exact", "contiguous", False),
-            ("exact", "channels_last", False),
-            ("fast", "channels_last", self.arguments.compile),
-            ("exact", "contiguous", True),
-            ("fast", "channels_last", False),
+        for mode, layout, compiled, change in (
+            ("exact", "contiguous", False, None),
+            ("exact", "channels_last", False, None),
+            ("exact", "contiguous", False, EVERY_ALGORITHM),
+            ("fast", "channels_last", self.arguments.compile, None),
+            ("exact", "channels_last", True, PRODUCTS),
+            ("exact", "contiguous", True, None),
+            ("fast", "channels_last", False, None),
         ):
             name = f"{mode}, {'compiled' if compiled else 'eager'}"
-            if mode == "fast" and (compiled, layout) == default:
+            if mode == "fast" and (compiled, layout, change) == default:
                 groups[name] = lambda: self.measure_mode("fast")
-            elif compiled <= self.arguments.compile and (compiled, layout) != default:
-                name = f"{name}, {layout}"
-                groups[name] = lambda v=(mode, layout, compiled), n=name: self.measure_variant(n, *v)
+            elif compiled <= self.arguments.compile and (compiled, layout, change) != default:
+                name = ", ".join(filter(None, (name, layout, change)))
+                groups[name] = lambda v=(mode, layout, compiled, change), n=name: self.measure_variant(n, *v)
         groups |= {"reading": self.measure_reading, "ceiling": self.measure_ceiling}
         for name, measure in groups.items():
             if time.perf_counter() - self.start > self.arguments.seconds:
@@ -210,9 +215,15 @@ class Benchmark:
             self.results["fid_difference_of_fast_mode"] = self.distances["fast"] - self.distances["exact"]
         self.write()
 
-    def measure_variant(self, name: str, mode: str, layout: str, compiled: bool) -> None:
-        extractor = self.extractor(name, mode, compile=compiled, layout=layout)
-        seconds, _ = timed(lambda: extract(extractor, self.batches(self.first)))
+    def measure_variant(self, name: str, mode: str, layout: str, compiled: bool, change: str | None) -> None:
+        limit = torch.backends.cudnn.benchmark_limit
+        torch.backends.cudnn.benchmark_limit = 0 if change == EVERY_ALGORITHM else limit
+        try:
+            with torch._inductor.config.patch(conv_1x1_as_mm=change == PRODUCTS):
+                extractor = self.extractor(name, mode, compile=compiled, layout=layout)
+                seconds, _ = timed(lambda: extract(extractor, self.batches(self.first)))
+        finally:
+            torch.backends.cudnn.benchmark_limit = limit
         self.row(f"tensors, {name}", len(self.first), seconds)
 
     def measure_reading(self) -> None:

@@ -88,7 +88,8 @@ def exact_float32(benchmark: bool = False) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, allow_tf32=False):
+        limit = torch.backends.cudnn.benchmark_limit  # of algorithms tried; else it would become PyTorch's
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, benchmark_limit=limit, allow_tf32=False):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul
