@@ -10,6 +10,8 @@ import pytest
 from test_joint_pretraining import arguments, load_program
 from test_train_vtp import ROOT, fresh_accelerate  # noqa: F401
 
+from vtp_diffusion.config import config_to_dict, load_config
+
 
 def start(name, folder, *words):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -48,3 +50,16 @@ def test_twins_are_compared_and_others_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--joint=joint", "--twin=other", "--output=x.json"])
     with pytest.raises(SystemExit, match="seed: 0 and 1"):
         runpy.run_path(str(ROOT / "benchmarks" / "vtp_objectives.py"), run_name="__main__")
+
+
+def test_the_configurations_of_the_twins_differ_in_nothing_else():
+    check = runpy.run_path(str(ROOT / "benchmarks" / "vtp_objectives.py"))["check_twins"]
+    program, folder = load_program("train_vtp"), ROOT / "train_vtp" / "configs"
+    runs = [
+        {"configuration": config_to_dict(load_config(program.Config, folder / name)), "held_out": {"data": "emoji"}}
+        for name in ("openmoji.yaml", "openmoji_twin.yaml")
+    ]
+    check(*runs)
+    runs[1]["configuration"]["model"]["latent_channels"] += 1
+    with pytest.raises(SystemExit, match="model.latent_channels"):
+        check(*runs)
