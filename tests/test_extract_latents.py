@@ -163,6 +163,25 @@ def test_another_autoencoder_is_refused(program, made, tmp_path):
         extract(program, made, tmp_path / "out", "--vae", tmp_path / "vae")
 
 
+def test_a_folder_that_another_process_writes_is_refused(program, made, tmp_path):
+    other = (
+        "import sys, time; from pathlib import Path; from vtp_diffusion import folder_lock\n"
+        "folder_lock.acquire(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    )
+    (tmp_path / "out").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(PROGRAM.parents[1])}
+    command = [sys.executable, "-c", other, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        try:
+            assert holder.stdout.readline() == "locked\n"
+            with pytest.raises(ValueError, match=f"out is in use by process {holder.pid} on "):
+                extract(program, made, tmp_path / "out")
+            assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+        finally:
+            holder.kill()
+    extract(program, made, tmp_path / "out")  # what was killed holds nothing
+
+
 def test_a_folder_of_something_else_is_refused(program, made, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no plan.json"):

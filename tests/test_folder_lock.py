@@ -97,3 +97,19 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="has no locks .*nothing keeps a second job out"):
         RunFolder(tmp_path, tiny_config(tmp_path)).claim()
     assert (tmp_path / "config.yaml").is_file()
+
+
+def test_a_lock_whose_file_is_removed_is_taken_anew(tmp_path):
+    """Who has opened the file before it went does not hold what nobody else sees."""
+    folder_lock.acquire(tmp_path)
+    waiting = os.open(tmp_path / folder_lock.LOCK_NAME, os.O_RDWR)
+    folder_lock.release(tmp_path, remove=True)
+    assert list(tmp_path.iterdir()) == []
+    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the file that is gone
+    folder_lock.acquire(tmp_path)
+    other = os.open(tmp_path / folder_lock.LOCK_NAME, os.O_RDWR)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    folder_lock.release(tmp_path)
+    os.close(waiting)
+    os.close(other)

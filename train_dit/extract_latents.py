@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
+from vtp_diffusion import folder_lock
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import CROP, NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
@@ -155,7 +156,9 @@ def encode_missing(config: Config, accelerator, vae, dataset, shards: list[list[
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    accelerator = join_processes()
+    accelerator, folder = join_processes(), Path(config.output_dir)
+    if accelerator.is_main_process:
+        folder_lock.check_free(folder)
     if config.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
     vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
@@ -163,7 +166,6 @@ def main(argv: list[str] | None = None) -> None:
     dataset = open_dataset(config.data, config.split)
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
-    folder = Path(config.output_dir)
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}
     settings["data"].pop("cache_dir")
     plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
@@ -180,6 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish(config, folder, dataset, dict(zip(paths, shards, strict=True)), identity)
+        folder_lock.release(folder, remove=True)  # the folder is finished: nothing but latents is to be in it
     accelerator.end_training()
 
 

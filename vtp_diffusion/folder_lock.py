@@ -1,8 +1,8 @@
 """One job at a time in a folder: a lock that ends with the process, however that ends.
 
 It is an advisory lock (flock) on the file `.lock` in the folder, which the kernel takes back when its holder is gone,
-killed or not; the file itself stays. What is written in it serves the message only. Between machines it holds as far
-as the file system passes locks on: NFS does since Linux 2.6.12, Lustre if it is mounted with `flock`.
+killed or not; the file itself may stay. What is written in it serves the message only. Between machines it holds as
+far as the file system passes locks on: NFS does since Linux 2.6.12, Lustre if it is mounted with `flock`.
 """
 
 import fcntl
@@ -28,12 +28,17 @@ def _leave_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Whether a descriptor is of the file that is there now."""
+    return path.is_file() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
 def _is_held(path: Path) -> bool:
     """Whether this process has the lock: the file may be another by now, in a folder that was deleted."""
     descriptor = _held.get(path)
     if descriptor is None:
         return False
-    if path.is_file() and os.path.samestat(os.fstat(descriptor), path.stat()):
+    if _is_file(descriptor, path):
         return True
     os.close(_held.pop(path))
     return False
@@ -82,20 +87,28 @@ def acquire(folder: Path) -> None:
     if _is_held(path):
         return
     descriptor, last = os.open(path, os.O_RDWR | os.O_CREAT, 0o666), time.monotonic() + PATIENCE
-    while not _try_lock(descriptor, path):
-        if time.monotonic() > last:
+    while True:
+        if not _try_lock(descriptor, path):
+            if time.monotonic() > last:
+                os.close(descriptor)
+                raise _refusal(path)
+            time.sleep(0.05)
+        elif _is_file(descriptor, path):
+            break
+        else:  # removed by its holder meanwhile
             os.close(descriptor)
-            raise _refusal(path)
-        time.sleep(0.05)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, holder.encode(), 0)
     _held[path] = descriptor
 
 
-def release(folder: Path) -> None:
-    """Give the lock back, if this process has it."""
+def release(folder: Path, remove: bool = False) -> None:
+    """Give the lock back, if this process has it. Args: `remove`: its file too."""
     path = folder.resolve() / LOCK_NAME
     if _is_held(path):
         os.ftruncate(_held[path], 0)
+        if remove:
+            path.unlink()
         os.close(_held.pop(path))

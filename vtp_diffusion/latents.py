@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
+from . import folder_lock
+
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # what a begun extraction is about to write
 STATISTICS_NAME = "latents_stats.pt"  # what upstream's loader takes mean and standard deviation from
@@ -181,9 +183,10 @@ def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) 
 
 
 def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
-    """Take an empty folder, or the one this very extraction began in. `plan`: what decides every shard.
+    """Take and lock an empty folder, or the one this very extraction began in. `plan`: what decides every shard.
 
-    Raises: ValueError if the folder holds other latents (naming what differs) or other files.
+    Raises: ValueError if the folder holds other latents (naming what differs) or other files, or another process is at
+        work in it.
     """
     path = folder / PLAN_NAME
     if path.is_file():
@@ -192,11 +195,14 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
         if differing:
             lines = [f"  {key}: {begun.get(key)} there, {plan.get(key)} now" for key in differing]
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
+        folder_lock.acquire(folder)
         return
     # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
-    if folder.exists() and [entry for entry in folder.iterdir() if entry != _unfinished(path)]:
+    ours = {_unfinished(path), folder / folder_lock.LOCK_NAME}
+    if folder.exists() and set(folder.iterdir()) - ours:
         raise ValueError(f"{folder} is not empty and holds no {PLAN_NAME}: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    folder_lock.acquire(folder)
     write_json(path, plan)
 
 
