@@ -1,5 +1,6 @@
 """train_vtp/finetune_decoder.py as a user runs it, resumed, on two processes, and with bad input."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -128,8 +129,7 @@ def test_compiling_leaves_the_losses_as_they_are(tmp_path, inputs, monkeypatch):
     program = load_program()
     few = ("--max_train_steps=2", "--adversarial.r1=0.1")
     program.main(arguments(tmp_path / "plain", inputs, *few))
-    original = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: original(self, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     program.main(arguments(tmp_path / "compiled", inputs, *few, "--compile", "--gradient_checkpointing"))
     losses = [
         [

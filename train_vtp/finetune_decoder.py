@@ -18,6 +18,7 @@ from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.adversarial import AdversarialConfig, AdversarialDecoding, collapse_signs, find_autoencoder
 from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_batches
 from vtp_diffusion.cli import run as run_program
+from vtp_diffusion.compilation import compile_modules
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images
 from vtp_diffusion.latents import autoencoder_identity
@@ -143,8 +144,8 @@ def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: d
 
 def compile_networks(autoencoder: AutoencoderVTP, perceptual, encoder: bool) -> None:
     """Compile what is passed backwards once: the gradients at the pixels and at the last layer are taken between."""
-    for block in [*autoencoder.decoder.blocks, *(autoencoder.encoder.blocks if encoder else ())]:
-        block.compile()
+    for part in (autoencoder.decoder, autoencoder.encoder) if encoder else (autoencoder.decoder,):
+        compile_modules(part, autoencoder._repeated_blocks)
     if perceptual is not None:
         perceptual.compile()
 
@@ -176,18 +177,18 @@ def main(argv: list[str] | None = None) -> None:
     groups = objective.parameter_groups(config)
     run = TrainingRun(config, folder, objective, autoencoder, "vae", fingerprint, not_saved=frozen, groups=groups)
     if run.is_main and run.first_step == 0:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other shapes: not worth programs
             validate(run, config, autoencoder, datasets, perceptual, 0)
     batches = training_batches(run, config, training)
     inputs = training_inputs(run, config, objective, batches)
     for step in run.steps():
         run.optimise(step, inputs)
         if run.is_main and run.due(step, config.validation_steps):
-            with run.averaged_weights():
+            with run.averaged_weights(), torch.compiler.set_stance("force_eager"):
                 validate(run, config, autoencoder, datasets, perceptual, step + 1)
     left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
-        with run.averaged_weights():
+        with run.averaged_weights(), torch.compiler.set_stance("force_eager"):
             results = finish(run, config, autoencoder, reference, datasets, perceptual, left_out)
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())

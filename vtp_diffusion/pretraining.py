@@ -14,7 +14,7 @@ from torch import nn
 
 from .autoencoder_vtp import AutoencoderVTP
 from .batches import collate_images
-from .compilation import compile_modules
+from .compilation import compile_modules, keep_rows_unpadded
 from .images import from_uint8, image_grid, to_pil, to_uint8
 from .latents import ChannelStatistics
 from .metrics.pixels import psnr
@@ -206,6 +206,7 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
     Args: `stacks`: whole encoders, text towers and reconstructions instead of blocks.
     """
     if list(objective.objectives) == ["reconstruction"] and this_process()[1] == 1:
+        keep_rows_unpadded()
         objective.losses = torch.compile(objective.losses)
         return
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
