@@ -142,6 +142,13 @@ def test_compiling_leaves_the_losses_as_they_are(tmp_path, inputs, monkeypatch):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_shards_are_refused_before_anything_is_built(tmp_path, inputs, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP was asked for: the decoder and its discriminator"):
+        load_program().main(arguments(tmp_path / "run", inputs))
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_processes_give_the_losses_of_one(tmp_path, inputs):
     """The adaptive weight and LeCam's averages are those of the whole batch on every process."""
     few = ("--max_train_steps=3", "--reconstruction.latent_noise=0", "--adversarial.start_step=0")

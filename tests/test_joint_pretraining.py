@@ -326,6 +326,16 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         assert a.keys() == b.keys()
         for name in a.keys() - timing:
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), (a["step"], name)
+    one, two = (load_file(tmp_path / run / "vtp/diffusion_pytorch_model.safetensors") for run in ("one", "two"))
+    for name, weight in one.items():  # of every tower, whichever backward pass reaches it
+        torch.testing.assert_close(two[name], weight, rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_shards_are_refused_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="the text tower are not trained sharded"):
+        load_program("train_vtp").main(arguments(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.accelerators import sharding_asked
 from vtp_diffusion.adversarial import AdversarialConfig, AdversarialDecoding, collapse_signs, find_autoencoder
 from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_batches
 from vtp_diffusion.cli import run as run_program
@@ -152,6 +153,8 @@ def compile_networks(autoencoder: AutoencoderVTP, perceptual, encoder: bool) -> 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
+    if sharding_asked():
+        raise ValueError("FSDP was asked for: the decoder and its discriminator are trained with whole weights only")
     folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
     autoencoder, reference = (AutoencoderVTP.from_pretrained(source).eval() for _ in range(2))
     if config.data.resolution % autoencoder.spatial_compression_ratio:

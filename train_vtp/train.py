@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
+from vtp_diffusion.accelerators import sharding_asked
 from vtp_diffusion.batches import plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
@@ -228,6 +229,8 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
+    if sharding_asked() and config.objectives != ("reconstruction",):
+        raise ValueError("the teacher and the text tower are not trained sharded: FSDP is for reconstruction alone")
     folder = RunFolder(config.output_dir, config)
     torch.manual_seed(config.seed)
     objective, model = build(config)
@@ -248,8 +251,6 @@ def main(argv: list[str] | None = None) -> None:
         flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
         in_parts=len(config.objectives) > 1,
     )
-    if run.sharded and config.objectives != ("reconstruction",):
-        raise ValueError("the teacher and the text tower are not trained sharded: FSDP is for reconstruction alone")
     perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
     length = config.text.text_context_length if "contrastive" in config.objectives else None
     batches = training_batches(run, training, length, config.keep_on_device, config.dataloader_num_workers)

@@ -67,8 +67,13 @@ def _fp8_recipe(accelerate: Any) -> Any:
     return accelerate.utils.AORecipeKwargs()  # torchao keeps the names of the weights, so that checkpoints fit
 
 
+def sharding_asked() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def _set_up_sharding(accelerate: Any, accelerator: Any, block_names: list[str]) -> None:
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not sharding_asked():
         return
     if accelerator.distributed_type != accelerate.DistributedType.FSDP:
         raise ValueError(

@@ -88,7 +88,7 @@ def make_crops(images: torch.Tensor, config: CropConfig, draws: torch.Tensor) ->
 def _views(images, draws, scale, size, blur, solarize, colour) -> torch.Tensor:
     """(V·B, 3, size, size) from draws (V, B, NUM_DRAWS); blur and solarize: one probability a view."""
     count = len(images)
-    views = torch.cat([cut(images, view, scale, size) for view in draws])
+    views = cut(images, draws.flatten(0, 1), scale, size)
     if not colour:
         return views
     draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
@@ -108,12 +108,14 @@ def _like(values: torch.Tensor) -> torch.Tensor:
 
 
 def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int) -> torch.Tensor:
-    """Random resized crops, half of them mirrored: (B, 3, H, W) -> (B, 3, size, size), bilinear, inside the image.
+    """Random resized crops, half of them mirrored: (B, 3, H, W) -> (V·B, 3, size, size), bilinear, inside the image.
 
     Area and aspect ratio are distributed as in torchvision's `RandomResizedCrop`; a rectangle that does not fit is
     made narrower or lower, where torchvision draws again.
 
-    Args: `draws`: (B, >= 5) uniform: area, aspect ratio, left, top, mirroring; `scale`: bounds of the share of area.
+    Args:
+        draws: (V·B, >= 5) uniform: area, aspect ratio, left, top, mirroring; all images' first view first.
+        scale: bounds of the share of area.
     """
     height, width = images.shape[-2:]
     area = (scale[0] + (scale[1] - scale[0]) * draws[:, 0]) * height * width
@@ -125,8 +127,9 @@ def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], s
     mirror = torch.where(draws[:, 4] < FLIP, -1.0, 1.0)
     zero = torch.zeros_like(wide)
     theta = torch.stack([wide * mirror, zero, centre_x, zero, tall, centre_y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    grid = F.affine_grid(theta, [len(theta), 3, size, size], align_corners=False)  # of all views at once: few kernels
+    parts = grid.split(len(images))
+    return torch.cat([F.grid_sample(images, part, padding_mode="border", align_corners=False) for part in parts])
 
 
 def recolour(pixels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
