@@ -5,8 +5,8 @@ Crops are cut and recoloured on the device, in batches, from numbers drawn befor
 depends on its place in the run alone. Against DINOv2's: pixels are interpolated bilinearly instead of bicubically, the
 four changes of colour come in a fixed order instead of a random one, and hue is turned in the YIQ plane.
 
-Constants enter as Python numbers: copying a tensor of them to the device, as `torch.tensor(..., device=...)` does,
-would wait until everything that is queued there is done.
+Constants enter as Python numbers or by `to_device`: copying them as `torch.tensor(..., device=...)` does would wait
+until everything that is queued there is done.
 """
 
 import math
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .batches import to_device
 from .images import from_uint8
 
 # Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
@@ -28,6 +29,12 @@ ASPECT_RATIO = (3 / 4, 4 / 3)
 NUM_DRAWS = 14  # uniform numbers a crop
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 TO_YIQ = np.array([GREY_WEIGHTS, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+# A turn of hue by an angle is TURN[0] + cos(angle) TURN[1] + sin(angle) TURN[2], on colours in RGB: (3, 3, 3).
+TURN = torch.from_numpy(
+    np.linalg.inv(TO_YIQ)
+    @ np.array([np.diag((1, 0, 0)), np.diag((0, 1, 1)), [(0, 0, 0), (0, 0, -1), (0, 1, 0)]])
+    @ TO_YIQ
+)
 MIN_MASK_PATCHES, MIN_MASK_ASPECT, MASK_ATTEMPTS = 4, 0.3, 10
 
 
@@ -75,32 +82,32 @@ def make_crops(images: torch.Tensor, config: CropConfig, draws: torch.Tensor) ->
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     draws = draws.transpose(0, 1)  # (views, B, NUM_DRAWS)
     large, small = draws[: config.global_crops], draws[config.global_crops :]
-    blur = [BLUR_FIRST_GLOBAL] + [BLUR_OTHER_GLOBAL] * (config.global_crops - 1)
-    solarize = [0.0] + [SOLARIZE_OTHER_GLOBAL] * (config.global_crops - 1)
+    blur, solarize = (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL)
     size = config.global_size or images.shape[-1]
     views = _views(images, large, config.global_scale, size, blur, solarize, config.colour)
     if config.local_crops == 0:
         return views, views.new_empty(0, 3, config.local_size, config.local_size)
-    blur, solarize = [BLUR_LOCAL] * config.local_crops, [0.0] * config.local_crops
-    return views, _views(images, small, config.local_scale, config.local_size, blur, solarize, config.colour)
+    blur, size = (BLUR_LOCAL, BLUR_LOCAL), config.local_size
+    return views, _views(images, small, config.local_scale, size, blur, (0.0, 0.0), config.colour)
 
 
 def _views(images, draws, scale, size, blur, solarize, colour) -> torch.Tensor:
-    """(V·B, 3, size, size) from draws (V, B, NUM_DRAWS); blur and solarize: one probability a view."""
-    count = len(images)
+    """(V·B, 3, size, size) from draws (V, B, NUM_DRAWS); blur and solarize: probabilities in the first view and in
+    the others."""
     views = cut(images, draws.flatten(0, 1), scale, size)
     if not colour:
         return views
-    draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
-    blur, solarize = (
-        torch.cat([draws.new_full((count,), value) for value in values])  # (V·B,)
-        for values in (blur, solarize)
+    blurred, solarized = (
+        torch.cat([draw[:1] < first, draw[1:] < others]).flatten()  # (V·B,)
+        for draw, (first, others) in ((draws[..., 11], blur), (draws[..., 13], solarize))
     )
+    draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
     pixels = recolour((views + 1) / 2, draws[:, 5:11])
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, 12]
-    pixels = torch.where(_like(draws[:, 11] < blur), gaussian_blur(pixels, sigma), pixels)
-    inverted = torch.where(pixels >= 0.5, 1 - pixels, pixels)
-    return torch.where(_like(draws[:, 13] < solarize), inverted, pixels) * 2 - 1
+    pixels = torch.where(_like(blurred), gaussian_blur(pixels, sigma), pixels)
+    if solarize != (0.0, 0.0):
+        pixels = torch.where(_like(solarized) & (pixels >= 0.5), 1 - pixels, pixels)
+    return pixels * 2 - 1
 
 
 def _like(values: torch.Tensor) -> torch.Tensor:
@@ -108,16 +115,21 @@ def _like(values: torch.Tensor) -> torch.Tensor:
 
 
 def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int) -> torch.Tensor:
-    """Random resized crops, half of them mirrored: (B, 3, H, W) -> (V·B, 3, size, size), bilinear, inside the image.
+    """Random resized crops, half of them mirrored, bilinear, inside the image.
 
     Area and aspect ratio are distributed as in torchvision's `RandomResizedCrop`; a rectangle that does not fit is
     made narrower or lower, where torchvision draws again.
 
     Args:
+        images: (B, 3, H, W).
         draws: (V·B, >= 5) uniform: area, aspect ratio, left, top, mirroring; all images' first view first.
         scale: bounds of the share of area.
+        size: side of the crops.
+
+    Returns: (V·B, 3, size, size), in the order of the draws.
     """
-    height, width = images.shape[-2:]
+    count, _, height, width = images.shape
+    draws = draws.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)  # (B·V, >= 5)
     area = (scale[0] + (scale[1] - scale[0]) * draws[:, 0]) * height * width
     low, high = (math.log(ratio) for ratio in ASPECT_RATIO)
     ratio = (low + (high - low) * draws[:, 1]).exp()  # width / height
@@ -127,9 +139,11 @@ def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], s
     mirror = torch.where(draws[:, 4] < FLIP, -1.0, 1.0)
     zero = torch.zeros_like(wide)
     theta = torch.stack([wide * mirror, zero, centre_x, zero, tall, centre_y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [len(theta), 3, size, size], align_corners=False)  # of all views at once: few kernels
-    parts = grid.split(len(images))
-    return torch.cat([F.grid_sample(images, part, padding_mode="border", align_corners=False) for part in parts])
+    grid = F.affine_grid(theta, [len(theta), 3, size, size], align_corners=False)
+    # An image's views are sampled as one tall picture: a call for all of them, which repeats no image.
+    tall_views = F.grid_sample(images, grid.view(count, -1, size, 2), padding_mode="border", align_corners=False)
+    views = tall_views.unflatten(2, (-1, size))  # (B, 3, V, size, size)
+    return views.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
 
 def recolour(pixels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
@@ -155,12 +169,9 @@ def _luminance(pixels: torch.Tensor) -> torch.Tensor:
 
 def _turn_hue(pixels: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Colours (B, 3, H, W) turned by an angle (B,) in the plane of chrominance of YIQ; luminance stays."""
-    still, along, across = np.zeros((3, 3, 3))
-    still[0, 0] = along[1, 1] = along[2, 2] = across[2, 1] = 1
-    across[1, 2] = -1
-    to_rgb, cos, sin = np.linalg.inv(TO_YIQ), angle.cos(), angle.sin()
-    parts = zip(*((to_rgb @ part @ TO_YIQ).flatten().tolist() for part in (still, along, across)), strict=True)
-    matrix = torch.stack([a + b * cos + c * sin for a, b, c in parts], dim=1).view(-1, 3, 3)  # to RGB · turn · to YIQ
+    parts = to_device(TURN, pixels.device).to(pixels.dtype)
+    turn = torch.stack([torch.ones_like(angle), angle.cos(), angle.sin()], dim=1)  # (B, 3)
+    matrix = (turn[:, :, None, None] * parts).sum(1)  # (B, 3, 3); no product, which may be rounded to TF32
     return torch.einsum("bij,bjhw->bihw", matrix, pixels)
 
 
