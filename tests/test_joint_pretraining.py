@@ -331,10 +331,11 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         torch.testing.assert_close(two[name], weight, rtol=1e-2, atol=1e-4, msg=name)
 
 
-def test_shards_are_refused_before_anything_is_built(tmp_path, monkeypatch):
+@pytest.mark.parametrize("objectives", [["contrastive"], ["reconstruction"]])
+def test_shards_are_refused_before_anything_is_built(tmp_path, monkeypatch, objectives):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="the text tower are not trained sharded"):
-        load_program("train_vtp").main(arguments(tmp_path / "run"))
+        load_program("train_vtp").main([*arguments(tmp_path / "run"), "--objectives", *objectives])
     assert not (tmp_path / "run").exists()
 
 

@@ -229,8 +229,11 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    if sharding_asked() and config.objectives != ("reconstruction",):
-        raise ValueError("the teacher and the text tower are not trained sharded: FSDP is for reconstruction alone")
+    if sharding_asked():  # reconstruction alone would come as far as its first validation
+        raise ValueError(
+            "FSDP was asked for: the teacher and the text tower are not trained sharded, and what is trained is "
+            "evaluated by one process, with whole weights"
+        )
     folder = RunFolder(config.output_dir, config)
     torch.manual_seed(config.seed)
     objective, model = build(config)
