@@ -159,7 +159,7 @@ def main():
     memory = peak_memory_bytes(device) / 2**30
     kernels = kernel_seconds(lambda: step(0)) if device.type == "cuda" else None
     flops = training_flops(objective, resolution)
-    inputs, alone = step_inputs(objective, images, token_ids, 0), {}
+    inputs, alone, kernels_alone = step_inputs(objective, images, token_ids, 0), {}, {}
     for name, part in objective.objectives.items():
 
         def passes(_, name=name, part=part):
@@ -168,6 +168,7 @@ def main():
             loss.backward()
 
         alone[name] = seconds_of(passes, arguments.steps, device)
+        kernels_alone[name] = kernel_seconds(lambda: passes(0)) if device.type == "cuda" else None
         objective.zero_grad(set_to_none=True)
     results = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -184,6 +185,7 @@ def main():
                 "seconds_alone": alone[name],
                 "share_of_time": alone[name] / sum(alone.values()),
                 "share_of_operations": flops[name] / sum(flops.values()),
+                "kernels": kernels_alone[name],
             }
             for name in alone
         },
