@@ -50,6 +50,7 @@ from vtp_diffusion.metrics.evaluation import wanted_outputs
 from vtp_diffusion.metrics.inception import save_random_inception
 from vtp_diffusion.metrics.records import record_images
 from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batches
+from vtp_diffusion.results import write_json
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
 DISTINCT_FILES = 1024
@@ -289,11 +290,7 @@ class Benchmark:
     def write(self) -> None:
         self.results["seconds_in_all"] = round(time.perf_counter() - self.start, 1)
         if self.arguments.output:
-            path = self.arguments.output
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}")
-            unfinished.write_text(json.dumps(self.results, indent=2) + "\n", encoding="utf-8")
-            unfinished.rename(path)
+            write_json(self.arguments.output, self.results)
 
 
 def extract(extractor: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:

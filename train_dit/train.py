@@ -398,8 +398,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in run.steps():
         run.optimise(step, inputs)
         if watched and run.due(step, config.validation_steps):
-            with torch.compiler.set_stance("force_eager"):  # other shapes: not worth programs
-                validate(config, run, vae, dataset, distance, step + 1)
+            validate(config, run, vae, dataset, distance, step + 1)
         if step + 1 == config.guide.step:
             export_averaged(run, GUIDE)
     with run.averaged_model() as model:

@@ -187,11 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     for step in run.steps():
         run.optimise(step, inputs)
         if run.is_main and run.due(step, config.validation_steps):
-            with run.averaged_weights(), torch.compiler.set_stance("force_eager"):
+            with run.averaged_weights():
                 validate(run, config, autoencoder, datasets, perceptual, step + 1)
     left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
-        with run.averaged_weights(), torch.compiler.set_stance("force_eager"):
+        with run.averaged_weights():
             results = finish(run, config, autoencoder, reference, datasets, perceptual, left_out)
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())

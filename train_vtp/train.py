@@ -267,11 +267,11 @@ def main(argv: list[str] | None = None) -> None:
         run.optimise(step, inputs)
         objective.after_step(done)
         if run.is_main and run.due(step, config.validation_steps):
-            with run.averaged_weights(), torch.compiler.set_stance("force_eager"):  # other shapes: not worth programs
+            with run.averaged_weights():
                 validate(run, config, model, datasets, perceptual, step + 1)
     left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
-        with run.averaged_weights(), torch.compiler.set_stance("force_eager"):
+        with run.averaged_weights():
             results = finish(run, config, model, datasets, perceptual, left_out)
         for name in datasets:
             numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}

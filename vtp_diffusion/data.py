@@ -221,6 +221,19 @@ def read_image(path: str | Path) -> Image.Image:
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
 
 
+def decode_image(value: dict[str, Any], name: str) -> Image.Image:
+    """What `datasets` holds of an image that it does not decode, {"bytes", "path"}, as RGB.
+
+    Raises: UnreadableImageError naming it.
+    """
+    if value["bytes"] is None:
+        return read_image(value["path"])
+    try:
+        return as_rgb(Image.open(io.BytesIO(value["bytes"])))
+    except DECODING_ERRORS as error:
+        raise UnreadableImageError(f"{name} cannot be read: {error}") from error
+
+
 def as_rgb(image: Image.Image) -> Image.Image:
     """RGB from any mode; transparent pixels become white, 16-bit greys are scaled to 8 bits."""
     if image.mode.startswith("I;16"):
@@ -429,13 +442,7 @@ class _CollectionReader:
         self.table, self.column, self.source = table.cast_column(column, datasets.Image(decode=False)), column, source
 
     def __call__(self, row: int) -> Image.Image:
-        value = self.table[row][self.column]
-        if value["bytes"] is None:
-            return read_image(value["path"])
-        try:
-            return as_rgb(Image.open(io.BytesIO(value["bytes"])))
-        except DECODING_ERRORS as error:
-            raise UnreadableImageError(f"image {row} of {self.source} cannot be read: {error}") from error
+        return decode_image(self.table[row][self.column], f"image {row} of {self.source}")
 
 
 def _limited(rows: list, limit: int | None) -> list:

@@ -26,11 +26,16 @@ def write_results(path: str | Path, evaluation: str, config: Any, results: dict[
     versions = {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}
     written = {"evaluation": evaluation, "settings": config_to_dict(config), "versions": versions} | results
     written["settings"] = _without_caches(written["settings"])
+    write_json(path, written)
+    return written
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON file at once or not at all; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     unfinished.rename(path)
-    return written
 
 
 def _without_caches(settings: dict[str, Any]) -> dict[str, Any]:

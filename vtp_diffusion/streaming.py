@@ -10,7 +10,6 @@ however unequal the shards are, and none waits for another that has finished.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,14 +22,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batches import Columns, leave_stopping_to_parent
 from .data import (
-    DECODING_ERRORS,
     DataConfig,
     ImageDataset,
     UnreadableImageError,
-    as_rgb,
     center_crop,
+    decode_image,
     open_dataset,
-    read_image,
 )
 from .extras import require
 from .training import TrainingRun
@@ -152,12 +149,7 @@ class StreamingImages:
     def _read(self, key: str, value: dict[str, Any] | None) -> Image.Image:
         if value is None:
             raise UnreadableImageError(f"image {key} of {self.config.source} is missing")
-        if value["bytes"] is None:
-            return read_image(value["path"])
-        try:
-            return as_rgb(Image.open(io.BytesIO(value["bytes"])))
-        except DECODING_ERRORS as error:
-            raise UnreadableImageError(f"image {key} of {self.config.source} cannot be read: {error}") from error
+        return decode_image(value, f"image {key} of {self.config.source}")
 
     def _label(self, key: str, row: dict[str, Any]) -> int:
         if self.config.label_column is None:

@@ -338,7 +338,8 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The model with its averaged weights, for evaluation, no gradients.
+        """The model with its averaged weights, for evaluation, no gradients. Nothing is compiled meanwhile: batches of
+        other sizes than training's are not worth programs of their own.
 
         Raises: ValueError if the weights are sharded; `averaged_model` works then too.
         """
@@ -346,7 +347,7 @@ class TrainingRun:
             raise ValueError("the weights are sharded over the processes: this evaluation needs whole ones (no FSDP)")
         training = self.model.training
         self.model.eval()
-        with torch.no_grad(), self.average.swapped_into(self.parameters):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.average.swapped_into(self.parameters):
             yield
         self.model.train(training)
 

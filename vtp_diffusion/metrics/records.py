@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..batches import to_device
 from ..processes import gather_objects
 from .extraction import Extractor
 from .statistics import GaussianStatistics
@@ -150,10 +151,7 @@ def _statistics_device(extractor: Extractor) -> torch.device:
 
 def _take(rows: torch.Tensor, places: np.ndarray) -> torch.Tensor:
     """Rows at the places, without waiting for the device to have computed them."""
-    index = torch.from_numpy(places)
-    if rows.is_cuda:
-        index = index.pin_memory().to(rows.device, non_blocking=True)
-    return rows[index]
+    return rows[to_device(torch.from_numpy(places), rows.device)]
 
 
 def _pairs(hashes: list[bytes]) -> Iterator[tuple[int, int]]:
