@@ -15,13 +15,12 @@ it and are rows of their own. The rows:
     torch-fidelity            features and logits
     exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
     ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
-    ... eager, contiguous     the same network not compiled, and in the other layout of activations
-    ... every algorithm tried cuDNN tries all of its algorithms, not ten
-    ... 1x1 as products       convolutions of 1x1 by the library of matrix products
     reading                   files to batches in pinned memory: no network can be faster
+    ... channels_last         the compiled exact network in the other layout of activations
+    ... 1x1 as products       and its convolutions of 1x1 by the library of matrix products
 
-After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
-when it is measured: what ends early keeps what it has.
+The last two are tried on compiled networks only. After --seconds no other group of rows is begun, and those missing
+are named. Every row is printed and the JSON written when it is measured: what ends early keeps what it has.
 
 The ceiling is the rate of plain matrix products of the precision over the operations of one image. Convolutions of
 3x3 that save multiplications (Winograd's) may pass it. Weights are random unless given, which changes no speed; how
@@ -54,7 +53,6 @@ from vtp_diffusion.results import write_json
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
 DISTINCT_FILES = 1024
-EVERY_ALGORITHM, PRODUCTS = "every algorithm tried", "1x1 as products"
 PRODUCT_SIDE = 8192  # of the matrices of the ceiling on a GPU
 
 
@@ -135,24 +133,16 @@ class Benchmark:
         with exact_float32():
             self.measure_peer()
         kind = "compiled" if self.arguments.compile else "eager"
-        default = (self.arguments.compile, "channels_last", None)
-        groups: dict[str, Callable[[], None]] = {f"exact, {kind}": lambda: self.measure_mode("exact")}
-        for mode, layout, compiled, change in (
-            ("exact", "contiguous", False, None),
-            ("exact", "channels_last", False, None),
-            ("exact", "contiguous", False, EVERY_ALGORITHM),
-            ("fast", "channels_last", self.arguments.compile, None),
-            ("exact", "channels_last", True, PRODUCTS),
-            ("exact", "contiguous", True, None),
-            ("fast", "channels_last", False, None),
-        ):
-            name = f"{mode}, {'compiled' if compiled else 'eager'}"
-            if mode == "fast" and (compiled, layout, change) == default:
-                groups[name] = lambda: self.measure_mode("fast")
-            elif compiled <= self.arguments.compile and (compiled, layout, change) != default:
-                name = ", ".join(filter(None, (name, layout, change)))
-                groups[name] = lambda v=(mode, layout, compiled, change), n=name: self.measure_variant(n, *v)
-        groups |= {"reading": self.measure_reading, "ceiling": self.measure_ceiling}
+        groups: dict[str, Callable[[], None]] = {
+            f"exact, {kind}": lambda: self.measure_mode("exact"),
+            f"fast, {kind}": lambda: self.measure_mode("fast"),
+            "reading": self.measure_reading,
+            "ceiling": self.measure_ceiling,
+        }
+        if self.arguments.compile:
+            groups["exact, channels_last"] = lambda: self.measure_channels_last("exact, channels_last", False)
+            products = "exact, channels_last, 1x1 as products"
+            groups[products] = lambda: self.measure_channels_last(products, True)
         for name, measure in groups.items():
             if time.perf_counter() - self.start > self.arguments.seconds:
                 self.results["not_run"].append(name)
@@ -216,15 +206,10 @@ class Benchmark:
             self.results["fid_difference_of_fast_mode"] = self.distances["fast"] - self.distances["exact"]
         self.write()
 
-    def measure_variant(self, name: str, mode: str, layout: str, compiled: bool, change: str | None) -> None:
-        limit = torch.backends.cudnn.benchmark_limit
-        torch.backends.cudnn.benchmark_limit = 0 if change == EVERY_ALGORITHM else limit
-        try:
-            with torch._inductor.config.patch(conv_1x1_as_mm=change == PRODUCTS):
-                extractor = self.extractor(name, mode, compile=compiled, layout=layout)
-                seconds, _ = timed(lambda: extract(extractor, self.batches(self.first)))
-        finally:
-            torch.backends.cudnn.benchmark_limit = limit
+    def measure_channels_last(self, name: str, products: bool) -> None:
+        with torch._inductor.config.patch(conv_1x1_as_mm=products):
+            extractor = self.extractor(name, "exact", compile=True, layout="channels_last")
+            seconds, _ = timed(lambda: extract(extractor, self.batches(self.first)))
         self.row(f"tensors, {name}", len(self.first), seconds)
 
     def measure_reading(self) -> None:
@@ -250,6 +235,7 @@ class Benchmark:
 
     def extractor(self, name: str, mode: str, **options) -> Extractor:
         """Ready: compiled, and its algorithms chosen."""
+        torch.compiler.reset()  # else an earlier program serves again, whatever the inductor's settings are now
         size = self.arguments.batch_size
         extractor = Extractor(InceptionFeatures(self.weights), self.device, mode, batch_size=size, **options)
         self.before(f"first batch, {name}", timed(lambda: extract(extractor, [self.first.images[:size]]))[0])

@@ -106,8 +106,9 @@ class Extractor:
             finer; features that overflow it are an error, as all that are not finite are.
         compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
         batch_size: what to fill up to.
-        layout: of activations and weights. Tensor cores want channels_last; which is faster in float32 without
-            TensorFloat-32 depends on the library of convolutions: `benchmarks/feature_extraction.py` measures both.
+        layout: of activations and weights. None is contiguous in exact mode on CUDA, where cuDNN's convolutions in
+            float32 without TensorFloat-32 are faster in it (`benchmarks/feature_extraction.py` measures both), and
+            else channels_last, which tensor cores want.
     """
 
     def __init__(
@@ -117,13 +118,15 @@ class Extractor:
         mode: FeatureMode = "exact",
         compile: bool = False,
         batch_size: int | None = None,
-        layout: Layout = "channels_last",
+        layout: Layout | None = None,
     ):
         if mode not in ("exact", "fast"):
             raise ValueError(f"feature mode {mode!r} is unknown; known: exact, fast")
         if compile and batch_size is None:
             raise ValueError("a compiled network needs the batch_size that smaller batches are filled up to")
         self.network, self.device, self.mode = network, torch.device(device), mode
+        if layout is None:
+            layout = "contiguous" if mode == "exact" and self.device.type == "cuda" else "channels_last"
         channels_last = layout == "channels_last"
         network.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         network.to(self.device, memory_format=network.memory_format)
