@@ -1,8 +1,9 @@
-"""Speed, memory and exactness of train_dit/train.py, started as a user starts it, on random latents.
+r"""Speed, memory and exactness of train_dit/train.py, started as a user starts it, on random latents.
 
     python benchmarks/dit_training.py --output speed.json --sizes XL/1 --processes 1 --compile
     python benchmarks/dit_training.py --output two.json --sizes XL/1 --processes 1 2 --strategies ddp fsdp --compile
-    python benchmarks/dit_training.py --output resume.json --sizes B/1 --processes 1 2 --resume_check --steps 60
+    python benchmarks/dit_training.py --output resume.json --sizes XL/1 --processes 1 2 --speed false --resume_check \
+        --batch_size 32 --steps 12
     python benchmarks/dit_training.py --output tiny.json --sizes tiny --processes 1 2 --resume_check --steps 8
 
 Speed is the median of the log's img/s after the first third of the steps, which compilation is in. For XL/1 at 128
@@ -65,6 +66,7 @@ class BenchmarkConfig:
     batch_size: int | None = field(default=None, metadata={"help": "images a GPU; none: 128, for tiny 4"})
     steps: int = field(default=60, metadata={"help": "of every run"})
     compile: bool = field(default=False, metadata={"help": "torch.compile the loss"})
+    speed: bool = field(default=True, metadata={"help": "measure img/s, memory and scaling"})
     resume_check: bool = field(default=False, metadata={"help": "compare interrupted runs with straight ones"})
 
     def __post_init__(self):
@@ -78,6 +80,8 @@ class BenchmarkConfig:
             )
         if torch.cuda.is_available() and max(self.processes) > torch.cuda.device_count():
             raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
+        if not self.speed and not self.resume_check:
+            raise ValueError("speed is false and resume_check too, expected one of them")
         if "fsdp" in self.strategies and not torch.cuda.is_available():
             raise ValueError("strategies has fsdp, which accelerate gives on GPUs only")
 
@@ -244,8 +248,9 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             make_data(folder, size)
-            for row in measure_speed(config, folder, size, folder):
-                keep("speed", row)
+            if config.speed:
+                for row in measure_speed(config, folder, size, folder):
+                    keep("speed", row)
             if config.resume_check:
                 for row in check_resume(config, folder, size, folder):
                     keep("resume", row)

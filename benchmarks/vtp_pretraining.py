@@ -32,6 +32,7 @@ from vtp_diffusion.pretraining import (
     VTPForPreTraining,
     checkpoint_blocks,
     compile_parts,
+    one_by_one,
 )
 from vtp_diffusion.pretraining_flops import training_flops
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
@@ -146,9 +147,9 @@ def main():
 
     def step(number: int) -> None:
         inputs = step_inputs(objective, images, token_ids, number)
-        for name, arguments in inputs.items():  # one after the other, as the program does it
+        for part in one_by_one(inputs):  # as the program does it
             with torch.autocast(device.type, torch.bfloat16):
-                loss = objective(**{name: arguments})["loss"]
+                loss = objective(**part)["loss"]
             loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 3.0, foreach=True)
         optimizer.step()

@@ -27,6 +27,7 @@ from vtp_diffusion.pretraining import (
     VTPForPreTraining,
     checkpoint_blocks,
     compile_parts,
+    one_by_one,
 )
 from vtp_diffusion.pretraining_evaluation import effective_rank, retrieval_recall
 from vtp_diffusion.pretraining_flops import training_flops
@@ -34,7 +35,7 @@ from vtp_diffusion.pretraining_inputs import check_share, choose_share
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.stochastic_depth import draw_kept, num_kept
 from vtp_diffusion.training_config import weight_decay_at
-from vtp_diffusion.vtp_blocks import residual_update
+from vtp_diffusion.vtp_blocks import residual_update, use_large_products
 
 TINY = {
     f"{part}_{key}": value
@@ -91,20 +92,37 @@ def test_the_losses_are_named_and_every_trained_weight_learns():
 
 
 def test_objectives_passed_backwards_one_by_one_have_the_gradients_of_all_at_once():
-    together, one_by_one = tiny_objectives(depth_rate=0.5), tiny_objectives(depth_rate=0.5)
-    one_by_one.load_state_dict(together.state_dict())
+    together, apart = tiny_objectives(depth_rate=0.5), tiny_objectives(depth_rate=0.5)
+    apart.load_state_dict(together.state_dict())
     inputs = tiny_inputs(together)
     loss = together(**inputs)["loss"]
     loss.backward()
     total = 0.0
-    for name, arguments in inputs.items():
-        losses = one_by_one(**{name: arguments})
+    for part in one_by_one(inputs):
+        losses = apart(**part)
         losses["loss"].backward()
         total += losses["loss"].item()
     assert total == pytest.approx(loss.item(), rel=1e-5)
-    for (name, first), second in zip(together.named_parameters(), one_by_one.parameters(), strict=True):
+    assert_same_gradients(together, apart)
+
+
+def assert_same_gradients(expected, actual):
+    for (name, first), second in zip(expected.named_parameters(), actual.parameters(), strict=True):
         if first.requires_grad:
             torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
+    plain, large = tiny_objectives(depth_rate=0.5), tiny_objectives(depth_rate=0.5)
+    large.load_state_dict(plain.state_dict())
+    use_large_products(large)
+    block, inputs, called = large.autoencoder.encoder.blocks[0], tiny_inputs(plain), []
+    for layer in (block.attn.to_q, block.mlp.w1, large.autoencoder.encoder.embeddings.patch_embed):
+        layer.register_forward_hook(lambda *_: called.append(True))
+    for objective in (plain, large):
+        objective(**inputs)["loss"].backward()
+    assert_same_gradients(plain, large)
+    assert not called
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -31,6 +31,7 @@ from vtp_diffusion.pretraining import (
     compile_parts,
     evaluate_reconstruction,
     measure_latent_statistics,
+    one_by_one,
     reconstruction_grid,
 )
 from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features
@@ -174,11 +175,10 @@ def check_data(config: Config, dataset) -> None:
 
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[list[dict]]:
-    """Inputs of every objective, micro-step by micro-step. Each objective is passed backwards by itself: the memory of
-    a step is then that of the largest, not of all."""
+    """Inputs of every objective alone, micro-step by micro-step."""
     make = PreTrainingInputs(run, objective, config.augmentation, config.data.resolution)
     for micro_step, batch in zip(run.micro_steps, batches, strict=False):  # a stream does not end
-        yield [{name: inputs} for name, inputs in make(micro_step, batch).items()]
+        yield one_by_one(make(micro_step, batch))
 
 
 def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, name: str, perceptual) -> dict:

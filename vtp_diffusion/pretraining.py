@@ -21,10 +21,14 @@ from .metrics.pixels import psnr
 from .processes import this_process
 from .self_supervision import SelfSupervisionObjective
 from .stochastic_depth import check_drop_rate
+from .vtp_blocks import use_large_products
 from .vtp_model import VTPModel
 
 COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients
 STACKS = ("VTPEncoder", "VTPTextModel", "ReconstructionObjective")
+# Reconstruction's many small kernels run faster than they are launched: before it the GPU needs work in its queue, and
+# the long kernels of the contrastive objective are the most.
+ORDER = ("contrastive", "reconstruction", "self_supervision")
 
 
 @dataclass(kw_only=True)
@@ -198,6 +202,12 @@ class VTPForPreTraining(nn.Module):
                 objective.after_step(done)
 
 
+def one_by_one(inputs: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """Inputs of `VTPForPreTraining` as those of every objective alone, in the order of passing them backwards. The
+    memory of a step is then that of the largest, not of all."""
+    return [{name: inputs[name]} for name in sorted(inputs, key=ORDER.index)]
+
+
 def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
     """Compile what takes the time: all of the reconstruction where it is alone, else the blocks, the losses over
     prototypes and LPIPS one by one, since one graph of three objectives would take longer to compile than small models
@@ -205,6 +215,7 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
 
     Args: `stacks`: whole encoders, text towers and reconstructions instead of blocks.
     """
+    use_large_products(objective)
     if list(objective.objectives) == ["reconstruction"] and this_process()[1] == 1:
         keep_rows_unpadded()
         objective.losses = torch.compile(objective.losses)

@@ -122,6 +122,8 @@ class VTPDecoder(VTPTransformer):
 class VTPEmbeddings(nn.Module):
     """Patches as tokens, after the class token. The mask token replaces patches in masked-image modelling only."""
 
+    large_products = False  # see `use_large_products`
+
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int):
         super().__init__()
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
@@ -130,13 +132,40 @@ class VTPEmbeddings(nn.Module):
 
     def forward(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
         """Images (B, 3, H, W), masks (B, N) of the patches to hide -> tokens (B, 1 + N, D)."""
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        patches = self.embed_patches(images)  # (B, N, D)
         if masks is not None:
             if masks.shape != patches.shape[:2]:
                 raise ValueError(f"masks have shape {tuple(masks.shape)}, expected {tuple(patches.shape[:2])}")
             patches = torch.where(masks[:, :, None], self.mask_token.to(patches.dtype), patches)
         cls_token = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
         return torch.cat([cls_token, patches], dim=1)
+
+    def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> (B, N, D)."""
+        if not self.large_products:
+            return self.patch_embed(images).flatten(2).transpose(1, 2)
+        size = self.patch_embed.kernel_size[0]
+        pixels = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, h, p, w, p)
+        pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3·p·p)
+        return F.linear(pixels, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
+
+
+def joined_linear(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
+    """What each of the linear layers gives for x (..., D), from one product with their weights below each other."""
+    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+
+
+def use_large_products(model: nn.Module) -> None:
+    """Compute queries, keys and values, and the two halves of SwiGLU, with one product each, and patches with a
+    product instead of a convolution: fewer kernels and fewer sums of gradients. For compiled training under autocast,
+    which copies the weights in any case.
+
+    The layers themselves are not called then: hooks on them, and adapters in their places, have no effect.
+    """
+    for module in model.modules():
+        if isinstance(module, VTPAttention | VTPSwiGLU | VTPEmbeddings):
+            module.large_products = True
 
 
 def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.Tensor | None = None) -> torch.Tensor:
@@ -245,6 +274,8 @@ class VTPAttentionProcessor:
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        elif attn.large_products:
+            query, key, value = joined_linear(hidden_states, attn.to_q, attn.to_k, attn.to_v)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, S, H, D)
@@ -279,6 +310,7 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = VTPAttentionProcessor
     _available_processors = [VTPAttentionProcessor]
+    large_products = False  # see `use_large_products`
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, is_causal: bool = False):
         super().__init__()
@@ -307,6 +339,8 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
 class VTPSwiGLU(nn.Module):
     """w3(silu(w1 x) · w2 x) with 2/3 · 4 times the width, rounded up to a multiple of 8 (arXiv:2002.05202)."""
 
+    large_products = False  # see `use_large_products`
+
     def __init__(self, hidden_size: int):
         super().__init__()
         inner = -(-int(hidden_size * 8 / 3) // 8) * 8
@@ -315,7 +349,8 @@ class VTPSwiGLU(nn.Module):
         self.w3 = nn.Linear(inner, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        gate, value = joined_linear(x, self.w1, self.w2) if self.large_products else (self.w1(x), self.w2(x))
+        return self.w3(F.silu(gate) * value)
 
 
 class VTPRMSNorm(nn.Module):
