@@ -3,11 +3,11 @@ r"""What the joint objective gives and costs: a run of it against its twin, trai
     accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji.yaml
     accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji_twin.yaml
     python benchmarks/vtp_objectives.py --joint runs/vtp-openmoji --twin runs/vtp-openmoji-twin \
-        --output benchmarks/results/vtp_objectives.json
+        --output benchmarks/results/vtp_objectives_openmoji_h100.json
 
-One H100 each. Neither has been run to its end yet: benchmarks/results/vtp_openmoji_unfinished/ holds the logs of two
-that were stopped, at steps 1,800 and 2,000 of 4,000. Held-out images are those of base emoji that training never saw.
-Beside the JSON, which holds the curves, an SVG of the same name shows them.
+One H100 each, 13 and 5 minutes. Held-out images are those of base emoji that training never saw. Beside the JSON,
+which holds the curves, an SVG of the same name shows them. What it gave: benchmarks/README.md; the logs of both runs:
+benchmarks/results/vtp_openmoji_h100/.
 
 benchmarks/results/vtp_objectives_tiny_cpu.json is a rehearsal on a CPU: tiny.yaml at 32 pixels, 500 steps of 32
 images (205 and 24 seconds), each with

@@ -74,6 +74,7 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path):
         [*command, "--output_dir", "run"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert "step 15: held_out_psnr " in done.stdout and "\nheld_out: psnr " in done.stdout
     assert "the autoencoder is in run/vae" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 30 and {"train", "held_out"} <= results.keys()

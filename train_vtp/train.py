@@ -37,6 +37,7 @@ from vtp_diffusion.pretraining import (
 from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features
 from vtp_diffusion.pretraining_flops import training_flops
 from vtp_diffusion.pretraining_inputs import PreTrainingInputs, check_share, training_batches
+from vtp_diffusion.results import numbers_line
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.streaming import count_left_out, open_splits
@@ -274,8 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         with run.averaged_weights():
             results = finish(run, config, model, datasets, perceptual, left_out)
         for name in datasets:
-            numbers = {key: value for key, value in results[name].items() if isinstance(value, float)}
-            print(f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+            print(f"{name}: {numbers_line(results[name])}")
         print(f"the autoencoder is in {folder.path / 'vae'}")
     run.end()
 

@@ -46,6 +46,11 @@ def _without_caches(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def numbers_line(values: dict[str, Any]) -> str:
+    """The fractional numbers among `values` in four digits, for the console: "psnr 25.93, lpips 0.05527"."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
+
+
 def check_output(output: str, suffix: str = ".json") -> None:
     """Raises: ValueError unless `output` ends as it should."""
     if not output.endswith(suffix):

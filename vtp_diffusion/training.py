@@ -21,6 +21,7 @@ from .averaging import AveragedWeights
 from .checkpoints import averaged_state, resume, save_checkpoint
 from .config import config_to_dict, flatten_config
 from .data_order import StepBatchSampler, draw_for_positions, step_generator
+from .results import numbers_line
 from .run_folder import RunFolder
 from .throughput import peak_flops, peak_memory_bytes
 from .training_config import TrainingConfig, learning_rate_at, parameter_groups
@@ -206,6 +207,8 @@ class TrainingRun:
         self._bar = bar = tqdm(
             initial=self.first_step, total=last, desc="steps", disable=not self.is_main, smoothing=0.05
         )
+        if config.compile:
+            bar.set_postfix_str("the first step compiles")
         self._mark = time.perf_counter()
         with StopRequest() as request:
             for step in range(self.first_step, last):
@@ -322,12 +325,14 @@ class TrainingRun:
         return statistics.median(rates[1:] or rates)
 
     def report(self, step: int, values: dict[str, float], picture: Any = None, name: str = "validation") -> None:
-        """Log what a validation measured, and its picture (PIL), which is also written into samples/."""
+        """Log and print what a validation measured; log its picture (PIL), which is also written into samples/."""
         if not self.is_main:
             return
         if values:
             self.folder.log({"step": step} | values)
             self.accelerator.log(values, step=step)
+            if self._bar is not None:
+                self._bar.write(f"step {step}: {numbers_line(values)}")
         if picture is not None:
             picture.save(self.folder.samples(step))
             for tracker in self.accelerator.trackers:
