@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..data import DECODING_ERRORS, IMAGE_SUFFIXES, ImageDataset, read_image
 from ..sampling import pipeline_identity, sample_numbers
@@ -20,6 +21,7 @@ from ..sampling import pipeline_identity, sample_numbers
 # 32-bit integers and floats have no agreed range that could be brought to 8 bits
 REFUSED_MODES = ("I", "F")
 HASH_BYTES = 16
+PIECE = 64  # images that a process reads at once: the first batch is there the sooner, and no process ends last alone
 
 
 class ImageSource(Protocol):
@@ -89,8 +91,21 @@ class FolderImages:
         return len(self.files)
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        images = np.stack([np.array(read_image(self.files[index])) for index in indices])  # (B, H, W, 3)
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+        images = _empty_images(len(indices), *self.size)
+        pixels = images.numpy()
+        for k, index in enumerate(indices):
+            pixels[k] = np.asarray(read_image(self.files[index]))
+        return images.permute(0, 3, 1, 2)
+
+
+def _empty_images(count: int, height: int, width: int) -> torch.Tensor:
+    """uint8 (B, H, W, 3) for a data loader to hand on: in a process that reads ahead it lies in the memory that this
+    one shares with the main one, which saves a copy (as torch's own `default_collate` does it)."""
+    shape = (count, height, width, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
 
 
 def _header(path: Path) -> tuple[int, int, str]:
@@ -162,16 +177,18 @@ def image_hashes(images: torch.Tensor) -> list[bytes]:
     return [hashlib.blake2b(image.data, digest_size=HASH_BYTES).digest() for image in pixels]
 
 
-class _Batches(Dataset):
-    def __init__(self, source: ImageSource, batches: list[Sequence[int]], hashed: bool):
-        self.source, self.batches, self.hashed = source, batches, hashed
+class _Pieces(Dataset):
+    """Parts of batches, each with its hashes, or none where they are not wanted."""
+
+    def __init__(self, source: ImageSource, pieces: list[Sequence[int]], hashed: bool):
+        self.source, self.pieces, self.hashed = source, pieces, hashed
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.pieces)
 
-    def __getitem__(self, k: int) -> torch.Tensor | tuple[torch.Tensor, list[bytes]]:
-        images = self.source.read(self.batches[k])
-        return (images, image_hashes(images)) if self.hashed else images
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, list[bytes]]:
+        images = self.source.read(self.pieces[k])
+        return images, image_hashes(images) if self.hashed else []
 
 
 def read_batches(
@@ -189,13 +206,46 @@ def read_batches(
         pin_memory: into memory that is copied to a GPU while other work goes on.
         hashed: give (images, their hashes).
     """
+    workers = 0 if isinstance(source, PipelineImages) else num_workers
+    step = min(PIECE, batch_size) if workers else batch_size
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    workers = 0 if isinstance(source, PipelineImages) else min(num_workers, len(batches))
+    pieces = [batch[start : start + step] for batch in batches for start in range(0, len(batch), step)]
     loader = DataLoader(
-        _Batches(source, batches, hashed),
+        _Pieces(source, pieces, hashed),
         batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
+        num_workers=min(workers, len(pieces)),
         generator=torch.Generator(),  # reading must not move the global one
     )
-    return iter(loader)
+    joined = _joined(iter(loader), [len(batch) for batch in batches], pin_memory, hashed)
+    return _one_ahead(joined) if workers else joined
+
+
+def _joined(
+    pieces: Iterator[tuple[torch.Tensor, list[bytes]]], sizes: list[int], pin_memory: bool, hashed: bool
+) -> Iterator[torch.Tensor] | Iterator[tuple[torch.Tensor, list[bytes]]]:
+    """Batches of the given sizes, in the layout of their pieces."""
+    for size in sizes:
+        images, hashes = next(pieces)
+        if pin_memory or len(images) < size:
+            last = images.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
+            shape = (size, *images.shape[1:])
+            batch = torch.empty(shape, dtype=torch.uint8, memory_format=layout, pin_memory=pin_memory)
+            filled = len(images)
+            batch[:filled].copy_(images)
+            while filled < size:
+                images, more = next(pieces)
+                batch[filled : filled + len(images)].copy_(images)
+                filled += len(images)
+                hashes = hashes + more
+            images = batch
+        yield (images, hashes) if hashed else images
+
+
+def _one_ahead(batches: Iterator) -> Iterator:
+    """The same batches, each joined by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
