@@ -35,7 +35,7 @@ from vtp_diffusion.pretraining_inputs import check_share, choose_share
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.stochastic_depth import draw_kept, num_kept
 from vtp_diffusion.training_config import weight_decay_at
-from vtp_diffusion.vtp_blocks import residual_update, use_large_products
+from vtp_diffusion.vtp_blocks import VTPBlock, VTPRMSNorm, residual_update, use_large_products
 
 TINY = {
     f"{part}_{key}": value
@@ -123,6 +123,29 @@ def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
         objective(**inputs)["loss"].backward()
     assert_same_gradients(plain, large)
     assert not called
+
+
+def test_large_products_keep_no_more_for_the_backward_pass():
+    """A part of a product keeps all of it in memory: 6 GiB of VTP Large, if values came with queries."""
+    kept = []
+    for prepare in (lambda block: None, use_large_products):
+        torch.manual_seed(0)
+        block, x = VTPBlock(16, 2, False, VTPRMSNorm(16), VTPRMSNorm(16)), torch.randn(8, 64, 16).bfloat16()
+        prepare(block)
+        step = torch.compile(block.forward, backend="aot_eager_decomp_partition", fullgraph=True)
+        weights, sizes = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
+
+        def keep(tensor, weights=weights, sizes=sizes):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16), hooks:
+            step(x.requires_grad_(), torch.ones(64, 8), torch.zeros(64, 8))
+        kept.append(sum(sizes.values()))
+    assert kept[1] <= kept[0] * 1.01
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -157,9 +157,9 @@ def joined_linear(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ..
 
 
 def use_large_products(model: nn.Module) -> None:
-    """Compute queries, keys and values, and the two halves of SwiGLU, with one product each, and patches with a
-    product instead of a convolution: fewer kernels and fewer sums of gradients. For compiled training under autocast,
-    which copies the weights in any case.
+    """Compute queries and keys, and the two halves of SwiGLU, with one product each, and patches with a product
+    instead of a convolution: fewer kernels and fewer sums of gradients. For compiled training under autocast, which
+    copies the weights in any case.
 
     The layers themselves are not called then: hooks on them, and adapters in their places, have no effect.
     """
@@ -275,7 +275,8 @@ class VTPAttentionProcessor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         elif attn.large_products:
-            query, key, value = joined_linear(hidden_states, attn.to_q, attn.to_k, attn.to_v)
+            query, key = joined_linear(hidden_states, attn.to_q, attn.to_k)
+            value = attn.to_v(hidden_states)  # apart: it is kept for the backward pass, and would keep the others too
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, S, H, D)
