@@ -22,8 +22,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,8 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
+from launching import ROOT, device_name, end_by_exception, program_environment, read_log, run_to_its_end, torchrun
 from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP
@@ -40,7 +38,7 @@ from vtp_diffusion.config import parse_config
 from vtp_diffusion.latents import autoencoder_identity, write_metadata, write_shard
 from vtp_diffusion.results import check_output, write_results
 
-PROGRAM = Path(__file__).parents[1] / "train_dit" / "train.py"
+PROGRAM = ROOT / "train_dit" / "train.py"
 # layers, heads, channels of a head, channels and side of the latents
 SIZES = {
     "tiny": (2, 2, 16, 4, 4),
@@ -109,48 +107,22 @@ def make_data(folder: Path, size: str) -> None:
     write_metadata(folder / "latents", metadata | {"mean": [0.0] * channels, "std": [1.0] * channels})
 
 
-def run_to_its_end(command: list, environment: dict[str, str]) -> None:
-    """Run a launcher; if this program ends before it, so do the launcher and all that it started.
-
-    They are found by parentage: torchrun puts every process into a session of its own.
-    Raises: RuntimeError with what it wrote if it fails.
-    """
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=pipe, text=True)
-    try:
-        _, errors = process.communicate()
-    finally:
-        if process.poll() is None:
-            doomed = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            for child in doomed:
-                child.kill()
-            process.wait()
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{errors}")
-
-
 def train(
     data: Path, size: str, processes: int, strategy: str, steps: int, output: Path, *options: str
 ) -> tuple[list[dict], dict[str, float]]:
     """Run the program to the end: the losses of its log; its seconds, altogether and of training."""
     layers, heads, head_dim = SIZES[size][:3]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [PROGRAM, f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
-    command += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
-    command += [f"--model.attention_head_dim={head_dim}", f"--max_train_steps={steps}", "--report_to=none", *options]
-    gpu = torch.cuda.is_available()
-    command += ["--mixed_precision=bf16"] if gpu else []
-    paths = [str(PROGRAM.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environment |= {} if gpu else {"ACCELERATE_USE_CPU": "true"}
+    words = [f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
+    words += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
+    words += [f"--model.attention_head_dim={head_dim}", f"--max_train_steps={steps}", "--report_to=none", *options]
+    words += ["--mixed_precision=bf16"] if torch.cuda.is_available() else []
+    environment = program_environment()
     environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "fsdp" else {}
     states = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("checkpoint-*/state.json")]
     before, start = max((state["seconds"] for state in states), default=0.0), time.perf_counter()
-    run_to_its_end(command, environment)
+    run_to_its_end(torchrun(processes, PROGRAM, *words), environment)
     seconds = {"altogether": time.perf_counter() - start}
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [line for line in lines if "loss" in line]
+    losses = [line for line in read_log(output) if "loss" in line]
     return losses, seconds | {"training": losses[-1]["seconds"] - before}
 
 
@@ -224,14 +196,6 @@ def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -
     for name in ("straight", "resumed", "moved"):
         shutil.rmtree(folder / name)
     yield result
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
-def end_by_exception(number: int, frame) -> None:
-    raise SystemExit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,7 +17,9 @@ def benchmark():
     spec = importlib.util.spec_from_file_location("benchmark_dit_training", path)
     program = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = program  # dataclasses look their annotations up there
-    spec.loader.exec_module(program)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # as for a program that is started
+        spec.loader.exec_module(program)
     return program
 
 

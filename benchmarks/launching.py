@@ -1,0 +1,119 @@
+"""Programs that benchmarks start as a user starts them, and end with all that they have started."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import psutil
+import torch
+
+ROOT = Path(__file__).parents[1]
+POLL_SECONDS = 0.2
+END_SECONDS = 60  # a killed process that holds much takes a while to be gone
+
+
+def torchrun(processes: int, program: Path, *words: object) -> list[str]:
+    """The command that starts a program on so many processes of this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(program), *map(str, words)]
+
+
+def program_environment() -> dict[str, str]:
+    """The environment of a program: this package first, and where there is no GPU, accelerate told so."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return environment | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def read_log(run: Path) -> list[dict]:
+    """The complete lines of a run's log.jsonl so far, none before it is there."""
+    path = run / "log.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def run_to_its_end(command: list, environment: dict[str, str]) -> None:
+    """Run a launcher. Raises: RuntimeError with what it wrote if it fails."""
+    with running(command, environment) as (process, errors):
+        if process.wait() != 0:
+            raise failure(command, errors)
+
+
+def run_until(reached: Callable[[], bool], command: list, environment: dict[str, str]) -> None:
+    """Run a launcher until something is reached, and end it then.
+
+    Raises: RuntimeError with what it wrote, as soon as it or one of its workers has ended before. torchrun itself
+        waits half a minute for the other workers, which may wait for the one that ended.
+    """
+    with running(command, environment) as (process, errors):
+        workers: list[psutil.Process] = []
+        while not reached():
+            over = process.poll() is not None or lost_a_worker(process.pid, workers)
+            if over and not reached():
+                raise failure(command, errors)
+            time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def running(command: list, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen, IO[bytes]]]:
+    """A launcher, and the file that its error output goes to. When the context is left, also by an exception, it ends
+    and so does all that it started, which is found by parentage: torchrun puts every process into a session of its
+    own."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            yield process, errors
+        finally:
+            if process.poll() is None:
+                doomed = psutil.Process(process.pid).children(recursive=True)
+                process.kill()
+                for child in doomed:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
+                process.wait()
+                deadline = time.monotonic() + END_SECONDS
+                while not all(map(gone, doomed)) and time.monotonic() < deadline:
+                    time.sleep(POLL_SECONDS)  # they still hold memory that the next run needs
+
+
+def lost_a_worker(launcher: int, workers: list[psutil.Process]) -> bool:
+    """Whether a worker is gone. Those that are new are added to the list: children of the launcher with a rank."""
+    try:
+        children = psutil.Process(launcher).children()
+        workers += [child for child in children if child not in workers and "LOCAL_RANK" in child.environ()]
+    except psutil.NoSuchProcess:  # since it was listed: it shows in how the launcher ends
+        pass
+    return any(map(gone, workers))
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended, its parent knowing or not."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def failure(command: list, errors: IO[bytes]) -> RuntimeError:
+    """What a program wrote before it ended, without its progress bars."""
+    errors.seek(0)
+    words, text = " ".join(map(str, command)), errors.read().decode(errors="replace")
+    text = re.sub(r"[^\n]*\r", "", text)
+    return RuntimeError(f"{words} failed:\n{text}")
+
+
+def end_by_exception(number: int, frame) -> None:
+    """A signal handler: what `running` started ends with this program."""
+    raise SystemExit(128 + number)

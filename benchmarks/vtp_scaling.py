@@ -1,0 +1,128 @@
+r"""Images a second of train_vtp/train.py, all three objectives, on one process and on several, as a user starts it.
+
+    python benchmarks/vtp_scaling.py --processes 1 2 --output benchmarks/results/vtp_scaling.json   # two H100
+    python benchmarks/vtp_scaling.py --size tiny --processes 1 2 --steps 6 --output tiny.json       # a CPU
+
+`large` is configs/large.yaml, model and objectives, on OpenMoji at 128 pixels: 1024 images a process are as many
+tokens as the 256 of 256 pixels that fit into an H100, and captions are cut to as many tokens less. What it changes of
+the configuration is `SIZES`, with `MEASURED`; options after `--` go to the program and come last:
+
+    python benchmarks/vtp_scaling.py --output scaling.json -- --reconstruction.lpips_trunk vgg16.safetensors
+
+Speed is the median of the log's images/s after the first third of the steps, which compilation is in; `scaling` is
+that of a process in that of one alone, `times_one` that of all. A run ends as soon as its last line is there: nothing
+is evaluated, saved or exported. A row is in the file as soon as it is measured; a run that fails ends the benchmark
+with what it wrote.
+"""
+
+import json
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from launching import ROOT, device_name, end_by_exception, program_environment, read_log, run_until, torchrun
+
+from vtp_diffusion.config import parse_config
+from vtp_diffusion.results import check_output, write_results
+
+PROGRAM = ROOT / "train_vtp" / "train.py"
+NEVER = 1_000_000  # steps
+MEASURED = {
+    "max_train_steps": NEVER,  # more than are made: at the last one a run is evaluated and saved
+    "lr_warmup_steps": 10,
+    "checkpointing_steps": NEVER,
+    "validation_steps": NEVER,
+    "report_to": "none",
+}
+# the configuration, images a process, what is changed
+SIZES = {
+    "large": (
+        "large.yaml",
+        1024,
+        {
+            "data.source": "openmoji",
+            "data.streaming": "false",
+            "data.resolution": 128,
+            "self_supervision.crops.global_size": 128,
+            "self_supervision.crops.local_size": 48,
+            "text.text_context_length": 20,  # 4 x 20 tokens for the 77 of an image four times as large
+        },
+    ),
+    "tiny": ("tiny.yaml", 8, {"data.limit": 64, "self_supervision.crops.local_crops": 2}),
+}
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    output: str = field(metadata={"help": "FILE.json for the results"})
+    size: Literal["large", "tiny"] = field(default="large", metadata={"help": "tiny: a CPU, seconds"})
+    processes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "one each GPU"})
+    images: int | None = field(default=None, metadata={"help": "a process; none: 1024, for tiny 8"})
+    steps: int = field(default=36, metadata={"help": "of every run"})
+
+    def __post_init__(self):
+        check_output(self.output)
+        if not self.processes or min(self.processes) < 1 or self.steps < 6:
+            raise ValueError(
+                f"processes is {self.processes} and steps {self.steps}, expected positive numbers and 6 steps or more"
+            )
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"images is {self.images} a process, expected a positive number")
+        if torch.cuda.is_available() and max(self.processes) > torch.cuda.device_count():
+            raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
+
+
+def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
+    """A row for every number of processes, as soon as it is measured."""
+    file, images, changed = SIZES[config.size]
+    images, single, every = config.images or images, None, max(1, config.steps // 12)
+    for processes in config.processes:
+        with tempfile.TemporaryDirectory() as temporary:
+            run, start = Path(temporary) / "run", time.perf_counter()
+            settings = MEASURED | changed
+            settings |= {"train_batch_size": images * processes, "log_steps": every, "output_dir": run}
+            words = [f"--config={ROOT / 'train_vtp' / 'configs' / file}"]
+            words += [f"--{name}={value}" for name, value in settings.items()]
+            command = torchrun(processes, PROGRAM, *words, *options)
+            run_until(lambda run=run: steps_logged(run) >= config.steps, command, program_environment())
+            lines = [line for line in read_log(run) if line["step"] <= config.steps]
+        steady = [line for line in lines if line["step"] > config.steps // 3]
+        row = {"processes": processes, "images_a_process": images}
+        row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
+        row["mfu"] = statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None
+        row["peak_memory_gib"] = lines[-1]["peak_memory_gib"]
+        single = row["images_per_second"] if processes == 1 else single
+        row["times_one"] = None if single is None else row["images_per_second"] / single
+        row["scaling"] = None if single is None else row["times_one"] / processes
+        row["images_per_second_of_lines"] = [line["images_per_second"] for line in lines]
+        row["losses"] = [line["loss"] for line in lines]
+        yield row | {"seconds": time.perf_counter() - start}
+
+
+def steps_logged(run: Path) -> int:
+    return max((line["step"] for line in read_log(run)), default=0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    cut = words.index("--") if "--" in words else len(words)
+    config, options = parse_config(BenchmarkConfig, words[:cut], __doc__), words[cut + 1 :]
+    changed = MEASURED | SIZES[config.size][2]
+    results = {"device": device_name(), "changed": changed, "options": options, "rows": []}
+    for row in measure(config, options):
+        results["rows"].append(row)
+        write_results(config.output, "vtp_scaling", config, results)
+        print(json.dumps(row), flush=True)
+    print(f"results: {config.output}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end_by_exception)
+    main()

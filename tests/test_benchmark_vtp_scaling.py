@@ -1,0 +1,94 @@
+"""benchmarks/vtp_scaling.py at its smallest, and what benchmarks start and end."""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def load(monkeypatch, tmp_path):
+    """Import a module of benchmarks/; what it starts has the test's folder in its command."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return importlib.import_module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_one_process_and_two_are_measured_and_nothing_goes_on(tmp_path, load):
+    words = ["--size=tiny", "--steps=6", "--processes", "1", "2", f"--output={tmp_path / 'out' / 'speed.json'}"]
+    load("vtp_scaling").main([*words, "--", "--seed=3"])
+    result = json.loads((tmp_path / "out" / "speed.json").read_text())
+    one, two = result["rows"]
+    assert (one["processes"], two["processes"], two["images_a_process"]) == (1, 2, 8)
+    assert one["scaling"] == one["times_one"] == 1.0
+    assert two["times_one"] == pytest.approx(two["images_per_second"] / one["images_per_second"])
+    assert two["scaling"] == pytest.approx(two["times_one"] / 2) and two["mfu"] is None
+    assert len(one["losses"]) == 6 and result["options"] == ["--seed=3"]
+    assert not any(str(tmp_path) in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
+
+
+def test_a_program_that_refuses_its_input_ends_the_benchmark_with_its_message(tmp_path, load):
+    words = ["--size=tiny", "--processes=1", f"--output={tmp_path / 'x.json'}", "--", "--self_supervision.share=0.3"]
+    with pytest.raises(
+        RuntimeError, match=r"\nerror: self_supervision.share is 0.3 \(3 of 10\) of a batch of 8 images"
+    ):
+        load("vtp_scaling").main(words)
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_worker_that_dies_ends_the_others_at_once(tmp_path, load):
+    """Also where the launcher would wait: the other worker hears no signal, as one that waits inside NCCL."""
+    worker = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(os.environ["LOCAL_RANK"]).write_text(str(os.getpid()))
+while os.environ["LOCAL_RANK"] == "1" or not pathlib.Path("1").is_file():
+    time.sleep(0.05)
+time.sleep(0.5)
+print("steps: 3\\rsteps: 4\\rerror: no such thing", file=sys.stderr)
+sys.exit(2)"""
+    body = f"""
+import os, subprocess
+workers = [subprocess.Popen(["{sys.executable}", "-c", {worker!r}], start_new_session=True, cwd={str(tmp_path)!r},
+           env=os.environ | {{"LOCAL_RANK": str(rank)}}) for rank in range(2)]
+for worker in workers[::-1]:
+    worker.wait()"""
+    launching, other, start = load("launching"), [], time.perf_counter()
+
+    def reached():
+        if not other and (tmp_path / "1").is_file() and (tmp_path / "1").read_text():
+            other.append(psutil.Process(int((tmp_path / "1").read_text())))
+        return False
+
+    with pytest.raises(RuntimeError, match="failed:\nerror: no such thing"):
+        launching.run_until(reached, [sys.executable, "-c", body], dict(os.environ))
+    assert time.perf_counter() - start < 20 and launching.gone(other[0])
+
+
+def test_a_launcher_that_ends_before_anything_is_reached_failed(load):
+    with pytest.raises(RuntimeError, match="failed"):
+        load("launching").run_until(lambda: False, [sys.executable, "-c", ""], dict(os.environ))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output=x.txt"], "output must be a FILE.json"),
+        (["--output=x.json", "--processes=0"], r"processes is \[0\]"),
+        (["--output=x.json", "--steps=3"], "steps 3, expected positive numbers and 6 steps or more"),
+        (["--output=x.json", "--images=0"], "images is 0"),
+    ],
+)
+def test_wrong_settings_are_refused(load, words, message):
+    with pytest.raises(ValueError, match=message):
+        load("vtp_scaling").main(words)
