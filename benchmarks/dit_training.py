@@ -63,6 +63,9 @@ class BenchmarkConfig:
     )
     batch_size: int | None = field(default=None, metadata={"help": "images a GPU; none: 128, for tiny 4"})
     steps: int = field(default=60, metadata={"help": "of every run"})
+    mixed_precision: Literal["bf16", "fp8"] = field(
+        default="bf16", metadata={"help": "on GPUs; fp8 takes torchao. A CPU trains in float32"}
+    )
     compile: bool = field(default=False, metadata={"help": "torch.compile the loss"})
     speed: bool = field(default=True, metadata={"help": "measure img/s, memory and scaling"})
     resume_check: bool = field(default=False, metadata={"help": "compare interrupted runs with straight ones"})
@@ -80,8 +83,12 @@ class BenchmarkConfig:
             raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
         if not self.speed and not self.resume_check:
             raise ValueError("speed is false and resume_check too, expected one of them")
-        if "fsdp" in self.strategies and not torch.cuda.is_available():
-            raise ValueError("strategies has fsdp, which accelerate gives on GPUs only")
+        for wanted, asked in (
+            ("strategies has fsdp", "fsdp" in self.strategies),
+            ("mixed_precision is fp8", self.mixed_precision == "fp8"),
+        ):
+            if asked and not torch.cuda.is_available():
+                raise ValueError(f"{wanted}, which accelerate gives on GPUs only")
 
 
 def make_data(folder: Path, size: str) -> None:
@@ -115,7 +122,6 @@ def train(
     words = [f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
     words += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
     words += [f"--model.attention_head_dim={head_dim}", f"--max_train_steps={steps}", "--report_to=none", *options]
-    words += ["--mixed_precision=bf16"] if torch.cuda.is_available() else []
     environment = program_environment()
     environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "fsdp" else {}
     states = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("checkpoint-*/state.json")]
@@ -134,7 +140,7 @@ def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) 
             if strategy == "fsdp" and processes == 1:
                 continue
             every = max(1, config.steps // 12)
-            options = [f"--train_batch_size={images * processes}", f"--log_steps={every}"]
+            options = [f"--train_batch_size={images * processes}", f"--log_steps={every}", *precision(config)]
             options += ["--checkpointing_steps=1000000", f"--compile={str(config.compile).lower()}"]
             output = folder / f"{strategy}-{processes}"
             lines, seconds = train(data, size, processes, strategy, config.steps, output, *options)
@@ -154,6 +160,10 @@ def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) 
 
 def images_per_process(config: BenchmarkConfig, size: str) -> int:
     return config.batch_size or (4 if size == "tiny" else 128)
+
+
+def precision(config: BenchmarkConfig) -> list[str]:
+    return [f"--mixed_precision={config.mixed_precision}"] if torch.cuda.is_available() else []
 
 
 def as_killed_after(step: int, run: Path, target: Path) -> None:
@@ -176,6 +186,7 @@ def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -
     first, second = config.processes[0], config.processes[-1]
     steps, half = config.steps, -(-config.steps // 2)
     options = [f"--train_batch_size={images_per_process(config, size) * max(config.processes)}", "--log_steps=1"]
+    options += precision(config)
     options += [f"--checkpointing_steps={half}", "--checkpoints_total_limit=2"]
     options += ["--deterministic", f"--compile={str(config.compile).lower()}"]
     result = {"size": size, "steps": steps, "seconds": {}}

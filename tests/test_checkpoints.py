@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import assert_identical, everything, interrupted_copy, log_of, tiny_config, train
 
 from vtp_diffusion import LightningDiTTransformer2DModel
-from vtp_diffusion.checkpoints import find_damage
+from vtp_diffusion.checkpoints import export_averaged, find_damage
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +103,22 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     assert_identical(everything(resumed), everything(train(tiny_config(tmp_path / "straight"))))
 
 
+def test_a_log_and_a_picture_that_the_disk_does_not_take_are_named(tmp_path):
+    run = train(tiny_config(tmp_path / "run", max_train_steps=1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+        with pytest.raises(OSError, match="step-00000001.png could not be written: .*File too large"):
+            run.report(1, {}, Image.new("RGB", (8, 8)))
+        with pytest.raises(OSError, match="log.jsonl could not be written: .*File too large"):
+            run.report(1, {"psnr": 20.0})
+        with pytest.raises(OSError, match="guide could not be written: .*File too large"):
+            export_averaged(run, "guide")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "run" / "guide").exists()
+
+
 def test_several_averages_are_kept_and_resumed(tmp_path):
     """The first is the one that `average`, validations and pipelines use; decay 0 is the weights themselves."""
     config = tiny_config(tmp_path / "straight", ema_further_decays=[0.0, 0.5])
@@ -133,6 +150,14 @@ def test_a_signal_saves_and_ends_the_program(tmp_path, number):
     resumed = train(config)
     assert resumed.first_step == 4
     assert_identical(everything(resumed), everything(train(tiny_config(tmp_path / "straight"))))
+
+
+def test_steps_before_a_signal_are_in_the_log(tmp_path):
+    config = tiny_config(tmp_path / "run", log_steps=100, checkpointing_steps=100)
+    with pytest.raises(SystemExit):
+        train(config, at_step={3: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    train(config)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 4, 6]
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import resource
 import shutil
 
 import numpy as np
@@ -25,6 +26,7 @@ from vtp_diffusion.latents import (
     verify_shards,
     write_metadata,
     write_shard,
+    write_statistics,
 )
 
 SHAPE = (4, 2, 3)
@@ -301,6 +303,25 @@ def test_a_shard_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     write(tmp_path / "upstream")
     assert read_skipped(tmp_path / "upstream" / "latents_rank00_shard000.safetensors") == []
+
+
+def test_a_full_disk_leaves_the_shards_that_are_there_and_names_the_next(tmp_path):
+    labels, before = torch.arange(5) % len(NAMES), resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_shard(tmp_path / "a.safetensors", random(5, 0), random(5, 1), labels)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+        for name, write_it in (
+            ("b.safetensors", lambda: write_shard(tmp_path / "b.safetensors", random(5, 0), random(5, 1), labels)),
+            ("latents_stats.pt", lambda: write_statistics(tmp_path, [0.0], [1.0])),
+            (METADATA_NAME, lambda: complete(tmp_path)),
+        ):
+            with pytest.raises(OSError, match=f"{name} could not be written: .*File too large"):
+                write_it()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["a.safetensors"]
+    complete(tmp_path, 5)
+    assert len(LatentDataset(tmp_path)) == 5
 
 
 def test_verification_measures_what_it_read(tmp_path):

@@ -38,7 +38,8 @@ def keep_only(folder, target, step):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of the same run: in one process, in two, in two after three steps in one, stopped by a signal."""
+    """Folders of the same run: in one process, in two, in two after three steps in one, with a third step that is not
+    finite in one of two, stopped by a signal."""
     from accelerate.state import AcceleratorState
 
     folder = tmp_path_factory.mktemp("runs")
@@ -46,8 +47,11 @@ def runs(tmp_path_factory):
         patch.setenv("ACCELERATE_USE_CPU", "true")
         AcceleratorState._reset_state(True)
         train(tiny_config(folder / "one"))
+        train(tiny_config(folder / "one-broken"), broken_steps={2})
     jobs = []
     for mode in MODES:
+        broken = {"config": {"folder": str(folder / f"{mode}-broken")}, "shard": mode == "sharded"}
+        jobs.append(broken | {"broken": {"rank": 1, "step": 2}})
         keep_only(folder / "one", folder / f"{mode}-resumed", 3)
         for name in (mode, f"{mode}-resumed"):
             jobs.append({"config": {"folder": str(folder / name)}, "shard": mode == "sharded"})
@@ -104,6 +108,14 @@ def test_one_process_goes_on_where_two_were(runs, tmp_path, mode):
     run = train(tiny_config(keep_only(runs / mode, tmp_path / "run", 3)))
     assert run.first_step == 3
     assert_close(states(tmp_path / "run"), states(runs / "one"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_that_is_not_finite_in_one_process_is_left_out_in_all(runs, mode):
+    for step in (3, 6):
+        assert_close(states(runs / f"{mode}-broken", step), states(runs / "one-broken", step))
+    lines = log_of(runs / f"{mode}-broken")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 1] and lines[2]["loss"] is None
 
 
 def test_processes_agree_on_the_step_to_stop_at(runs):

@@ -1,5 +1,6 @@
 """What the training programs share, with tiny real models."""
 
+import importlib.util
 import multiprocessing
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_training import Objective, assert_identical, everything, interrupted_copy, log_of, tiny_config, train
 from torch import nn
@@ -27,8 +29,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def fresh_accelerate(monkeypatch):
     """On the CPU, where runs repeat bit for bit, and as in a new process: accelerate keeps its state between runs."""
-    from accelerate.state import AcceleratorState
-
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(True)
 
@@ -45,6 +45,16 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path):
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "grad_norm", "learning_rate", "calls"):
         assert [line[name] for line in logs[0]] == [line[name] for line in logs[1]]
+
+
+def test_the_log_of_a_resumed_run_averages_over_the_same_steps(tmp_path):
+    lengths = {"max_train_steps": 8, "checkpointing_steps": 4, "log_steps": 3}
+    config = tiny_config(tmp_path / "straight", **lengths)
+    train(config)
+    interrupted_copy(tmp_path / "straight", tmp_path / "resumed", step=4)
+    train(replace(config, output_dir=str(tmp_path / "resumed")))
+    logs = [[(line["step"], line["loss"]) for line in log_of(tmp_path / name)] for name in ("straight", "resumed")]
+    assert [step for step, _ in logs[0]] == [1, 3, 4, 6, 8] and logs[0] == logs[1]
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
@@ -87,6 +97,14 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
         runs.append(run)
     for first, second in zip(runs[0].trained, runs[1].trained, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_launcher_says_of_accumulation_divides_no_loss(tmp_path, monkeypatch):
+    train(tiny_config(tmp_path / "plain", max_train_steps=1))
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train(tiny_config(tmp_path / "told", max_train_steps=1))
+    assert log_of(tmp_path / "told")[0]["grad_norm"] == log_of(tmp_path / "plain")[0]["grad_norm"]
 
 
 def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path):
@@ -234,10 +252,29 @@ def test_wandb_has_one_project_and_a_run_the_name_of_its_folder(tmp_path):
     """As far as accelerate goes without wandb, which starts when the tracker does."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    for name in ("vtp-l", "dit-xl"):
+        (tmp_path / name).mkdir()
     settings = tracker_settings("wandb", tmp_path / "vtp-l" / ".." / "dit-xl", 0, {})
     tracker = LOGGER_TYPE_TO_CLASS["wandb"](settings["project_name"], **settings["init_kwargs"]["wandb"])
     assert tracker.run_name == "vtp-diffusion", "what accelerate passes to wandb.init as the project"
     assert tracker.init_kwargs["name"] == "dit-xl"
+
+
+def test_a_resumed_run_goes_on_with_its_run_in_wandb(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    first, again, other = (
+        tracker_settings("wandb", tmp_path / name, step, {})["init_kwargs"]["wandb"]
+        for name, step in (("one", 0), ("one", 3), ("other", 0))
+    )
+    assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="about an environment without wandb")
+def test_wandb_that_is_missing_is_named_with_its_extra(tmp_path):
+    with pytest.raises(ImportError, match=r"wandb is needed here: pip install 'vtp-diffusion\[wandb\]'"):
+        train(tiny_config(tmp_path / "run", report_to="wandb"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

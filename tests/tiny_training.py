@@ -116,7 +116,8 @@ def shard_on_cpu():
 
 
 def main():
-    """Run the jobs given as JSON one after the other: {"config": {...}, "shard": bool, "signal": {rank, step}}."""
+    """Run the jobs given as JSON one after the other: {"config": {...}, "shard": bool, "signal": {rank, step, number},
+    "broken": {rank, step}}."""
     import accelerate
     from accelerate.state import AcceleratorState
 
@@ -127,12 +128,14 @@ def main():
         os.environ["ACCELERATE_USE_FSDP"] = str(job.get("shard", False)).lower()
         if job.get("shard"):
             shard_on_cpu()
-        asked, actions = job.get("signal"), {}
-        if asked is not None and int(os.environ.get("RANK", 0)) == asked["rank"]:
+        asked, actions, rank = job.get("signal"), {}, int(os.environ.get("RANK", 0))
+        if asked is not None and rank == asked["rank"]:
             actions[asked["step"]] = lambda number=asked["number"]: os.kill(os.getpid(), number)
+        broken = job.get("broken")
+        broken_steps = {broken["step"]} if broken is not None and rank == broken["rank"] else ()
         config = tiny_config(**job["config"])
         try:
-            run = train(config, at_step=actions)
+            run = train(config, broken_steps, at_step=actions)
         except SystemExit as stopped:
             assert stopped.code == 0
             continue

@@ -35,6 +35,7 @@ from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.compilation import compile_modules
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
+from vtp_diffusion.disk import writing
 from vtp_diffusion.flow_matching import (
     dimension_shift,
     drop_labels,
@@ -296,7 +297,8 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
     folder = run.folder.path / "pipeline"
     if config.save_dtype == "bfloat16":
         pipeline.to(dtype=torch.bfloat16)
-    pipeline.save_pretrained(folder)
+    with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
+        pipeline.save_pretrained(folder)
     # diffusers' load_or_create_model_card wants a Hub repository and a network, its template leaves gaps: written here
     known = dataset.metadata or {}
     data = ModelCardData(

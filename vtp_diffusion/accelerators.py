@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import threading
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,14 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
         handlers.append(_fp8_recipe(accelerate))
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None:
-        require(tracker, "train")
+        require(tracker, "wandb" if tracker == "wandb" else "train")
     accelerator = join_processes(
         mixed_precision=config.mixed_precision,
         log_with=tracker,
         project_dir=str(project_dir),
         kwargs_handlers=handlers,
+        # else a number in the launcher's environment would divide the losses once more
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
     )
     _set_up_sharding(accelerate, accelerator, block_names)
     parts = accelerator.num_processes * config.gradient_accumulation_steps
@@ -99,11 +102,16 @@ def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict
     folder, where a resumed run has to find it.
 
     Resumed, tensorboard forgets what a killed run logged after its checkpoint, and has the configuration already.
+    wandb goes on with the run whose id lies in the folder; of steps that it has it keeps what it has.
 
     Args: `report_to`: the tracker; `folder`: of the run, whose name the run has in wandb; `first_step`: steps done.
     """
     if report_to == "wandb":
-        settings = {"name": folder.resolve().name, "dir": str(folder)}
+        known = folder / "wandb_id.txt"
+        if not known.is_file():
+            known.write_text(uuid.uuid4().hex, encoding="utf-8")
+        settings = {"name": folder.resolve().name, "dir": str(folder), "resume": "allow"}
+        settings["id"] = known.read_text(encoding="utf-8")
         return {"project_name": "vtp-diffusion", "config": config, "init_kwargs": {"wandb": settings}}
     settings = {"purge_step": first_step + 1 if first_step else 0}
     known = {"config": config} if first_step == 0 else {}

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .accelerators import laid_out_like, whole
+from .disk import writing
 from .run_folder import UNFINISHED, RunFolder
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def export_averaged(run: "TrainingRun", name: str) -> None:
     state = averaged_state(run, run.average)
     if run.is_main:
         unfinished, path = run.folder.path / f"{UNFINISHED}{name}", run.folder.path / name
-        write_model(run.model, state, unfinished)
+        with writing(path):
+            write_model(run.model, state, unfinished)
         if path.exists():
             shutil.rmtree(path)
         unfinished.rename(path)

@@ -13,7 +13,7 @@ def require(module_name: str, extra: str) -> ModuleType:
 
     Args:
         module_name: dotted name, for example "torchvision.models".
-        extra: the extra that installs it, "train" or "eval".
+        extra: the extra that installs it, such as "train" or "eval".
 
     Raises:
         MissingExtraError: it is not installed; says which extra to install.

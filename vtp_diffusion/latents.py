@@ -7,6 +7,7 @@ is there, the extraction has not finished.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from . import folder_lock
+from .disk import writing
 
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # what a begun extraction is about to write
@@ -145,7 +147,8 @@ def write_shard(
         skipped: keys of the samples that should have been in this shard but whose images cannot be read.
         first: number of the shard's first sample, counting over all shards, the skipped ones included; with it
             `LatentDataset` finds shards that are missing, double or overlapping.
-    Raises: ValueError for values that are not finite (float16 ends at 65504), before anything is written.
+    Raises: ValueError for values that are not finite (float16 ends at 65504), before anything is written. OSError if
+        the disk does not take it.
     """
     for name, values in (("latents", latents), ("latents_flip", latents_flip)):
         if not values.isfinite().all():
@@ -153,8 +156,9 @@ def write_shard(
     unfinished = _unfinished(path)
     tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
     notes = {"skipped": json.dumps(list(skipped))} | ({} if first is None else {"first": str(first)})
-    save_file(tensors, unfinished, metadata=notes)
-    _put_in_place(unfinished, path)
+    with writing(path, "Shards that are complete stay: the same command goes on after them"):
+        save_file(tensors, unfinished, metadata=notes)
+        _put_in_place(unfinished, path)
 
 
 def _unfinished(path: Path) -> Path:
@@ -171,15 +175,18 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file, at once or not at all."""
     unfinished = _unfinished(path)
-    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    _put_in_place(unfinished, path)
+    with writing(path):
+        unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _put_in_place(unfinished, path)
 
 
 def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
     """Write latents_stats.pt as upstream's loader wants it: float32 tensors (1, C, 1, 1) `mean` and `std`."""
-    unfinished = _unfinished(folder / STATISTICS_NAME)
-    torch.save({"mean": torch.tensor(mean).view(1, -1, 1, 1), "std": torch.tensor(std).view(1, -1, 1, 1)}, unfinished)
-    _put_in_place(unfinished, folder / STATISTICS_NAME)
+    path, content = folder / STATISTICS_NAME, io.BytesIO()
+    torch.save({"mean": torch.tensor(mean).view(1, -1, 1, 1), "std": torch.tensor(std).view(1, -1, 1, 1)}, content)
+    with writing(path):
+        _unfinished(path).write_bytes(content.getvalue())
+        _put_in_place(_unfinished(path), path)
 
 
 def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:

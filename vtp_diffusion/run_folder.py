@@ -9,6 +9,7 @@ from typing import Any
 
 from . import folder_lock
 from .config import config_to_dict, flatten_config, read_yaml, save_config
+from .disk import writing
 from .processes import this_process
 
 UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
@@ -114,7 +115,8 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
-        with open(self.path / "log.jsonl", "a", encoding="utf-8") as file:
+        path = self.path / "log.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def _log_lines(self) -> list[tuple[bytes, dict[str, Any]]]:

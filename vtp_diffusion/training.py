@@ -21,6 +21,7 @@ from .averaging import AveragedWeights
 from .checkpoints import averaged_state, resume, save_checkpoint
 from .config import config_to_dict, flatten_config
 from .data_order import StepBatchSampler, draw_for_positions, step_generator
+from .disk import writing
 from .results import numbers_line
 from .run_folder import RunFolder
 from .throughput import peak_flops, peak_memory_bytes
@@ -139,7 +140,7 @@ class TrainingRun:
         self._mfu_per_rate = flops_per_image / (peak * self.world_size) if known else None
         self._bar, self._mark = None, time.perf_counter()
         resume(self)
-        if config.report_to != "none":
+        if config.report_to != "none" and self.is_main:
             scalars = {k: str(v) for k, v in flatten_config(config_to_dict(config)).items()}
             settings = tracker_settings(config.report_to, folder.path, self.first_step, scalars)
             self.accelerator.init_trackers(**settings)
@@ -219,6 +220,8 @@ class TrainingRun:
                     self.save(step + 1)
                 if step + 1 < last and self._stop_agreed(step, request):
                     if not pause:
+                        if self._summed:
+                            self._log(step + 1, learning_rate_at(step, config))
                         self.save(step + 1)
                     bar.close()
                     self.accelerator.print(f"stopped by a signal after step {step + 1}: the same command resumes")
@@ -239,7 +242,7 @@ class TrainingRun:
 
     def _log_due(self, step: int) -> bool:
         every = (self.config.log_steps, self.config.validation_steps, self.config.checkpointing_steps)
-        return step == self.first_step or any(self.due(step, n) for n in every)
+        return step == 0 or any(self.due(step, n) for n in every)
 
     def optimise(self, step: int, micro_batches: Iterator[dict[str, Any] | list[dict[str, Any]]]) -> None:
         """One optimiser step over the next `gradient_accumulation_steps` sets of arguments of the objective.
@@ -334,7 +337,9 @@ class TrainingRun:
             if self._bar is not None:
                 self._bar.write(f"step {step}: {numbers_line(values)}")
         if picture is not None:
-            picture.save(self.folder.samples(step))
+            path = self.folder.samples(step)
+            with writing(path):
+                picture.save(path)
             for tracker in self.accelerator.trackers:
                 if self.config.report_to == "tensorboard":
                     tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")

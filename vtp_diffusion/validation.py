@@ -68,11 +68,16 @@ class QuickDistance:
     the processes and do not depend on how many there are.
 
     Raises:
-        ValueError: a reference of fewer than 2 N images, or an unknown feature network.
+        ValueError: a reference of fewer than 2 N images, more processes than images, or an unknown feature network.
     """
 
     def __init__(self, config: DistanceConfig, seed: int, resolution: int):
         self.config, self.seed = config, seed
+        if config.num_images < this_process()[1]:
+            raise ValueError(
+                f"distance.num_images is {config.num_images}, which {this_process()[1]} processes cannot share: "
+                "expected at least one image each"
+            )
         dataset = open_dataset(replace(config.reference, resolution=resolution), "train")
         self.network = feature_network(config.network, config.weights)
         self.reference = DatasetImages(dataset)
