@@ -49,6 +49,7 @@ from vtp_diffusion.metrics.evaluation import wanted_outputs
 from vtp_diffusion.metrics.inception import save_random_inception
 from vtp_diffusion.metrics.records import record_images
 from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batches
+from vtp_diffusion.processes import reading_processes
 from vtp_diffusion.results import write_json
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_tensors", type=int, default=4096, help="tensors of each of the two sets")
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--batch_size", type=int, default=256, help="of this package")
-    parser.add_argument("--num_workers", type=int, default=min(16, os.cpu_count() or 1), help="of this package")
+    parser.add_argument("--num_workers", type=int, default=reading_processes(), help="of this package")
     parser.add_argument("--weights", type=Path, help="torch-fidelity's file of Inception; random ones if not given")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="on a GPU if not given")
     parser.add_argument("--seconds", type=float, default=90, help="after which no other group of rows is begun")

@@ -1,6 +1,7 @@
 """Where measured images come from, and what is remembered of them when they are gone."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from vtp_diffusion.metrics import Extractor, FeatureNetwork, feature_network, ne
 from vtp_diffusion.metrics.npz import ImageSpool, NpzImages, write_npz
 from vtp_diffusion.metrics.records import Wanted, record_images
 from vtp_diffusion.metrics.sources import PIECE, FolderImages, image_hashes, read_batches
+from vtp_diffusion.processes import reading_processes
 
 
 def pixels(count, seed=0):
@@ -95,21 +97,29 @@ def test_images_of_other_modes_are_converted_and_counted_or_refused(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_of_files_are_the_same_from_one_process_or_from_pieces_of_several(workers, tmp_path):
-    images = pixels(2 * PIECE + 9)
+    images = pixels(6 * PIECE + 9)  # more pieces than there are places for them
     for k, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{k:04d}.png")
     source, order = FolderImages(tmp_path), list(range(len(images)))[::-1]
     for hashed in (False, True):
         batches = list(read_batches(source, order, PIECE + 5, workers, hashed=hashed))
         found, hashes = zip(*batches, strict=True) if hashed else (batches, ())
-        assert [len(batch) for batch in found] == [PIECE + 5, PIECE + 4]
+        assert [len(batch) for batch in found] == [PIECE + 5] * 5 + [PIECE - 16]
         assert np.array_equal(torch.cat(found).permute(0, 2, 3, 1), images[::-1])
         assert all(found_hashes == image_hashes(batch) for found_hashes, batch in zip(hashes, found, strict=False))
     (tmp_path / "0003.png").write_bytes((tmp_path / "0003.png").read_bytes()[:60])
     batches = read_batches(source, order, PIECE + 5, workers)
     assert np.array_equal(next(batches).permute(0, 2, 3, 1), images[: -PIECE - 6 : -1])
     with pytest.raises(ValueError, match="0003.png cannot be read as an image"):
-        next(batches)
+        list(batches)
+
+
+def test_reading_leaves_cpus_to_others(monkeypatch):
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert reading_processes() == max(1, min(16, cpus - 1)) and reading_processes(limit=1) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cpus))
+    assert reading_processes() == 1
 
 
 def test_a_folder_that_is_not_what_it_says(tmp_path):

@@ -39,6 +39,13 @@ def check_device(name: str) -> None:
         raise ValueError(f"device is {name}, but torch {torch.__version__} finds no such GPU")
 
 
+def reading_processes(limit: int = 16) -> int:
+    """How many processes should read images beside this one: its share of the CPUs that it may run on, of which it
+    keeps one for itself; at least 1 and at most `limit`, since each takes some 30 ms to start."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(limit, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
 def gather_objects(value: Any) -> list[Any]:
     """`value` of every process, in the order of their ranks, on every process. Tensors must lie on the CPU."""
     if this_process()[1] == 1:

@@ -1,13 +1,12 @@
 """What evaluation programs do with images before anything is measured: open them, and pass them through networks."""
 
-import os
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from tqdm.auto import tqdm
 
 from ..data import DataConfig, open_dataset
-from ..processes import check_device, this_process
+from ..processes import check_device, reading_processes, this_process
 from .extraction import FEATURE_NETWORKS, Extractor, FeatureMode, feature_network, network_name, weight_files
 from .npz import ImageSpool, NpzImages
 from .records import ImageRecord, Wanted, record_images
@@ -42,7 +41,7 @@ class FeaturesConfig:
     feature_batch_size: int = field(default=256 if ON_CUDA else 32, metadata={"help": "images a network sees at once"})
     compile: bool = field(default=ON_CUDA, metadata={"help": "torch.compile the feature networks"})
     num_workers: int = field(
-        default=min(16, os.cpu_count() or 1) if ON_CUDA else 0, metadata={"help": "processes that read image files"}
+        default=reading_processes() if ON_CUDA else 0, metadata={"help": "processes that read image files"}
     )
     device: str = field(default="cuda" if ON_CUDA else "cpu", metadata={"help": "torch device to run on"})
 

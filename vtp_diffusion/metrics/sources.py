@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
+from ..batches import READ_AHEAD
 from ..data import DECODING_ERRORS, IMAGE_SUFFIXES, ImageDataset, read_image
 from ..sampling import pipeline_identity, sample_numbers
 
@@ -91,21 +92,10 @@ class FolderImages:
         return len(self.files)
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        images = _empty_images(len(indices), *self.size)
-        pixels = images.numpy()
+        pixels = np.empty((len(indices), *self.size, 3), np.uint8)
         for k, index in enumerate(indices):
             pixels[k] = np.asarray(read_image(self.files[index]))
-        return images.permute(0, 3, 1, 2)
-
-
-def _empty_images(count: int, height: int, width: int) -> torch.Tensor:
-    """uint8 (B, H, W, 3) for a data loader to hand on: in a process that reads ahead it lies in the memory that this
-    one shares with the main one, which saves a copy (as torch's own `default_collate` does it)."""
-    shape = (count, height, width, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def _header(path: Path) -> tuple[int, int, str]:
@@ -178,17 +168,30 @@ def image_hashes(images: torch.Tensor) -> list[bytes]:
 
 
 class _Pieces(Dataset):
-    """Parts of batches, each with its hashes, or none where they are not wanted."""
+    """Parts of batches, read into places of shared memory that are used again and again: fresh memory costs a page
+    fault for every 4 KiB, in the process that writes and in the one that reads, and the latter is only one. Piece k
+    goes to place k % P.
 
-    def __init__(self, source: ImageSource, pieces: list[Sequence[int]], hashed: bool):
-        self.source, self.pieces, self.hashed = source, pieces, hashed
+    Args:
+        pieces: indices of each.
+        places: uint8 (P, n, H, W, 3).
+        hashed: an item is the hashes of a piece, or else empty.
+    """
+
+    def __init__(self, source: ImageSource, pieces: list[Sequence[int]], places: torch.Tensor, hashed: bool):
+        self.source, self.pieces, self.places, self.hashed = source, pieces, places, hashed
 
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def __getitem__(self, k: int) -> tuple[torch.Tensor, list[bytes]]:
-        images = self.source.read(self.pieces[k])
-        return images, image_hashes(images) if self.hashed else []
+    def __getitem__(self, k: int) -> list[bytes]:
+        images = self.images(k)
+        images.copy_(self.source.read(self.pieces[k]))
+        return image_hashes(images) if self.hashed else []
+
+    def images(self, k: int) -> torch.Tensor:
+        """Where piece k is, (B, 3, H, W), once it is read and until piece k + P is."""
+        return self.places[k % len(self.places), : len(self.pieces[k])].permute(0, 3, 1, 2)
 
 
 def read_batches(
@@ -206,40 +209,59 @@ def read_batches(
         pin_memory: into memory that is copied to a GPU while other work goes on.
         hashed: give (images, their hashes).
     """
-    workers = 0 if isinstance(source, PipelineImages) else num_workers
-    step = min(PIECE, batch_size) if workers else batch_size
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    pieces = [batch[start : start + step] for batch in batches for start in range(0, len(batch), step)]
+    if num_workers and batches and not isinstance(source, PipelineImages):
+        read = _read_by_processes(source, batches, num_workers, pin_memory, hashed)
+    else:
+        read = _read_here(source, batches, pin_memory, hashed)
+    return read if hashed else (images for images, _ in read)
+
+
+def _read_here(
+    source: ImageSource, batches: list[Sequence[int]], pin_memory: bool, hashed: bool
+) -> Iterator[tuple[torch.Tensor, list[bytes]]]:
+    for batch in batches:
+        images = source.read(batch)
+        if pin_memory:
+            images = images.pin_memory()
+        yield images, image_hashes(images) if hashed else []
+
+
+def _read_by_processes(
+    source: ImageSource, batches: list[Sequence[int]], num_workers: int, pin_memory: bool, hashed: bool
+) -> Iterator[tuple[torch.Tensor, list[bytes]]]:
+    pieces = [batch[start : start + PIECE] for batch in batches for start in range(0, len(batch), PIECE)]
+    workers = min(num_workers, len(pieces))
+    # the loader asks for a piece when it gives the one that comes READ_AHEAD * workers before it: one place more, and
+    # that one can be copied in the meantime
+    shape = (READ_AHEAD * workers + 1, max(map(len, pieces)), *source.size, 3)
+    places = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(math.prod(shape)), 0, shape)
+    dataset = _Pieces(source, pieces, places, hashed)
     loader = DataLoader(
-        _Pieces(source, pieces, hashed),
+        dataset,
         batch_size=None,
-        num_workers=min(workers, len(pieces)),
+        num_workers=workers,
+        prefetch_factor=READ_AHEAD,
         generator=torch.Generator(),  # reading must not move the global one
     )
-    joined = _joined(iter(loader), [len(batch) for batch in batches], pin_memory, hashed)
-    return _one_ahead(joined) if workers else joined
+    return _one_ahead(_joined(dataset, iter(loader), [len(batch) for batch in batches], pin_memory))
 
 
 def _joined(
-    pieces: Iterator[tuple[torch.Tensor, list[bytes]]], sizes: list[int], pin_memory: bool, hashed: bool
-) -> Iterator[torch.Tensor] | Iterator[tuple[torch.Tensor, list[bytes]]]:
-    """Batches of the given sizes, in the layout of their pieces."""
+    dataset: _Pieces, arriving: Iterator[list[bytes]], sizes: list[int], pin_memory: bool
+) -> Iterator[tuple[torch.Tensor, list[bytes]]]:
+    """Batches of the given sizes, copied out of the places of their pieces."""
+    numbered = enumerate(arriving)
     for size in sizes:
-        images, hashes = next(pieces)
-        if pin_memory or len(images) < size:
-            last = images.is_contiguous(memory_format=torch.channels_last)
-            layout = torch.channels_last if last else torch.contiguous_format
-            shape = (size, *images.shape[1:])
-            batch = torch.empty(shape, dtype=torch.uint8, memory_format=layout, pin_memory=pin_memory)
-            filled = len(images)
-            batch[:filled].copy_(images)
-            while filled < size:
-                images, more = next(pieces)
-                batch[filled : filled + len(images)].copy_(images)
-                filled += len(images)
-                hashes = hashes + more
-            images = batch
-        yield (images, hashes) if hashed else images
+        shape = (size, *dataset.source.size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory).permute(0, 3, 1, 2)
+        filled, hashes = 0, []
+        while filled < size:
+            k, found = next(numbered)
+            piece = dataset.images(k)
+            images[filled : filled + len(piece)].copy_(piece)
+            filled, hashes = filled + len(piece), hashes + found
+        yield images, hashes
 
 
 def _one_ahead(batches: Iterator) -> Iterator:
