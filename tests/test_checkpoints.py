@@ -93,7 +93,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = {4: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))}
     try:
-        with pytest.raises(OSError, match="checkpoint 6 could not be written to .*are there: checkpoint-3"):
+        with pytest.raises(
+            OSError, match=r"checkpoint 6 could not be written to .* MiB free\). .*are there: checkpoint-3"
+        ):
             train(config, at_step=limit)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

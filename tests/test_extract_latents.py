@@ -5,13 +5,13 @@ import importlib.util
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -94,11 +94,12 @@ def test_latents_are_those_of_the_images(program, made, tmp_path, capsys):
     assert "7 latents, 0 images skipped" in capsys.readouterr().out
 
 
-def test_latents_json_holds_statistics_and_origin(program, made, tmp_path):
-    latents = extract(program, made, tmp_path / "out", "--dtype", "bfloat16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_latents_json_holds_statistics_and_origin(dtype, program, made, tmp_path):
+    latents = extract(program, made, tmp_path / "out", "--dtype", str(dtype).removeprefix("torch."))
     metadata, batch = latents.metadata, read_all(latents)
     both = torch.cat([batch["latents"], batch["latents_flip"]]).double().transpose(0, 1).flatten(1)
-    assert batch["latents"].dtype == torch.bfloat16
+    assert batch["latents"].dtype == batch["latents_flip"].dtype == dtype
     assert metadata["mean"] == pytest.approx(both.mean(1).tolist())
     assert metadata["std"] == pytest.approx(both.std(1, unbiased=False).tolist())
     assert metadata["autoencoder"]["class"] == "AutoencoderVTP" and metadata["resolution"] == 16
@@ -326,12 +327,13 @@ def test_processes_that_did_not_find_each_other_are_refused(program, made, tmp_p
 
 
 def launch(made, output, *more):
+    """In two processes of a CPU: with --cpu accelerate would start a single one."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    start = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    start = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = [sys.executable, "-m", *start, *settings, str(PROGRAM), *map(str, words(made, output, *more))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, cwd=output.parent, start_new_session=True, **pipes)
+    return subprocess.Popen(command, env=environment, cwd=output.parent, **pipes)
 
 
 def test_killed_at_a_random_moment_and_resumed_by_another_number_of_processes(program, made, tmp_path):
@@ -341,7 +343,10 @@ def test_killed_at_a_random_moment_and_resumed_by_another_number_of_processes(pr
     moment = random.randrange(1, 80)
     while process.poll() is None and len(list((tmp_path / "out").glob("latents_*.safetensors"))) < moment:
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if str(PROGRAM) in p.cmdline()]
+    for doomed in (process, *workers):  # torchrun puts each into a session of its own
+        doomed.kill()
+    assert len(workers) == 2
     output = process.communicate()[0]
     left = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("latents_*.safetensors")}
     assert len(left) >= moment, output

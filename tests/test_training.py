@@ -176,6 +176,17 @@ def test_a_run_is_not_made_shorter_than_it_is(tmp_path):
     assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
+def test_a_folder_that_another_machine_does_not_have_is_refused_before_training(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run", tiny_config(tmp_path / "run"))
+    monkeypatch.setenv("RANK", "8")
+    with pytest.raises(
+        ValueError, match="run, which the main process has made, is not there for process 8 on .* share"
+    ):
+        folder.check_shared(patience=0)
+    folder.claim()
+    folder.check_shared(patience=0)
+
+
 def test_a_folder_claimed_by_half_is_claimed_again(tmp_path):
     """A kill while the configuration is written leaves a part of it, under a name that nobody reads."""
     (tmp_path / ".unfinished-config.yaml").write_text("output_d")

@@ -183,7 +183,8 @@ def save_checkpoint(run: "TrainingRun", step: int) -> None:
     """Write checkpoint-<step>; the ones before survive whatever happens meanwhile.
 
     Raises:
-        OSError: it could not be written, for example because the disk is full. What was written of it is removed.
+        OSError: it could not be written, for example because the disk is full. What was written of it is removed; if
+            it was another process than the main one that failed, by the next start.
     """
     path = run.folder.unfinished(step)
     try:
@@ -194,10 +195,12 @@ def save_checkpoint(run: "TrainingRun", step: int) -> None:
         if run.is_main:
             run.folder.finish(step, run.config.checkpoints_total_limit)
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
-        shutil.rmtree(path, ignore_errors=True)
+        free = shutil.disk_usage(run.folder.path).free / 2**20  # torch.save does not say that there was no room
+        if run.is_main:
+            shutil.rmtree(path, ignore_errors=True)
         kept = [p.name for _, p in run.folder.checkpoints()]
         raise OSError(
-            f"checkpoint {step} could not be written to {run.folder.path}: {error}. "
+            f"checkpoint {step} could not be written to {run.folder.path}: {error} ({free:,.0f} MiB free). "
             f"Checkpoints that are there: {', '.join(kept) or 'none'}"
         ) from error
     run.accelerator.wait_for_everyone()

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from .config import config_to_dict, flatten_config, read_yaml, save_config
 from .disk import writing
 from .processes import this_process
 
+PATIENCE = 60.0  # seconds: what NFS remembers of a folder at most, unless it is mounted otherwise
 UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
 
 
@@ -73,6 +76,21 @@ class RunFolder:
         unfinished.rename(self.path / "config.yaml")  # a kill must not leave half of what tells whose the folder is
         for unfinished in self.path.glob(f"{UNFINISHED}*"):
             unfinished.unlink() if unfinished.is_file() else shutil.rmtree(unfinished)
+
+    def check_shared(self, patience: float = PATIENCE) -> None:
+        """For every process, once one has claimed the folder.
+
+        Args: `patience`: seconds that a network file system may take to show it.
+        Raises: ValueError if it is not there for this process, which runs on another machine.
+        """
+        last = time.monotonic() + patience
+        while not (self.path / "config.yaml").is_file():
+            if time.monotonic() > last:
+                raise ValueError(
+                    f"{self.path}, which the main process has made, is not there for process {this_process()[0]} on "
+                    f"{socket.gethostname()}: expected a folder that all machines share"
+                )
+            time.sleep(0.5)
 
     def release(self) -> None:
         """Let another process work in the folder."""

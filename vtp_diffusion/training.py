@@ -108,6 +108,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             folder.claim()
         self.accelerator.wait_for_everyone()
+        folder.check_shared()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(objective, config.adam_weight_decay) if groups is None else groups,
             lr=config.learning_rate,
