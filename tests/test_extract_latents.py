@@ -103,6 +103,7 @@ def test_latents_json_holds_statistics_and_origin(dtype, program, made, tmp_path
     assert metadata["mean"] == pytest.approx(both.mean(1).tolist())
     assert metadata["std"] == pytest.approx(both.std(1, unbiased=False).tolist())
     assert metadata["autoencoder"]["class"] == "AutoencoderVTP" and metadata["resolution"] == 16
+    assert metadata["autoencoder"].keys() == {"class", "config", "weights", "encoder"}
     assert (metadata["num_samples"], metadata["num_images"], metadata["skipped"]) == (7, 7, [])
 
 

@@ -271,7 +271,7 @@ def arguments(output, *more):
 
 def test_a_resumed_joint_run_gives_the_same_models(tmp_path):
     program = load_program("train_vtp")
-    program.main(arguments(tmp_path / "straight"))
+    program.main(arguments(tmp_path / "straight", "--evaluation_images=40"))
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     for folder in ("vae", "vtp"):
         shutil.rmtree(tmp_path / "resumed" / folder)
@@ -286,6 +286,9 @@ def test_a_resumed_joint_run_gives_the_same_models(tmp_path):
     assert vae.config.latents_mean == vtp.autoencoder.config.latents_mean is not None
     lines = [json.loads(line) for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
     measured = next(line for line in lines if "held_out_knn_accuracy" in line)
+    results = json.loads((tmp_path / "straight" / "results.json").read_text())
+    assert [results[name]["images"] for name in ("train", "held_out")] == [40, 40]
+    assert results["held_out"]["recall_at_1_by_chance"] == 1 / 40
     assert {"held_out_zero_shot_accuracy", "held_out_recall_at_1", "held_out_effective_rank"} <= measured.keys()
 
 
@@ -388,6 +391,8 @@ def test_shards_are_refused_before_anything_is_built(tmp_path, monkeypatch, obje
         (["--checkpointed_share=0"], "checkpointed_share is 0.0, expected a share in .0, 1."),
         (["--self_supervision.crops.local_size=12"], "local_size is 12, expected a multiple of model.patch_size, 8"),
         (["--train_batch_size=80"], "has 64 training images, expected at least train_batch_size, 80"),
+        (["--text.text_context_length=2"], "text_context_length is 2, expected at least 3"),
+        (["--evaluation_images=0"], "evaluation_images is 0, expected a positive number"),
         (["--train_batch_size=6"], "reconstruction.share is 0.25 .1 of 4. of a batch of 6 images"),
     ],
 )

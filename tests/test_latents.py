@@ -421,3 +421,15 @@ def test_latents_of_another_autoencoder_are_refused():
     check_latents_fit(None, vtp())  # upstream's shards say nothing
     with pytest.raises(ValueError, match="the latents were made by the autoencoder .*AutoencoderVTP.*AutoencoderKL"):
         check_latents_fit(metadata, kl())
+
+
+def test_latents_fit_an_autoencoder_with_another_decoder():
+    metadata = {"autoencoder": autoencoder_identity(vtp()) | autoencoder_identity(vtp(), decoder=False)}
+    other = vtp()
+    other.decoder.proj_out.weight.data.add_(1.0)
+    check_latents_fit(metadata, other)
+    with pytest.raises(ValueError, match="the one given is .*'encoder'"):
+        check_latents_fit(metadata, vtp(seed=1))
+    del metadata["autoencoder"]["encoder"]  # as before it was written
+    with pytest.raises(ValueError, match="extract them again"):
+        check_latents_fit(metadata, other)

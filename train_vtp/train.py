@@ -74,6 +74,13 @@ class TextConfig:
     text_context_length: int = field(default=77, metadata={"help": "tokens of a text; longer captions are cut"})
     projection_dim: int = field(default=768, metadata={"help": "size of the shared space"})
 
+    def __post_init__(self):
+        if self.text_context_length < 3:
+            raise ValueError(
+                f"text.text_context_length is {self.text_context_length}, expected at least 3: a text's start, a "
+                "token of it and its end"
+            )
+
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
@@ -107,7 +114,7 @@ class Config(TrainingConfig):
         metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
     )
     evaluation_images: int | None = field(
-        default=None, metadata={"help": "streaming: images measured of either split", "may_change": True}
+        default=None, metadata={"help": "images measured of either split, none = all", "may_change": True}
     )
     zero_shot_templates: tuple[str, ...] = field(
         default=("{}",), metadata={"help": "prompts, {} being the name of the class", "may_change": True}
@@ -126,16 +133,15 @@ class Config(TrainingConfig):
         for name, size in sizes.items():
             if patch < 1 or size < 1 or size % patch:
                 raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
-        if self.data.streaming and (self.evaluation_images is None or self.evaluation_images < 1):
-            raise ValueError(
-                f"evaluation_images is {self.evaluation_images} with data.streaming, expected how many are measured"
-            )
+        if self.data.streaming and self.evaluation_images is None:
+            raise ValueError("evaluation_images is None with data.streaming, expected how many are measured")
         for name in {"self_supervision", "reconstruction"} & set(self.objectives):
             check_share(name, getattr(self, name).share, self.train_batch_size)
         if not 0 < self.checkpointed_share <= 1:
             raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")
-        if self.validation_images < 1:
-            raise ValueError(f"validation_images is {self.validation_images}, expected a positive number")
+        for name in ("validation_images", "evaluation_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
 
     def changeable_keys(self) -> set[str]:
         return super().changeable_keys() | {"data.cache_dir"}  # where renderings are kept, not what they are
@@ -185,13 +191,14 @@ def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraini
 def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, name: str, perceptual) -> dict:
     """What is known about a split: reconstruction, and what the objectives trained for."""
     autoencoder, dataset = getattr(model, "autoencoder", model), datasets[name]
-    values = {}
+    values, limit = {}, config.evaluation_images
     if "reconstruction" in config.objectives:
-        values |= evaluate_reconstruction(autoencoder, plain_batches(dataset, autoencoder.device), perceptual)
+        batches = plain_batches(dataset, autoencoder.device, limit=limit)
+        values |= evaluate_reconstruction(autoencoder, batches, perceptual)
     if name != "train":  # every training image is its own nearest neighbour
-        values |= evaluate_features(autoencoder, datasets["train"], dataset)
+        values |= evaluate_features(autoencoder, datasets["train"], dataset, limit)
     if "contrastive" in config.objectives:
-        values |= evaluate_alignment(model, dataset, config.zero_shot_templates)
+        values |= evaluate_alignment(model, dataset, config.zero_shot_templates, limit)
     return values
 
 
@@ -213,7 +220,8 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, 
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
     for name, dataset in datasets.items():
         measured = measure(config, model, datasets, name, perceptual)
-        results[name] = measured | {"images": len(dataset), "data": dataset.fingerprint}
+        images = min(len(dataset), config.evaluation_images or len(dataset))
+        results[name] = measured | {"images": images, "data": dataset.fingerprint}
         results[name]["without_caption"] = sum(not (caption or "").strip() for caption in dataset.captions)
     if "reconstruction" in config.objectives:
         mean, std = measure_latent_statistics(autoencoder, plain_batches(datasets["train"], run.device, flips=True))

@@ -74,8 +74,9 @@ def latent_statistics(vae: ModelMixin) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, std
 
 
-def autoencoder_identity(vae: ModelMixin) -> dict[str, str]:
-    """Class and hashes of configuration and weights, over what decides raw latents.
+def autoencoder_identity(vae: ModelMixin, decoder: bool = True) -> dict[str, str]:
+    """Class and hashes of configuration and "weights", over what decides raw latents and the decoder. Without the
+    decoder the last is called "encoder": where it is the same, latents are, as before and after stage 2 of VTP.
 
     Latent statistics and scaling factors don't decide them (except in `AutoencoderRAE`, which applies its own), so
     they may be set after an extraction. Weights are hashed as bfloat16: a model that was saved so is still the same.
@@ -88,6 +89,8 @@ def autoencoder_identity(vae: ModelMixin) -> dict[str, str]:
     config = {key: value for key, value in vae.config.items() if key not in free and not key.startswith("_")}
     weights = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith("decoder.") and not decoder:
+            continue
         weights.update(f"{name} {tuple(tensor.shape)}".encode())
         if tensor.is_floating_point():
             tensor = tensor.to(torch.bfloat16)
@@ -95,20 +98,22 @@ def autoencoder_identity(vae: ModelMixin) -> dict[str, str]:
     return {
         "class": type(vae).__name__,
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "weights": weights.hexdigest()[:16],
+        "weights" if decoder else "encoder": weights.hexdigest()[:16],
     }
 
 
 def check_latents_fit(metadata: dict[str, Any] | None, vae: ModelMixin) -> None:
-    """Refuse latents that another autoencoder made. Shards of upstream have no metadata and cannot be checked.
+    """Refuse latents that another autoencoder made; one with another decoder would make the same ones. Shards of
+    upstream have no metadata and cannot be checked.
 
-    Raises:
-        ValueError: naming both autoencoders.
+    Raises: ValueError naming both autoencoders.
     """
-    if metadata is not None and metadata["autoencoder"] != autoencoder_identity(vae):
+    made = None if metadata is None else metadata["autoencoder"]
+    given = {} if made is None else autoencoder_identity(vae, decoder="encoder" not in made)
+    if any(made.get(name) != value for name, value in given.items()):
         raise ValueError(
-            f"the latents were made by the autoencoder {metadata['autoencoder']}, the one given is "
-            f"{autoencoder_identity(vae)}: extract them again or give the autoencoder that made them"
+            f"the latents were made by the autoencoder {made}, the one given is {given}: extract them again or give "
+            "the autoencoder that made them"
         )
 
 

@@ -17,16 +17,16 @@ MEASURED_IMAGES = 10_000  # of a split at most, spread over it: similarities are
 NEIGHBOURS = 20  # of k-NN: DINOv2's
 
 
-def spread(dataset: Any, values: Sequence) -> list:
+def spread(dataset: Any, values: Sequence, limit: int) -> list:
     """Those of `values`, one an image of the data set, that belong to the images that are measured."""
-    count = min(MEASURED_IMAGES, len(dataset))
+    count = min(limit, len(dataset))
     return [values[k * len(dataset) // count] for k in range(count)]
 
 
 @torch.no_grad()
-def class_tokens(autoencoder: AutoencoderVTP, dataset: Any) -> torch.Tensor:
+def class_tokens(autoencoder: AutoencoderVTP, dataset: Any, limit: int) -> torch.Tensor:
     """Frozen features (N, D) float32, before the bottleneck, of the measured images of an `ImageDataset`."""
-    batches = plain_batches(dataset, autoencoder.device, limit=MEASURED_IMAGES)
+    batches = plain_batches(dataset, autoencoder.device, limit=limit)
     return torch.cat([autoencoder.encode_features(images).cls_token.float() for images in batches])
 
 
@@ -64,18 +64,23 @@ def retrieval_recall(
 
 
 @torch.no_grad()
-def evaluate_features(autoencoder: AutoencoderVTP, train: Any, held_out: Any) -> dict[str, float]:
+def evaluate_features(
+    autoencoder: AutoencoderVTP, train: Any, held_out: Any, limit: int | None = None
+) -> dict[str, float]:
     """k-NN accuracy of held-out images among training images, and the effective rank of the held-out features.
 
     With one class there is no accuracy, with one image no rank.
+
+    Args: `limit`: so many images of either at most, and never more than `MEASURED_IMAGES`.
     """
-    features, values = class_tokens(autoencoder, held_out), {}
+    limit = min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
+    features, values = class_tokens(autoencoder, held_out, limit), {}
     if len(features) > 1:
         values["effective_rank"] = effective_rank(features)
     if len(train.label_names) > 1:
-        bank, bank_labels = class_tokens(autoencoder, train), torch.tensor(spread(train, train.labels))
+        bank, bank_labels = class_tokens(autoencoder, train, limit), torch.tensor(spread(train, train.labels, limit))
         neighbours = min(NEIGHBOURS, len(bank))
-        labels = torch.tensor(spread(held_out, held_out.labels))
+        labels = torch.tensor(spread(held_out, held_out.labels, limit))
         values["knn_accuracy"] = knn_accuracy(bank, bank_labels, features, labels, [neighbours])[neighbours]
         majority = bank_labels.mode().values
         values["knn_accuracy_of_commonest_class"] = (labels == majority).double().mean().item()
@@ -83,21 +88,25 @@ def evaluate_features(autoencoder: AutoencoderVTP, train: Any, held_out: Any) ->
 
 
 @torch.no_grad()
-def evaluate_alignment(model: VTPModel, held_out: Any, templates: Sequence[str]) -> dict[str, float]:
+def evaluate_alignment(
+    model: VTPModel, held_out: Any, templates: Sequence[str], limit: int | None = None
+) -> dict[str, float]:
     """Zero-shot accuracy with the names of the classes as prompts, and text -> image retrieval by caption.
 
     Images without a caption are left out of the retrieval; classes need more than one name.
+
+    Args: `limit`: as of `evaluate_features`.
     """
-    device = model.logit_scale.device
-    batches = plain_batches(held_out, device, limit=MEASURED_IMAGES)
+    device, limit = model.logit_scale.device, min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
+    batches = plain_batches(held_out, device, limit=limit)
     images = torch.cat([model.get_image_features(batch).float() for batch in batches])
     values, length = {}, model.config.text_context_length
     if len(held_out.label_names) > 1:
-        tokenize, labels = clip_tokenizer(length, truncate=True), spread(held_out, held_out.labels)
+        tokenize, labels = clip_tokenizer(length, truncate=True), spread(held_out, held_out.labels, limit)
         names = [name.replace("-", " ").replace("_", " ") for name in held_out.label_names]
         classes = class_embeddings(model, names, templates, tokenize)
         values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(labels))
-    all_captions = spread(held_out, held_out.captions)
+    all_captions = spread(held_out, held_out.captions, limit)
     token_ids, paired = tokenize_captions(all_captions, length)
     rows = paired.nonzero().flatten()
     if len(rows) > 1:
