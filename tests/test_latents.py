@@ -139,8 +139,10 @@ def test_the_fingerprint_tells_the_files(tmp_path):
     write(tmp_path / "a")
     write(tmp_path / "b")
     write(tmp_path / "c", (5, 4))
-    a, b, c = (LatentDataset(tmp_path / name).fingerprint for name in "abc")
-    assert a == b != c
+    write(tmp_path / "d", latents=random(5, 7), counts=(5,))
+    write(tmp_path / "e", latents=random(5, 8), counts=(5,))
+    a, b, c, d, e = (LatentDataset(tmp_path / name).fingerprint for name in "abcde")
+    assert a == b != c and d != e
 
 
 def test_nothing_to_read(tmp_path):

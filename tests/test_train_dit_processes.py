@@ -36,23 +36,33 @@ def words(folder, made, name):  # noqa: F811
     return arguments(folder / name, made, "--guide.step=3", "--ema_further_decays", "0.5", *distance)
 
 
+def online_words(folder, made, name, *more):  # noqa: F811
+    source = ("--latents=none", f"--data.source={folder / 'images'}", "--data.resolution=16", "--augmentation.shift=4")
+    return [*arguments(folder / name, made), *source, "--max_train_steps=3", "--validation.labels", "0", *more]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, made):  # noqa: F811
-    """Folders of the same run: in one process, in two with whole weights, in two with shards."""
+    """Folders of the same run: in one process, in two with whole weights, in two with shards; and of one online, in
+    one process and in two with two micro-steps each."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "images" / "grey").mkdir(parents=True)
     for k in range(10):
         Image.new("RGB", (20, 16), (25 * k, 250 - 20 * k, 7 * k)).save(folder / "images" / "grey" / f"{k}.png")
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    command.append(json.dumps({mode: words(folder, made, mode) for mode in MODES}))
+    online = online_words(folder, made, "online", "--gradient_accumulation_steps=2", "--keep_on_device=false")
+    command.append(json.dumps({"online": online} | {mode: words(folder, made, mode) for mode in MODES}))
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         AcceleratorState._reset_state(True)
         patch.setattr(validation, "feature_network", lambda name, weights: MeanColour())
-        load_program("train_dit").main(words(folder, made, "one"))
+        program = load_program("train_dit")
+        program.main(words(folder, made, "one"))
+        AcceleratorState._reset_state(True)
+        program.main(online_words(folder, made, "online-one"))
     return folder
 
 
@@ -92,6 +102,11 @@ def test_the_pipeline_and_its_guide_are_those_of_one_process(runs, mode):
     assert pipeline(class_labels=["dog"], num_inference_steps=2, guidance_scale=2.0).images[0].size == (16, 16)
 
 
+def test_online_losses_are_those_of_one_process(runs):
+    losses, expected = ([x["loss"] for x in log_of(runs / name) if "loss" in x] for name in ("online", "online-one"))
+    assert losses == pytest.approx(expected, rel=1e-4) and len(set(expected)) == 3
+
+
 def test_a_distance_that_the_processes_cannot_share_is_refused(runs, monkeypatch):
     config = validation.DistanceConfig(num_images=5, reference=validation.DataConfig(source=str(runs / "images")))
     monkeypatch.setattr(validation, "feature_network", lambda name, weights: MeanColour())
@@ -102,9 +117,9 @@ def test_a_distance_that_the_processes_cannot_share_is_refused(runs, monkeypatch
 
 
 def main():
-    """Run train_dit/train.py with the words given as JSON: {"whole": [...], "sharded": [...]}."""
+    """Run train_dit/train.py with the words given as JSON: {"online": [...], "whole": [...], "sharded": [...]}."""
     validation.feature_network = lambda name, weights: MeanColour()
-    PartialState.destroy_process_group = lambda *_: None  # the second run is in the same processes
+    PartialState.destroy_process_group = lambda *_: None  # all runs are in the same processes
     for mode, given in json.loads(sys.argv[1]).items():
         AcceleratorState._reset_state()
         if mode == "sharded":

@@ -57,6 +57,25 @@ def test_the_log_of_a_resumed_run_averages_over_the_same_steps(tmp_path):
     assert [step for step, _ in logs[0]] == [1, 3, 4, 6, 8] and logs[0] == logs[1]
 
 
+def test_a_run_that_is_made_longer_equals_one_that_was_as_long(tmp_path):
+    config = tiny_config(tmp_path / "straight", checkpointing_steps=4)
+    straight = everything(train(config))
+    config = replace(config, output_dir=str(tmp_path / "longer"))
+    train(replace(config, max_train_steps=3))
+    run = train(config)
+    assert run.first_step == 3
+    assert_identical(everything(run), straight)
+
+
+def test_micro_steps_may_change_on_resuming(tmp_path):
+    config = tiny_config(tmp_path / "straight")
+    train(config)
+    interrupted_copy(tmp_path / "straight", tmp_path / "divided", step=3)
+    train(replace(config, output_dir=str(tmp_path / "divided"), gradient_accumulation_steps=2))
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("straight", "divided")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and len(losses[1]) == 6
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path):
     config = tiny_config(tmp_path / "run")
     first = everything(train(config))

@@ -134,9 +134,11 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(**tiny_inputs()).sample.square().mean().backward()
         return [p.grad for p in model.parameters() if p.grad is not None]
 
-    plain, checkpointed = tiny_model(), tiny_model()
+    plain, checkpointed, calls = tiny_model(), tiny_model(), []
     checkpointed.enable_gradient_checkpointing()
+    checkpointed.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     assert all(torch.equal(a, b) for a, b in zip(gradients(plain), gradients(checkpointed.train(False)), strict=True))
+    assert len(calls) == 2, "forwards, and once more backwards"
 
 
 def test_fused_projections_and_backends_agree():

@@ -112,11 +112,11 @@ def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict
     Args: `report_to`: the tracker; `folder`: of the run, whose name the run has in wandb; `first_step`: steps done.
     """
     if report_to == "wandb":
-        known = folder / "wandb_id.txt"
-        if not known.is_file():
-            known.write_text(uuid.uuid4().hex, encoding="utf-8")
+        file = folder / "wandb_id.txt"
+        if not file.is_file():
+            file.write_text(uuid.uuid4().hex, encoding="utf-8")
         settings = {"name": folder.resolve().name, "dir": str(folder), "resume": "allow"}
-        settings["id"] = known.read_text(encoding="utf-8")
+        settings["id"] = file.read_text(encoding="utf-8")
         return {"project_name": "vtp-diffusion", "config": config, "init_kwargs": {"wandb": settings}}
     settings = {"purge_step": first_step + 1 if first_step else 0}
     known = {"config": config} if first_step == 0 else {}

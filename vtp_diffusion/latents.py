@@ -279,13 +279,12 @@ class LatentDataset(Dataset):
         self.metadata = _read_metadata(metadata) if metadata.is_file() else None
         if self.metadata is not None:
             self._check_promises(counts)
-        if not unfinished:
-            self._check_order(headers, counts)
+        samples = [] if unfinished else self._check_order(headers, counts)
         self.labels = torch.cat([self._shard(index)["labels"].long() for index in range(len(self.files))])
         self.id2label = self._check_labels()
         sizes = [f"{path.name}:{path.stat().st_size}:{count}" for path, count in zip(self.files, counts, strict=True)]
-        mean = [] if self.metadata is None else self.metadata["mean"]
-        self.fingerprint = hashlib.sha256("\n".join([*sizes, str(mean)]).encode()).hexdigest()[:16]
+        content = samples if self.metadata is None else self.metadata["mean"]
+        self.fingerprint = hashlib.sha256("\n".join([*sizes, str(content)]).encode()).hexdigest()[:16]
 
     def _check_headers(self, headers: list[dict[str, Any]]) -> list[int]:
         """Latents in every shard; sets `shape`, `dtype` and `num_bytes`."""
@@ -328,8 +327,11 @@ class LatentDataset(Dataset):
                 f"{self.folder} holds {len(self)} latents, {METADATA_NAME} says {self.metadata['num_samples']}"
             )
 
-    def _check_order(self, headers: list[dict[str, Any]], counts: list[int]) -> None:
-        """Refuse shards that are missing, double or overlapping, as far as they say what they hold."""
+    def _check_order(self, headers: list[dict[str, Any]], counts: list[int]) -> list[str]:
+        """Refuse shards that are missing, double or overlapping, as far as they say what they hold.
+
+        Returns: where they do not, as upstream's, a hash for each of its labels and a few of its latents.
+        """
         notes = [header.get("__metadata__", {}) for header in headers]
         if all("first" in note for note in notes):
             expected = 0
@@ -339,7 +341,7 @@ class LatentDataset(Dataset):
                     fault = "a shard before it is missing" if first > expected else "a shard is double or overlaps"
                     raise ValueError(f"{path} begins with sample {first}, expected {expected}: {fault}")
                 expected = first + count + len(json.loads(note["skipped"]))
-            return
+            return []
         _check_upstream_names(dict(zip(self.files, counts, strict=True)))
         seen: dict[str, Path] = {}
         for index, path in enumerate(self.files):
@@ -349,6 +351,7 @@ class LatentDataset(Dataset):
             other = seen.setdefault(hashlib.sha256(digest.encode()).hexdigest(), path)
             if other != path:
                 raise ValueError(f"{path} holds the same latents as {other.name}: a shard is there twice")
+        return list(seen)
 
     def _check_labels(self) -> dict[int, str]:
         names = None if self.metadata is None else self.metadata["label_names"]
