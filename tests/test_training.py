@@ -167,6 +167,17 @@ def test_training_stops_when_no_gradient_is_finite_any_more(tmp_path):
     assert_identical(load_file(kept[1] / weights), load_file(tmp_path / "one" / "checkpoint-1" / weights))
 
 
+def test_what_leads_to_no_finite_gradient_does_not_displace_the_checkpoint_before(tmp_path):
+    steps = 30 + MAX_SKIPPED_IN_A_ROW
+    config = tiny_config(tmp_path / "run", max_train_steps=200, checkpointing_steps=10, checkpoints_total_limit=1)
+    with pytest.raises(RuntimeError, match=f"last 50 steps up to step {steps} .* from before: checkpoint-30"):
+        train(config, broken_steps=set(range(30, 200)))
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{step}" for step in (30, 40, 50, 60, 70)}
+    train(replace(config, output_dir=str(tmp_path / "other")), broken_steps={29})  # one step alone
+    assert [path.name for path in (tmp_path / "other").glob("checkpoint-*")] == ["checkpoint-200"]
+
+
 def test_a_folder_of_another_configuration_is_refused_by_key(tmp_path):
     config = tiny_config(tmp_path / "run", max_train_steps=1)
     train(config)

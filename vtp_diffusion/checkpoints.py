@@ -180,7 +180,7 @@ def _optimizer_state(run: "TrainingRun") -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save_checkpoint(run: "TrainingRun", step: int) -> None:
-    """Write checkpoint-<step>; the ones before survive whatever happens meanwhile.
+    """Write checkpoint-<step>; the ones before survive whatever happens meanwhile, and steps being left out.
 
     Raises:
         OSError: it could not be written, for example because the disk is full. What was written of it is removed; if
@@ -193,7 +193,9 @@ def save_checkpoint(run: "TrainingRun", step: int) -> None:
             if run.is_main:
                 manifest.write()
         if run.is_main:
-            run.folder.finish(step, run.config.checkpoints_total_limit)
+            # while steps are left out, what leads to that must not take the place of what came before
+            limit = None if run.skipped[0] > 0 else run.config.checkpoints_total_limit
+            run.folder.finish(step, limit)
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
         free = shutil.disk_usage(run.folder.path).free / 2**20  # torch.save does not say that there was no room
         if run.is_main:

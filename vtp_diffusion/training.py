@@ -320,7 +320,11 @@ class TrainingRun:
                 loss = math.nan if record["loss"] is None else record["loss"]
                 self._bar.set_postfix(loss=f"{loss:.4g}", images=f"{record['images_per_second']:.0f}/s")
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise RuntimeError(f"the gradients of the last {in_a_row} steps up to step {step} were not finite")
+            before = [path.name for saved, path in self.folder.checkpoints() if saved <= step - in_a_row]
+            raise RuntimeError(
+                f"the gradients of the last {in_a_row} steps up to step {step} were not finite. Last checkpoint from "
+                f"before: {before[-1] if before else 'none'}"
+            )
 
     def median_rate(self) -> float:
         """Images a second: the median of the log, the sessions before this one included; the first line of it, which
