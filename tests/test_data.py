@@ -1,5 +1,6 @@
 """Image data sets, crops and augmentation."""
 
+import functools
 import io
 import pickle
 import tarfile
@@ -21,6 +22,7 @@ from vtp_diffusion.data import (
     open_dataset,
 )
 from vtp_diffusion.images import from_uint8
+from vtp_diffusion.streaming import StreamingImages
 
 
 def picture(seed, size=(40, 30)):
@@ -264,6 +266,25 @@ def test_an_unreadable_image_of_a_collection_is_named(tmp_path, offline):
     table.to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(UnreadableImageError, match="image 0 of parquet cannot be read"):
         open_dataset(DataConfig(source="parquet", data_files=str(tmp_path / "a.parquet"), resolution=16))
+
+
+def test_missing_images_and_captions_that_are_no_text_are_named_or_counted(tmp_path, offline):
+    images = [{"bytes": as_bytes(picture(k)), "path": None} for k in range(2)]
+    rows = {"picture": [images[0], None, images[1]], "texts": [["a", "b"]] * 3, "text": ["a", "x", " b "]}
+    features = {"picture": offline.Image(), "texts": [offline.Value("string")], "text": offline.Value("string")}
+    offline.Dataset.from_dict(rows, offline.Features(features)).to_parquet(str(tmp_path / "a.parquet"))
+    config = functools.partial(parquet_config, tmp_path / "a.parquet", label_column=None)
+    with pytest.raises(UnreadableImageError, match="image 1 of parquet is missing"):
+        open_dataset(config())
+    assert open_dataset(config(skip_unreadable=True)).captions == ["a", "b"]
+    with pytest.raises(ValueError, match="texts of sample 0 is .* of type list, expected a text"):
+        open_dataset(config(caption_column="texts"))
+    with pytest.raises(ValueError, match="texts of 00000/0000000. is .* of type list, expected a text"):
+        StreamingImages(config(streaming=True, caption_column="texts")).take(3)
+    with pytest.raises(UnreadableImageError, match="image 00000/00000001 of parquet is missing"):
+        StreamingImages(config(streaming=True)).take(3)
+    stream = StreamingImages(config(streaming=True, skip_unreadable=True))
+    assert sorted(stream.take(3).captions) == ["a", "b"]
 
 
 # --- augmentation ---

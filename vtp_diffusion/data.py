@@ -221,17 +221,26 @@ def read_image(path: str | Path) -> Image.Image:
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
 
 
-def decode_image(value: dict[str, Any], name: str) -> Image.Image:
+def decode_image(value: dict[str, Any] | None, name: str) -> Image.Image:
     """What `datasets` holds of an image that it does not decode, {"bytes", "path"}, as RGB.
 
-    Raises: UnreadableImageError naming it.
+    Raises: UnreadableImageError naming it, also where there is none.
     """
+    if value is None:
+        raise UnreadableImageError(f"{name} is missing")
     if value["bytes"] is None:
         return read_image(value["path"])
     try:
         return as_rgb(Image.open(io.BytesIO(value["bytes"])))
     except DECODING_ERRORS as error:
         raise UnreadableImageError(f"{name} cannot be read: {error}") from error
+
+
+def check_caption(value: Any, name: str) -> str:
+    """A caption without the space around it, "" where there is none. Raises: ValueError naming what is no text."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} is {str(value)[:80]!r} of type {type(value).__name__}, expected a text")
+    return (value or "").strip()
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -388,14 +397,15 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
     rows = _limited(list(range(len(table))), config.limit)
     chosen = table if len(rows) == len(table) else table.select(rows)
     labels, names = _collection_labels(chosen, config)
-    captions = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
+    texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
+    where = f"{config.source}: {config.caption_column} of sample"
     return ImageDataset(
         references=rows,
         read=_CollectionReader(table, config.image_column, config.source),
         resolution=config.resolution,
         keys=[f"{row:08d}" for row in rows],
         labels=labels,
-        captions=[caption or "" for caption in captions],
+        captions=[check_caption(text, f"{where} {row}") for row, text in zip(rows, texts, strict=True)],
         label_names=names,
         weights=torch.ones(len(rows)),
         fingerprint=_fingerprint(config.source, config.resolution, [table._fingerprint, *map(str, rows)]),

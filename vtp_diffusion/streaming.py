@@ -26,6 +26,7 @@ from .data import (
     ImageDataset,
     UnreadableImageError,
     center_crop,
+    check_caption,
     decode_image,
     open_dataset,
 )
@@ -130,7 +131,9 @@ class StreamingImages:
     def _item(self, key: str, row: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
         """(the item, ""), or (None, why it is left out)."""
         config = self.config
-        caption = (row[config.caption_column] or "").strip() if config.caption_column else ""
+        caption = ""
+        if config.caption_column:
+            caption = check_caption(row[config.caption_column], f"{config.source}: {config.caption_column} of {key}")
         if config.caption_column and not caption:
             if not config.skip_empty_captions:
                 raise EmptyCaptionError(
@@ -138,18 +141,14 @@ class StreamingImages:
                 )
             return None, "without_caption"
         try:
-            pixels = np.array(center_crop(self._read(key, row[config.image_column]), self.resolution))
+            image = decode_image(row[config.image_column], f"image {key} of {config.source}")
+            pixels = np.array(center_crop(image, self.resolution))
         except UnreadableImageError:
             if not config.skip_unreadable:
                 raise
             return None, "unreadable"
         image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, R, R)
         return {"image": image, "label": self._label(key, row), "caption": caption, "key": key}, ""
-
-    def _read(self, key: str, value: dict[str, Any] | None) -> Image.Image:
-        if value is None:
-            raise UnreadableImageError(f"image {key} of {self.config.source} is missing")
-        return decode_image(value, f"image {key} of {self.config.source}")
 
     def _label(self, key: str, row: dict[str, Any]) -> int:
         if self.config.label_column is None:
