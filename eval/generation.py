@@ -65,7 +65,7 @@ from vtp_diffusion.metrics.passes import (
 )
 from vtp_diffusion.metrics.records import ImageRecord
 from vtp_diffusion.metrics.references import read_statistics, write_statistics
-from vtp_diffusion.metrics.scores import SMALL_SPLIT
+from vtp_diffusion.metrics.scores import ADM_PART, SMALL_SPLIT
 from vtp_diffusion.metrics.sources import (
     DatasetImages,
     FolderImages,
@@ -375,6 +375,8 @@ def print_results(results: dict) -> None:
                 f"  its {row['splits']} parts hold {row['images_per_split']} images, which no score exceeds: "
                 "compare it at this size only (papers': 5,000)"
             )
+        if row.get("images_per_split", ADM_PART) != ADM_PART:
+            print(f"  in parts of {ADM_PART:,}, as ADM's evaluator takes them: {row['adm_value']:.4f}")
     if results["settings"]["feature_mode"] != "exact":
         print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
     for row in results["not_measured"]:

@@ -144,6 +144,7 @@ def test_the_program_gives_torch_fidelitys_numbers(weights, folders, tmp_path, m
     assert (rows["KID"]["subset_size"], rows["KID"]["subsets"]) == (COUNT // 2, 100)
     score = scores["Inception score"]
     assert score["images_per_split"] == 1 and "parts hold 1 images, which no score exceeds" in printed
+    assert f"in parts of 5,000, as ADM's evaluator takes them: {score['adm_value']:.4f}" in printed
     assert score["as_given"] == pytest.approx(expected["inception_score_mean"], rel=1e-4)
     assert rows["KID"]["value"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
     assert scores["precision"]["value"] == pytest.approx(expected["precision"])

@@ -115,6 +115,23 @@ def test_curves_are_of_what_differs_in_one_thing_only(files):
     assert {row.floor for row in table_rows(without) if row.what == "FD-VGG"} == {"not available"}
 
 
+def test_what_keeps_a_number_out_of_a_table_stands_beside_it(files):
+    values = json.loads(Path("guidance-1.json").read_text())
+    assert not any("float16" in row.details or "pixel" in row.details for row in table_rows([read_result(files[0])]))
+    values["settings"]["feature_mode"] = "fast"
+    values["images_sha256"] = {"generated": "a", "reference": "a", "floor": "b"}
+    score = {"score": "Inception score", "splits": 10, "images_per_split": 100, "order": "shuffled", "adm_value": 9.5}
+    values["scores"].append(values["scores"][0] | score)
+    Path("guidance-1.json").write_text(json.dumps(values))
+    rows = table_rows([read_result("guidance-1.json")])
+    caveats = "features in float16; these images are those of the reference, pixel for pixel"
+    assert len(rows) == 3 and all(row.details.endswith(caveats) for row in rows)
+    parts = "10 parts of 100 images, shuffled; in parts of 5,000, as ADM's evaluator takes them: 9.5; "
+    assert rows[2].details == parts + caveats
+    (chart,) = find_charts([read_result(file) for file in files])
+    assert [x for x, *_ in chart.points] == [2.5, 4.0], "no curve has points of two precisions"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -33,6 +33,17 @@ def test_class_sorted_images_are_found_and_shuffled():
         assert inception_score(logits[order]).order == "as given"
 
 
+def test_adms_parts_of_5000_are_the_ten_splits_of_50000_images_only():
+    logits = draw(50_000, 4)
+    score = inception_score(logits)
+    assert score.adm_value == pytest.approx(score.value, rel=1e-12)
+    p = logits[:12_000].double().softmax(1)
+    parts = [p[:5000], p[5000:10_000], p[10_000:]]
+    expected = [(part * (part / part.mean(0)).log()).sum(1).mean().exp() for part in parts]
+    score = inception_score(logits[:12_000])
+    assert score.adm_value == pytest.approx(sum(expected).item() / 3, rel=1e-12) and score.adm_value < score.value
+
+
 def brute_force(generated, reference, k, k_density):
     def radius(points, index, neighbours):
         return sorted((points[index] - p).norm() for p in points)[neighbours]

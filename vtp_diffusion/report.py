@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from .data import read_image
+from .metrics.scores import ADM_PART
 from .report_style import STYLE
 
 # What a complete file of each evaluation holds; eval/generation.py says what it is by its keys alone.
@@ -94,6 +95,27 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
+def _caveats(result: Result, images: str) -> list[str]:
+    """What keeps numbers of these images out of a table beside others."""
+    found, hashes = [], result.values.get("images_sha256", {})
+    if result.values["settings"].get("feature_mode", "exact") != "exact":
+        found.append("features in float16")
+    if images in hashes:
+        same = [name for name in ("reference", "floor") if hashes.get(name) == hashes[images]]
+        found += [f"these images are those of the {name}, pixel for pixel" for name in same]
+    return found
+
+
+def _parts(row: dict[str, Any]) -> list[str]:
+    """How an Inception score was taken, on which its value depends."""
+    if "images_per_split" not in row:
+        return []
+    found = [f"{row['splits']} parts of {row['images_per_split']} images, {row['order']}"]
+    if "adm_value" in row:
+        found.append(f"in parts of {ADM_PART:,}, as ADM's evaluator takes them: {_number(row['adm_value'])}")
+    return found
+
+
 def _generation_rows(result: Result) -> Iterable[Row]:
     for row in result.values["distances"] + result.values.get("kernel_distances", []):
         floor, spread = row["floor"], row["spread"]
@@ -109,13 +131,15 @@ def _generation_rows(result: Result) -> Iterable[Row]:
                 f"at the floor's sizes ({floor['sizes'][0]} against {floor['sizes'][1]}, {floor['kind']}): "
                 f"{_number(floor['generated'])} ± {_number(floor['generated_deviation'], 2)}"
             )
+        details += _caveats(result, row["images"])
         value = f"{_number(row['value'])} ± {_number(spread['value'], 2)}"
         what = row["distance"] + ("" if row["images"] == "generated" else f" of the {row['images']}")
         yield Row(what, value, text, f"{row['num_images']} against {reference}", "; ".join(details), result.name)
     for row in result.values["scores"]:
         value = _number(row["value"]) + (f" ± {_number(row['spread']['value'], 2)}" if "spread" in row else "")
         what = row["score"] + ("" if row["images"] == "generated" else f" of the {row['images']}")
-        yield Row(what, value, "", str(row["num_images"]), "", result.name)
+        details = "; ".join(_parts(row) + _caveats(result, row["images"]))
+        yield Row(what, value, "", str(row["num_images"]), details, result.name)
     near = result.values.get("near_duplicates")
     if near is not None:
         floor = near.get("floor", near["reference"])
@@ -213,7 +237,9 @@ def find_charts(results: Sequence[Result]) -> list[Chart]:
             if row["images"] != "generated":
                 continue
             for axis, x, rest in places:
-                others = json.dumps([rest, row["num_images"], row["num_reference"], row["network"]], sort_keys=True)
+                mode = result.values["settings"].get("feature_mode", "exact")
+                sizes = row["num_images"], row["num_reference"]
+                others = json.dumps([rest, *sizes, row["network"], mode], sort_keys=True)
                 key = (row["distance"], axis, others)
                 if x is not None:
                     groups.setdefault(key, []).append((float(x), row, result.name))

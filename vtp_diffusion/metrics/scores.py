@@ -2,15 +2,17 @@
 kernel distance. Features are float32 (N, D), computed with on their device; products of them never use TensorFloat-32.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 INCEPTION_SPLITS = 10
+ADM_PART = 5000
 SPLIT_RULE = (
-    "10 consecutive parts, as Salimans et al. and torch-fidelity; ADM's evaluator takes parts of 5,000, which are the "
-    "same of 50,000 images"
+    "value: 10 consecutive parts, as Salimans et al. and torch-fidelity; adm_value: parts of 5,000, as ADM's "
+    "evaluator; of 50,000 images both are the same"
 )
 SMALL_SPLIT = 100  # images, below which a score says more about the size of its parts than about the images
 NUM_ORDERS = 20  # random orders that the order of the files is compared with
@@ -30,8 +32,9 @@ class InceptionScore:
 
     Attributes:
         value, deviation: mean and standard deviation over the splits.
-        splits: number of consecutive parts of equal size; of 50,000 images they are ADM's parts of 5,000. Of another
-            number ADM's evaluator would take more or fewer: scores are comparable for parts of one size only.
+        adm_value: mean over consecutive parts of 5,000, the last of which may be smaller, as in ADM's evaluator.
+        splits: number of consecutive parts of equal size; of 50,000 images they are ADM's. Of another number ADM's are
+            more or fewer: scores are comparable for parts of one size only.
         images_per_split: of the smallest part. The fewer, the lower the score.
         order: "as given", or "shuffled" because the given order was sorted by class.
         as_given: the score in the order given.
@@ -40,6 +43,7 @@ class InceptionScore:
 
     value: float
     deviation: float
+    adm_value: float
     splits: int
     images_per_split: int
     order: str
@@ -93,10 +97,11 @@ def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, chunk:
     means = scores.mean(1)
     given, random_mean, random_deviation = means[0].item(), means[1:].mean().item(), means[1:].std().item()
     is_sorted = given < random_mean - SORTED_BELOW * random_deviation
-    chosen = scores[1 if is_sorted else 0]
+    k = int(is_sorted)
     return InceptionScore(
-        chosen.mean().item(),
-        chosen.std(correction=0).item(),
+        scores[k].mean().item(),
+        scores[k].std(correction=0).item(),
+        _mean_score(logits[torch.from_numpy(orders[k]).to(device)].split(ADM_PART)),
         splits,
         count // splits,
         f"shuffled: sorted by class as given (numpy RandomState({SHUFFLE_SEED}))" if is_sorted else "as given",
@@ -104,6 +109,17 @@ def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, chunk:
         random_mean,
         random_deviation,
     )
+
+
+def _mean_score(parts: Iterable[torch.Tensor]) -> float:
+    """Mean of the scores of logits (n, C)."""
+    scores = []
+    for part in parts:
+        log_p = part.double().log_softmax(1)  # (n, C)
+        p = log_p.exp()
+        marginal = p.mean(0)  # (C,)
+        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(marginal, marginal).sum()).exp().item())
+    return float(np.mean(scores))
 
 
 def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
