@@ -170,6 +170,20 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path, made, more):
     assert first == second
 
 
+def test_a_run_goes_on_with_clipping_and_from_where_its_data_was_moved_to(tmp_path, made):
+    program = load_program("train_dit")
+    program.main(arguments(tmp_path / "run", made, "--lr_scheduler=constant", "--max_train_steps=3"))
+    shutil.copytree(made, tmp_path / "moved")
+    program.main(arguments(tmp_path / "run", tmp_path / "moved", "--lr_scheduler=constant", "--max_grad_norm=0.5"))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "loss" in line][-1] == 6
+
+    file = tmp_path / "moved" / "latents" / "latents.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mean": [0.25] * 3}))  # of other samples
+    with pytest.raises(ValueError, match="fingerprint"):
+        program.main(arguments(tmp_path / "run", tmp_path / "moved", "--lr_scheduler=constant", "--max_train_steps=7"))
+
+
 def test_compiling_leaves_the_losses_as_they_are(tmp_path, made, monkeypatch):
     """Without a graph break; traced and differentiated as for a GPU, but not turned into machine code (a minute)."""
     program = load_program("train_dit")

@@ -91,9 +91,13 @@ class GuideConfig:
 class Config(TrainingConfig):
     """Settings of this program."""
 
-    vae: str = field(metadata={"help": "folder of the autoencoder that made the latents"})
+    # Where these two lie may change: what is in them is compared with the checkpoint (latents) and the latents (vae).
+    vae: str = field(metadata={"help": "folder of the autoencoder that made the latents", "may_change": True})
     latents: str | None = field(
-        metadata={"help": "folder of latent shards, as train_dit/extract_latents.py writes them; none: train online"}
+        metadata={
+            "help": "folder of latent shards, as train_dit/extract_latents.py writes them; none: train online",
+            "may_change": True,
+        }
     )
     data: DataConfig | None = field(
         default=None, metadata={"help": "online: the images; with latents: what they have to be made from"}

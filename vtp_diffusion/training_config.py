@@ -8,7 +8,8 @@ from torch import nn
 
 
 def _setting(default: Any, help: str, may_change: bool = False) -> Any:
-    """A field with help text; `may_change` marks what a resumed run may set differently: it decides no result."""
+    """A field with help text; `may_change` marks what a resumed run may set differently: it decides no result, or
+    is the way out of a run that cannot go on as it was."""
     return field(default=default, metadata={"help": help, "may_change": may_change})
 
 
@@ -30,7 +31,9 @@ class TrainingConfig:
     adam_beta2: float = _setting(0.95, "AdamW, second moment")
     adam_epsilon: float = _setting(1e-8, "AdamW, added to the denominator")
     adam_weight_decay: float = _setting(0.0, "AdamW, decoupled decay; weight matrices only")
-    max_grad_norm: float | None = _setting(1.0, "gradients are clipped to this L2 norm; none leaves them")
+    max_grad_norm: float | None = _setting(
+        1.0, "gradients are clipped to this L2 norm; none leaves them; lower it where losses blow up", True
+    )
     mixed_precision: Literal["no", "fp16", "bf16", "fp8"] = _setting("no", "precision of the matrix products")
     ema_decay: float = _setting(0.9999, "decay of the averaged weights, constant from the first step")
     ema_further_decays: list[float] = field(
