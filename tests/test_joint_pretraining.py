@@ -34,6 +34,7 @@ from vtp_diffusion.pretraining_flops import training_flops
 from vtp_diffusion.pretraining_inputs import check_share, choose_share
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.stochastic_depth import draw_kept, num_kept
+from vtp_diffusion.streaming import EmptyCaptionError
 from vtp_diffusion.training_config import weight_decay_at
 from vtp_diffusion.vtp_blocks import VTPBlock, VTPRMSNorm, residual_update, use_large_products
 
@@ -442,6 +443,13 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch):
     assert results["left_out"]["without_caption"] >= 2 and results["train"]["images"] == 6
     with pytest.raises(ValueError, match="evaluation_images is None with data.streaming"):
         program.main(arguments(tmp_path / "other", *more, "--evaluation_images=none"))
+    # what ends at a sample without a text goes on, once told to leave such out, from the checkpoint before
+    often = ["--checkpointing_steps=1", "--evaluation_images=1", "--train_batch_size=4"]
+    with pytest.raises(EmptyCaptionError, match="data.skip_empty_captions leaves such out"):
+        program.main(arguments(tmp_path / "stopped", *more, *often, "--data.skip_empty_captions=false"))
+    assert (tmp_path / "stopped" / "checkpoint-1").is_dir()
+    program.main(arguments(tmp_path / "stopped", *more, *often))
+    assert (tmp_path / "stopped" / "vtp").is_dir()
 
 
 @pytest.mark.parametrize("name", ["small", "base", "large"])

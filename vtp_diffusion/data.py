@@ -30,6 +30,9 @@ SPLIT_FOLDERS = ("train", "validation")
 # what Pillow raises for files that are damaged, are no images, or would fill the memory
 DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
+# What a resumed run may set differently: where renderings are kept, not what they are; and whether samples that cannot
+# be used are left out, which decides nothing until a run would end at one.
+CHANGEABLE = {"data.cache_dir", "data.skip_unreadable", "data.skip_empty_captions"}
 CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
 
 
