@@ -359,7 +359,8 @@ def print_results(results: dict) -> None:
         floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
         print(f"{row['distance']:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
         if floor is None:
-            print("no floor: the reference holds too few images")
+            held = "statistics only" if results["counts"]["reference"] is None else "too few images"
+            print(f"no floor: the reference holds {held}")
             continue
         print(
             f"{floor['generated']:12.4g} ± {floor['generated_deviation']:7.2g} "

@@ -176,8 +176,11 @@ def test_a_reference_is_made_once_and_read_back(evaluate, reference, tmp_path):
     results = {}
     for name in ("real", "r.npz", "statistics.npz"):
         output = tmp_path / f"{name}.json"
-        printed = evaluate("--images", images, "--reference", tmp_path / name, *network, "--output", output)
+        words = ("--images", images, "--reference", tmp_path / name, "--num_workers", 2 if name == "real" else 0)
+        printed = evaluate(*words, *network, "--output", output)
         results[name] = json.loads(output.read_text())
+    assert "no floor: the reference holds statistics only" in printed
+    assert results["real"]["images_sha256"] == results["r.npz"]["images_sha256"], "read by others, or here"
     (by_folder,), (by_file,), (by_statistics,) = (result["distances"] for result in results.values())
     assert by_folder["value"] == pytest.approx(by_file["value"], rel=1e-5)
     assert by_folder["value"] == pytest.approx(by_statistics["value"], rel=1e-5)
