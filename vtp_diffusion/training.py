@@ -323,8 +323,8 @@ class TrainingRun:
             before = [path.name for saved, path in self.folder.checkpoints() if saved <= step - in_a_row]
             raise RuntimeError(
                 f"the gradients of the last {in_a_row} steps up to step {step} were not finite. Last checkpoint from "
-                f"before: {before[-1] if before else 'none'}; max_grad_norm ({self.config.max_grad_norm}) may be lower "
-                "in the command that resumes it"
+                f"before: {before[-1] if before else 'none'}. The command that resumes it may give a lower "
+                f"max_grad_norm than {self.config.max_grad_norm}"
             )
 
     def median_rate(self) -> float:

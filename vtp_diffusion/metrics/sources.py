@@ -176,17 +176,21 @@ class _Pieces(Dataset):
         pieces: indices of each.
         places: uint8 (P, n, H, W, 3).
         hashed: an item is the hashes of a piece, or else empty.
+
+    Attributes: `held`: (P,) int64, shared, the piece that a place was last used for.
     """
 
     def __init__(self, source: ImageSource, pieces: list[Sequence[int]], places: torch.Tensor, hashed: bool):
         self.source, self.pieces, self.places, self.hashed = source, pieces, places, hashed
+        self.held = torch.full((len(places),), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.pieces)
 
     def __getitem__(self, k: int) -> list[bytes]:
-        images = self.images(k)
-        images.copy_(self.source.read(self.pieces[k]))
+        pixels, images = self.source.read(self.pieces[k]), self.images(k)
+        self.held[k % len(self.held)] = k
+        images.copy_(pixels)
         return image_hashes(images) if self.hashed else []
 
     def images(self, k: int) -> torch.Tensor:
@@ -260,6 +264,8 @@ def _joined(
             k, found = next(numbered)
             piece = dataset.images(k)
             images[filled : filled + len(piece)].copy_(piece)
+            if dataset.held[k % len(dataset.held)] != k:  # it rests on the order in which the loader asks
+                raise RuntimeError(f"piece {k} of the images was overwritten before it was used: a fault in reading")
             filled, hashes = filled + len(piece), hashes + found
         yield images, hashes
 
