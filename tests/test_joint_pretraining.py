@@ -110,7 +110,8 @@ def test_objectives_passed_backwards_one_by_one_have_the_gradients_of_all_at_onc
 def assert_same_gradients(expected, actual):
     for (name, first), second in zip(expected.named_parameters(), actual.parameters(), strict=True):
         if first.requires_grad:
-            torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=1e-6, msg=name)
+            atol = 1e-8 + 1e-5 * first.grad.abs().max().item()  # gradients here are between 1e-9 and 10
+            torch.testing.assert_close(second.grad, first.grad, rtol=1e-4, atol=atol, msg=name)
 
 
 def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
