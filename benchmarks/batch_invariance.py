@@ -9,13 +9,13 @@ Several processes change nothing but the batches. The control compares images of
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
 import vtp_diffusion  # noqa: F401  registers the pipeline
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.sampling import draw_labels, pipeline_identity, sample_numbers
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else options.device
     results = {"settings": vars(options), "device_name": device, "torch": torch.__version__}
     results |= {"pipeline": pipeline_identity(pipe)["weights"], "rows": rows}
-    Path(options.output).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(options.output), results)
 
 
 if __name__ == "__main__":

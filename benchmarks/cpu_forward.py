@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import vtp_diffusion as vtp
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.transformer_lightning_dit import LIGHTNING_DIT_SIZES
 
 # Multiply-adds count twice: 2 · parameters · tokens for the linear layers, 4 · tokens² · width a layer for attention.
@@ -37,7 +38,7 @@ def main():
         results[part] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(part, results[part])
     if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(arguments.output, results)
 
 
 @torch.inference_mode()

@@ -35,7 +35,8 @@ from vtp_diffusion.adversarial import find_autoencoder
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.data import DataConfig
-from vtp_diffusion.results import check_output, write_json
+from vtp_diffusion.disk import write_json
+from vtp_diffusion.results import check_output
 
 TRAINING, EVALUATION = ROOT / "train_vtp" / "finetune_decoder.py", ROOT / "eval" / "reconstruction.py"
 COMPARED = ("psnr", "ssim", "lpips", "distances")

@@ -44,13 +44,13 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.metrics import Extractor, GaussianStatistics, InceptionFeatures, exact_float32, frechet_distance
 from vtp_diffusion.metrics.evaluation import wanted_outputs
 from vtp_diffusion.metrics.inception import save_random_inception
 from vtp_diffusion.metrics.records import record_images
 from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batches
 from vtp_diffusion.processes import reading_processes
-from vtp_diffusion.results import write_json
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
 DISTINCT_FILES = 1024

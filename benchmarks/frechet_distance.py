@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.metrics import GaussianStatistics, frechet_distance
 
 
@@ -51,8 +52,7 @@ def main():
         results["relative_difference"] = abs(results["value"] / results["scipy_value"] - 1)
     print(json.dumps(results, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(arguments.output, results)
 
 
 def features(count: int, dim: int, seed: int, device: torch.device) -> torch.Tensor:

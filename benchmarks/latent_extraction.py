@@ -10,7 +10,6 @@ for that. `--size tiny` is for trying the program on a CPU.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latent_inputs import autocast
 from vtp_diffusion.latents import encode_raw
@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     results |= {name: value for name, value in vars(arguments).items() if name not in ("output", "device")}
     results["torch"] = torch.__version__
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

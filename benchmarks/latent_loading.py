@@ -10,7 +10,6 @@ mirror image, are written to a temporary folder first.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
 from vtp_diffusion.data_order import StepBatchSampler
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.latent_inputs import stored_latents
 from vtp_diffusion.latents import LatentDataset, write_shard
 
@@ -145,8 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"ours  {medians['ours']:>9,.0f} latents/s, {results['ratio_to_target']:.2f} x the target of {TARGET:,}")
     print(f"peer  {medians['peer']:>9,.0f} latents/s: ours is {results['ratio_to_peer']:.1f} x as fast")
     if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

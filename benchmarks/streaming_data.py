@@ -25,6 +25,7 @@ import vtp_diffusion.data as data
 from vtp_diffusion.batches import collate_images, read_batches
 from vtp_diffusion.data import DataConfig, open_dataset
 from vtp_diffusion.data_order import StepBatchSampler
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.streaming import StreamBatches, StreamingImages
 
 CPU = torch.device("cpu")
@@ -49,8 +50,7 @@ def main():
     results["ratio_to_index"] = {name: round(rate / rates["index"], 3) for name, rate in rates.items()}
     print(json.dumps(results, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.output, results)
 
 
 def write_shards(folder: Path, arguments: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ import json
 from pathlib import Path
 
 from vtp_diffusion.config import flatten_config
+from vtp_diffusion.disk import write_json
 
 MEASURES = ("psnr", "lpips", "knn_accuracy", "effective_rank", "zero_shot_accuracy", "recall_at_1", "recall_at_5")
 # what may differ between twins: where they are written, what they are trained for, and the settings of that
@@ -95,8 +96,7 @@ def main():
         "curves": {"joint": joint_curves, "twin": twin_curves},
         "configuration": joint["configuration"],
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(arguments.output, results)
     panels = []
     for index, name in enumerate(joint_curves):
         curves = {"joint": joint_curves[name]} | ({"twin": twin_curves[name]} if name in twin_curves else {})

@@ -25,6 +25,7 @@ from vtp_diffusion.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.batches import to_device
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
+from vtp_diffusion.disk import write_json
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
     ReconstructionObjective,
@@ -194,8 +195,7 @@ def main():
     }
     print(json.dumps(results, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
     vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
-    identity, encoder = autoencoder_identity(vae), autoencoder_identity(vae, decoder=False)
+    identity = autoencoder_identity(vae)
     dataset = open_dataset(config.data, config.split)
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
@@ -181,7 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     encode_missing(config, accelerator, vae, dataset, shards, paths)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(config, folder, dataset, dict(zip(paths, shards, strict=True)), identity | encoder)
+        identity |= autoencoder_identity(vae, decoder=False)
+        finish(config, folder, dataset, dict(zip(paths, shards, strict=True)), identity)
         folder_lock.release(folder, remove=True)  # the folder is finished: nothing but latents is to be in it
     accelerator.end_training()
 

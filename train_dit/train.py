@@ -35,7 +35,7 @@ from vtp_diffusion.checkpoints import export_averaged
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.compilation import compile_modules
 from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import CHANGEABLE, AugmentationConfig, DataConfig, open_dataset
+from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
 from vtp_diffusion.disk import writing
 from vtp_diffusion.flow_matching import (
     dimension_shift,
@@ -151,9 +151,6 @@ class Config(TrainingConfig):
             raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
         if self.latents is not None and self.augmentation != AugmentationConfig():
             raise ValueError("augmentation changes images while training online: with latents it can do nothing")
-
-    def changeable_keys(self) -> set[str]:
-        return super().changeable_keys() | CHANGEABLE
 
 
 class FlowMatchingObjective(nn.Module):

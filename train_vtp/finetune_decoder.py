@@ -21,7 +21,7 @@ from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.compilation import compile_modules
 from vtp_diffusion.config import config_to_dict, parse_config
-from vtp_diffusion.data import CHANGEABLE, NUM_DRAWS, AugmentationConfig, DataConfig, augment_images
+from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
@@ -73,9 +73,6 @@ class Config(TrainingConfig):
                 f"adversarial.start_step is {self.adversarial.start_step}, expected less than max_train_steps, "
                 f"{self.max_train_steps}"
             )
-
-    def changeable_keys(self) -> set[str]:
-        return super().changeable_keys() | CHANGEABLE
 
 
 def training_batches(run: TrainingRun, config: Config, dataset) -> Iterable[Columns]:

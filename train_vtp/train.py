@@ -21,7 +21,7 @@ from vtp_diffusion.batches import plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
-from vtp_diffusion.data import CHANGEABLE, AugmentationConfig, DataConfig
+from vtp_diffusion.data import AugmentationConfig, DataConfig
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
     ReconstructionObjective,
@@ -142,9 +142,6 @@ class Config(TrainingConfig):
         for name in ("validation_images", "evaluation_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-
-    def changeable_keys(self) -> set[str]:
-        return super().changeable_keys() | CHANGEABLE
 
 
 def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]:

@@ -30,9 +30,6 @@ SPLIT_FOLDERS = ("train", "validation")
 # what Pillow raises for files that are damaged, are no images, or would fill the memory
 DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
-# What a resumed run may set differently: where renderings are kept, not what they are; and whether samples that cannot
-# be used are left out, which decides nothing until a run would end at one.
-CHANGEABLE = {"data.cache_dir", "data.skip_unreadable", "data.skip_empty_captions"}
 CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
 
 
@@ -59,15 +56,22 @@ class DataConfig:
     holdout: float = field(default=0.1, metadata={"help": "share of OpenMoji's base emoji in the validation split"})
     holdout_seed: int = field(default=0, metadata={"help": "which base emoji those are"})
     limit: int | None = field(default=None, metadata={"help": "use only so many images, spread over the whole set"})
-    skip_unreadable: bool = field(default=False, metadata={"help": "count and leave out images that cannot be read"})
+    # Whether samples that cannot be used are left out decides nothing until a run would end at one: it may change, and
+    # so may where renderings are kept.
+    skip_unreadable: bool = field(
+        default=False, metadata={"help": "count and leave out images that cannot be read", "may_change": True}
+    )
     streaming: bool = field(
         default=False, metadata={"help": "`datasets`: read the training shards as a stream, never as a whole"}
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "streaming: samples shuffled together"})
     skip_empty_captions: bool = field(
-        default=False, metadata={"help": "streaming: count and leave out samples without a text"}
+        default=False,
+        metadata={"help": "streaming: count and leave out samples without a text", "may_change": True},
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "where OpenMoji is rendered to; see the README"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "where OpenMoji is rendered to; see the README", "may_change": True}
+    )
 
     def __post_init__(self):
         if self.resolution < 1:

@@ -9,7 +9,6 @@ is there, the extraction has not finished.
 import hashlib
 import io
 import json
-import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from . import folder_lock
-from .disk import writing
+from .disk import replacing, unfinished_name, write_json
 
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # what a begun extraction is about to write
@@ -158,40 +157,18 @@ def write_shard(
     for name, values in (("latents", latents), ("latents_flip", latents_flip)):
         if not values.isfinite().all():
             raise ValueError(f"{path}: {name} in {values.dtype} hold values that are not finite")
-    unfinished = _unfinished(path)
     tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
     notes = {"skipped": json.dumps(list(skipped))} | ({} if first is None else {"first": str(first)})
-    with writing(path, "Shards that are complete stay: the same command goes on after them"):
+    with replacing(path, "Shards that are complete stay: the same command goes on after them") as unfinished:
         save_file(tensors, unfinished, metadata=notes)
-        _put_in_place(unfinished, path)
-
-
-def _unfinished(path: Path) -> Path:
-    """The name under which a file is written: no reader looks at it, and a second attempt overwrites it."""
-    return path.with_name(f".{path.name}.unfinished")
-
-
-def _put_in_place(unfinished: Path, path: Path) -> None:
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())  # else a power cut could leave the name without the content
-    unfinished.rename(path)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, at once or not at all."""
-    unfinished = _unfinished(path)
-    with writing(path):
-        unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        _put_in_place(unfinished, path)
 
 
 def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
     """Write latents_stats.pt as upstream's loader wants it: float32 tensors (1, C, 1, 1) `mean` and `std`."""
     path, content = folder / STATISTICS_NAME, io.BytesIO()
     torch.save({"mean": torch.tensor(mean).view(1, -1, 1, 1), "std": torch.tensor(std).view(1, -1, 1, 1)}, content)
-    with writing(path):
-        _unfinished(path).write_bytes(content.getvalue())
-        _put_in_place(_unfinished(path), path)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.getvalue())
 
 
 def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
@@ -210,7 +187,7 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
         folder_lock.acquire(folder)
         return
     # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
-    ours = {_unfinished(path), folder / folder_lock.LOCK_NAME}
+    ours = {unfinished_name(path), folder / folder_lock.LOCK_NAME}
     if folder.exists() and set(folder.iterdir()) - ours:
         raise ValueError(f"{folder} is not empty and holds no {PLAN_NAME}: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)

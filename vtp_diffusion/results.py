@@ -1,12 +1,12 @@
 """Result files of the evaluation programs: JSON that says which evaluation it is, every setting, and the versions."""
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .config import config_to_dict
+from .disk import write_json
 
 CACHES = ("cache_dir", "features")  # settings that say where a machine keeps what it can make again
 
@@ -28,14 +28,6 @@ def write_results(path: str | Path, evaluation: str, config: Any, results: dict[
     written["settings"] = _without_caches(written["settings"])
     write_json(path, written)
     return written
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file at once or not at all; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    unfinished.rename(path)
 
 
 def _without_caches(settings: dict[str, Any]) -> dict[str, Any]:

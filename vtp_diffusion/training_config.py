@@ -1,7 +1,8 @@
 """Settings that every training run has, and what follows from them alone: learning rate and decayed parameters."""
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from torch import nn
@@ -81,8 +82,18 @@ class TrainingConfig:
 
     def changeable_keys(self) -> set[str]:
         """Keys that a resumed run may set differently from the run in the folder."""
-        keys = {f.name for f in fields(self) if f.metadata.get("may_change")}
+        keys = set(_changeable(self))
         return keys | {"max_train_steps"} if self.lr_scheduler == "constant" else keys  # else it shapes the schedule
+
+
+def _changeable(config: Any, prefix: str = "") -> Iterator[str]:
+    """Keys of the fields marked `may_change`, those of sections too."""
+    for setting in fields(config):
+        key, value = prefix + setting.name, getattr(config, setting.name)
+        if setting.metadata.get("may_change"):
+            yield key
+        elif is_dataclass(value):
+            yield from _changeable(value, f"{key}.")
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
