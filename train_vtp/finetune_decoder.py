@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = objective.parameter_groups(config)
     run = TrainingRun(config, folder, objective, autoencoder, "vae", fingerprint, not_saved=frozen, groups=groups)
     if run.is_main and run.first_step == 0:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # other shapes: not worth programs
+        with run.averaged_weights():  # which are the initial ones
             validate(run, config, autoencoder, datasets, perceptual, 0)
     batches = training_batches(run, config, training)
     inputs = training_inputs(run, config, objective, batches)
