@@ -7,25 +7,26 @@
         --num_workers 0 --seconds 600
 
 Both sides run on the same machine and images in one process after each other, with TensorFloat-32 off ("exact" and the
-peer); "fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its loader of four
-processes, its batch size of 64. A row is one pass over the number of images that stands beside it, from the start of
-its reading processes to the last feature on the CPU; cuDNN's choice of algorithms and the compiler's work come before
-it and are rows of their own. The rows:
+peer); exact mode's convolutions are three products on tensor cores with about the precision of float32, see
+`metrics/convolution.py`, and "fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its
+loader of four processes, its batch size of 64. A row is one pass over the number of images that stands beside it, from
+the start of its reading processes to the last feature on the CPU; cuDNN's choice of algorithms and the compiler's work
+come before it and are rows of their own. The rows:
 
     torch-fidelity            features and logits
     exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
     ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
     reading                   files to batches in pinned memory: no network can be faster
-    ... channels_last         the compiled exact network in the other layout of activations
-    ... 1x1 as products       and its convolutions of 1x1 by the library of matrix products
+    exact, cuDNN              exact mode with cuDNN's convolutions instead
 
-The last two are tried on compiled networks only. After --seconds no other group of rows is begun, and those missing
-are named. Every row is printed and the JSON written when it is measured: what ends early keeps what it has.
+After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
+when it is measured: what ends early keeps what it has.
 
 The ceiling is the rate of plain matrix products of the precision over the operations of one image. Convolutions of
 3x3 that save multiplications (Winograd's) may pass it. Weights are random unless given, which changes no speed; how
-far features lie apart and the FID between two sets of tensors in both modes are what fast mode costs, and count with
-real weights only. Files beyond 1,024 are links to the first: read and decoded anew each, but not made anew.
+far features lie from those computed in float64 (of 64 images) and from the peer's, in parts of their spread, and the
+FID between two sets of tensors in both modes are what the modes cost, and count with real weights only. Files beyond
+1,024 are links to the first: read and decoded anew each, but not made anew.
 """
 
 import argparse
@@ -47,6 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vtp_diffusion.disk import write_json
 from vtp_diffusion.metrics import Extractor, GaussianStatistics, InceptionFeatures, exact_float32, frechet_distance
 from vtp_diffusion.metrics.evaluation import wanted_outputs
+from vtp_diffusion.metrics.extraction import has_tensorfloat32
 from vtp_diffusion.metrics.inception import save_random_inception
 from vtp_diffusion.metrics.records import record_images
 from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batches
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="torch device")
-    parser.add_argument("--num_files", type=int, default=16384, help="PNG files; the peer reads --num_tensors of them")
+    parser.add_argument("--num_files", type=int, default=50000, help="PNG files, as many as of an FID-50K")
     parser.add_argument("--num_tensors", type=int, default=4096, help="tensors of each of the two sets")
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--batch_size", type=int, default=256, help="of this package")
@@ -74,11 +76,6 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("num_files", "num_tensors", "size", "batch_size"):
         if getattr(arguments, name) < 2:
             raise ValueError(f"--{name} must be at least 2, got {getattr(arguments, name)}")
-    if arguments.num_tensors > arguments.num_files:
-        raise ValueError(
-            f"--num_tensors {arguments.num_tensors} are also the files that the peer reads: expected no more than "
-            f"--num_files {arguments.num_files}"
-        )
     if arguments.compile is None:
         arguments.compile = arguments.device.startswith("cuda")
     with tempfile.TemporaryDirectory() as folder:
@@ -140,10 +137,8 @@ class Benchmark:
             "reading": self.measure_reading,
             "ceiling": self.measure_ceiling,
         }
-        if self.arguments.compile:
-            groups["exact, channels_last"] = lambda: self.measure_channels_last("exact, channels_last", False)
-            products = "exact, channels_last, 1x1 as products"
-            groups[products] = lambda: self.measure_channels_last(products, True)
+        if has_tensorfloat32(self.device):  # else there was nothing else
+            groups["exact, cuDNN"] = self.measure_library
         for name, measure in groups.items():
             if time.perf_counter() - self.start > self.arguments.seconds:
                 self.results["not_run"].append(name)
@@ -171,9 +166,9 @@ class Benchmark:
         from torch_fidelity.utils import get_featuresdict_from_dataset
 
         layers = ["2048", "logits_unbiased"]
-        model = FeatureExtractorInceptionV3("peer", layers, feature_extractor_weights_path=str(self.weights))
-        model.to(self.device)
-        files = [str(file) for file in self.files.files[: len(self.first)]]
+        weights = {"feature_extractor_weights_path": str(self.weights)}
+        model = FeatureExtractorInceptionV3("peer", layers, **weights).to(self.device)
+        files = [str(file) for file in self.files.files]
 
         def extract_theirs(dataset: Dataset) -> torch.Tensor:
             options = (PEER_BATCH_SIZE, self.cuda, not self.cuda, False)
@@ -185,6 +180,12 @@ class Benchmark:
         self.row("png, torch-fidelity", len(dataset), timed(lambda: extract_theirs(dataset))[0])
         seconds, self.peer = timed(lambda: extract_theirs(self.first))
         self.row("tensors, torch-fidelity", len(self.first), seconds)
+        model.feature_extractor_internal_dtype = torch.float64  # its constructor takes "float64" for float32
+        model.double()
+        with torch.inference_mode():
+            seconds, self.precise = timed(lambda: model(first.images.to(self.device))[0].double().cpu())
+        self.before("features in float64", seconds)
+        self.compare("torch-fidelity", self.peer)
 
     def measure_mode(self, mode: str) -> None:
         """As evaluation runs, with what the mode does to features and to an FID."""
@@ -200,18 +201,25 @@ class Benchmark:
         pair = [GaussianStatistics.of(x, device=self.device) for x in (found, other)]
         seconds, self.distances[mode] = timed(lambda: frechet_distance(*pair))
         self.before(f"distance of {mode} features", seconds)
-        difference = ((found - self.peer).norm() / (self.peer - self.peer.mean(0)).norm()).item()
-        self.results.setdefault("difference_of_features_to_their_spread", {})[mode] = difference
+        self.compare(mode, found)
         self.results["fid"] = self.distances
         if len(self.distances) == 2:
             self.results["fid_difference_of_fast_mode"] = self.distances["fast"] - self.distances["exact"]
         self.write()
 
-    def measure_channels_last(self, name: str, products: bool) -> None:
-        with torch._inductor.config.patch(conv_1x1_as_mm=products):
-            extractor = self.extractor(name, "exact", compile=True, layout="channels_last")
-            seconds, _ = timed(lambda: extract(extractor, self.batches(self.first)))
-        self.row(f"tensors, {name}", len(self.first), seconds)
+    def compare(self, name: str, found: torch.Tensor) -> None:
+        """How far features of the first set lie from the peer's and from those of float64."""
+        for other, features in (("torch-fidelity", self.peer), ("float64", self.precise)):
+            spread = (features - features.mean(0)).norm()
+            difference = ((found[: len(features)] - features).norm() / spread).item()
+            self.results.setdefault(f"difference_to_{other}_by_spread", {})[name] = difference
+
+    def measure_library(self) -> None:
+        extractor = self.extractor("exact, cuDNN", "exact", compile=self.arguments.compile, split=False)
+        seconds, found = timed(lambda: extract(extractor, self.batches(self.first)))
+        self.row("tensors, exact, cuDNN", len(self.first), seconds)
+        self.compare("exact, cuDNN", found)
+        self.write()
 
     def measure_reading(self) -> None:
         for name, hashed in (("png, reading", False), ("png, reading and hashing", True)):

@@ -70,6 +70,25 @@ def test_features_and_logits_are_torch_fidelitys(theirs, ours):
         )
 
 
+def test_every_convolution_can_be_split(weights, images, ours, monkeypatch):
+    convolution = pytest.importorskip("vtp_diffusion.metrics.convolution", reason="needs Triton")
+    calls = []
+
+    def by_library(x, high, low, bias, kernel_size, stride, padding):  # what the kernel computes on a GPU
+        calls.append(x.shape)
+        weight = (high + low).unflatten(1, (*kernel_size, -1)).permute(0, 3, 1, 2)
+        return torch.nn.functional.conv2d(x, weight, bias, stride, padding).relu()
+
+    monkeypatch.setattr(convolution, "split_convolution", by_library)
+    network = InceptionFeatures(weights)
+    found = Extractor(network, "cpu", split=True)(images)
+    assert len(calls) == 94 and not any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
+    for name, expected in ours.items():
+        assert (found[name] - expected).abs().max() / expected.abs().max() < 1e-6
+    fast = Extractor(InceptionFeatures(weights), "cpu", "fast", split=True)  # float16's are the library's
+    assert any(isinstance(module, torch.nn.Conv2d) for module in fast.network.modules())
+
+
 def test_spatial_features_lie_in_tensorflows_order(theirs, ours):
     # branch1x1 by its definition, convolution, batch norm and ReLU one by one, each feature put where TensorFlow's
     # (height, width, channel) has it

@@ -117,7 +117,7 @@ def test_batches_of_files_are_the_same_from_one_process_or_from_pieces_of_severa
 def test_reading_leaves_cpus_to_others(monkeypatch):
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert reading_processes() == max(1, min(16, cpus - 1)) and reading_processes(limit=1) == 1
+    assert reading_processes() == max(1, min(32, cpus - 1)) and reading_processes(limit=1) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cpus))
     assert reading_processes() == 1
 

@@ -39,7 +39,7 @@ def check_device(name: str) -> None:
         raise ValueError(f"device is {name}, but torch {torch.__version__} finds no such GPU")
 
 
-def reading_processes(limit: int = 16) -> int:
+def reading_processes(limit: int = 32) -> int:
     """How many processes should read images beside this one: its share of the CPUs that it may run on, of which it
     keeps one for itself; at least 1 and at most `limit`, since each takes some 30 ms to start."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

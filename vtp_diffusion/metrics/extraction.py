@@ -1,6 +1,7 @@
 """From images to features: feature networks by name, and the loop over batches on a device."""
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,6 @@ from .inception import open_inception
 from .networks import EfficientNetLite0Features, FeatureNetwork, VGG16Features, VTPFeatures
 
 FeatureMode = Literal["exact", "fast"]
-Layout = Literal["channels_last", "contiguous"]
 VTP_PREFIX = "vtp:"
 
 FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
@@ -100,15 +100,15 @@ class Extractor:
 
     Args:
         network: is moved there, its weights to the layout.
-        mode: "exact" computes in float32 without TensorFloat-32; "fast" computes convolutions and products in float16
+        mode: "exact" computes with the precision of float32; "fast" computes convolutions and products in float16
             (resizing, averages over positions and all statistics stay float32 or better). What that does to an FID is
             what `benchmarks/feature_extraction.py` prints. float16 and not bfloat16, because its rounding is 8 times
             finer; features that overflow it are an error, as all that are not finite are.
         compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
         batch_size: what to fill up to.
-        layout: of activations and weights. None is contiguous in exact mode on CUDA, where cuDNN's convolutions in
-            float32 without TensorFloat-32 are faster in it (`benchmarks/feature_extraction.py` measures both), and
-            else channels_last, which tensor cores want.
+        split: exact mode's convolutions in three products on tensor cores (`metrics.convolution`), twice as fast as
+            cuDNN's in float32. A layer is as precise, Inception's features are not quite: `benchmarks/README.md` has
+            the differences. None is True where it can be: for Inception, on NVIDIA GPUs since Ampere.
     """
 
     def __init__(
@@ -118,16 +118,18 @@ class Extractor:
         mode: FeatureMode = "exact",
         compile: bool = False,
         batch_size: int | None = None,
-        layout: Layout | None = None,
+        split: bool | None = None,
     ):
         if mode not in ("exact", "fast"):
             raise ValueError(f"feature mode {mode!r} is unknown; known: exact, fast")
         if compile and batch_size is None:
             raise ValueError("a compiled network needs the batch_size that smaller batches are filled up to")
         self.network, self.device, self.mode = network, torch.device(device), mode
-        if layout is None:
-            layout = "contiguous" if mode == "exact" and self.device.type == "cuda" else "channels_last"
-        channels_last = layout == "channels_last"
+        if split is None:
+            split = has_tensorfloat32(self.device)
+        split = mode == "exact" and split and network.split_convolutions()
+        # cuDNN's convolutions in float32 without TensorFloat-32 are faster in contiguous memory, all others are not
+        channels_last = split or mode == "fast" or self.device.type != "cuda"
         network.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         network.to(self.device, memory_format=network.memory_format)
         self.batch_size = batch_size if compile else None
@@ -149,6 +151,13 @@ class Extractor:
         outputs = self._compiled or self.network.outputs
         with exact_float32(benchmark=True), fast:
             return {name: output[:count].float() for name, output in outputs(images).items()}
+
+
+def has_tensorfloat32(device: torch.device) -> bool:
+    """Whether it is a GPU with tensor cores for TensorFloat-32, and Triton is there to use them."""
+    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def extract_features(

@@ -77,8 +77,9 @@ class InceptionFeatures(FeatureNetwork):
             )
         except RuntimeError as error:
             raise ValueError(f"{file} does not hold torch-fidelity's Inception network: {error}") from error
+        self._block = module.BasicConv2d  # convolution, batch norm, ReLU
         for block in self.model.modules():
-            if isinstance(block, module.BasicConv2d):
+            if isinstance(block, self._block):
                 _fold_batch_norm(block)
         self.requires_grad_(False).eval()
         self._spatial: torch.Tensor | None = None
@@ -90,6 +91,16 @@ class InceptionFeatures(FeatureNetwork):
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self._spatial = output
+
+    def split_convolutions(self) -> bool:
+        from .convolution import SplitConvolution  # needs Triton
+
+        blocks = [name for name, block in self.model.named_modules() if isinstance(block, self._block)]
+        for name in blocks:
+            self.model.set_submodule(name, SplitConvolution(self.model.get_submodule(name).conv))
+        if blocks:
+            self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        return True
 
     def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = (resize_like_tensorflow1(images.float()) - 128) / 128

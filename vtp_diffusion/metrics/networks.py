@@ -46,6 +46,13 @@ class FeatureNetwork(nn.Module):
         """All that metrics read from one forward pass, name -> float32 (B, D_name)."""
         return {"features": self(images)}
 
+    def split_convolutions(self) -> bool:
+        """Let `metrics.convolution` compute the convolutions from now on, on a CUDA GPU, in float32 only.
+
+        Returns: False if the network has no way to: nothing has changed.
+        """
+        return False
+
     @property
     def kernel_distance_name(self) -> str:
         """What a kernel distance of its features is called: KID for the FID's network, else KD."""
