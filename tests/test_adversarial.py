@@ -11,6 +11,7 @@ from vtp_diffusion.adversarial import (
     adaptive_weight,
     collapse_signs,
     find_autoencoder,
+    harmful,
     hinge_loss,
     lecam_penalty,
     r1_penalty,
@@ -210,7 +211,9 @@ def lines(accuracy, weight=1.0, first=1):
     ],
 )  # fmt: skip
 def test_signs_of_collapse(log, found):
-    assert [(sign["step"], sign["sign"]) for sign in collapse_signs(log, 0, "psnr")] == found
+    signs = collapse_signs(log, 0, "psnr")
+    assert [(sign["step"], sign["sign"]) for sign in signs] == found
+    assert harmful(signs) == [sign for sign in signs if sign["sign"] != "discriminator guesses"]
 
 
 def test_what_happens_before_the_start_is_no_sign():

@@ -98,9 +98,34 @@ def test_the_encoder_and_the_latent_statistics_stay_bit_for_bit_and_the_result_i
     assert all(torch.equal(value, averaged[name]) for name, value in new.items())
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [0, 1, 2, 2, 3, 4, 4]
+    assert not (tmp_path / "run" / "decoder_before_collapse.safetensors").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert log[0]["held_out_psnr"] == results["held_out"]["before"]["psnr"]
     assert log[-1]["held_out_psnr"] == results["held_out"]["after"]["psnr"]
+
+
+def test_a_collapse_ends_the_run_with_the_decoder_from_before(tmp_path, inputs, monkeypatch, capsys):
+    program, words = load_program(), ("--validation_steps=1", "--checkpointing_steps=1")
+
+    def run(psnrs, *more):
+        values = iter([*psnrs, 1.0, 1.0, 1.0, 1.0])  # in the end either split is measured before and after
+        monkeypatch.setattr(program, "measure", lambda *_: {"psnr": next(values)})
+        program.main(arguments(tmp_path / "run", inputs, *words, *more))
+        return json.loads((tmp_path / "run" / "results.json").read_text())
+
+    results = run([30.0, 29.0, 20.0])
+    assert results["steps"] == 1 and [sign["sign"] for sign in results["collapse"]] == ["PSNR falls"]
+    assert "stopped after step 2: vae/ gets the decoder of step 1" in capsys.readouterr().out
+    weights = "diffusion_pytorch_model.safetensors"
+    before = load_file(tmp_path / "run" / "checkpoint-1" / "vae_ema" / weights)
+    vae = load_file(tmp_path / "run" / "vae" / weights)
+    assert all(torch.equal(value, before[name]) for name, value in vae.items())
+    assert run([20.0])["steps"] == 1  # the same command again comes to the same end
+    results = run([20.0, 20.0, 20.0], "--stop_on_collapse=false")
+    assert results["steps"] == 4 and (tmp_path / "run" / program.SOUND).is_file()
+    after = load_file(tmp_path / "run" / "checkpoint-4" / "vae_ema" / weights)
+    vae = load_file(tmp_path / "run" / "vae" / weights)
+    assert all(torch.equal(value, after[name]) for name, value in vae.items())
 
 
 @pytest.mark.parametrize("more", [(), ("--adversarial.discriminator=features", "--gradient_accumulation_steps=2")])

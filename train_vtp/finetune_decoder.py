@@ -5,23 +5,34 @@
 `--vae` is an AutoencoderVTP folder or the run folder of train_vtp/train.py. Every field of the configuration is also
 an option (--help lists them). The same command again resumes an interrupted run. The run folder ends with vae/, whose
 latents are those of the autoencoder it began with, so that a generator trained on them goes on working, and
-results.json: PSNR and LPIPS before and after, and the signs of collapse that were seen, if any.
+results.json: PSNR and LPIPS before and after, and the signs of collapse that were seen, if any. Where PSNR has fallen
+by 3 dB the run ends, and vae/ is the decoder of the last validation before the first such sign.
 """
 
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.accelerators import sharding_asked
-from vtp_diffusion.adversarial import AdversarialConfig, AdversarialDecoding, collapse_signs, find_autoencoder
+from vtp_diffusion.adversarial import (
+    PSNR_FALLS,
+    AdversarialConfig,
+    AdversarialDecoding,
+    collapse_signs,
+    find_autoencoder,
+    harmful,
+)
 from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.compilation import compile_modules
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images
+from vtp_diffusion.disk import replacing
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
@@ -30,10 +41,13 @@ from vtp_diffusion.pretraining import (
     evaluate_reconstruction,
     reconstruction_grid,
 )
+from vtp_diffusion.processes import gather_objects
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.streaming import StreamingImages, count_left_out, open_splits, stream_batches
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
+
+SOUND = "decoder_before_collapse.safetensors"  # in the run folder
 
 
 @dataclass(kw_only=True)
@@ -48,6 +62,10 @@ class Config(TrainingConfig):
     validation_images: int = field(
         default=16,
         metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
+    )
+    stop_on_collapse: bool = field(
+        default=True,
+        metadata={"help": "end when PSNR has fallen, with the decoder from before; else go on", "may_change": True},
     )
     evaluation_images: int | None = field(
         default=None, metadata={"help": "images measured of either split, none = all", "may_change": True}
@@ -105,21 +123,48 @@ def measure(autoencoder: AutoencoderVTP, dataset, config: Config, perceptual) ->
     return evaluate_reconstruction(autoencoder, batches, perceptual)
 
 
-def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> None:
-    """PSNR and LPIPS on held-out images, originals above reconstructions, and a word if the GAN collapses."""
+def signs_so_far(run: TrainingRun, config: Config, datasets: dict) -> list[dict]:
+    return collapse_signs(run.folder.read_log(), config.adversarial.start_step, f"{list(datasets)[-1]}_psnr")
+
+
+def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> bool:
+    """PSNR and LPIPS on held-out images, originals above reconstructions, and a word if the GAN collapses. As long as
+    it does not, the decoder is kept in `SOUND`.
+
+    Returns: whether PSNR has fallen by so much that training should end.
+    """
     name, dataset = list(datasets.items())[-1]
     measured = measure(autoencoder, dataset, config, perceptual)
     values = {f"{name}_{key}": value for key, value in measured.items()}
     run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
-    for sign in collapse_signs(run.folder.read_log(), config.adversarial.start_step, f"{name}_psnr"):
+    signs = signs_so_far(run, config, datasets)
+    for sign in signs:
         if sign["step"] > step - config.validation_steps:  # the others were told before
             print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
+    harm = harmful(signs)
+    if not harm:
+        with replacing(run.folder.path / SOUND) as unfinished:
+            save_file(autoencoder.decoder.state_dict(), unfinished)
+    return config.stop_on_collapse and any(sign["sign"] == PSNR_FALLS for sign in harm)
 
 
-def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: dict, perceptual, left_out) -> dict:
-    """Write vae/ and results.json, with the autoencoder that was given measured in the same way."""
+def sound_decoder(run: TrainingRun, reference: AutoencoderVTP, signs: list[dict]) -> tuple[AutoencoderVTP, int]:
+    """The autoencoder with the decoder of the last validation before a harmful sign, and that validation's step."""
+    autoencoder = copy.deepcopy(reference)
+    autoencoder.decoder.load_state_dict(load_file(run.folder.path / SOUND))
+    first, log = harmful(signs)[0]["step"], run.folder.read_log()
+    return autoencoder, max(line["step"] for line in log if "loss" not in line and line["step"] < first)
+
+
+def finish(
+    run: TrainingRun, config: Config, autoencoder, step: int, reference, datasets: dict, perceptual, left_out: dict
+) -> dict:
+    """Write vae/ and results.json, with the autoencoder that was given measured in the same way.
+
+    Args: `step`: the one that the decoder is of.
+    """
     autoencoder.save_pretrained(run.folder.path / "vae")
-    results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
+    results = {"steps": step, "images_per_step": run.images_per_step, "seconds": run.seconds}
     results["images_per_second"] = run.median_rate()
     for name, dataset in datasets.items():
         models = {"before": reference.to(run.device), "after": autoencoder}
@@ -131,8 +176,9 @@ def finish(run: TrainingRun, config: Config, autoencoder, reference, datasets: d
         for key, old in reference.state_dict().items()
         if not key.startswith("decoder.")
     )
-    psnr = f"{list(datasets)[-1]}_psnr"
-    results["collapse"] = collapse_signs(run.folder.read_log(), config.adversarial.start_step, psnr)
+    results["collapse"] = signs_so_far(run, config, datasets)
+    if not harmful(results["collapse"]):
+        (run.folder.path / SOUND).unlink(missing_ok=True)
     results["left_out"] = left_out
     results["autoencoder_before"] = autoencoder_identity(reference)
     results["configuration"] = config_to_dict(config)
@@ -179,17 +225,25 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main and run.first_step == 0:
         with run.averaged_weights():  # which are the initial ones
             validate(run, config, autoencoder, datasets, perceptual, 0)
+    fallen = False
     batches = training_batches(run, config, training)
     inputs = training_inputs(run, config, objective, batches)
     for step in run.steps():
         run.optimise(step, inputs)
-        if run.is_main and run.due(step, config.validation_steps):
-            with run.averaged_weights():
-                validate(run, config, autoencoder, datasets, perceptual, step + 1)
+        if run.due(step, config.validation_steps):
+            if run.is_main:
+                with run.averaged_weights():
+                    fallen = validate(run, config, autoencoder, datasets, perceptual, step + 1)
+            if fallen := any(gather_objects(fallen)):
+                break
     left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
         with run.averaged_weights():
-            results = finish(run, config, autoencoder, reference, datasets, perceptual, left_out)
+            trained, of_step = autoencoder, config.max_train_steps
+            if fallen:
+                trained, of_step = sound_decoder(run, reference, signs_so_far(run, config, datasets))
+                print(f"stopped after step {step + 1}: vae/ gets the decoder of step {of_step}, from before the signs")
+            results = finish(run, config, trained, of_step, reference, datasets, perceptual, left_out)
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
             print(f"{name}: {', '.join(changes)}")

@@ -30,6 +30,7 @@ COLLAPSE_ACCURACY = 0.99  # the discriminator is (almost) never wrong: nothing t
 COLLAPSE_GUESSING = 0.01  # or it is right as often as a coin, give or take this
 COLLAPSE_WEIGHT = ADAPTIVE_LIMIT / 10  # its gradient at the decoder vanishes
 COLLAPSE_PSNR = 3.0  # dB lost since before training
+GUESSES, PSNR_FALLS = "discriminator guesses", "PSNR falls"
 
 Losses = dict[str, torch.Tensor]
 
@@ -258,7 +259,7 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
     """
     rules = {
         "discriminator wins": ("discriminator/accuracy", lambda value: value >= COLLAPSE_ACCURACY),
-        "discriminator guesses": ("discriminator/accuracy", lambda value: abs(value - 0.5) <= COLLAPSE_GUESSING),
+        GUESSES: ("discriminator/accuracy", lambda value: abs(value - 0.5) <= COLLAPSE_GUESSING),
         "adaptive weight explodes": ("adaptive_weight", lambda value: value >= COLLAPSE_WEIGHT),
     }
     streaks, signs, before, fallen = dict.fromkeys(rules, 0), [], None, False
@@ -267,7 +268,7 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
             before = line[psnr] if before is None else before
             was_fallen, fallen = fallen, line[psnr] <= before - COLLAPSE_PSNR
             if fallen and not was_fallen:
-                signs.append({"step": line["step"], "sign": "PSNR falls", "value": line[psnr]})
+                signs.append({"step": line["step"], "sign": PSNR_FALLS, "value": line[psnr]})
         if line["step"] <= start_step:
             continue
         for sign, (name, holds) in rules.items():
@@ -276,3 +277,9 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
                 if streaks[sign] == COLLAPSE_LINES:
                     signs.append({"step": line["step"], "sign": sign, "value": line[name]})
     return signs
+
+
+def harmful(signs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `collapse_signs` behind which decoders got worse: a discriminator that guesses teaches nothing, which
+    is how it begins."""
+    return [sign for sign in signs if sign["sign"] != GUESSES]

@@ -212,7 +212,7 @@ class TrainingRun:
         if config.compile:
             bar.set_postfix_str("the first step compiles")
         self._mark = time.perf_counter()
-        with StopRequest() as request:
+        with contextlib.closing(bar), StopRequest() as request:
             for step in range(self.first_step, last):
                 yield step
                 bar.update()
@@ -230,7 +230,6 @@ class TrainingRun:
                     raise SystemExit(0)
                 if pause or self.due(step, config.validation_steps) or self._log_due(step):
                     self._mark = time.perf_counter()  # what was done besides training does not count as training time
-        bar.close()
 
     def _stop_agreed(self, step: int, request: StopRequest) -> bool:
         """Whether a signal asked one of the processes to stop; all answer the same at the same step."""
