@@ -65,25 +65,24 @@ def images_per_second(vae: AutoencoderVTP, encode: Callable, precision: str, arg
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")
-    rates = {}
+    on = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
+    comparable = "H100" in on and (arguments.size, arguments.resolution, arguments.batch_size) == ("large", 256, 256)
+    results = {"images_per_second": {}, "ratio_to_peer": {}, "peer": PEER, "device": on, "torch": torch.__version__}
+    results |= {name: value for name, value in vars(arguments).items() if name not in ("output", "device")}
     for kind, precision in (("autocast", "bf16"), ("bfloat16", "no")):
         vae = build(arguments)
         if kind == "bfloat16":
             vae.to(torch.bfloat16)
         for mode in PEER:
             encode = torch.compile(encode_raw) if mode == "compiled" else encode_raw
-            rates[f"{kind}, {mode}"] = images_per_second(vae, encode, precision, arguments)
-    on = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
-    comparable = "H100" in on and (arguments.size, arguments.resolution, arguments.batch_size) == ("large", 256, 256)
-    ratios = {name: rate / PEER[name.split(", ")[1]] for name, rate in rates.items()} if comparable else None
-    for name, rate in rates.items():
-        ratio = f", {ratios[name]:.2f} x the peer's" if comparable else " (not comparable with the peer's)"
-        print(f"{name:<20} {rate:>9,.1f} images/s{ratio}")
-    results = {"images_per_second": rates, "ratio_to_peer": ratios, "peer": PEER, "device": on}
-    results |= {name: value for name, value in vars(arguments).items() if name not in ("output", "device")}
-    results["torch"] = torch.__version__
-    if arguments.output is not None:
-        write_json(arguments.output, results)
+            name, rate = f"{kind}, {mode}", images_per_second(vae, encode, precision, arguments)
+            results["images_per_second"][name] = rate
+            if comparable:
+                results["ratio_to_peer"][name] = rate / PEER[mode]
+            ratio = f"{rate / PEER[mode]:.2f} x the peer's" if comparable else "not comparable with the peer's"
+            print(f"{name:<20} {rate:>9,.1f} images/s, {ratio}", flush=True)
+            if arguments.output is not None:  # now: compiling the next one may take longer than there is time
+                write_json(arguments.output, results)
 
 
 if __name__ == "__main__":
