@@ -2,6 +2,7 @@ r"""Images a second of train_vtp/train.py, all three objectives, on one process 
 
     python benchmarks/vtp_scaling.py --processes 1 2 --output benchmarks/results/vtp_scaling.json   # two H100
     python benchmarks/vtp_scaling.py --size tiny --processes 1 2 --steps 6 --output tiny.json       # a CPU
+    python benchmarks/vtp_scaling.py --same_losses true --images 128 --steps 20 --processes 1 2 --output losses.json
 
 `large` is configs/large.yaml, model and objectives, on OpenMoji at 128 pixels: 1024 images a process are as many
 tokens as the 256 of 256 pixels that fit into an H100, and captions are cut to as many tokens less. What it changes of
@@ -10,9 +11,11 @@ the configuration is `SIZES`, with `MEASURED`; options after `--` go to the prog
     python benchmarks/vtp_scaling.py --output scaling.json -- --reconstruction.lpips_trunk vgg16.safetensors
 
 Speed is the median of the log's images/s after the first third of the steps, which compilation is in; `scaling` is
-that of a process in that of one alone, `times_one` that of all. A run ends as soon as its last line is there: nothing
-is evaluated, saved or exported. A row is in the file as soon as it is measured; a run that fails ends the benchmark
-with what it wrote.
+that of a process in that of one alone, `times_one` that of all. With --same_losses the batch is that of all processes
+together, in float32, nothing compiled, no stochastic depth: `largest_difference_of_losses` is that of any step and
+loss to those of the first row, in parts of them, and speed says little. A run ends as soon as its last line is there:
+nothing is evaluated, saved or exported. A row is in the file as soon as it is measured; a run that fails ends the
+benchmark with what it wrote.
 """
 
 import json
@@ -41,6 +44,7 @@ MEASURED = {
     "validation_steps": NEVER,
     "report_to": "none",
 }
+SAME_LOSSES = {"mixed_precision": "no", "compile": "false", "self_supervision.stochastic_depth": 0, "log_steps": 1}
 # the configuration, images a process, what is changed
 SIZES = {
     "large": (
@@ -66,6 +70,9 @@ class BenchmarkConfig:
     processes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "one each GPU"})
     images: int | None = field(default=None, metadata={"help": "a process; none: 1024, for tiny 8"})
     steps: int = field(default=36, metadata={"help": "of every run"})
+    same_losses: bool = field(
+        default=False, metadata={"help": "are the losses of a batch those of one process? --images is the batch"}
+    )
 
     def __post_init__(self):
         check_output(self.output)
@@ -83,18 +90,23 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
     """A row for every number of processes, as soon as it is measured."""
     file, images, changed = SIZES[config.size]
     images, single, every = config.images or images, None, max(1, config.steps // 12)
+    first: list[dict] = []
     for processes in config.processes:
         with tempfile.TemporaryDirectory() as temporary:
             run, start = Path(temporary) / "run", time.perf_counter()
-            settings = MEASURED | changed
-            settings |= {"train_batch_size": images * processes, "log_steps": every, "output_dir": run}
+            settings = MEASURED | changed | {"log_steps": every, "output_dir": run}
+            settings |= {"train_batch_size": images if config.same_losses else images * processes}
+            environment = program_environment()
+            if config.same_losses:
+                settings |= SAME_LOSSES
+                environment |= {"NVIDIA_TF32_OVERRIDE": "0"}  # torch allows TensorFloat-32 to convolutions
             words = [f"--config={ROOT / 'train_vtp' / 'configs' / file}"]
             words += [f"--{name}={value}" for name, value in settings.items()]
             command = torchrun(processes, PROGRAM, *words, *options)
-            run_until(lambda run=run: steps_logged(run) >= config.steps, command, program_environment())
+            run_until(lambda run=run: steps_logged(run) >= config.steps, command, environment)
             lines = [line for line in read_log(run) if line["step"] <= config.steps]
         steady = [line for line in lines if line["step"] > config.steps // 3]
-        row = {"processes": processes, "images_a_process": images}
+        row = {"processes": processes, "images_a_process": images // processes if config.same_losses else images}
         row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
         row["mfu"] = statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None
         row["peak_memory_gib"] = lines[-1]["peak_memory_gib"]
@@ -103,7 +115,17 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
         row["scaling"] = None if single is None else row["times_one"] / processes
         row["images_per_second_of_lines"] = [line["images_per_second"] for line in lines]
         row["losses"] = [line["loss"] for line in lines]
+        if config.same_losses:
+            first = first or lines
+            row["largest_difference_of_losses"] = largest_difference(first, lines)
         yield row | {"seconds": time.perf_counter() - start}
+
+
+def largest_difference(first: list[dict], second: list[dict]) -> float:
+    """Between the losses of two logs: of any step and any loss, in parts of the first's."""
+    losses = [name for name in first[0] if "/" in name or name == "loss"]
+    pairs = ((a[name], b[name]) for a, b in zip(first, second, strict=True) for name in losses)
+    return max(abs(a - b) / max(abs(a), 1e-6) for a, b in pairs)
 
 
 def steps_logged(run: Path) -> int:

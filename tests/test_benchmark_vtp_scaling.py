@@ -37,6 +37,12 @@ def test_one_process_and_two_are_measured_and_nothing_goes_on(tmp_path, load):
     assert not any(str(tmp_path) in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
 
 
+def test_the_largest_difference_is_found_in_any_loss_of_any_step(load):
+    one = [{"step": 1, "loss": 2.0, "a/b": 1.0, "seconds": 1.0}, {"step": 2, "loss": 4.0, "a/b": -0.5, "seconds": 2.0}]
+    two = [{"step": 1, "loss": 2.0, "a/b": 1.1, "seconds": 9.0}, {"step": 2, "loss": 4.2, "a/b": -0.6, "seconds": 9.0}]
+    assert load("vtp_scaling").largest_difference(one, two) == pytest.approx(0.2)
+
+
 def test_a_program_that_refuses_its_input_ends_the_benchmark_with_its_message(tmp_path, load):
     words = ["--size=tiny", "--processes=1", f"--output={tmp_path / 'x.json'}", "--", "--self_supervision.share=0.3"]
     with pytest.raises(
