@@ -1,6 +1,6 @@
 """Images a second through Inception, this package's against torch-fidelity's, from PNG files and from tensors.
 
-    python benchmarks/feature_extraction.py --device cuda --num_workers 16 \\
+    python benchmarks/feature_extraction.py --device cuda --num_workers 28 --seconds 220 \\
         --output benchmarks/results/feature_extraction_h100.json
 
     python benchmarks/feature_extraction.py --device cpu --num_files 8 --num_tensors 8 --size 64 --batch_size 4 \\
@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vtp_diffusion.disk import write_json
 from vtp_diffusion.metrics import Extractor, GaussianStatistics, InceptionFeatures, exact_float32, frechet_distance
 from vtp_diffusion.metrics.evaluation import wanted_outputs
-from vtp_diffusion.metrics.extraction import has_tensorfloat32
+from vtp_diffusion.metrics.extraction import can_split
 from vtp_diffusion.metrics.inception import save_random_inception
 from vtp_diffusion.metrics.records import record_images
 from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batches
@@ -137,7 +137,7 @@ class Benchmark:
             "reading": self.measure_reading,
             "ceiling": self.measure_ceiling,
         }
-        if has_tensorfloat32(self.device):  # else there was nothing else
+        if can_split(self.device):  # else there was nothing else
             groups["exact, cuDNN"] = self.measure_library
         for name, measure in groups.items():
             if time.perf_counter() - self.start > self.arguments.seconds:

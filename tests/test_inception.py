@@ -10,7 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vtp_diffusion.metrics import Extractor, GaussianStatistics, feature_network, frechet_distance, inception
+from vtp_diffusion.metrics import (
+    Extractor,
+    GaussianStatistics,
+    extraction,
+    feature_network,
+    frechet_distance,
+    inception,
+)
 from vtp_diffusion.metrics.inception import (
     InceptionFeatures,
     flatten_spatial,
@@ -80,12 +87,16 @@ def test_every_convolution_can_be_split(weights, images, ours, monkeypatch):
         return torch.nn.functional.conv2d(x, weight, bias, stride, padding).relu()
 
     monkeypatch.setattr(convolution, "split_convolution", by_library)
+    monkeypatch.setattr(extraction, "can_split", lambda device: True)
     network = InceptionFeatures(weights)
-    found = Extractor(network, "cpu", split=True)(images)
+    assert "convolutions" not in network.describe()
+    found = Extractor(network, "cpu")(images)
+    assert network.describe()["convolutions"] == "three products in TensorFloat-32 for one in float32"
     assert len(calls) == 94 and not any(isinstance(module, torch.nn.Conv2d) for module in network.modules())
     for name, expected in ours.items():
         assert (found[name] - expected).abs().max() / expected.abs().max() < 1e-6
-    fast = Extractor(InceptionFeatures(weights), "cpu", "fast", split=True)  # float16's are the library's
+    assert Extractor(network, "cpu").network is network and len(network.model.Mixed_6d.branch1x1._forward_hooks) == 1
+    fast = Extractor(InceptionFeatures(weights), "cpu", "fast")  # float16's are the library's
     assert any(isinstance(module, torch.nn.Conv2d) for module in fast.network.modules())
 
 

@@ -21,6 +21,7 @@ from vtp_diffusion.metrics import (
     shifted_or_flipped,
 )
 from vtp_diffusion.metrics.inception import InceptionFeatures
+from vtp_diffusion.metrics.networks import FeatureNetwork
 from vtp_diffusion.metrics.networks import VGG16Features
 from vtp_diffusion.metrics.npz import NpzImages
 from vtp_diffusion.metrics.sources import FolderImages
@@ -263,7 +264,7 @@ def test_bad_networks(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         feature_network("efficientnet_lite0", tmp_path / "none.pth")
     with pytest.raises(ValueError, match="at least one"):
-        extract_features(torch.nn.Identity(), [], "cpu")
+        extract_features(FeatureNetwork(), [], "cpu")
 
 
 def test_nearest_neighbours():

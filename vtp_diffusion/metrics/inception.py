@@ -64,7 +64,7 @@ class InceptionFeatures(FeatureNetwork):
         file: its state dict. `feature_network` checks the hash, this class doesn't: tests use random weights.
     """
 
-    name, distance_name, dim = "inception", "FID", 2048
+    name, distance_name, dim, splittable = "inception", "FID", 2048, True
     preprocessing = "bilinear as TensorFlow 1 resizes, to 299x299; (x - 128) / 128 (torch-fidelity)"
 
     def __init__(self, file: str | Path):
@@ -92,15 +92,15 @@ class InceptionFeatures(FeatureNetwork):
     def _keep_spatial(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self._spatial = output
 
-    def split_convolutions(self) -> bool:
+    def split_convolutions(self) -> None:
         from .convolution import SplitConvolution  # needs Triton
 
         blocks = [name for name, block in self.model.named_modules() if isinstance(block, self._block)]
         for name in blocks:
             self.model.set_submodule(name, SplitConvolution(self.model.get_submodule(name).conv))
-        if blocks:
+        if not self.is_split:
             self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-        return True
+        self.is_split = True
 
     def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = (resize_like_tensorflow1(images.float()) - 128) / 128

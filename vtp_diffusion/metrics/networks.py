@@ -29,9 +29,12 @@ class FeatureNetwork(nn.Module):
         preprocessing: what happens to the pixels first, in words.
         file: where the weights came from.
         memory_format: layout of activations, which an `Extractor` chooses.
+        splittable: whether `metrics.convolution` can compute its convolutions.
+        is_split: whether it does: on a CUDA GPU, in float32 only.
     """
 
     memory_format = torch.channels_last
+    splittable = is_split = False
     name: str
     distance_name: str
     dim: int
@@ -46,12 +49,9 @@ class FeatureNetwork(nn.Module):
         """All that metrics read from one forward pass, name -> float32 (B, D_name)."""
         return {"features": self(images)}
 
-    def split_convolutions(self) -> bool:
-        """Let `metrics.convolution` compute the convolutions from now on, on a CUDA GPU, in float32 only.
-
-        Returns: False if the network has no way to: nothing has changed.
-        """
-        return False
+    def split_convolutions(self) -> None:
+        """Make it `is_split`, for good, if it is `splittable`."""
+        raise NotImplementedError(f"{self.name} is not splittable")
 
     @property
     def kernel_distance_name(self) -> str:
@@ -75,7 +75,7 @@ class FeatureNetwork(nn.Module):
             "preprocessing": self.preprocessing,
             "file": self.file.name,
             "sha256": self.weights_sha256(),
-        }
+        } | ({"convolutions": "three products in TensorFloat-32 for one in float32"} if self.is_split else {})
 
 
 def _resize(images: torch.Tensor, side: int = INPUT_SIDE) -> torch.Tensor:

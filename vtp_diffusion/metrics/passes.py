@@ -36,7 +36,8 @@ class FeaturesConfig:
     output: str = field(metadata={"help": "FILE for the results"})
     seed: int = field(default=0, metadata={"help": "of samples, labels and random subsets"})
     feature_mode: FeatureMode = field(
-        default="exact", metadata={"help": "float32, or float16 inside the feature networks"}
+        default="exact",
+        metadata={"help": "float32 (on some GPUs by metrics/convolution.py), or float16 inside"},
     )
     feature_batch_size: int = field(default=256 if ON_CUDA else 32, metadata={"help": "images a network sees at once"})
     compile: bool = field(default=ON_CUDA, metadata={"help": "torch.compile the feature networks"})
