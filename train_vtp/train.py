@@ -143,6 +143,17 @@ class Config(TrainingConfig):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
 
+    def changeable_keys(self) -> set[str]:
+        """As of every run, but for what the objectives trained for depend on: negatives, neighbours, equal use of the
+        prototypes and centres are those of a micro-step; the teacher and a changing weight decay follow the share of
+        training that is done."""
+        keys = super().changeable_keys()
+        if {"contrastive", "self_supervision"} & set(self.objectives):
+            keys.discard("gradient_accumulation_steps")
+        if "self_supervision" in self.objectives or self.adam_weight_decay_end is not None:
+            keys.discard("max_train_steps")
+        return keys
+
 
 def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]:
     """The objectives, and the model that checkpoints hold: with a text tower only where one is trained."""

@@ -23,7 +23,9 @@ class TrainingConfig:
     )
     seed: int = _setting(0, "initial weights, data order, noise: everything random follows from it")
     train_batch_size: int = _setting(128, "images a step, over all processes and micro-steps together")
-    gradient_accumulation_steps: int = _setting(1, "micro-steps a step: less memory, slower", True)
+    gradient_accumulation_steps: int = _setting(
+        1, "micro-steps a step: less memory, slower; a loss that compares samples compares those of a micro-step", True
+    )
     max_train_steps: int = _setting(100_000, "optimiser steps")
     learning_rate: float = _setting(2e-4, "peak learning rate")
     lr_scheduler: Literal["constant", "linear", "cosine"] = _setting("constant", "after the warm-up; both decay to 0")

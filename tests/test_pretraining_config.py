@@ -1,0 +1,57 @@
+"""Settings of train_vtp/train.py: which of them depend on each other, and what a resumed run may change."""
+
+from dataclasses import replace
+
+import pytest
+from test_train_vtp import load_program
+
+from vtp_diffusion.run_folder import RunFolder
+
+ALL = ("contrastive", "self_supervision", "reconstruction")
+
+
+def config_of(*objectives, folder="nowhere", **settings):
+    """A configuration without LPIPS, whose network would be needed."""
+    program = load_program("train_vtp")
+    part = program.ReconstructionPartConfig(lpips=0, **settings.pop("reconstruction", {}))
+    return program.Config(output_dir=str(folder), objectives=objectives, reconstruction=part, **settings)
+
+
+def differing(folder, config, **changes):
+    """What RunFolder says of a run of `config` that is resumed with changes; None if it may."""
+    if not folder.exists():
+        run = RunFolder(folder, config)
+        run.claim()
+        run.release()
+    try:
+        RunFolder(folder, replace(config, **changes))
+    except ValueError as error:
+        return str(error).partition("another configuration:\n")[2].strip()
+    return None
+
+
+@pytest.mark.parametrize(
+    ("objectives", "refused"),
+    [(("reconstruction",), False), (("contrastive", "reconstruction"), True), (("self_supervision",), True)],
+)
+def test_micro_steps_may_change_only_where_no_loss_compares_samples(tmp_path, objectives, refused):
+    said = differing(tmp_path / "run", config_of(*objectives), gradient_accumulation_steps=4)
+    assert said == ("gradient_accumulation_steps: 1 there, 4 now" if refused else None)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "settings", "refused"),
+    [
+        (("contrastive", "reconstruction"), {}, False),
+        (("reconstruction",), {"adam_weight_decay": 0.04, "adam_weight_decay_end": 0.4}, True),
+        (ALL, {}, True),
+        (("contrastive",), {"lr_scheduler": "cosine"}, True),
+    ],
+)
+def test_the_length_may_change_only_where_nothing_follows_the_share_of_training(
+    tmp_path, objectives, settings, refused
+):
+    """A teacher's momentum and temperature, frozen prototypes and a rising weight decay do."""
+    config = config_of(*objectives, max_train_steps=100, **settings)
+    said = differing(tmp_path / "run", config, max_train_steps=200)
+    assert said == ("max_train_steps: 100 there, 200 now" if refused else None)
