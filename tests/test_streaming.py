@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vtp_diffusion.data import DataConfig, UnreadableImageError, open_dataset
-from vtp_diffusion.streaming import EmptyCaptionError, StreamBatches, StreamingImages, StreamPosition
+from vtp_diffusion.streaming import StreamBatches, StreamingImages, StreamPosition
 
 SIZES = (5, 3, 4)  # samples a shard, unequal on purpose
 CPU = torch.device("cpu")
@@ -159,8 +159,6 @@ def test_the_first_samples_as_a_data_set(tmp_path, offline):
 
 def test_damaged_images_and_empty_captions_are_named_or_counted(tmp_path, offline):
     folder = write_shards(offline, tmp_path / "shards", damaged=(1, 6), silent=(3,))
-    with pytest.raises(EmptyCaptionError, match="sample 00000/00000003 of parquet has no caption"):
-        captions(StreamingImages(config(folder, skip_unreadable=True)), 12)
     with pytest.raises(UnreadableImageError, match="image 0000./0000000. of parquet cannot be read"):
         captions(StreamingImages(config(folder, skip_empty_captions=True)), 12)
     images = StreamingImages(config(folder, skip_unreadable=True, skip_empty_captions=True))
@@ -168,6 +166,16 @@ def test_damaged_images_and_empty_captions_are_named_or_counted(tmp_path, offlin
     read = Counter(caption for batch in islice(batches, 6) for caption in batch["caption"])
     assert set(read) == set(everything()) - {"text 1", "text 6", "text 3"} and set(read.values()) == {2}
     assert batches.left_out["unreadable"] in (3, 4) and batches.left_out["without_caption"] in (1, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_without_a_text_keeps_its_image_and_is_counted(tmp_path, offline, workers):
+    folder = write_shards(offline, tmp_path / "shards", damaged=(6,), silent=(3, 6), sizes=(4, 4, 4))
+    batches = StreamBatches(StreamingImages(config(folder, skip_unreadable=True)), 1, 0, CPU, collate, workers)
+    read = [(batch["image"].unique().tolist(), batch["caption"]) for batch in islice(batches, 11)]
+    assert ([3], [""]) in read and ([6], [""]) not in read
+    assert batches.left_out["without_caption"] == read.count(([3], [""]))
+    assert batches.left_out["unreadable"] >= 1
 
 
 def test_a_stream_without_one_good_image_ends_with_an_error(tmp_path, offline):

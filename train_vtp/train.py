@@ -175,7 +175,10 @@ def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]
 
 
 def check_data(config: Config, dataset) -> None:
-    """ValueError where the training images are too few, or have no captions, for what they are to be trained for."""
+    """ValueError where the training images are too few, or have no captions, for what they are to be trained for.
+
+    Args: `dataset`: the training images, of a stream those that are measured.
+    """
     if (
         config.objectives != ("reconstruction",)
         and not config.data.streaming
@@ -186,7 +189,8 @@ def check_data(config: Config, dataset) -> None:
             f"{config.train_batch_size}: an image would be its own negative"
         )
     if "contrastive" in config.objectives and not any((caption or "").strip() for caption in dataset.captions):
-        raise ValueError(f"{config.data.source} has no captions, which the contrastive objective needs")
+        some = f"in its first {len(dataset)} images, " if config.data.streaming else ""
+        raise ValueError(f"{config.data.source} has no captions, {some}which the contrastive objective needs")
 
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[list[dict]]:

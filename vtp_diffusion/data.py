@@ -56,7 +56,7 @@ class DataConfig:
     holdout: float = field(default=0.1, metadata={"help": "share of OpenMoji's base emoji in the validation split"})
     holdout_seed: int = field(default=0, metadata={"help": "which base emoji those are"})
     limit: int | None = field(default=None, metadata={"help": "use only so many images, spread over the whole set"})
-    # Whether samples that cannot be used are left out decides nothing until a run would end at one: it may change, and
+    # Whether images that cannot be read are left out decides nothing until a run would end at one: it may change, and
     # so may where renderings are kept.
     skip_unreadable: bool = field(
         default=False, metadata={"help": "count and leave out images that cannot be read", "may_change": True}
@@ -67,7 +67,7 @@ class DataConfig:
     shuffle_buffer: int = field(default=1000, metadata={"help": "streaming: samples shuffled together"})
     skip_empty_captions: bool = field(
         default=False,
-        metadata={"help": "streaming: count and leave out samples without a text", "may_change": True},
+        metadata={"help": "streaming: leave samples without a text out of every objective, not one"},
     )
     cache_dir: str | None = field(
         default=None, metadata={"help": "where OpenMoji is rendered to; see the README", "may_change": True}

@@ -39,13 +39,9 @@ EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
-class EmptyCaptionError(ValueError):
-    """A sample without a text where texts are trained on; the message names it."""
-
-
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream is: the beginning of its block, how much of the block was delivered, and what was left out."""
+    """Where a stream is: the beginning of its block, how much of the block was delivered, and what samples lacked."""
 
     epoch: int = 0
     shard: int = 0  # place in this epoch's list of the stream's shards
@@ -54,7 +50,7 @@ class StreamPosition:
     taken: int = 0  # samples of the block, those left out included
     delivered: int = 0  # samples of the epoch
     unreadable: int = 0  # samples left out since the beginning of the run
-    without_caption: int = 0
+    without_caption: int = 0  # delivered with "", or left out if `skip_empty_captions` says so
 
 
 class StreamingImages:
@@ -100,8 +96,11 @@ class StreamingImages:
     ) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
         """Items of a stream from a position on, without end, each with the position after it.
 
+        A sample without a text has the caption "", which the contrastive objective leaves out, unless
+        `skip_empty_captions` leaves it out of all objectives; it is counted either way.
+
         Raises:
-            UnreadableImageError, EmptyCaptionError: unless `skip_unreadable`, `skip_empty_captions` say to leave out.
+            UnreadableImageError: unless `skip_unreadable` says to leave such out.
             ValueError: epoch after epoch holds nothing that can be used.
         """
         rows, empty = _Rows(self, seed, stream, num_streams), 0
@@ -111,10 +110,10 @@ class StreamingImages:
             order = np.random.default_rng(key).permutation(len(block)).tolist()
             for place in order[position.taken :]:
                 position = replace(position, taken=position.taken + 1)
-                item, left_out = self._item(*block[place])
-                if item is None:
-                    position = replace(position, **{left_out: getattr(position, left_out) + 1})
-                else:
+                item, lacking = self._item(*block[place])
+                if lacking:
+                    position = replace(position, **{lacking: getattr(position, lacking) + 1})
+                if item is not None:
                     position = replace(position, delivered=position.delivered + 1)
                     yield item, position
             counts = {"unreadable": position.unreadable, "without_caption": position.without_caption}
@@ -129,17 +128,14 @@ class StreamingImages:
             position = replace(after, delivered=position.delivered if same_epoch else 0, **counts)
 
     def _item(self, key: str, row: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-        """(the item, ""), or (None, why it is left out)."""
+        """(the item, or None if it is left out; the count of `StreamPosition` for what it lacks, or "")."""
         config = self.config
-        caption = ""
+        caption = lacking = ""
         if config.caption_column:
             caption = check_caption(row[config.caption_column], f"{config.source}: {config.caption_column} of {key}")
-        if config.caption_column and not caption:
-            if not config.skip_empty_captions:
-                raise EmptyCaptionError(
-                    f"sample {key} of {config.source} has no caption; data.skip_empty_captions leaves such out"
-                )
-            return None, "without_caption"
+            lacking = "" if caption else "without_caption"
+        if lacking and config.skip_empty_captions:
+            return None, lacking
         try:
             image = decode_image(row[config.image_column], f"image {key} of {config.source}")
             pixels = np.array(center_crop(image, self.resolution))
@@ -148,7 +144,7 @@ class StreamingImages:
                 raise
             return None, "unreadable"
         image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, R, R)
-        return {"image": image, "label": self._label(key, row), "caption": caption, "key": key}, ""
+        return {"image": image, "label": self._label(key, row), "caption": caption, "key": key}, lacking
 
     def _label(self, key: str, row: dict[str, Any]) -> int:
         if self.config.label_column is None:
@@ -330,7 +326,8 @@ class StreamBatches:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many samples this process has left out so far, and why."""
+        """How many samples of this process could not be read so far, and how many had no caption: those are left out
+        of the contrastive objective alone, unless `skip_empty_captions` is on."""
         return {name: sum(getattr(p, name) for p in self.positions) for name in ("unreadable", "without_caption")}
 
 
@@ -361,7 +358,7 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
 
 
 def count_left_out(run: TrainingRun, batches: StreamBatches) -> dict[str, int]:
-    """Samples that all processes left out; every process has to call this."""
+    """`StreamBatches.left_out` of all processes together; every process has to call this."""
     counts = batches.left_out
     total = run.accelerator.reduce(torch.tensor(list(counts.values()), device=run.device), reduction="sum")
     return dict(zip(counts, total.tolist(), strict=True))
