@@ -98,34 +98,41 @@ def test_the_encoder_and_the_latent_statistics_stay_bit_for_bit_and_the_result_i
     assert all(torch.equal(value, averaged[name]) for name, value in new.items())
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [0, 1, 2, 2, 3, 4, 4]
-    assert not (tmp_path / "run" / "decoder_before_collapse.safetensors").exists()
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert log[0]["held_out_psnr"] == results["held_out"]["before"]["psnr"]
     assert log[-1]["held_out_psnr"] == results["held_out"]["after"]["psnr"]
 
 
 def test_a_collapse_ends_the_run_with_the_decoder_from_before(tmp_path, inputs, monkeypatch, capsys):
-    program, words = load_program(), ("--validation_steps=1", "--checkpointing_steps=1")
+    program, words = load_program(), ("--validation_steps=1", "--checkpointing_steps=1", "--checkpoints_total_limit=9")
 
-    def run(psnrs, *more):
-        values = iter([*psnrs, 1.0, 1.0, 1.0, 1.0])  # in the end either split is measured before and after
-        monkeypatch.setattr(program, "measure", lambda *_: {"psnr": next(values)})
-        program.main(arguments(tmp_path / "run", inputs, *words, *more))
-        return json.loads((tmp_path / "run" / "results.json").read_text())
+    measured = program.measure
 
-    results = run([30.0, 29.0, 20.0])
-    assert results["steps"] == 1 and [sign["sign"] for sign in results["collapse"]] == ["PSNR falls"]
-    assert "stopped after step 2: vae/ gets the decoder of step 1" in capsys.readouterr().out
-    weights = "diffusion_pytorch_model.safetensors"
-    before = load_file(tmp_path / "run" / "checkpoint-1" / "vae_ema" / weights)
-    vae = load_file(tmp_path / "run" / "vae" / weights)
-    assert all(torch.equal(value, before[name]) for name, value in vae.items())
-    assert run([20.0])["steps"] == 1  # the same command again comes to the same end
-    results = run([20.0, 20.0, 20.0], "--stop_on_collapse=false")
-    assert results["steps"] == 4 and (tmp_path / "run" / program.SOUND).is_file()
-    after = load_file(tmp_path / "run" / "checkpoint-4" / "vae_ema" / weights)
-    vae = load_file(tmp_path / "run" / "vae" / weights)
-    assert all(torch.equal(value, after[name]) for name, value in vae.items())
+    def run(psnrs, *more, name="run"):
+        values = iter(psnrs)  # of the validations; what is measured in the end is measured
+        monkeypatch.setattr(program, "measure", lambda *a: {"psnr": p} if (p := next(values, None)) else measured(*a))
+        program.main(arguments(tmp_path / name, inputs, *words, *more))
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        return results["steps"], results["steps_trained"]
+
+    def is_average_of(step):
+        weights = "diffusion_pytorch_model.safetensors"
+        vae, average = (load_file(tmp_path / "run" / f / weights) for f in ("vae", f"checkpoint-{step}/vae_ema"))
+        return all(torch.equal(value, average[name]) for name, value in vae.items())
+
+    assert run([30.0, 29.0, 20.0]) == (1, 2) and is_average_of(1)
+    assert "vae/ gets the decoder of step 1, before the signs" in capsys.readouterr().out
+    assert run([]) == (1, 2) and is_average_of(1)  # the same command again comes to the same end
+    assert run([20.0, 20.0], "--stop_on_collapse=false") == (4, 4) and is_average_of(4)
+    assert run([]) == (1, 4) and is_average_of(1)  # and back
+    # without the file the decoder is the one that was given
+    longer = ("--lr_scheduler=constant", "--max_train_steps=5")
+    run([30.0, 30.0, 30.0, 30.0, 30.0], *longer[:1], name="other")
+    (tmp_path / "other" / program.SOUND).unlink()
+    assert run([float("nan")], *longer, name="other") == (0, 5)
+    given = AutoencoderVTP.from_pretrained(inputs / "stage1" / "vae").state_dict()
+    vae = AutoencoderVTP.from_pretrained(tmp_path / "other" / "vae").state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in vae.items())
 
 
 @pytest.mark.parametrize("more", [(), ("--adversarial.discriminator=features", "--gradient_accumulation_steps=2")])

@@ -21,8 +21,7 @@ from vtp_diffusion.metrics import (
     shifted_or_flipped,
 )
 from vtp_diffusion.metrics.inception import InceptionFeatures
-from vtp_diffusion.metrics.networks import FeatureNetwork
-from vtp_diffusion.metrics.networks import VGG16Features
+from vtp_diffusion.metrics.networks import FeatureNetwork, VGG16Features
 from vtp_diffusion.metrics.npz import NpzImages
 from vtp_diffusion.metrics.sources import FolderImages
 from vtp_diffusion.metrics.weights import export_trunk

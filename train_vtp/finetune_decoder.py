@@ -5,8 +5,9 @@
 `--vae` is an AutoencoderVTP folder or the run folder of train_vtp/train.py. Every field of the configuration is also
 an option (--help lists them). The same command again resumes an interrupted run. The run folder ends with vae/, whose
 latents are those of the autoencoder it began with, so that a generator trained on them goes on working, and
-results.json: PSNR and LPIPS before and after, and the signs of collapse that were seen, if any. Where PSNR has fallen
-by 3 dB the run ends, and vae/ is the decoder of the last validation before the first such sign.
+results.json: PSNR and LPIPS before and after, and the signs of collapse that were seen, if any. The averaged decoder
+of the last validation before any such sign is kept in decoder_before_collapse.safetensors; where PSNR falls by 3 dB
+the run ends, and vae/ has that decoder (--stop_on_collapse false: it goes on).
 """
 
 import copy
@@ -15,17 +16,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.accelerators import sharding_asked
 from vtp_diffusion.adversarial import (
-    PSNR_FALLS,
     AdversarialConfig,
     AdversarialDecoding,
     collapse_signs,
     find_autoencoder,
     harmful,
+    has_fallen,
 )
 from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_batches
 from vtp_diffusion.cli import run as run_program
@@ -123,37 +125,46 @@ def measure(autoencoder: AutoencoderVTP, dataset, config: Config, perceptual) ->
     return evaluate_reconstruction(autoencoder, batches, perceptual)
 
 
-def signs_so_far(run: TrainingRun, config: Config, datasets: dict) -> list[dict]:
-    return collapse_signs(run.folder.read_log(), config.adversarial.start_step, f"{list(datasets)[-1]}_psnr")
+def psnr_name(datasets: dict) -> str:
+    """How the log calls the PSNR that tells of a collapse."""
+    return f"{list(datasets)[-1]}_psnr"
 
 
-def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> bool:
+def keep_while_sound(run: TrainingRun, autoencoder, signs: list[dict], step: int) -> None:
+    """Keep the decoder of this step in `SOUND`, if no sign of harm has been seen."""
+    if not harmful(signs):
+        with replacing(run.folder.path / SOUND) as unfinished:
+            save_file(autoencoder.decoder.state_dict(), unfinished, metadata={"step": str(step)})
+
+
+def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> None:
     """PSNR and LPIPS on held-out images, originals above reconstructions, and a word if the GAN collapses. As long as
-    it does not, the decoder is kept in `SOUND`.
-
-    Returns: whether PSNR has fallen by so much that training should end.
-    """
+    it does not, the decoder is kept."""
     name, dataset = list(datasets.items())[-1]
     measured = measure(autoencoder, dataset, config, perceptual)
     values = {f"{name}_{key}": value for key, value in measured.items()}
     run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
-    signs = signs_so_far(run, config, datasets)
+    signs = collapse_signs(run.folder.read_log(), config.adversarial.start_step, psnr_name(datasets))
     for sign in signs:
         if sign["step"] > step - config.validation_steps:  # the others were told before
             print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
-    harm = harmful(signs)
-    if not harm:
-        with replacing(run.folder.path / SOUND) as unfinished:
-            save_file(autoencoder.decoder.state_dict(), unfinished)
-    return config.stop_on_collapse and any(sign["sign"] == PSNR_FALLS for sign in harm)
+    keep_while_sound(run, autoencoder, signs, step)
 
 
-def sound_decoder(run: TrainingRun, reference: AutoencoderVTP, signs: list[dict]) -> tuple[AutoencoderVTP, int]:
-    """The autoencoder with the decoder of the last validation before a harmful sign, and that validation's step."""
-    autoencoder = copy.deepcopy(reference)
-    autoencoder.decoder.load_state_dict(load_file(run.folder.path / SOUND))
-    first, log = harmful(signs)[0]["step"], run.folder.read_log()
-    return autoencoder, max(line["step"] for line in log if "loss" not in line and line["step"] < first)
+def collapsed(run: TrainingRun, config: Config, datasets: dict) -> bool:
+    """Whether the run should end, by the last validation; the same on every process."""
+    fallen = run.is_main and has_fallen(run.folder.read_log(), psnr_name(datasets))
+    return config.stop_on_collapse and any(gather_objects(fallen))
+
+
+def sound_decoder(run: TrainingRun, reference: AutoencoderVTP) -> tuple[AutoencoderVTP, int]:
+    """The autoencoder with the decoder that was kept, on the run's device, and the step that it is of."""
+    autoencoder, step = copy.deepcopy(reference).to(run.device), 0
+    if (run.folder.path / SOUND).is_file():  # else there were signs from the start: the decoder that was given
+        with safe_open(run.folder.path / SOUND, "pt") as file:
+            step = int(file.metadata()["step"])
+            autoencoder.decoder.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    return autoencoder, step
 
 
 def finish(
@@ -164,7 +175,9 @@ def finish(
     Args: `step`: the one that the decoder is of.
     """
     autoencoder.save_pretrained(run.folder.path / "vae")
-    results = {"steps": step, "images_per_step": run.images_per_step, "seconds": run.seconds}
+    log = run.folder.read_log()
+    results = {"steps": step, "steps_trained": log[-1]["step"]}
+    results |= {"images_per_step": run.images_per_step, "seconds": run.seconds}
     results["images_per_second"] = run.median_rate()
     for name, dataset in datasets.items():
         models = {"before": reference.to(run.device), "after": autoencoder}
@@ -176,9 +189,7 @@ def finish(
         for key, old in reference.state_dict().items()
         if not key.startswith("decoder.")
     )
-    results["collapse"] = signs_so_far(run, config, datasets)
-    if not harmful(results["collapse"]):
-        (run.folder.path / SOUND).unlink(missing_ok=True)
+    results["collapse"] = collapse_signs(log, config.adversarial.start_step, psnr_name(datasets))
     results["left_out"] = left_out
     results["autoencoder_before"] = autoencoder_identity(reference)
     results["configuration"] = config_to_dict(config)
@@ -225,24 +236,25 @@ def main(argv: list[str] | None = None) -> None:
     if run.is_main and run.first_step == 0:
         with run.averaged_weights():  # which are the initial ones
             validate(run, config, autoencoder, datasets, perceptual, 0)
-    fallen = False
     batches = training_batches(run, config, training)
     inputs = training_inputs(run, config, objective, batches)
-    for step in run.steps():
+    fallen = collapsed(run, config, datasets)
+    for step in () if fallen else run.steps():
         run.optimise(step, inputs)
         if run.due(step, config.validation_steps):
             if run.is_main:
                 with run.averaged_weights():
-                    fallen = validate(run, config, autoencoder, datasets, perceptual, step + 1)
-            if fallen := any(gather_objects(fallen)):
+                    validate(run, config, autoencoder, datasets, perceptual, step + 1)
+            if fallen := collapsed(run, config, datasets):
+                run.save(step + 1)  # the same command comes to the same end
                 break
     left_out = count_left_out(run, batches) if config.data.streaming else {}
     if run.is_main:
         with run.averaged_weights():
             trained, of_step = autoencoder, config.max_train_steps
             if fallen:
-                trained, of_step = sound_decoder(run, reference, signs_so_far(run, config, datasets))
-                print(f"stopped after step {step + 1}: vae/ gets the decoder of step {of_step}, from before the signs")
+                trained, of_step = sound_decoder(run, reference)
+                print(f"PSNR has fallen, training ends: vae/ gets the decoder of step {of_step}, before the signs")
             results = finish(run, config, trained, of_step, reference, datasets, perceptual, left_out)
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())

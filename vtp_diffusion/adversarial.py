@@ -266,13 +266,13 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
     for line in log:
         if psnr in line:
             before = line[psnr] if before is None else before
-            was_fallen, fallen = fallen, line[psnr] <= before - COLLAPSE_PSNR
+            was_fallen, fallen = fallen, not line[psnr] > before - COLLAPSE_PSNR  # also where it is NaN
             if fallen and not was_fallen:
                 signs.append({"step": line["step"], "sign": PSNR_FALLS, "value": line[psnr]})
         if line["step"] <= start_step:
             continue
         for sign, (name, holds) in rules.items():
-            if name in line:
+            if line.get(name) is not None:  # None: every step of it was left out
                 streaks[sign] = streaks[sign] + 1 if holds(line[name]) else 0
                 if streaks[sign] == COLLAPSE_LINES:
                     signs.append({"step": line["step"], "sign": sign, "value": line[name]})
@@ -283,3 +283,9 @@ def harmful(signs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of `collapse_signs` behind which decoders got worse: a discriminator that guesses teaches nothing, which
     is how it begins."""
     return [sign for sign in signs if sign["sign"] != GUESSES]
+
+
+def has_fallen(log: Iterable[dict[str, Any]], psnr: str) -> bool:
+    """Whether the last validation has a PSNR 3 dB below the first, or none that is a number."""
+    values = [line[psnr] for line in log if psnr in line]
+    return bool(values) and not values[-1] > values[0] - COLLAPSE_PSNR
