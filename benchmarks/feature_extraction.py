@@ -22,7 +22,7 @@ come before it and are rows of their own. The rows:
 After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
 when it is measured: what ends early keeps what it has.
 
-The ceiling is the rate of plain matrix products of the precision over the operations of one image. Convolutions of
+The ceiling is the rate of plain matrix products of each precision over the operations of one image. Convolutions of
 3x3 that save multiplications (Winograd's) may pass it. Weights are random unless given, which changes no speed; how
 far features lie from those computed in float64 (of 64 images) and from the peer's, in parts of their spread, and the
 FID between two sets of tensors in both modes are what the modes cost, and count with real weights only. Files beyond
@@ -234,10 +234,14 @@ class Benchmark:
         flops = counter.get_total_flops()
         ceiling: dict[str, Any] = {"flops_an_image": flops}
         side = PRODUCT_SIDE if self.cuda else 1024
-        for mode, dtype in (("exact", torch.float32), ("fast", torch.float16)):
-            if self.cuda or mode == "exact":  # no CPU program is made for float16
-                rate = product_flops(side, dtype, self.device)
-                ceiling[mode] = {"flops_a_second": rate, "images_per_second": round(rate / flops, 1)}
+        kinds = [("float32", torch.float32, 1)]
+        if can_split(self.device):
+            kinds.append(("three TensorFloat-32 products", torch.float32, 3))
+        if self.cuda:  # no CPU program is made for float16
+            kinds.append(("float16", torch.float16, 1))
+        for name, dtype, products in kinds:
+            rate = product_flops(side, dtype, self.device, products > 1) / products
+            ceiling[name] = {"flops_a_second": rate, "images_per_second": round(rate / flops, 1)}
         self.results["ceiling"] = ceiling
         print(f"ceiling: {json.dumps(ceiling)}", flush=True)
         self.write()
@@ -300,8 +304,10 @@ def timed(call: Callable) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
-def product_flops(side: int, dtype: torch.dtype, device: torch.device, repeats: int = 10) -> float:
-    """FLOP/s of square matrix products without TensorFloat-32."""
+def product_flops(
+    side: int, dtype: torch.dtype, device: torch.device, tensorfloat32: bool, repeats: int = 10
+) -> float:
+    """FLOP/s of square matrix products."""
     x = torch.randn(side, side, device=device).to(dtype)
 
     def multiply(times: int) -> None:
@@ -310,6 +316,7 @@ def product_flops(side: int, dtype: torch.dtype, device: torch.device, repeats: 
         y[0, 0].item()  # waits
 
     with exact_float32():
+        torch.backends.cuda.matmul.allow_tf32 = tensorfloat32
         multiply(2)
         seconds, _ = timed(lambda: multiply(repeats))
     return 2 * side**3 * repeats / seconds
