@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from test_joint_pretraining import arguments
 from test_train_vtp import load_program
 
 from vtp_diffusion.run_folder import RunFolder
@@ -55,3 +56,23 @@ def test_the_length_may_change_only_where_nothing_follows_the_share_of_training(
     config = config_of(*objectives, max_train_steps=100, **settings)
     said = differing(tmp_path / "run", config, max_train_steps=200)
     assert said == ("max_train_steps: 100 there, 200 now" if refused else None)
+
+
+@pytest.mark.parametrize(
+    ("more", "processes", "message"),
+    [
+        (["--gradient_accumulation_steps=4"], 1, "reconstruction.share is 0.25 .1 of 4. of a batch of 2 images"),
+        ([], 4, "reconstruction.share is 0.25 .1 of 4. of a batch of 2 images a process and micro-step, .* each has"),
+        ([], 16, "train_batch_size is 8 images a step, expected a multiple of 16 processes x 1"),
+        (["--gradient_accumulation_steps=3"], 1, "train_batch_size is 8 .* a multiple of 1 processes x 3"),
+        (["--reconstruction.share=0.0001"], 1, "reconstruction.share is 0.0001, expected at least 1 sample in 1024$"),
+    ],
+)
+def test_shares_that_processes_or_micro_steps_cannot_divide_leave_no_folder(
+    tmp_path, monkeypatch, more, processes, message
+):
+    """A folder would refuse the corrected command."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError, match=message):
+        load_program("train_vtp").main(arguments(tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()

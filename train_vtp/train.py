@@ -37,6 +37,7 @@ from vtp_diffusion.pretraining import (
 from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features
 from vtp_diffusion.pretraining_flops import training_flops
 from vtp_diffusion.pretraining_inputs import PreTrainingInputs, check_share, training_batches
+from vtp_diffusion.processes import this_process
 from vtp_diffusion.results import numbers_line
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
@@ -135,13 +136,17 @@ class Config(TrainingConfig):
                 raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
         if self.data.streaming and self.evaluation_images is None:
             raise ValueError("evaluation_images is None with data.streaming, expected how many are measured")
-        for name in {"self_supervision", "reconstruction"} & set(self.objectives):
-            check_share(name, getattr(self, name).share, self.train_batch_size)
+        self.check_shares(processes=1)
         if not 0 < self.checkpointed_share <= 1:
             raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")
         for name in ("validation_images", "evaluation_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+
+    def check_shares(self, processes: int) -> None:
+        """ValueError unless each of so many processes has a whole number of samples of every share in a micro-step."""
+        for name in [name for name in ("self_supervision", "reconstruction") if name in self.objectives]:
+            check_share(name, getattr(self, name).share, self.micro_batch_size(processes))
 
     def changeable_keys(self) -> set[str]:
         """As of every run, but for what the objectives trained for depend on: negatives, neighbours, equal use of the
@@ -255,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             "FSDP was asked for: the teacher and the text tower are not trained sharded, and what is trained is "
             "evaluated by one process, with whole weights"
         )
+    config.check_shares(this_process()[1])  # later the folder would hold a run that never was
     folder = RunFolder(config.output_dir, config)
     torch.manual_seed(config.seed)
     objective, model = build(config)

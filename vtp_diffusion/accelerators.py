@@ -54,12 +54,7 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
     )
     _set_up_sharding(accelerate, accelerator, block_names)
-    parts = accelerator.num_processes * config.gradient_accumulation_steps
-    if config.train_batch_size % parts:
-        raise ValueError(
-            f"train_batch_size is {config.train_batch_size} images a step, expected a multiple of "
-            f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} gradient_accumulation_steps"
-        )
+    config.micro_batch_size(accelerator.num_processes)  # for its ValueError
     return accelerator
 
 

@@ -23,22 +23,25 @@ from .training import TrainingRun
 
 # Streams of random numbers: see `draw_for_positions` and `step_generator`.
 AUGMENTATION, NOISE, CROPS, SHARES, KEPT = range(5)
+MAX_BLOCK = 1024  # samples of which a share is a whole number
 
 
 def share_block(share: float) -> tuple[int, int]:
-    """(k, n): of every n consecutive samples k belong to a share of the batch, n as small as possible up to 1024."""
-    fraction = Fraction(share).limit_denominator(1024)
+    """(k, n): of every n consecutive samples k belong to a share of the batch, n as small as possible."""
+    fraction = Fraction(share).limit_denominator(MAX_BLOCK)
     return fraction.numerator, fraction.denominator
 
 
 def check_share(name: str, share: float, batch_size: int) -> None:
-    """ValueError unless a share of a batch, or of a process's part of it, is a whole number of samples in every block
-    of it."""
+    """ValueError unless a share of a batch, or of what a process has of it in a micro-step, is a whole number of
+    samples in every block of it."""
     k, n = share_block(share)
-    if k == 0 or batch_size % n:
+    if k == 0:
+        raise ValueError(f"{name}.share is {share}, expected at least 1 sample in {MAX_BLOCK}")
+    if batch_size % n:
         raise ValueError(
-            f"{name}.share is {share} ({k} of {n}) of a batch of {batch_size} images a process, "
-            f"expected a multiple of {n}, so that every process has as many of them"
+            f"{name}.share is {share} ({k} of {n}) of a batch of {batch_size} images a process and micro-step, "
+            f"expected a multiple of {n}, so that each has as many of them"
         )
 
 

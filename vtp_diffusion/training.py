@@ -102,9 +102,7 @@ class TrainingRun:
             use_deterministic_algorithms()
         block_names = getattr(model, "_no_split_modules", None) or []
         self.accelerator = make_accelerator(config, folder.path, block_names, in_parts)
-        self.micro_batch_size = config.train_batch_size // (
-            self.accelerator.num_processes * config.gradient_accumulation_steps
-        )
+        self.micro_batch_size = config.micro_batch_size(self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             folder.claim()
         self.accelerator.wait_for_everyone()

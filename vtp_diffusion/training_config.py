@@ -81,6 +81,16 @@ class TrainingConfig:
             )
         if not 0 <= self.lr_warmup_steps <= self.max_train_steps:
             raise ValueError(f"lr_warmup_steps is {self.lr_warmup_steps}, expected 0 to {self.max_train_steps} steps")
+        self.micro_batch_size(1)
+
+    def micro_batch_size(self, processes: int) -> int:
+        """Images of a process in a micro-step. Raises: ValueError if so many processes cannot share a step."""
+        if self.train_batch_size % (processes * self.gradient_accumulation_steps):
+            raise ValueError(
+                f"train_batch_size is {self.train_batch_size} images a step, expected a multiple of {processes} "
+                f"processes x {self.gradient_accumulation_steps} gradient_accumulation_steps"
+            )
+        return self.train_batch_size // (processes * self.gradient_accumulation_steps)
 
     def changeable_keys(self) -> set[str]:
         """Keys that a resumed run may set differently from the run in the folder."""
