@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 from test_joint_pretraining import arguments
-from test_train_vtp import load_program
+from test_train_vtp import ROOT, load_program
 
+from vtp_diffusion.config import parse_config
 from vtp_diffusion.run_folder import RunFolder
 
 ALL = ("contrastive", "self_supervision", "reconstruction")
@@ -76,3 +77,39 @@ def test_shares_that_processes_or_micro_steps_cannot_divide_leave_no_folder(
     with pytest.raises(ValueError, match=message):
         load_program("train_vtp").main(arguments(tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("objectives", "given", "expected"),
+    [
+        (ALL, {}, (0.1, 0.125)),  # arXiv:2512.13687: 0.1, 2k of 16k
+        (("self_supervision", "reconstruction"), {"share": 0.5}, (0.1, 0.5)),
+        (("reconstruction",), {}, (1.0, 1.0)),
+        (("reconstruction",), {"weight": 0.1}, (0.1, 1.0)),
+    ],
+)
+def test_reconstruction_has_the_weight_and_share_of_the_paper_beside_others_and_the_whole_batch_alone(
+    objectives, given, expected
+):
+    settings = config_of(*objectives, reconstruction=given).reconstruction
+    assert (settings.weight, settings.share) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tiny", (1.0, 0.5)),
+        ("openmoji", (1.0, 0.5)),
+        ("openmoji_twin", (1.0, 0.5)),
+        ("openmoji_reconstruction", (1.0, 1.0)),
+    ],
+)
+def test_the_configurations_that_were_run_have_the_weights_that_they_ran_with(name, expected):
+    config = parse_config(load_program("train_vtp").Config, ["--config", str(ROOT / f"train_vtp/configs/{name}.yaml")])
+    assert (config.reconstruction.weight, config.reconstruction.share) == expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_objective_that_does_not_count_is_left_out(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}.weight is 0.0, expected a positive .* left out of objectives"):
+        load_program("train_vtp").main(arguments(tmp_path / "run", f"--{name}.weight=0"))

@@ -136,6 +136,7 @@ class Config(TrainingConfig):
                 raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
         if self.data.streaming and self.evaluation_images is None:
             raise ValueError("evaluation_images is None with data.streaming, expected how many are measured")
+        self.reconstruction = self.reconstruction.resolved(alone=self.objectives == ("reconstruction",))
         self.check_shares(processes=1)
         if not 0 < self.checkpointed_share <= 1:
             raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")

@@ -32,7 +32,10 @@ class ContrastiveConfig:
 
     def __post_init__(self):
         if self.weight <= 0:
-            raise ValueError(f"contrastive.weight is {self.weight}, expected a positive number")
+            raise ValueError(
+                f"contrastive.weight is {self.weight}, expected a positive number: what is not to count is left out "
+                "of objectives"
+            )
         check_drop_rate("contrastive", self.stochastic_depth)
 
 

@@ -5,7 +5,7 @@ runs those it was given and adds them up, so that another objective is one more 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,13 +29,14 @@ STACKS = ("VTPEncoder", "VTPTextModel", "ReconstructionObjective")
 # Reconstruction's many small kernels run faster than they are launched: before it the GPU needs work in its queue, and
 # the long kernels of the contrastive objective are the most.
 ORDER = ("contrastive", "reconstruction", "self_supervision")
+PAPER_WEIGHT, PAPER_SHARE = 0.1, 0.125  # of reconstruction beside the other objectives
 
 
 @dataclass(kw_only=True)
 class ReconstructionConfig:
     """Pixel reconstruction; L1 + LPIPS is the paper's (arXiv:2512.13687)."""
 
-    weight: float = field(default=1.0, metadata={"help": "of this objective; 0.1 in the paper, beside two others"})
+    weight: float = field(default=1.0, metadata={"help": "of this objective"})
     l1: float = field(default=1.0, metadata={"help": "weight of the mean absolute error"})
     l2: float = field(default=0.0, metadata={"help": "weight of the mean squared error"})
     gradient: float = field(
@@ -53,7 +54,7 @@ class ReconstructionConfig:
 
     def __post_init__(self):
         for name in ("weight", "l1", "l2", "gradient", "lpips", "latent_noise"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(
                     f"reconstruction.{name} is {getattr(self, name)}, expected a number that is not negative"
                 )
@@ -68,9 +69,19 @@ class ReconstructionConfig:
 
 @dataclass(kw_only=True)
 class ReconstructionPartConfig(ReconstructionConfig):
-    """Pixel reconstruction as one of the objectives of pre-training."""
+    """Pixel reconstruction as one of the objectives of pre-training, or alone.
 
-    share: float = field(default=1.0, metadata={"help": "of the batch, at random; 1/8 (2k of 16k) in the paper's"})
+    Weight and share, where they are none, are the paper's beside other objectives, and 1, all of a batch, alone: see
+    `resolved`.
+    """
+
+    weight: float | None = field(
+        default=None, metadata={"help": "of this objective; none: 0.1 (the paper's) beside others, 1 alone"}
+    )
+    share: float | None = field(
+        default=None,
+        metadata={"help": "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone"},
+    )
     stochastic_depth: float = field(
         default=0.0,
         metadata={"help": "share of samples a residual branch of the encoder leaves out; no source states it"},
@@ -78,9 +89,23 @@ class ReconstructionPartConfig(ReconstructionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.share <= 1:
+        if self.weight == 0:
+            raise ValueError(
+                f"reconstruction.weight is {self.weight}, expected a positive number: what is not to count is left "
+                "out of objectives"
+            )
+        if self.share is not None and not 0 < self.share <= 1:
             raise ValueError(f"reconstruction.share is {self.share}, expected a share in (0, 1]")
         check_drop_rate("reconstruction", self.stochastic_depth)
+
+    def resolved(self, alone: bool) -> "ReconstructionPartConfig":
+        """The same with numbers for weight and share. Args: `alone`: whether nothing else is trained for."""
+        weight, share = (1.0, 1.0) if alone else (PAPER_WEIGHT, PAPER_SHARE)
+        return replace(
+            self,
+            weight=weight if self.weight is None else self.weight,
+            share=share if self.share is None else self.share,
+        )
 
 
 class ReconstructionObjective(nn.Module):
@@ -98,6 +123,8 @@ class ReconstructionObjective(nn.Module):
 
     def __init__(self, config: ReconstructionConfig, perceptual: nn.Module | None):
         super().__init__()
+        if config.weight is None:
+            raise ValueError("reconstruction.weight is none, expected a number: see ReconstructionPartConfig.resolved")
         if (perceptual is None) != (config.lpips == 0):
             raise ValueError(
                 f"reconstruction.lpips is {config.lpips}, perceptual network given: {perceptual is not None}"

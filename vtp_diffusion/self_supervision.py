@@ -53,7 +53,12 @@ class SelfSupervisionConfig:
     freeze_last_layer: float = field(default=0.01, metadata={"help": "share of training; DINOv2: 1 of 100 epochs"})
 
     def __post_init__(self):
-        for name in ("weight", "head_hidden_size", "head_bottleneck", "prototypes"):
+        if self.weight <= 0:
+            raise ValueError(
+                f"self_supervision.weight is {self.weight}, expected a positive number: what is not to count is left "
+                "out of objectives"
+            )
+        for name in ("head_hidden_size", "head_bottleneck", "prototypes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"self_supervision.{name} is {getattr(self, name)}, expected a positive number")
         for name in ("dino_weight", "ibot_weight", "koleo_weight"):
