@@ -61,6 +61,7 @@ from vtp_diffusion.metrics.passes import (
     open_reference,
     record_source,
     settings_of,
+    skipped_images,
     split_rule,
 )
 from vtp_diffusion.metrics.records import ImageRecord
@@ -348,6 +349,7 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
             key: file_sha256(path) for key, path in files.items() if path is not None and path.endswith(".npz")
         },
         "converted": {n: s.converted for n, (s, _) in sources.items() if isinstance(s, FolderImages) and s.converted},
+        "skipped": skipped_images({name: source for name, (source, _) in sources.items() if name != "variants"}),
         "sampling": {name: {k: v for k, v in s.items() if k != "label_ids"} for name, s in made.items()},
         "fingerprints": {n: s.dataset.fingerprint for n, (s, _) in sources.items() if isinstance(s, DatasetImages)},
     }
@@ -385,6 +387,7 @@ def print_results(results: dict) -> None:
     for name, number in results["duplicates"].items():
         if number:
             print(f"{name}: images that equal an earlier one: {number}")
+    print_skipped(results["skipped"])
     hashes = results["images_sha256"]
     for name in ("reference", "floor"):
         if hashes.get(name) == hashes["generated"]:
@@ -402,6 +405,12 @@ def print_results(results: dict) -> None:
                 print(f"{name:12} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
 
 
+def print_skipped(skipped: dict[str, list[str]]) -> None:
+    for name, keys in skipped.items():
+        if keys:
+            print(f"{name}: images that cannot be read, left out: {len(keys)} (the first is {keys[0]})")
+
+
 def make_reference(config: ReferenceConfig) -> None:
     """Statistics of a data set in ADM's format."""
     (name,) = config.feature_network
@@ -415,10 +424,12 @@ def make_reference(config: ReferenceConfig) -> None:
     found = record_source(config, "reference", source, base, extractors, wanted)
     if this_process()[0] == 0:
         settings = {"settings": settings_of(config), "num_reference": len(base)}
-        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates}
+        skipped = skipped_images({"reference": source})
+        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, "skipped": skipped}
         write_statistics(config.output, network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
         print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
+        print_skipped(skipped)
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import DataConfig, open_dataset
+from vtp_diffusion.data import DataConfig
 from vtp_diffusion.images import from_uint8, image_grid, to_pil
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
@@ -42,7 +42,7 @@ from vtp_diffusion.metrics import (
     weight_files,
 )
 from vtp_diffusion.metrics.pixels import reconstruct
-from vtp_diffusion.metrics.sources import DatasetImages, read_batches
+from vtp_diffusion.metrics.sources import open_measured, read_batches
 from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
 from vtp_diffusion.metrics.statistics import JACKKNIFE_GROUPS
 from vtp_diffusion.processes import check_device
@@ -170,7 +170,7 @@ def main() -> None:
     networks = {n: feature_network(n, files.get(n)).to(config.device) for n in config.feature_network}
     lpips = LPIPS(config.lpips_network, config.lpips_trunk).to(config.device)
     vae = open_autoencoder(config)
-    images = DatasetImages(open_dataset(config.data, config.split))
+    images = open_measured(config.data, config.split)
     count = len(images) if config.num_images is None else config.num_images
     if count > len(images):
         raise ValueError(f"num_images is {count}, but split {config.split} has {len(images)} images")
@@ -218,6 +218,8 @@ def main() -> None:
 
 def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None:
     print(f"\n{results['num_images']} images")
+    if results["skipped"]:
+        print(f"{len(results['skipped'])} more cannot be read and are left out, the first is {results['skipped'][0]}")
     if results["equal_images"]:
         print(f"{results['equal_images']} of them come back exactly and are left out of the mean PSNR")
     if results["psnr"] is not None:

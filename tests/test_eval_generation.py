@@ -14,6 +14,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw
 
+import vtp_diffusion.data
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.metrics.passes import FeaturesConfig
 
@@ -216,6 +217,25 @@ def test_images_that_are_there_twice_are_refused(evaluate, reference, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["duplicates"] == {"generated": 1, "reference": 0}
     assert "are those of the reference" not in printed
     assert "the generated images are those of the reference" in evaluate("--images", reference, *words[2:])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_reference_without_its_unreadable_images_is_so_many_fewer(
+    in_memory, evaluate, reference, tmp_path, monkeypatch
+):
+    folder = save_folder(tmp_path / "real", shapes(8, seed=0))
+    (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:60])
+    if not in_memory:
+        monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
+    printed = evaluate(
+        "--images", reference, "--num_images", 5, "--reference", folder, "--data.skip_unreadable", "true",
+        "--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["distances"][0]["num_reference"] == results["counts"]["reference"] == 7
+    assert results["duplicates"]["reference"] == 0, "no image is measured in the place of another"
+    assert results["skipped"] == {"reference": ["002.png"]}
+    assert "reference: images that cannot be read, left out: 1 (the first is 002.png)" in printed
 
 
 def test_a_device_that_is_not_there():

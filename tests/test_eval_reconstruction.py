@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+import vtp_diffusion.data
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.metrics.ssim import ssim
 
@@ -54,6 +55,17 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "worst.png") as picture:
         assert picture.width >= 8 * 32 and picture.height >= 2 * 32
     assert "LPIPS" in capsys.readouterr().out
+
+
+def test_an_image_that_cannot_be_read_is_not_measured_as_its_neighbour(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
+    (tmp_path / "images" / "2.png").write_bytes(b"no image")
+    monkeypatch.setattr(sys, "argv", [*words, "--data.skip_unreadable", "true"])
+    runpy.run_path(words[0], run_name="__main__")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["num_images"] == 5 and results["skipped"] == ["2.png"]
+    assert sorted(case["key"] for case in results["worst"]) == [f"{k}.png" for k in (0, 1, 3, 4, 5)]
+    assert "1 more cannot be read and are left out, the first is 2.png" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from tqdm.auto import tqdm
 
-from ..data import DataConfig, open_dataset
+from ..data import DataConfig
 from ..processes import check_device, reading_processes, this_process
 from .extraction import FEATURE_NETWORKS, Extractor, FeatureMode, feature_network, network_name, weight_files
 from .npz import ImageSpool, NpzImages
 from .records import ImageRecord, Wanted, record_images
 from .references import holds_images
-from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
+from .sources import DatasetImages, ImageSource, PipelineImages, open_measured, read_batches
 
 ON_CUDA = torch.cuda.is_available()
 
@@ -96,10 +96,16 @@ def open_reference(
         return images, list(range(len(images))), []
     if size[0] != size[1]:
         raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
-    dataset = open_dataset(replace(data, source=source, resolution=size[0]), split)
-    is_base = dataset.weights == dataset.weights.max()
+    images = open_measured(replace(data, source=source, resolution=size[0]), split)
+    weights = images.dataset.weights
+    is_base = weights == weights.max()
     base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (is_base, ~is_base))
-    return DatasetImages(dataset), base, variants
+    return images, base, variants
+
+
+def skipped_images(sources: dict[str, ImageSource]) -> dict[str, list[str]]:
+    """Name -> keys of the images that could not be read and are left out, of every source that is a data set."""
+    return {name: s.dataset.skipped for name, s in sources.items() if isinstance(s, DatasetImages)}
 
 
 def split_rule(config: FeaturesConfig) -> str:

@@ -1,5 +1,6 @@
 """Where evaluated images come from: a folder, an npz, a data set, or a pipeline that makes them when they are read."""
 
+import copy
 import hashlib
 import json
 import math
@@ -14,9 +15,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
-from ..batches import READ_AHEAD
-from ..data import DECODING_ERRORS, IMAGE_SUFFIXES, ImageDataset, read_image
+from ..batches import READ_AHEAD, read_ahead
+from ..data import DECODING_ERRORS, IMAGE_SUFFIXES, DataConfig, ImageDataset, open_dataset, read_image
+from ..processes import reading_processes
 from ..sampling import pipeline_identity, sample_numbers
 
 # 32-bit integers and floats have no agreed range that could be brought to 8 bits
@@ -124,6 +127,37 @@ class DatasetImages:
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.stack([item["image"] for item in self.dataset.__getitems__(list(indices))])
+
+
+def open_measured(config: DataConfig, split: str) -> DatasetImages:
+    """A data set whose images are counted: those that cannot be read, where that is allowed, are left out before
+    anything is chosen or measured, and `dataset.skipped` holds their keys. Raises what `open_dataset` raises."""
+    dataset = open_dataset(config, split)
+    return DatasetImages(_without_unreadable(dataset) if config.skip_unreadable else dataset)
+
+
+def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
+    """The images that can be read, each under its own index.
+
+    Training replaces an unreadable image by its neighbour, which would be measured twice here. Which ones those are is
+    only known once all were decoded: unless the data set is in memory, this takes as long as reading it.
+    """
+
+    def is_readable(index: int) -> bool:
+        return dataset[index]["key"] == dataset.keys[index]
+
+    found = read_ahead(is_readable, range(len(dataset)), num_threads=reading_processes())
+    readable = [index for index, good in enumerate(tqdm(found, total=len(dataset), desc="checking images")) if good]
+    measured = copy.copy(dataset)
+    measured.skip_unreadable = False  # one that is damaged from now on is named, not replaced
+    if len(readable) < len(dataset):
+        left_out = set(range(len(dataset))).difference(readable)
+        measured.skipped = [dataset.keys[index] for index in sorted(left_out)]
+        measured.weights = dataset.weights[readable]
+        for name in ("references", "keys", "labels", "captions"):
+            values = getattr(dataset, name)
+            setattr(measured, name, [values[index] for index in readable])
+    return measured
 
 
 class PipelineImages:
