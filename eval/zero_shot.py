@@ -74,6 +74,8 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
     names = dataset.label_names
     if len(names) < 2:
         raise ValueError(f"the images of {config.data.source} have one class, {names[0]!r}: expected at least 2")
+    if not dataset.classes_named:
+        raise ValueError(f"the classes of {config.data.source} have indices and no names, which prompts are made of")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"classes of the same name cannot be told apart: {', '.join(twice)}")

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
+from vtp_diffusion.decoding import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
 from vtp_diffusion.images import from_pil, image_grid, to_pil, to_uint8
 from vtp_diffusion.metrics.pixels import psnr, reconstruct
 from vtp_diffusion.processes import check_device

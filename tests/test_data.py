@@ -15,12 +15,10 @@ from vtp_diffusion.data import (
     NUM_DRAWS,
     AugmentationConfig,
     DataConfig,
-    UnreadableImageError,
-    as_rgb,
     augment_images,
-    center_crop,
     open_dataset,
 )
+from vtp_diffusion.decoding import UnreadableImageError, as_rgb, center_crop
 from vtp_diffusion.images import from_uint8
 from vtp_diffusion.streaming import StreamingImages
 
@@ -205,7 +203,8 @@ def write_parquet(datasets, path, labels, feature):
 
 def parquet_config(path, **changes):
     columns = {"image_column": "picture", "label_column": "kind", "caption_column": "text"}
-    return DataConfig(source="parquet", data_files=str(path), resolution=16, **(columns | changes))
+    settings = {"source": "parquet", "data_files": str(path), "resolution": 16}
+    return DataConfig(**(settings | columns | changes))
 
 
 def test_parquet(tmp_path, offline):
@@ -221,9 +220,10 @@ def test_parquet(tmp_path, offline):
 def test_class_names_and_indices_in_a_column(tmp_path, offline):
     write_parquet(offline, tmp_path / "names.parquet", ["dog", "cat", "dog"], offline.Value("string"))
     dataset = open_dataset(parquet_config(tmp_path / "names.parquet"))
-    assert dataset.label_names == ["cat", "dog"] and dataset.labels == [1, 0, 1]
+    assert dataset.label_names == ["cat", "dog"] and dataset.labels == [1, 0, 1] and dataset.classes_named
     write_parquet(offline, tmp_path / "numbers.parquet", [2, 0], offline.Value("int64"))
-    assert open_dataset(parquet_config(tmp_path / "numbers.parquet")).label_names == ["0", "1", "2"]
+    dataset = open_dataset(parquet_config(tmp_path / "numbers.parquet"))
+    assert dataset.label_names == ["0", "1", "2"] and not dataset.classes_named
     write_parquet(offline, tmp_path / "unknown.parquet", [0, -1], offline.Value("int64"))
     with pytest.raises(ValueError, match="kind is -1, expected class indices or names"):
         open_dataset(parquet_config(tmp_path / "unknown.parquet"))
@@ -250,11 +250,25 @@ def test_image_folder_of_datasets_and_its_splits(tmp_path, offline):
     assert len(open_dataset(config, "all")) == 3 and open_dataset(config, "all").label_names == ["a", "b"]
 
 
+def test_held_out_files_of_a_builder(tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", [1, 0, 1], offline.Value("int64"))
+    write_parquet(offline, tmp_path / "b.parquet", [2], offline.Value("int64"))
+    config = parquet_config(tmp_path / "a.parquet", validation_files=str(tmp_path / "b.parquet"))
+    assert [open_dataset(config, s).labels for s in ("train", "validation", "all")] == [[1, 0, 1], [2], [1, 0, 1, 2]]
+    alone = open_dataset(parquet_config(tmp_path / "a.parquet"))
+    assert open_dataset(config).fingerprint == alone.fingerprint  # a run that was begun without may be given some
+    with pytest.raises(ValueError, match="expected none of data_files: .*b.parquet is in both"):
+        parquet_config(tmp_path / "*.parquet", validation_files=str(tmp_path / "b.parquet"))
+    for source in ("openmoji", str(tmp_path)):
+        with pytest.raises(ValueError, match="expected none without a builder of `datasets`"):
+            parquet_config(tmp_path / "a.parquet", source=source, validation_files="b.parquet")
+
+
 def test_collections_that_are_not_understood(tmp_path, offline):
     write_parquet(offline, tmp_path / "a.parquet", [0], offline.Value("int64"))
     with pytest.raises(ValueError, match="no column 'colour' for the label; it has .'picture', 'kind', 'text'."):
         open_dataset(parquet_config(tmp_path / "a.parquet", label_column="colour"))
-    with pytest.raises(ValueError, match="has no validation split; it has train"):
+    with pytest.raises(ValueError, match="has no validation split; it has train; data.validation_files may name one"):
         open_dataset(parquet_config(tmp_path / "a.parquet"), "validation")
     with pytest.raises(ValueError, match="neither openmoji, nor a folder, nor a collection"):
         open_dataset(parquet_config(tmp_path / "b.parquet"))

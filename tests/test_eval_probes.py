@@ -133,3 +133,15 @@ def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="holds a AutoencoderKL, expected AutoencoderVTP or VTPModel"):
         evaluate("linear_probe.py", "--model", tmp_path)
+
+
+def test_prompts_are_not_made_of_indices(evaluate, made, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = [{"bytes": path.read_bytes(), "path": None} for path in (made / "images/train/red").glob("[01].png")]
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "kind": [0, 1]}, features).to_parquet(str(tmp_path / "a.parquet"))
+    more = ("--data.data_files", tmp_path / "a.parquet", "--data.label_column", "kind", "--split", "train")
+    with pytest.raises(ValueError, match="the classes of parquet have indices and no names"):
+        evaluate("zero_shot.py", "--data.source", "parquet", *more)

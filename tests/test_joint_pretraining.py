@@ -421,14 +421,15 @@ def test_another_architecture_does_not_resume(tmp_path):
         program.main(arguments(tmp_path / "run", "--max_train_steps=1", "--self_supervision.prototypes=32"))
 
 
-def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch):
+def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch, capsys):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     shards = write_shards(datasets, tmp_path / "shards", silent=(2, 7))
     more = [
-        "--data.source=parquet", f"--data.data_files={shards / '*.parquet'}", "--data.caption_column=text",
-        "--data.streaming", "--data.limit=none", "--evaluation_images=6",
+        "--data.source=parquet", f"--data.data_files={shards / '[01].parquet'}", "--data.caption_column=text",
+        f"--data.validation_files={shards / '2.parquet'}", "--data.label_column=kind", "--data.streaming",
+        "--data.limit=none", "--evaluation_images=6",
     ]  # fmt: skip
     program = load_program("train_vtp")
     program.main(arguments(tmp_path / "straight", *more))
@@ -440,7 +441,11 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch):
     )
     assert [key for key in first if not torch.equal(first[key], second[key])] == [] and first
     results = json.loads((tmp_path / "straight" / "results.json").read_text())
-    assert results["train"]["images"] == 6
+    assert results["train"]["images"] == 6 and results["held_out"]["images"] == 4
+    assert {"psnr", "effective_rank", "knn_accuracy", "recall_at_1"} <= results["held_out"].keys()
+    # "0", "1", ... would be the prompts
+    assert "zero_shot_accuracy" not in results["held_out"]
+    assert capsys.readouterr().out.count("the classes have indices and no names: no zero-shot accuracy") == 2
     # what has no text takes part in the step, but not in its contrastive objective
     lines = [json.loads(line) for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
     pairs = [line["contrastive/captions"] for line in lines if "contrastive/captions" in line]

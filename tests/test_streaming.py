@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vtp_diffusion.data import DataConfig, UnreadableImageError, open_dataset
-from vtp_diffusion.streaming import StreamBatches, StreamingImages, StreamPosition
+from vtp_diffusion.data import DataConfig, open_dataset
+from vtp_diffusion.decoding import UnreadableImageError
+from vtp_diffusion.streaming import StreamBatches, StreamingImages, StreamPosition, open_splits
 
 SIZES = (5, 3, 4)  # samples a shard, unequal on purpose
 CPU = torch.device("cpu")
@@ -152,6 +154,16 @@ def test_the_first_samples_as_a_data_set(tmp_path, offline):
     few, all_of_them = images.take(5), images.take(100)
     assert len(few) == 5 and few.captions == captions(images, 5)
     assert sorted(all_of_them.captions) == everything() and few.fingerprint != all_of_them.fingerprint
+
+
+def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trained_on(tmp_path, offline):
+    folder = write_shards(offline, tmp_path / "shards")
+    plain = config(folder, data_files=str(folder / "[01].parquet"))
+    training, measured = open_splits(replace(plain, validation_files=str(folder / "2.parquet")), 100)
+    assert sorted(measured["held_out"].captions) == [f"text {n}" for n in (10, 11, 8, 9)]
+    assert sorted(captions(training, 8)) == sorted(measured["train"].captions) == everything(8)
+    alone, measured = open_splits(plain, 100)
+    assert alone.fingerprint == training.fingerprint and measured.keys() == {"train"}
 
 
 # --- bad input ---

@@ -146,11 +146,13 @@ def test_two_processes_share_the_work(tmp_path, pictures):
     assert lines == [1, 2, 3, 3, 4, 5, 6, 6]  # once each, and two validations
 
 
-def test_a_folder_without_held_out_images_claims_none(tmp_path, pictures):
+def test_a_folder_without_held_out_images_claims_none(tmp_path, pictures, capsys):
     load_program("train_vtp").main(arguments(tmp_path / "run", pictures / "train", "--max_train_steps=1"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "train" in results and "held_out" not in results
-    assert "train_psnr" in (tmp_path / "run" / "log.jsonl").read_text()
+    assert "held_out" not in results and 1 < results["train"]["effective_rank"] <= 16
+    assert "no held-out images: training images are measured, and no k-NN accuracy" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "train_psnr" in lines and "train_effective_rank" in lines  # without others, a collapse has to show here
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
 from vtp_diffusion import folder_lock
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import config_to_dict, parse_config
-from vtp_diffusion.data import CROP, NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
+from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
 from vtp_diffusion.data_order import step_generator
+from vtp_diffusion.decoding import CROP
 from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latent_inputs import autocast
 from vtp_diffusion.latents import (

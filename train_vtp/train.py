@@ -34,7 +34,7 @@ from vtp_diffusion.pretraining import (
     one_by_one,
     reconstruction_grid,
 )
-from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features
+from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features, unmeasured
 from vtp_diffusion.pretraining_flops import training_flops
 from vtp_diffusion.pretraining_inputs import PreTrainingInputs, check_share, training_batches
 from vtp_diffusion.processes import this_process
@@ -213,8 +213,8 @@ def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, na
     if "reconstruction" in config.objectives:
         batches = plain_batches(dataset, autoencoder.device, limit=limit)
         values |= evaluate_reconstruction(autoencoder, batches, perceptual)
-    if name != "train":  # every training image is its own nearest neighbour
-        values |= evaluate_features(autoencoder, datasets["train"], dataset, limit)
+    others = datasets["train"] if name != "train" else None
+    values |= evaluate_features(autoencoder, dataset, others, limit)
     if "contrastive" in config.objectives:
         values |= evaluate_alignment(model, dataset, config.zero_shot_templates, limit)
     return values
@@ -282,6 +282,9 @@ def main(argv: list[str] | None = None) -> None:
         flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
         in_parts=len(config.objectives) > 1,
     )
+    if run.is_main:
+        for sentence in unmeasured(datasets, "contrastive" in config.objectives):
+            print(sentence)
     perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
     length = config.text.text_context_length if "contrastive" in config.objectives else None
     batches = training_batches(run, training, length, config.keep_on_device, config.dataloader_num_workers)

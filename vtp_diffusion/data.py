@@ -4,11 +4,10 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 """
 
 import hashlib
-import io
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,23 +17,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .decoding import IMAGE_SUFFIXES, UnreadableImageError, center_crop, decode_image, read_image
 from .extras import require
 from .images import from_uint8
 from .openmoji import is_held_out, openmoji_folder, read_metadata
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
 IN_MEMORY_BYTES = 2**30
 SPLIT_FOLDERS = ("train", "validation")
-# what Pillow raises for files that are damaged, are no images, or would fill the memory
-DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
-CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
-
-
-class UnreadableImageError(ValueError):
-    """An image that cannot be decoded; the message names it."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +40,9 @@ class DataConfig:
     resolution: int = field(default=256, metadata={"help": "side of the square images in pixels"})
     name: str | None = field(default=None, metadata={"help": "`datasets`: name of the configuration"})
     data_files: str | None = field(default=None, metadata={"help": "`datasets`: files or pattern, for builders"})
+    validation_files: str | None = field(
+        default=None, metadata={"help": "`datasets`: held-out files, beside data_files", "may_change": True}
+    )
     image_column: str = field(default="image", metadata={"help": "`datasets`: column of the images"})
     label_column: str | None = field(
         default=None, metadata={"help": "`datasets`: column of the class; openmoji: subcategory (none) or category"}
@@ -89,6 +84,17 @@ class DataConfig:
                 f"source is {self.source!r} with streaming, expected a builder or a hub id of `datasets`, such as "
                 "webdataset or parquet with data_files"
             )
+        if self.validation_files is not None:
+            self._check_validation_files()
+
+    def _check_validation_files(self) -> None:
+        given = f"validation_files is {self.validation_files!r}"
+        if self.data_files is None or self.source == "openmoji" or Path(self.source).is_dir():
+            raise ValueError(f"{given}, expected none without a builder of `datasets` as source and its data_files")
+        files, held_out = (glob(pattern, recursive=True) for pattern in (self.data_files, self.validation_files))
+        both = sorted(set(files) & set(held_out))
+        if both or self.data_files == self.validation_files:
+            raise ValueError(f"{given}, expected none of data_files: {(both or [self.data_files])[0]} is in both")
 
 
 @dataclass(kw_only=True)
@@ -119,20 +125,21 @@ class ImageDataset(Dataset):
         read: reference -> PIL image; raises UnreadableImageError naming the image.
         resolution: side of the cropped images.
         keys, labels, captions: (N,) each.
-        label_names: one a class.
+        label_names: one a class, its index where names are not known.
         weights: (N,) how often an image should be drawn, or copied, relative to others.
         fingerprint: identifies the content and the crop.
         skip_unreadable: an image that cannot be read gives way to the next one that can, label and key included: an
             index always gives the same item. `skipped` holds its key (in the process that met it). A data set that is
             kept in memory leaves such images out instead.
+        classes_named: whether `label_names` are more than indices.
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
-                 skip_unreadable=False):  # fmt: skip
+                 skip_unreadable=False, classes_named=True):  # fmt: skip
         self.references, self.read, self.resolution = references, read, resolution
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
-        self.skipped: list[str] = []
+        self.classes_named, self.skipped = classes_named, list[str]()
         self._pixels: np.ndarray | None = None  # (N, R, R, 3) once everything was read, for small sets
         if len(references) == 0:
             raise ValueError("the data set holds no images")
@@ -198,7 +205,7 @@ def open_dataset(config: DataConfig, split: Literal["train", "validation", "all"
 
     Splits: OpenMoji is split by base emoji. A folder that holds train/ and validation/ is split so, another one is
     used whole whatever the split; its sub-folders are its classes. A collection of `datasets` has its own splits,
-    "validation" being its validation or else its test split.
+    "validation" being `validation_files` where given, or its validation or else its test split.
 
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
@@ -219,59 +226,11 @@ def open_dataset(config: DataConfig, split: Literal["train", "validation", "all"
     return dataset
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, transparency on white. Raises: UnreadableImageError naming the file."""
-    try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except DECODING_ERRORS as error:
-        raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
-
-
-def decode_image(value: dict[str, Any] | None, name: str) -> Image.Image:
-    """What `datasets` holds of an image that it does not decode, {"bytes", "path"}, as RGB.
-
-    Raises: UnreadableImageError naming it, also where there is none.
-    """
-    if value is None:
-        raise UnreadableImageError(f"{name} is missing")
-    if value["bytes"] is None:
-        return read_image(value["path"])
-    try:
-        return as_rgb(Image.open(io.BytesIO(value["bytes"])))
-    except DECODING_ERRORS as error:
-        raise UnreadableImageError(f"{name} cannot be read: {error}") from error
-
-
 def check_caption(value: Any, name: str) -> str:
     """A caption without the space around it, "" where there is none. Raises: ValueError naming what is no text."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{name} is {str(value)[:80]!r} of type {type(value).__name__}, expected a text")
     return (value or "").strip()
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode, decoded; transparent pixels become white, 16-bit greys are scaled to 8 bits. An image that is
-    RGB already is given back itself: a copy would take a tenth of the time of decoding."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop (Dhariwal and Nichol, arXiv:2105.05233): halve with a box filter while the short side is at
-    least twice the target, scale the short side to the target with a bicubic filter, cut out the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    if scale != 1:
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def augment_images(
@@ -403,7 +362,7 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
             raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {table.column_names}")
     rows = _limited(list(range(len(table))), config.limit)
     chosen = table if len(rows) == len(table) else table.select(rows)
-    labels, names = _collection_labels(chosen, config)
+    labels, names, named = _collection_labels(chosen, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
     where = f"{config.source}: {config.caption_column} of sample"
     return ImageDataset(
@@ -417,14 +376,23 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
         weights=torch.ones(len(rows)),
         fingerprint=_fingerprint(config.source, config.resolution, [table._fingerprint, *map(str, rows)]),
         skip_unreadable=config.skip_unreadable,
+        classes_named=named,
     )
+
+
+def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
+    """`data_files` as `datasets` is given them for a split: training alone is the same with `validation_files`."""
+    if config.validation_files is None or split == "train":
+        return config.data_files
+    held_out = {"validation": config.validation_files}
+    return held_out if split == "validation" else {"train": config.data_files} | held_out
 
 
 def _load_collection(config: DataConfig, split: str):
     """The table of `datasets` that holds a split."""
     datasets = require("datasets", "train")
     try:
-        collection = datasets.load_dataset(config.source, config.name, data_files=config.data_files)
+        collection = datasets.load_dataset(config.source, config.name, data_files=split_files(config, split))
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"source {config.source!r} is neither openmoji, nor a folder, nor a collection that `datasets` can load: "
@@ -433,24 +401,26 @@ def _load_collection(config: DataConfig, split: str):
     choices = {"train": ["train"], "validation": ["validation", "test"], "all": list(collection)}[split]
     found = [name for name in choices if name in collection]
     if not found:
-        raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}")
+        hint = "; data.validation_files may name one" if split == "validation" else ""
+        raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}")
     return datasets.concatenate_datasets([collection[name] for name in (found if split == "all" else found[:1])])
 
 
-def _collection_labels(table, config: DataConfig) -> tuple[list[int], list[str]]:
-    """(labels, names of the classes) of a table: class indices, or names, which are numbered in alphabetical order."""
+def _collection_labels(table, config: DataConfig) -> tuple[list[int], list[str], bool]:
+    """(labels, names of the classes, whether these are more than indices) of a table, whose labels are class indices,
+    or names, which are numbered in alphabetical order."""
     if config.label_column is None:
-        return [0] * len(table), ["image"]
+        return [0] * len(table), ["image"], True
     labels = list(table[config.label_column])
     if all(isinstance(label, str) for label in labels):
         names = sorted(set(labels))
         indices = {name: index for index, name in enumerate(names)}
-        return [indices[label] for label in labels], names
+        return [indices[label] for label in labels], names, True
     wrong = [label for label in labels if not isinstance(label, int) or isinstance(label, bool) or label < 0]
     if wrong:
         raise ValueError(f"{config.source}: {config.label_column} is {wrong[0]!r}, expected class indices or names")
     names = getattr(table.features[config.label_column], "names", None)
-    return labels, names or [str(index) for index in range(max(labels) + 1)]
+    return labels, names or [str(index) for index in range(max(labels) + 1)], names is not None
 
 
 class _CollectionReader:

@@ -12,8 +12,9 @@ import torch
 from diffusers import ModelMixin
 
 from .batches import Columns, all_images, fits_on_device, gathered_batches, read_ahead, read_batches
-from .data import CROP, NUM_DRAWS, AugmentationConfig, DataConfig, ImageDataset, augment_images
+from .data import NUM_DRAWS, AugmentationConfig, DataConfig, ImageDataset, augment_images
 from .data_order import StepBatchSampler, draw_for_positions
+from .decoding import CROP
 from .latents import LatentDataset, autoencoder_identity, check_latents_fit, encode_raw, latent_statistics
 from .openmoji import ATTRIBUTION, LICENSE
 

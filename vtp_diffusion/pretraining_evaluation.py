@@ -65,22 +65,24 @@ def retrieval_recall(
 
 @torch.no_grad()
 def evaluate_features(
-    autoencoder: AutoencoderVTP, train: Any, held_out: Any, limit: int | None = None
+    autoencoder: AutoencoderVTP, dataset: Any, train: Any = None, limit: int | None = None
 ) -> dict[str, float]:
-    """k-NN accuracy of held-out images among training images, and the effective rank of the held-out features.
+    """The effective rank of the features of images and, where training images are given, k-NN accuracy among those.
 
     With one class there is no accuracy, with one image no rank.
 
-    Args: `limit`: so many images of either at most, and never more than `MEASURED_IMAGES`.
+    Args:
+        train: other images than those of `dataset`: every image is its own nearest neighbour.
+        limit: so many images of either at most, and never more than `MEASURED_IMAGES`.
     """
     limit = min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
-    features, values = class_tokens(autoencoder, held_out, limit), {}
+    features, values = class_tokens(autoencoder, dataset, limit), {}
     if len(features) > 1:
         values["effective_rank"] = effective_rank(features)
-    if len(train.label_names) > 1:
+    if train is not None and len(train.label_names) > 1:
         bank, bank_labels = class_tokens(autoencoder, train, limit), torch.tensor(spread(train, train.labels, limit))
         neighbours = min(NEIGHBOURS, len(bank))
-        labels = torch.tensor(spread(held_out, held_out.labels, limit))
+        labels = torch.tensor(spread(dataset, dataset.labels, limit))
         values["knn_accuracy"] = knn_accuracy(bank, bank_labels, features, labels, [neighbours])[neighbours]
         majority = bank_labels.mode().values
         values["knn_accuracy_of_commonest_class"] = (labels == majority).double().mean().item()
@@ -93,7 +95,8 @@ def evaluate_alignment(
 ) -> dict[str, float]:
     """Zero-shot accuracy with the names of the classes as prompts, and text -> image retrieval by caption.
 
-    Images without a caption are left out of the retrieval; classes need more than one name.
+    Images without a caption are left out of the retrieval. Zero-shot needs more than one class, and names of them:
+    indices as prompts would mean nothing.
 
     Args: `limit`: as of `evaluate_features`.
     """
@@ -101,7 +104,7 @@ def evaluate_alignment(
     batches = plain_batches(held_out, device, limit=limit)
     images = torch.cat([model.get_image_features(batch).float() for batch in batches])
     values, length = {}, model.config.text_context_length
-    if len(held_out.label_names) > 1:
+    if len(held_out.label_names) > 1 and held_out.classes_named:
         tokenize, labels = clip_tokenizer(length, truncate=True), spread(held_out, held_out.labels, limit)
         names = [name.replace("-", " ").replace("_", " ") for name in held_out.label_names]
         classes = class_embeddings(model, names, templates, tokenize)
@@ -115,3 +118,25 @@ def evaluate_alignment(
         captions = [all_captions[row] for row in rows.tolist()]
         values |= retrieval_recall(texts, images[rows.to(device)], captions)
     return values
+
+
+def unmeasured(datasets: dict[str, Any], contrastive: bool) -> list[str]:
+    """What cannot be measured during training, a sentence each, to be said before it.
+
+    Args:
+        datasets: "train" and, where there are any, "held_out" images.
+        contrastive: whether captions are trained on.
+    """
+    measured, missing = datasets.get("held_out"), []
+    if measured is None:
+        measured = datasets["train"]
+        missing.append(
+            "no held-out images: training images are measured, and no k-NN accuracy. A folder has held-out ones in "
+            "validation/, shards in data.validation_files"
+        )
+    accuracies = [*(["k-NN"] if "held_out" in datasets else []), *(["zero-shot"] if contrastive else [])]
+    if len(measured.label_names) < 2 and accuracies:
+        missing.append(f"the images have one class: no {' and no '.join(accuracies)} accuracy")
+    elif contrastive and not measured.classes_named:
+        missing.append("the classes have indices and no names: no zero-shot accuracy")
+    return missing

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from .data import read_image
+from .decoding import read_image
 from .metrics.scores import ADM_PART
 from .report_style import STYLE
 

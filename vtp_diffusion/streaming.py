@@ -21,15 +21,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batches import Columns, leave_stopping_to_parent
-from .data import (
-    DataConfig,
-    ImageDataset,
-    UnreadableImageError,
-    center_crop,
-    check_caption,
-    decode_image,
-    open_dataset,
-)
+from .data import DataConfig, ImageDataset, check_caption, open_dataset, split_files
+from .decoding import UnreadableImageError, center_crop, decode_image
 from .extras import require
 from .training import TrainingRun
 
@@ -58,7 +51,7 @@ class StreamingImages:
 
     Args:
         config: with `streaming`; `shuffle_buffer` is the size of a block in samples.
-        split: "train" or "validation" (the validation or else the test split).
+        split: "train" or "validation" (`validation_files` where given, or the validation or else the test split).
 
     Attributes: `has_validation`: whether the source has that split.
 
@@ -69,14 +62,15 @@ class StreamingImages:
     def __init__(self, config: DataConfig, split: str = "train"):
         datasets = require("datasets", "train")
         try:
-            splits = datasets.load_dataset(config.source, config.name, data_files=config.data_files, streaming=True)
+            files = split_files(config, split)
+            splits = datasets.load_dataset(config.source, config.name, data_files=files, streaming=True)
         except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
             raise ValueError(f"source {config.source!r} cannot be read as a stream: {error}") from error
         found = [name for name in {"train": ("train",)}.get(split, ("validation", "test")) if name in splits]
         if not found:
             raise ValueError(f"{config.source} has no {split} split; it has {', '.join(splits)}")
         table = splits[found[0]]
-        self.has_validation = "validation" in splits or "test" in splits
+        self.has_validation = config.validation_files is not None or "validation" in splits or "test" in splits
         known = table.column_names or list(next(iter(table), {}))
         columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
         for use, column in columns.items():
@@ -87,7 +81,7 @@ class StreamingImages:
         self.num_shards = table.num_shards
         feature = (table.features or {}).get(config.label_column) if config.label_column else None
         self.label_names = list(getattr(feature, "names", None) or [])
-        described = [config.source, config.name, config.data_files, found[0], self.resolution, self.num_shards]
+        described = [config.source, config.name, files, found[0], self.resolution, self.num_shards]
         text = json.dumps([*described, *columns.values()])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -177,6 +171,7 @@ class StreamingImages:
             label_names=self.label_names or [str(k) for k in range(highest + 1)],
             weights=torch.ones(len(items)),
             fingerprint=f"{self.fingerprint}-{len(items)}",
+            classes_named=bool(self.label_names),
         ).keep_in_memory()
 
 

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..batches import READ_AHEAD, read_ahead
-from ..data import DECODING_ERRORS, IMAGE_SUFFIXES, DataConfig, ImageDataset, open_dataset, read_image
+from ..data import DataConfig, ImageDataset, open_dataset
+from ..decoding import DECODING_ERRORS, IMAGE_SUFFIXES, read_image
 from ..processes import reading_processes
 from ..sampling import pipeline_identity, sample_numbers
 
@@ -49,9 +50,9 @@ class ImageSource(Protocol):
 class FolderImages:
     """Image files of one folder, all of one size, in the order of their names. Nothing is cropped or resized.
 
-    Files that are not 8-bit RGB are converted by `vtp_diffusion.data.as_rgb`: greys and palettes to RGB, transparency
-    onto white, 16-bit greys by their upper 8 bits; `converted` counts them by mode. 32-bit integers and floats are
-    refused.
+    Files that are not 8-bit RGB are converted by `vtp_diffusion.decoding.as_rgb`: greys and palettes to RGB,
+    transparency onto white, 16-bit greys by their upper 8 bits; `converted` counts them by mode. 32-bit integers and
+    floats are refused.
 
     A folder that `pipelines/generate.py` wrote says in settings.json how many images it is to hold.
 
