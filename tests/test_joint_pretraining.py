@@ -353,6 +353,20 @@ def test_a_share_of_the_blocks_is_computed_twice(share, passes):
     assert counts == passes
 
 
+def test_a_step_that_is_left_out_moves_no_center(tmp_path):
+    """A ruined student: the second step's gradients are not finite, the teacher's outputs are."""
+    more = ["--learning_rate=1e6", "--lr_scheduler=constant", "--max_grad_norm=none", "--objectives=self_supervision"]
+    lengths = ["--max_train_steps=2", "--checkpointing_steps=1", "--data.limit=16", "--evaluation_images=2"]
+    load_program("train_vtp").main(arguments(tmp_path / "run", *more, *lengths))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [0, 1]
+    first, second = (load_file(tmp_path / "run" / f"checkpoint-{step}/objective.safetensors") for step in (1, 2))
+    names = [f"objectives.self_supervision.{name}_center" for name in ("dino", "ibot")]
+    assert all(first[name].any() and torch.equal(first[name], second[name]) for name in names)
+    teacher = "objectives.self_supervision.teacher_head.prototypes.weight"
+    assert not torch.equal(first[teacher], second[teacher])  # it follows the student, which is as it was
+
+
 def test_two_processes_have_the_losses_of_one(tmp_path):
     """Stochastic depth off, float32, the same global batch: 20 steps."""
     more = ["--self_supervision.stochastic_depth=0", "--max_train_steps=20", "--validation_steps=20"]

@@ -158,6 +158,24 @@ def test_outputs_that_are_not_finite_leave_the_centers_as_they_were():
     torch.testing.assert_close(part.ibot_center[others], 0.1 * logits[:, others].mean(0))
 
 
+def test_the_centers_of_a_step_that_is_left_out_become_what_they_were():
+    """After two micro-steps, of which the second has an output that is not finite."""
+    model = tiny_objectives()
+    part, temperature = model.objectives["self_supervision"], torch.tensor(0.05)
+    logits = random(4, part.config.prototypes)
+    part.targets(logits, temperature, "dino", torch.ones(4))
+    model.after_step(0.0, torch.tensor(1.0))
+    before = part.dino_center.clone()
+    torch.testing.assert_close(before, 0.1 * logits.mean(0))
+    for broken in (1.0, math.nan):
+        logits[0, 0] *= broken
+        for name in ("dino", "ibot"):
+            part.targets(logits, temperature, name, torch.ones(4))
+    assert not torch.equal(part.dino_center, before) and part.ibot_center.any()
+    model.after_step(0.0, torch.tensor(0.0))
+    assert torch.equal(part.dino_center, before) and not part.ibot_center.any()
+
+
 class Watch(TorchDispatchMode):
     """Names of the operations that were done."""
 
@@ -182,7 +200,7 @@ def test_a_step_asks_the_device_for_nothing():
         make_crops(images, config.crops, draws)
         for name in ("self_supervision", "reconstruction"):
             objective.objectives[name](objective.autoencoder, **inputs[name])["loss"].backward()
-        objective.after_step(0.5)
+        objective.after_step(0.5, torch.ones(()))
     assert {"grid_sampler_2d", "convolution", "index_add"} <= done.names
     assert not done.names & {"lift_fresh", "_local_scalar_dense", "_linalg_check_errors", "nonzero", "masked_select"}
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_training import Objective, assert_identical, everything, interrupted_copy, log_of, tiny_config, train
+from tiny_training import (
+    Objective,
+    assert_identical,
+    everything,
+    interrupted_copy,
+    log_of,
+    make_run,
+    tiny_config,
+    train,
+)
 from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
@@ -127,6 +136,21 @@ def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path):
     assert run.optimizer.state[run.trained[0]]["step"].item() == 4
     lines = log_of(tmp_path / "run")
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
+
+
+def test_averages_go_by_steps_those_left_out_too(tmp_path):
+    """The weights, which such a step leaves alone, count once more: a_2 = a_1 + w (p_1 - a_1)."""
+    decay = 0.9
+    run = make_run(tiny_config(tmp_path / "run", ema_decay=decay, ema_bias_correction=True))
+    latents, counted = torch.randn(4, 4, 2, 2, generator=torch.Generator().manual_seed(1)), []
+    for step, broken in enumerate((False, False, True)):
+        weights, averages = ([t.detach().clone() for t in ts] for ts in (run.parameters, run.average.averages))
+        counted.append(run.optimise(step, iter([{"latents": latents, "broken": broken}])).item())
+    assert counted == [1, 1, 0]
+    weight = (1 - decay) / (1 - decay**3)
+    for parameter, before, old, new in zip(run.parameters, weights, averages, run.average.averages, strict=True):
+        assert torch.equal(parameter, before)
+        torch.testing.assert_close(new, old + weight * (before - old))
 
 
 def test_tables_are_logged_as_means_and_memory_and_utilisation_beside(tmp_path):

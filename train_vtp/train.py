@@ -295,8 +295,8 @@ def main(argv: list[str] | None = None) -> None:
             decay = weight_decay_at(done, config.adam_weight_decay, config.adam_weight_decay_end)
             for group in run.optimizer.param_groups[:1]:  # of the matrices; see parameter_groups
                 group["weight_decay"] = decay
-        run.optimise(step, inputs)
-        objective.after_step(done)
+        counted = run.optimise(step, inputs)
+        objective.after_step(done, counted)
         if run.is_main and run.due(step, config.validation_steps):
             with run.averaged_weights():
                 validate(run, config, model, datasets, perceptual, step + 1)

@@ -140,10 +140,10 @@ class ContrastiveObjective(nn.Module):
         return {"loss": loss, self.config.loss: loss, "logit_scale": scale.detach(), "captions": captions}
 
     @torch.no_grad()
-    def after_step(self, done: float) -> None:
+    def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
         """Keep the scale of the similarities in [1, 100] after a step of the optimiser, as OpenCLIP does.
 
-        Args: `done`: share of training done before; it makes no difference.
+        Args: as of `VTPForPreTraining.after_step`; they make no difference.
         """
         self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
 

@@ -219,14 +219,15 @@ class VTPForPreTraining(nn.Module):
             losses |= {f"{name}/{key}": value for key, value in parts.items() if key != "loss"}
         return losses | {"loss": total}
 
-    def after_step(self, done: float) -> None:
-        """What objectives do after a step of the optimiser: clamp a scale, move the teacher.
+    def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
+        """What objectives do after a step of the optimiser: clamp a scale, move the teacher, take centres back.
 
-        Args: `done`: share of training that was done before this step.
+        Args: `done`: share of training that was done before this step; `counted`: as `TrainingRun.optimise` returns
+            it, None where no step is left out.
         """
         for objective in self.objectives.values():
             if hasattr(objective, "after_step"):
-                objective.after_step(done)
+                objective.after_step(done, counted)
 
 
 def one_by_one(inputs: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, dict[str, torch.Tensor]]]:

@@ -212,6 +212,7 @@ class SelfSupervisionObjective(nn.Module):
             if config.centering == "centering":
                 self.register_buffer(name, torch.zeros(config.prototypes))
         self._student_encoder = [autoencoder.encoder]  # in a list: the encoder is no part of this module
+        self._centers_before: dict[str, torch.Tensor] = {}  # this step moved them; empty between steps
 
     def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Which crops of `count` images stochastic depth keeps: "kept_global" and "kept_local"."""
@@ -259,7 +260,9 @@ class SelfSupervisionObjective(nn.Module):
         targets, summed = self.centred(logits, center, temperature, valid)
         mean = total(summed) / total(valid.sum()).clamp(min=1)
         if self.training:
-            # A step that is left out must leave nothing behind either: a centre that is NaN once stays so.
+            if name not in self._centers_before:
+                self._centers_before[name] = center.clone()
+            # a centre that is NaN would make the targets of the next micro-step so
             mean = torch.where(mean.isfinite(), mean, center)
             center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))
         return targets
@@ -335,11 +338,20 @@ class SelfSupervisionObjective(nn.Module):
         return losses | {"loss": loss} | entropies(dino_targets.flatten(0, 1))
 
     @torch.no_grad()
-    def after_step(self, done: float) -> None:
-        """teacher = momentum · teacher + (1 - momentum) · student, after a step of the optimiser.
+    def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
+        """teacher = momentum · teacher + (1 - momentum) · student, after a step of the optimiser; the centres of a
+        step that was left out become again what they were.
 
-        Args: `done`: share of training done before, which the momentum depends on.
+        The teacher follows in such a step too: its momentum goes by steps, and the student is as it was, and finite.
+        Centres are of outputs on inputs that led to no finite gradient: they may have moved in some places only.
+
+        Args: as of `VTPForPreTraining.after_step`; the momentum depends on `done`.
         """
+        for name, before in self._centers_before.items():
+            center = getattr(self, f"{name}_center")
+            if counted is not None:
+                center.copy_(torch.where(counted > 0, center, before))
+        self._centers_before.clear()
         student = [*self._student_encoder[0].parameters(), *self.head.parameters()]
         teacher = [*self.teacher_encoder.parameters(), *self.teacher_head.parameters()]
         torch._foreach_lerp_(teacher, [p.detach() for p in student], 1 - self.config.momentum_at(done))

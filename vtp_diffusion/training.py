@@ -242,11 +242,13 @@ class TrainingRun:
         every = (self.config.log_steps, self.config.validation_steps, self.config.checkpointing_steps)
         return step == 0 or any(self.due(step, n) for n in every)
 
-    def optimise(self, step: int, micro_batches: Iterator[dict[str, Any] | list[dict[str, Any]]]) -> None:
+    def optimise(self, step: int, micro_batches: Iterator[dict[str, Any] | list[dict[str, Any]]]) -> torch.Tensor:
         """One optimiser step over the next `gradient_accumulation_steps` sets of arguments of the objective.
 
         A micro-batch may be a list of sets, which are passed forwards and backwards one after the other: their losses
         are added up, and the activations of one set only are in memory at a time. See `in_parts`.
+
+        Returns: a scalar on the device, 1, or 0 if the step was left out since its gradients were not finite.
         """
         count, means = self.config.gradient_accumulation_steps, {}
         for k in range(count):
@@ -270,6 +272,7 @@ class TrainingRun:
         self._sums, self._summed = means, self._summed + 1
         if self._log_due(step):
             self._log(step + 1, rate)
+        return finite
 
     def _update(self, rate: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Clip, step, average: (gradient norms, 1 or 0). A step whose gradients are not finite is left out, and that
@@ -288,6 +291,8 @@ class TrainingRun:
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad(set_to_none=True)
         for average in self.averages.values():
+            # Also where the step is left out: averages, like the learning rate, go by steps, and the weights, which
+            # are as they were and finite, count for this one once more. One pass over the weights is enough so.
             average.update(self.parameters)
         self.skipped = torch.stack([(self.skipped[0] + bad) * bad, self.skipped[1] + bad])
         return norms, 1 - bad
