@@ -5,7 +5,8 @@
 
 --results are files that the programs of eval/ wrote, any of them in any number, in the order they are to have.
 Generations that differ in one thing only (steps, guidance, or checkpoint-N in their path) are drawn as a curve. The
-pictures that the programs wrote are shown where they still are. FILE.md beside the page has the table as Markdown.
+pictures that the programs wrote are shown where they still are, and named where not. FILE.md beside the page has the
+table as Markdown.
 The page needs no network; the same files give the same page.
 """
 
@@ -14,7 +15,15 @@ from pathlib import Path
 
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
-from vtp_diffusion.report import find_charts, find_pictures, html_page, markdown_table, read_result, table_rows
+from vtp_diffusion.report import (
+    NOT_MEASURED,
+    find_charts,
+    find_pictures,
+    html_page,
+    markdown_table,
+    read_result,
+    table_rows,
+)
 from vtp_diffusion.results import check_output
 
 
@@ -51,9 +60,14 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     output.with_suffix(".md").write_text(f"# {config.title}\n\n{markdown_table(rows)}", encoding="utf-8")
-    print(
-        f"{len(rows)} numbers, {len(charts)} curves, {len(pictures)} pictures: {output}, {output.with_suffix('.md')}"
-    )
+    for row in rows:
+        if row.value == NOT_MEASURED:
+            print(f"{row.name}: not measured: {row.what}: {row.details}")
+    for caption, file in pictures:
+        if file is None:
+            print(caption)
+    numbers, shown = sum(row.value != NOT_MEASURED for row in rows), sum(file is not None for _, file in pictures)
+    print(f"{numbers} numbers, {len(charts)} curves, {shown} pictures: {output}, {output.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

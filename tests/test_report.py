@@ -132,9 +132,37 @@ def test_what_keeps_a_number_out_of_a_table_stands_beside_it(files):
     assert [x for x, *_ in chart.points] == [2.5, 4.0], "no curve has points of two precisions"
 
 
+def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monkeypatch, capsys):
+    values = generation(2.5, 12.0)
+    why = "the reference holds statistics but no images"
+    values["not_measured"] = [{"what": "recall", "why": why, "images": "control", "network": "vgg16"}]
+    values |= {"duplicates": {"generated": 3, "reference": 0}, "converted": {"generated": {"L": 2}}}
+    values["skipped"] = {"reference": ["a.png"]}
+    values["settings"]["nearest_neighbours"] = "there/gone.png"
+    Path("partly.json").write_text(json.dumps(values))
+    report(monkeypatch, "--results", "partly.json", "--output", "page.html")
+    printed, markdown, page = capsys.readouterr().out, Path("page.md").read_text(), Path("page.html").read_text()
+    assert "2 numbers, 0 curves, 0 pictures" in printed and f"recall on vgg16 of the control: {why}" in printed
+    assert f"| recall on vgg16 of the control | not measured | – |  | partly | {why} |" in markdown
+    for text in ("3 of the generated images equal an earlier one", "2 of the generated images converted from mode L"):
+        assert markdown.count(text) == 2 and page.count(text) == 2, "beside the distance and the score"
+    assert markdown.count("1 of the reference images cannot be read") == 1, "beside what is against the reference"
+    assert "reference images equal" not in markdown
+    assert "picture there/gone.png is not there" in printed and "picture there/gone.png is not there" in page
+    (row, *_) = table_rows([read_result("vae.json")])
+    assert row.details == "mean of the images' own"
+    Path("vae.json").write_text(json.dumps(RECONSTRUCTION | {"psnr": None, "equal_images": 363, "skipped": ["a"]}))
+    (row, *_) = table_rows([read_result("vae.json")])
+    assert (row.value, row.details.count(";")) == ("infinite", 2)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (
+            json.dumps(generation(1.0, 1.0) | {"distances": [], "scores": []}),
+            "bad.json is a generation result that holds no numbers",
+        ),
         (
             '{"evaluation": "zero_shot", "settings": {}}',
             "bad.json is an incomplete zero_shot result: it lacks top1, top5",

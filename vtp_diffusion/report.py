@@ -29,7 +29,11 @@ REQUIRED = {
 PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
 AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
 STEP_AXIS = "training step"
+NOT_MEASURED = "not measured"  # in the place of a value
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 18, 18, 46  # of a chart and its margins
+
+
+Picture = tuple[str, Path | None]  # caption, and the file where there is one
 
 
 @dataclass
@@ -95,14 +99,22 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
-def _caveats(result: Result, images: str) -> list[str]:
-    """What keeps numbers of these images out of a table beside others."""
+def _caveats(result: Result, images: str, against_reference: bool = True) -> list[str]:
+    """What keeps numbers of these images, or of them against the reference, out of a table beside others."""
     found, hashes = [], result.values.get("images_sha256", {})
     if result.values["settings"].get("feature_mode", "exact") != "exact":
         found.append("features in float16")
     if images in hashes:
         same = [name for name in ("reference", "floor") if hashes.get(name) == hashes[images]]
         found += [f"these images are those of the {name}, pixel for pixel" for name in same]
+    for name in (images, "reference") if against_reference else (images,):
+        if count := result.values.get("duplicates", {}).get(name):
+            found.append(f"{count} of the {name} images equal an earlier one")
+    modes = result.values.get("converted", {}).get(images, {})
+    found += [f"{count} of the {images} images converted from mode {mode}" for mode, count in modes.items()]
+    keys = result.values.get("skipped", {}).get("reference")
+    if keys and against_reference:
+        found.append(f"{len(keys)} of the reference images cannot be read and are left out")
     return found
 
 
@@ -138,8 +150,13 @@ def _generation_rows(result: Result) -> Iterable[Row]:
     for row in result.values["scores"]:
         value = _number(row["value"]) + (f" ± {_number(row['spread']['value'], 2)}" if "spread" in row else "")
         what = row["score"] + ("" if row["images"] == "generated" else f" of the {row['images']}")
-        details = "; ".join(_parts(row) + _caveats(result, row["images"]))
+        details = "; ".join(_parts(row) + _caveats(result, row["images"], "num_reference" in row))
         yield Row(what, value, "", str(row["num_images"]), details, result.name)
+    for row in result.values.get("not_measured", []):
+        what = f"{row['what']} on {row['network']}" + (
+            "" if row["images"] == "generated" else f" of the {row['images']}"
+        )
+        yield Row(what, NOT_MEASURED, "", "", row["why"], result.name)
     near = result.values.get("near_duplicates")
     if near is not None:
         floor = near.get("floor", near["reference"])
@@ -153,8 +170,13 @@ def _generation_rows(result: Result) -> Iterable[Row]:
 
 def _reconstruction_rows(result: Result) -> Iterable[Row]:
     values, count = result.values, str(result.values["num_images"])
-    if values["psnr"] is not None:
-        yield Row("PSNR", f"{values['psnr']:.2f} dB", "", count, "mean of the images' own", result.name)
+    details = ["mean of the images' own"]
+    if equal := values.get("equal_images"):
+        details.append(f"{equal} that come back exactly, of which it is infinite, are left out")
+    if keys := values.get("skipped"):
+        details.append(f"{len(keys)} images cannot be read and are left out")
+    value = "infinite" if values["psnr"] is None else f"{values['psnr']:.2f} dB"
+    yield Row("PSNR", value, "", count, "; ".join(details), result.name)
     yield Row("SSIM", _number(values["ssim"]), "", count, values.get("ssim_settings", ""), result.name)
     network = values["settings"].get("lpips_network", "")
     yield Row(f"LPIPS ({network})", _number(values["lpips"]), "", count, "", result.name)
@@ -199,22 +221,26 @@ def table_rows(results: Sequence[Result]) -> list[Row]:
     """All numbers, in the order of the files.
 
     Raises:
-        ValueError: a file whose numbers are not all there, named.
+        ValueError: a file whose numbers are not all there, or which holds none, named.
     """
     rows = []
     for result in results:
         try:
-            rows += ROWS[result.evaluation](result)
+            own = list(ROWS[result.evaluation](result))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{result.name}.json is an incomplete {result.evaluation} result: {error!r}") from error
+        if not own:
+            raise ValueError(f"{result.name}.json is a {result.evaluation} result that holds no numbers")
+        rows += own
     return rows
 
 
 def _sampling(result: Result) -> dict[str, Any]:
     """What made the images: the settings that came with them, else (of older files) the program's own."""
     made = result.values.get("sampling", {}).get("generated")
-    names = ("num_inference_steps", "guidance_scale", "guidance_interval", "seed", "labels")
-    return dict(made) if made else {name: result.values["settings"].get(name) for name in names}
+    names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels", "seed", "labels")
+    made = made or {name: result.values["settings"].get(name) for name in names}
+    return {name: value for name, value in made.items() if value is not None}  # none and not said are the same
 
 
 def _training_step(result: Result) -> int | None:
@@ -311,17 +337,20 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) -> list[Picture]:
     """(caption, file): those given, then those that the programs wrote beside their results. A recorded picture is
-    looked for beside the result file, then where the program wrote it; one that has gone is left out."""
+    looked for beside the result file, then where the program wrote it; one that is at neither place has no file, and
+    its caption says so."""
     titles = {"generation": "nearest real images, below each generated one", "reconstruction": "worst cases"}
     pictures = list(given)
     for result in results:
         recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
-        for place in (result.folder / Path(recorded).name, Path(recorded)) if recorded else ():
-            if place.is_file():
-                pictures.append((f"{result.name}: {titles[result.evaluation]}", place))
-                break
+        if recorded is None:
+            continue
+        places = (result.folder / Path(recorded).name, Path(recorded))
+        file = next((place for place in places if place.is_file()), None)
+        caption = f"{result.name}: {titles[result.evaluation]}"
+        pictures.append((caption if file else f"{caption}: picture {recorded} is not there", file))
     return pictures
 
 
@@ -335,7 +364,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def html_page(
-    title: str, rows: Sequence[Row], charts: Sequence[Chart], pictures: Sequence[tuple[str, Path]],
+    title: str, rows: Sequence[Row], charts: Sequence[Chart], pictures: Sequence[Picture],
     results: Sequence[Result],
 ) -> str:  # fmt: skip
     """The page. Raises: UnreadableImageError naming a picture that cannot be read."""
@@ -358,7 +387,8 @@ def html_page(
     )
     shown = "".join(
         f'<figure class="picture"><figcaption>{html.escape(caption)}</figcaption>'
-        f'<img src="{data_uri(read_image(file))}" alt="{html.escape(caption)}"></figure>'
+        + (f'<img src="{data_uri(read_image(file))}" alt="{html.escape(caption)}">' if file else "")
+        + "</figure>"
         for caption, file in pictures
     )
     charts_html = f'<section><h2>Curves</h2><div class="figures">{figures}</div></section>' if figures else ""
