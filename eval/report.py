@@ -3,7 +3,8 @@
     python eval/report.py --results generation.json reconstruction.json probe.json \\
         --pictures "sampled=demo/generated.png" --output report.html
 
---results are files that the programs of eval/ wrote, any of them in any number, in the order they are to have.
+--results are files that the programs of eval/ wrote, any of them in any number, in the order they are to have. Where
+names repeat, the folder is part of them: run1/generation.json run2/generation.json.
 Generations that differ in one thing only (steps, guidance, or checkpoint-N in their path) are drawn as a curve. The
 pictures that the programs wrote are shown where they still are, and named where not. FILE.md beside the page has the
 table as Markdown.
@@ -22,6 +23,7 @@ from vtp_diffusion.report import (
     html_page,
     markdown_table,
     read_result,
+    result_names,
     table_rows,
 )
 from vtp_diffusion.results import check_output
@@ -38,9 +40,7 @@ class ReportConfig:
         check_output(self.output, ".html")
         if not self.results:
             raise ValueError("results is empty: give at least one JSON file of a program of eval/")
-        names = [Path(file).stem for file in self.results]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"result files of the same name cannot be told apart on the page: {', '.join(twice)}")
+        result_names(self.results)
         for word in self.pictures:
             caption, separator, file = word.rpartition("=")
             if not separator or not caption:
@@ -51,7 +51,8 @@ class ReportConfig:
 
 def main() -> None:
     config = parse_config(ReportConfig, description=__doc__)
-    results = [read_result(file) for file in config.results]
+    names = result_names(config.results)
+    results = [read_result(file, name) for file, name in zip(config.results, names, strict=True)]
     rows, charts = table_rows(results), find_charts(results)
     given = [(caption, Path(file)) for caption, _, file in (word.rpartition("=") for word in config.pictures)]
     pictures = find_pictures(results, given)

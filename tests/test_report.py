@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from vtp_diffusion.report import chart_svg, find_charts, read_result, table_rows
+from vtp_diffusion.report import chart_svg, find_charts, read_result, result_names, table_rows
 
 PROGRAM = str(Path(__file__).parents[1] / "eval" / "report.py")
 
@@ -178,6 +178,20 @@ def test_incomplete_results_are_refused_by_name(content, message, files, tmp_pat
     with pytest.raises(ValueError, match=message):
         report(monkeypatch, "--results", *files, "bad.json", "--output", "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkeypatch):
+    runs = [Path(f"run{k}") / "generation.json" for k in (1, 2)]
+    for k, file in enumerate(runs):
+        file.parent.mkdir()
+        file.write_text(json.dumps(generation(1.0 + k, 20.0 + k)))
+    report(monkeypatch, "--results", *map(str, runs), "vae.json", "--output", "page.html")
+    rows = [line.split(" | ") for line in Path("page.md").read_text().splitlines() if line.startswith("| FD-VGG ")]
+    assert [(row[1], row[4]) for row in rows] == [
+        ("20 ± 0.5", "run1/generation"), ("21 ± 0.5", "run2/generation"), ("1.25", "vae")
+    ]  # fmt: skip
+    assert result_names(["a/eval/x.json", "b/eval/x.json", "y.json"]) == ["a/eval/x", "b/eval/x", "y"]
+    assert result_names(["x.json", "b/x.json"]) == ["x", "b/x"]
 
 
 @pytest.mark.parametrize(

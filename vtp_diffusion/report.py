@@ -68,8 +68,28 @@ class Chart:
     points: list[tuple[float, float, float | None, str]]
 
 
-def read_result(path: str | Path) -> Result:
+def result_names(files: Sequence[str | Path]) -> list[str]:
+    """What each result file is called on the page: its name without .json, where several have the same with as many
+    of the folders above it as tell them apart: run1/generation and run2/generation.
+
+    Raises:
+        ValueError: a file that is there twice.
+    """
+    parts = [Path(file).with_suffix("").parts for file in files]
+    names = [part[-1] for part in parts]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        if not (twice := {name for name in names if names.count(name) > 1}):
+            return names
+        names = ["/".join(p[-depth:]) if name in twice else name for p, name in zip(parts, names, strict=True)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"result files of the same name cannot be told apart on the page: {', '.join(twice)}")
+    return names
+
+
+def read_result(path: str | Path, name: str | None = None) -> Result:
     """A result file of eval/.
+
+    Args: `name`: what it is called on the page; None is the file's.
 
     Raises:
         ValueError: it cannot be read, is of no known evaluation, or is incomplete: named, with what is missing.
@@ -88,7 +108,7 @@ def read_result(path: str | Path) -> Result:
         raise ValueError(f"{path} is of no known evaluation ({', '.join(REQUIRED)}): it holds {', '.join(values)}")
     if missing := [key for key in REQUIRED[evaluation] if key not in values]:
         raise ValueError(f"{path} is an incomplete {evaluation} result: it lacks {', '.join(missing)}")
-    return Result(path.stem, evaluation, values, path.parent)
+    return Result(name or path.stem, evaluation, values, path.parent)
 
 
 def _number(value: float, digits: int = 4) -> str:
