@@ -171,7 +171,9 @@ def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trai
 
 def test_damaged_images_and_empty_captions_are_named_or_counted(tmp_path, offline):
     folder = write_shards(offline, tmp_path / "shards", damaged=(1, 6), silent=(3,))
-    with pytest.raises(UnreadableImageError, match="image 0000./0000000. of parquet cannot be read"):
+    with pytest.raises(
+        UnreadableImageError, match=r"shards/\*.parquet: image 0000./0000000. of parquet cannot be read"
+    ):
         captions(StreamingImages(config(folder, skip_empty_captions=True)), 12)
     images = StreamingImages(config(folder, skip_unreadable=True, skip_empty_captions=True))
     batches = StreamBatches(images, 3, 0, CPU, collate)

@@ -79,6 +79,8 @@ class StreamingImages:
         self.config, self.resolution, self.columns = config, config.resolution, columns
         self.table = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.num_shards = table.num_shards
+        read = files["validation"] if isinstance(files, dict) else files
+        self._where = "" if read is None else f"{read}: "  # before what is said of a sample
         feature = (table.features or {}).get(config.label_column) if config.label_column else None
         self.label_names = list(getattr(feature, "names", None) or [])
         described = [config.source, config.name, files, found[0], self.resolution, self.num_shards]
@@ -126,12 +128,13 @@ class StreamingImages:
         config = self.config
         caption = lacking = ""
         if config.caption_column:
-            caption = check_caption(row[config.caption_column], f"{config.source}: {config.caption_column} of {key}")
+            name = f"{self._where}{config.source}: {config.caption_column} of {key}"
+            caption = check_caption(row[config.caption_column], name)
             lacking = "" if caption else "without_caption"
         if lacking and config.skip_empty_captions:
             return None, lacking
         try:
-            image = decode_image(row[config.image_column], f"image {key} of {config.source}")
+            image = decode_image(row[config.image_column], f"{self._where}image {key} of {config.source}")
             pixels = np.array(center_crop(image, self.resolution))
         except UnreadableImageError:
             if not config.skip_unreadable:
@@ -146,8 +149,8 @@ class StreamingImages:
         label = row[self.config.label_column]
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             raise ValueError(
-                f"sample {key} of {self.config.source}: {self.config.label_column} is {label!r}, expected a class "
-                "index: the names in a stream are not known beforehand"
+                f"{self._where}sample {key} of {self.config.source}: {self.config.label_column} is {label!r}, expected "
+                "a class index: the names in a stream are not known beforehand"
             )
         return label
 
