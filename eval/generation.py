@@ -120,8 +120,8 @@ class GenerationConfig(FeaturesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output)
-        if self.nearest_neighbours is not None and not self.nearest_neighbours.endswith(".png"):
-            raise ValueError(f"nearest_neighbours must be a FILE.png, got {self.nearest_neighbours}")
+        if self.nearest_neighbours is not None:
+            check_output(self.nearest_neighbours, ".png", "nearest_neighbours")
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 3):
             raise ValueError(
                 f"batch_size must be at least 1 and num_images 3, got {self.batch_size} and {self.num_images}"
@@ -324,7 +324,6 @@ def count_near_duplicates(
     among, _ = nearest_neighbours(features["reference"], features["reference"], exclude_self=True)
     close = int((among < threshold).sum())
     result["reference"] = {"near_duplicates": close, "num_images": len(base), "share": close / len(base)}
-    Path(config.nearest_neighbours).parent.mkdir(parents=True, exist_ok=True)
     picture.save(config.nearest_neighbours)
     return result
 

@@ -31,7 +31,7 @@ from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.loading import load_encoder
 from vtp_diffusion.probe_features import ProbeFeatures, cached_features
 from vtp_diffusion.probes import KNN_NEIGHBOURS, LEARNING_RATES, LinearHeads, head_grid, knn_accuracy
-from vtp_diffusion.processes import check_device
+from vtp_diffusion.processes import check_alone, check_device
 from vtp_diffusion.results import check_output, write_results
 
 
@@ -136,6 +136,7 @@ def head_rows(
 
 
 def main() -> None:
+    check_alone("eval/linear_probe.py")
     config = parse_config(LinearProbeConfig, description=__doc__)
     model = load_encoder(config.model).requires_grad_(False)
     if config.num_layers > model.config.encoder_num_layers:

@@ -45,7 +45,7 @@ from vtp_diffusion.metrics.pixels import reconstruct
 from vtp_diffusion.metrics.sources import open_measured, read_batches
 from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
 from vtp_diffusion.metrics.statistics import JACKKNIFE_GROUPS
-from vtp_diffusion.processes import check_device
+from vtp_diffusion.processes import check_alone, check_device
 from vtp_diffusion.results import check_output, write_results
 
 WORST = 16
@@ -80,8 +80,8 @@ class ReconstructionEvaluationConfig:
     def __post_init__(self) -> None:
         check_device(self.device)
         check_output(self.output)
-        if self.worst_cases is not None and not self.worst_cases.endswith(".png"):
-            raise ValueError(f"worst_cases must be a FILE.png, got {self.worst_cases}")
+        if self.worst_cases is not None:
+            check_output(self.worst_cases, ".png", "worst_cases")
         self.feature_network = [network_name(name) for name in self.feature_network]
         if self.batch_size < 1 or (self.num_images is not None and self.num_images < 3):
             raise ValueError(
@@ -165,6 +165,7 @@ class PairedStatistics:
 
 
 def main() -> None:
+    check_alone("eval/reconstruction.py")
     config = parse_config(ReconstructionEvaluationConfig, description=__doc__)
     files = weight_files(config.weights, config.feature_network)
     networks = {n: feature_network(n, files.get(n)).to(config.device) for n in config.feature_network}
@@ -210,7 +211,6 @@ def main() -> None:
         "worst": [{"key": images.dataset.keys[k], "psnr": ratio} for k, ratio, *_ in worst.sorted()],
     }
     if config.worst_cases is not None:
-        Path(config.worst_cases).parent.mkdir(parents=True, exist_ok=True)
         worst.picture().save(config.worst_cases)
     results = write_results(config.output, "reconstruction", config, results)
     print_results(config, results)

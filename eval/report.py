@@ -58,7 +58,6 @@ def main() -> None:
     pictures = find_pictures(results, given)
     page = html_page(config.title, rows, charts, pictures, results)
     output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     output.with_suffix(".md").write_text(f"# {config.title}\n\n{markdown_table(rows)}", encoding="utf-8")
     for row in rows:

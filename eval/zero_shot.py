@@ -25,7 +25,7 @@ from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.loading import load_vtp
 from vtp_diffusion.probes import top_k_accuracy
-from vtp_diffusion.processes import check_device
+from vtp_diffusion.processes import check_alone, check_device
 from vtp_diffusion.results import check_output, write_results
 from vtp_diffusion.zero_shot import (
     IMAGENET_CLASSES,
@@ -96,6 +96,7 @@ def readable_batches(dataset: ImageDataset, batch_size: int, labels: list[int]):
 
 
 def main() -> None:
+    check_alone("eval/zero_shot.py")
     config = parse_config(ZeroShotConfig, description=__doc__)
     model = load_vtp(config.model)
     if not isinstance(model, VTPModel):

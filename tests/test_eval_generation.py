@@ -282,6 +282,8 @@ def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_
             ["--feature_network", "inception", "--weights", "inception=none.pth"],
             "6726825d.pth there, or name",
         ),
+        (["--output", "/dev/null/r.json"], "output /dev/null/r.json cannot be written"),
+        (["--nearest_neighbours", "/dev/null/p.png"], "nearest_neighbours /dev/null/p.png cannot be written"),
         (["--num_images", "2"], "num_images 3, got 32 and 2"),
         (["--num_images", "41"], "num_images is 41, but the generated images are 40"),
         (["--save_images", "samples"], "neither"),

@@ -100,6 +100,14 @@ def test_zero_shot(evaluate, made, tmp_path):
     assert results["num_classes"] == 1000 and results["templates"] == ["{}"]
 
 
+@pytest.mark.parametrize("program", ["linear_probe.py", "zero_shot.py", "reconstruction.py"])
+def test_a_program_that_does_not_share_its_work_is_not_started_several_times(program, evaluate, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"2 processes of eval/{program} were launched, expected 1"):
+        evaluate(program)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

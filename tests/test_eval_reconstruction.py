@@ -74,6 +74,8 @@ def test_an_image_that_cannot_be_read_is_not_measured_as_its_neighbour(words, tm
         (["--num_images", "7"], "num_images is 7, but split train has 6 images"),
         (["--num_images", "2"], "num_images 3, got 4 and 2"),
         (["--output", "r.txt"], "output must be a FILE.json, got r.txt"),
+        (["--output", "/dev/null/r.json"], "output /dev/null/r.json cannot be written"),
+        (["--worst_cases", "/dev/null/w.png"], "worst_cases /dev/null/w.png cannot be written"),
         (["--lpips_network", "squeeze"], "'squeeze' is unknown; known: vgg, alex"),
         (["--worst_cases", "worst"], "worst_cases must be a FILE.png"),
         (["--vae", "none"], "none is not the folder of a diffusers autoencoder"),

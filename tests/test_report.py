@@ -201,6 +201,7 @@ def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkey
         (["--results", "vae.json", "vae.json"], "cannot be told apart on the page: vae"),
         (["--results", "vae.json", "--pictures", "grid.png"], "pictures must be CAPTION=FILE"),
         (["--results", "vae.json", "--pictures", "a=none.png"], "picture none.png is not there"),
+        (["--results", "vae.json", "--output", "guidance-1.json/page.html"], "cannot be written"),
         (["--results", "vae.json", "--output", "page.pdf"], "output must be a FILE.html"),
     ],
 )

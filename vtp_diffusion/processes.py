@@ -26,6 +26,15 @@ def join_processes(**settings: Any) -> Any:
     return accelerator
 
 
+def check_alone(program: str) -> None:
+    """Raises: ValueError if several processes were launched of a program that does not share its work."""
+    if (launched := this_process()[1]) > 1:
+        raise ValueError(
+            f"{launched} processes of {program} were launched, expected 1: it does not share its work, each would do "
+            "all of it and write the same file. Start it with python"
+        )
+
+
 def check_device(name: str) -> None:
     """Raises: ValueError if a device is none of torch's, or one that this machine lacks. Nothing is put on it."""
     try:

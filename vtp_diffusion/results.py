@@ -1,5 +1,6 @@
 """Result files of the evaluation programs: JSON that says which evaluation it is, every setting, and the versions."""
 
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,20 @@ def numbers_line(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
 
 
-def check_output(output: str, suffix: str = ".json") -> None:
-    """Raises: ValueError unless `output` ends as it should."""
+def check_output(output: str, suffix: str = ".json", name: str = "output") -> None:
+    """Before any work: that a result can be written to `output` when it is there. Its folder is made.
+
+    Args: `name`: of the setting.
+    Raises: ValueError unless `output` ends as it should, is no folder, and its folder takes files.
+    """
+    path = Path(output)
     if not output.endswith(suffix):
-        raise ValueError(f"output must be a FILE{suffix}, got {output}")
+        raise ValueError(f"{name} must be a FILE{suffix}, got {output}")
+    if path.is_dir():
+        raise ValueError(f"{name} must be a FILE{suffix}, {output} is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} {output} cannot be written: {error}") from error
