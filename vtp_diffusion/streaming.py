@@ -149,8 +149,8 @@ class StreamingImages:
         label = row[self.config.label_column]
         if not isinstance(label, int) or isinstance(label, bool) or label < 0:
             raise ValueError(
-                f"{self._where}sample {key} of {self.config.source}: {self.config.label_column} is {label!r}, expected "
-                "a class index: the names in a stream are not known beforehand"
+                f"{self._where}sample {key} of {self.config.source}: {self.config.label_column} is {label!r}, "
+                "expected a class index: the names in a stream are not known beforehand"
             )
         return label
 
