@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -78,6 +80,18 @@ def test_writing_an_npz_in_pieces(tmp_path):
     assert not (tmp_path / "y.npz").exists()
 
 
+def rgb_png_of_16_bits(image):
+    """A PNG of uint16 (H, W, 3), which Pillow reads but does not write."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = image.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in image)  # each begins with its filter, none
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def test_images_of_other_modes_are_converted_and_counted_or_refused(tmp_path):
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
     Image.fromarray(pixels(1)[0]).save(tmp_path / "a.png")
@@ -90,6 +104,9 @@ def test_images_of_other_modes_are_converted_and_counted_or_refused(tmp_path):
     images = source.read(range(5))
     assert np.array_equal(images[1, 2], grey) and np.array_equal(images[2, 0], grey), "16 bits keep their upper 8"
     assert (images[3] == 255).all(), "what is transparent is white"
+    (tmp_path / "deep.png").write_bytes(rgb_png_of_16_bits(pixels(1)[0].astype(np.uint16) * 257))
+    assert FolderImages(tmp_path).converted["RGB;16"] == 1
+    assert np.array_equal(FolderImages(tmp_path).read([4])[0].permute(1, 2, 0), pixels(1)[0])
     Image.fromarray(grey.astype(np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(ValueError, match="f.tif .* mode 'F', expected 8 or 16 bits"):
         FolderImages(tmp_path)
@@ -134,6 +151,11 @@ def test_a_folder_that_is_not_what_it_says(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="holds 3 images, its settings.json says 4: it is incomplete"):
         FolderImages(tmp_path)
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "of" / "a.png")
+    assert len(FolderImages(tmp_path / "of")) == 1, "a folder without images is no set"
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "of" / "classes" / "b.png")
+    with pytest.raises(ValueError, match=r"holds 1 images and, beside them, a folder of images, classes \(1 of them"):
+        FolderImages(tmp_path / "of")
 
 
 def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():

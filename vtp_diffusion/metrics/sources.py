@@ -51,24 +51,29 @@ class FolderImages:
     """Image files of one folder, all of one size, in the order of their names. Nothing is cropped or resized.
 
     Files that are not 8-bit RGB are converted by `vtp_diffusion.decoding.as_rgb`: greys and palettes to RGB,
-    transparency onto white, 16-bit greys by their upper 8 bits; `converted` counts them by mode. 32-bit integers and
-    floats are refused.
+    transparency onto white; of 16 bits the upper 8 are kept. `converted` counts them by mode, RGB of 16
+    bits as "RGB;16". 32-bit integers and floats are refused.
 
     A folder that `pipelines/generate.py` wrote says in settings.json how many images it is to hold.
 
     Raises:
-        ValueError: no image files; one that cannot be read, has another size or a refused mode, named; fewer or more
-            images than the folder's settings say.
+        ValueError: no image files; folders of images beside them; one that cannot be read, has another size or a
+            refused mode, named; fewer or more images than the folder's settings say.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        files = (p for p in self.folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-        self.files = sorted(files)
+        self.files = _image_files(self.folder)
+        folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not self.files:
-            folders = any(path.is_dir() for path in self.folder.iterdir())
             hint = ": it holds folders, of which each is a set of images here" if folders else ""
             raise ValueError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
+        for inner in folders:
+            if images := _image_files(inner):
+                raise ValueError(
+                    f"{folder} holds {len(self.files)} images and, beside them, a folder of images, {inner.name} "
+                    f"({len(images)} of them), which would not be measured: expected one folder for one set"
+                )
         # headers only, all of them now: an error after hours of work would be no use
         with ThreadPoolExecutor(16) as pool:
             headers = list(pool.map(_header, self.files))
@@ -102,13 +107,20 @@ class FolderImages:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
+def _image_files(folder: Path) -> list[Path]:
+    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
 def _header(path: Path) -> tuple[int, int, str]:
     """Height, width and mode, without decoding."""
     try:
         with Image.open(path) as image:
             if image.mode in REFUSED_MODES:
                 raise ValueError(f"its pixels are of mode {image.mode!r}, expected 8 or 16 bits")
-            return image.height, image.width, image.mode
+            # Pillow has no RGB of 16 bits: it gives their upper 8, and only the layout of the file tells
+            deep = image.mode == "RGB" and any(";16" in str(tile[3]) for tile in image.tile)
+            return image.height, image.width, "RGB;16" if deep else image.mode
     except DECODING_ERRORS as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
