@@ -112,6 +112,9 @@ class GenerationConfig(FeaturesConfig):
     guidance_interval: tuple[float, float] = field(
         default=(0.0, 1.0), metadata={"help": "times between which guidance is on, 0 is noise and 1 is data"}
     )
+    guidance_channels: int | None = field(
+        default=None, metadata={"help": "guide only the first so many latent channels; 3 is upstream's rule"}
+    )
     batch_size: int = field(default=32, metadata={"help": "images sampled at once"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "precision in which a pipeline is sampled"}
@@ -197,6 +200,7 @@ def sampled(config: GenerationConfig, pipe: DiffusionPipeline, reference_labels:
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         guidance_interval=config.guidance_interval,
+        guidance_channels=config.guidance_channels,
     )
     images.settings["labels"] = config.labels
     return images
@@ -354,6 +358,10 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     }
 
 
+def deviation_text(deviation: float | None) -> str:
+    return "" if deviation is None else f"± {deviation:7.2g}"
+
+
 def print_results(results: dict) -> None:
     print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
     for row in results["distances"] + results["kernel_distances"]:
@@ -364,8 +372,8 @@ def print_results(results: dict) -> None:
             print(f"no floor: the reference holds {held}")
             continue
         print(
-            f"{floor['generated']:12.4g} ± {floor['generated_deviation']:7.2g} "
-            f"{floor['real']:10.4g} ± {floor['real_deviation']:7.2g}  "
+            f"{floor['generated']:12.4g} {deviation_text(floor['generated_deviation']):9} "
+            f"{floor['real']:10.4g} {deviation_text(floor['real_deviation']):9}  "
             f"{floor['sizes'][0]} against {floor['sizes'][1]} ({floor['kind']})"
         )
     for row in results["scores"]:

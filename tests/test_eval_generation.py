@@ -99,6 +99,7 @@ def test_good_samples_copies_and_an_untrained_network(evaluate, reference, pipel
     assert (good["images"], control["images"]) == ("generated", "control")
     assert good["distance"] == "FD-EffLite0" and "FD-EffLite0" in printed
     assert good["floor"]["kind"] == "held-out" and good["floor"]["sizes"] == [12, 40]
+    assert good["floor"]["real_deviation"] is good["floor"]["generated_deviation"] is None, "both sides are whole"
     assert good["value"] < 2 * good["floor"]["real"] < control["value"]
     assert results["counts"] == {
         "reference": 40, "floor": 12, "generated": 12, "control": 12, "reference_without_variants": 40
@@ -129,6 +130,7 @@ def test_a_pipeline_is_sampled_the_same_whatever_the_batch(evaluate, reference, 
 def test_saved_samples_give_the_same_numbers_and_say_what_made_them(evaluate, reference, pipeline, tmp_path):
     common = ("--reference", reference, "--feature_network", "efficientnet_lite0")
     sampling = ("--num_images", 4, "--num_inference_steps", 2, "--guidance_scale", 2, "--seed", 3)
+    sampling += ("--guidance_channels", 1)
     folder, first, again = tmp_path / "samples", tmp_path / "first.json", tmp_path / "again.json"
     evaluate(
         "--images", pipeline, "--control", "untrained", *common, *sampling, "--save_images", folder, "--output", first
@@ -142,6 +144,7 @@ def test_saved_samples_give_the_same_numbers_and_say_what_made_them(evaluate, re
     assert values[0] == pytest.approx(values[1], rel=1e-6) and first["sampling"] == again["sampling"]
     made, control = first["sampling"]["generated"], first["sampling"]["control"]
     assert (made["guidance_scale"], made["seed"], made["num_inference_steps"]) == (2, 3, 2)
+    assert made["guidance_channels"] == 1
     assert made["weights"]["vae"] == control["weights"]["vae"]
     assert made["weights"]["transformer"] != control["weights"]["transformer"]
 
@@ -305,6 +308,9 @@ def test_bad_input(words, message, evaluate, reference, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pipeline_needs_a_number_of_images(evaluate, reference, pipeline, tmp_path):
+def test_a_pipeline_needs_a_number_of_images_and_settings_that_suit_it(evaluate, reference, pipeline, tmp_path):
     with pytest.raises(ValueError, match="num_images must say how many images to sample"):
         evaluate("--images", pipeline, "--reference", reference, "--output", tmp_path / "r.json")
+    words = ("--images", pipeline, "--reference", reference, "--num_images", 3, "--guidance_channels", 5)
+    with pytest.raises(ValueError, match="guidance_channels must lie in 1 to 4 or be None, got 5"):
+        evaluate(*words, "--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json")

@@ -139,9 +139,11 @@ def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monk
     values |= {"duplicates": {"generated": 3, "reference": 0}, "converted": {"generated": {"L": 2}}}
     values["skipped"] = {"reference": ["a.png"]}
     values["settings"]["nearest_neighbours"] = "there/gone.png"
+    values["distances"][0]["floor"]["real_deviation"] = None
     Path("partly.json").write_text(json.dumps(values))
     report(monkeypatch, "--results", "partly.json", "--output", "page.html")
     printed, markdown, page = capsys.readouterr().out, Path("page.md").read_text(), Path("page.html").read_text()
+    assert "| FD-VGG | 12 ± 0.5 | 4 | 1000 against" in markdown and ": 17 ± 0.2" in markdown
     assert "2 numbers, 0 curves, 0 pictures" in printed and f"recall on vgg16 of the control: {why}" in printed
     assert f"| recall on vgg16 of the control | not measured | – |  | partly | {why} |" in markdown
     for text in ("3 of the generated images equal an earlier one", "2 of the generated images converted from mode L"):

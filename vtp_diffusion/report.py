@@ -115,6 +115,11 @@ def _number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
 
 
+def _floor_value(floor: dict[str, Any], side: str) -> str:
+    deviation = floor[f"{side}_deviation"]  # None: the same images in every repetition
+    return _number(floor[side]) + ("" if deviation is None else f" ± {_number(deviation, 2)}")
+
+
 def _share(value: float) -> str:
     return f"{value:.1%}"
 
@@ -158,10 +163,10 @@ def _generation_rows(result: Result) -> Iterable[Row]:
         reference = "reference statistics" if row["num_reference"] is None else f"{row['num_reference']} real"
         text = "not available"
         if floor is not None:
-            text = f"{_number(floor['real'])} ± {_number(floor['real_deviation'], 2)}"
+            text = _floor_value(floor, "real")
             details.append(
                 f"at the floor's sizes ({floor['sizes'][0]} against {floor['sizes'][1]}, {floor['kind']}): "
-                f"{_number(floor['generated'])} ± {_number(floor['generated_deviation'], 2)}"
+                f"{_floor_value(floor, 'generated')}"
             )
         details += _caveats(result, row["images"])
         value = f"{_number(row['value'])} ± {_number(spread['value'], 2)}"

@@ -282,7 +282,8 @@ class Floor:
     Attributes:
         kind: "halves" or "held-out", see `floor_of_halves` and `floor_of_images`.
         sizes: numbers of images on the two sides, of `real` and of `generated` alike.
-        real, real_deviation: real against real, mean and standard deviation over repetitions.
+        real, real_deviation: real against real, mean and standard deviation over repetitions; None where every
+            repetition takes the same images, whose deviation would be rounding noise.
         generated, generated_deviation: generated against real, likewise.
     """
 
@@ -290,21 +291,21 @@ class Floor:
     sizes: tuple[int, int]
     repetitions: int
     real: float
-    real_deviation: float
+    real_deviation: float | None
     generated: float
-    generated_deviation: float
+    generated_deviation: float | None
 
 
-def _summary(kind: str, sizes: tuple[int, int], real: list[float], generated: list[float]) -> Floor:
-    return Floor(
-        kind,
-        sizes,
-        len(real),
-        float(np.mean(real)),
-        float(np.std(real)),
-        float(np.mean(generated)),
-        float(np.std(generated)),
-    )
+def _summary(
+    kind: str, sizes: tuple[int, int], real: list[float], generated: list[float], whole: Sequence[str] = ()
+) -> Floor:
+    """`whole`: names of the sides that were the same images in every repetition."""
+    deviations = {
+        name: None if name in whole else float(np.std(values))
+        for name, values in (("real", real), ("generated", generated))
+    }
+    means = float(np.mean(real)), float(np.mean(generated))
+    return Floor(kind, sizes, len(real), means[0], deviations["real"], means[1], deviations["generated"])
 
 
 def floor_of_halves(
@@ -353,7 +354,8 @@ def floor_of_images(
     """Floor from real images outside the reference: n = min(N_generated, N_held_out) against the whole reference.
 
     `real` is the distance of n held-out images to the reference: what a sampler of new images from the same
-    distribution would get. `generated` is that of n random generated images to the same reference.
+    distribution would get. `generated` is that of n random generated images to the same reference. The smaller of the
+    two sets is used whole, and has no deviation.
     Arguments as of `floor_of_halves`.
     """
     n = min(len(generated), len(held_out))
@@ -366,4 +368,5 @@ def floor_of_images(
         for features, distances in ((held_out, real_distances), (generated, generated_distances)):
             subset = features[generator.permutation(len(features))[:n]]
             distances.append(distance(whole, prepare(subset)))
-    return _summary("held-out", (n, len(reference)), real_distances, generated_distances)
+    whole = [name for name, features in (("real", held_out), ("generated", generated)) if len(features) == n]
+    return _summary("held-out", (n, len(reference)), real_distances, generated_distances, whole)
