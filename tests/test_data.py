@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import vtp_diffusion.data as data
+from vtp_diffusion.batches import collate_images, read_batches
 from vtp_diffusion.data import (
     NUM_DRAWS,
     AugmentationConfig,
@@ -166,6 +167,14 @@ def test_from_disk_a_skipped_image_gives_way_to_the_next(damaged, from_disk):
     dataset = open_dataset(folder_config(damaged, skip_unreadable=True))
     assert [item["key"] for item in dataset.__getitems__([0, 1, 2, 1])] == ["0.png", "2.png", "2.png", "2.png"]
     assert dataset.skipped == ["1.png"]
+
+
+def test_what_workers_could_not_read_is_known_where_they_were_started(damaged, from_disk):
+    dataset = open_dataset(folder_config(damaged, skip_unreadable=True))
+    for _ in range(2):  # counted once
+        batches = read_batches(dataset, [[0, 1], [1, 2]], collate_images, torch.device("cpu"), num_workers=2)
+        assert [len(batch["image"]) for batch in batches] == [2, 2]
+        assert dataset.skipped == ["1.png"]
 
 
 def test_nothing_readable(tmp_path):

@@ -212,6 +212,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, inputs):
         (["--adversarial.discriminator=dino"], "adversarial.discriminator is 'dino'"),
         (["--reconstruction.weight=0.1"], "reconstruction.weight is 0.1, expected 1"),
         (["--evaluation_images=0"], "evaluation_images is 0"),
+        (["--data.limit=3"], "has 3 training images, expected at least train_batch_size, 4: a batch would hold"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(tmp_path, inputs, more, message):

@@ -463,6 +463,7 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch, capsys):
     # what has no text takes part in the step, but not in its contrastive objective
     lines = [json.loads(line) for line in (tmp_path / "straight" / "log.jsonl").read_text().splitlines()]
     pairs = [line["contrastive/captions"] for line in lines if "contrastive/captions" in line]
+    assert lines[-1]["left_out/without_caption"] == results["left_out"]["without_caption"]
     assert len(pairs) == 6 and sum(pairs) == 6 * 8 - results["left_out"]["without_caption"] < 6 * 8
     with pytest.raises(ValueError, match="evaluation_images is None with data.streaming"):
         program.main(arguments(tmp_path / "other", *more, "--evaluation_images=none"))

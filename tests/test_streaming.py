@@ -159,10 +159,10 @@ def test_the_first_samples_as_a_data_set(tmp_path, offline):
 def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trained_on(tmp_path, offline):
     folder = write_shards(offline, tmp_path / "shards")
     plain = config(folder, data_files=str(folder / "[01].parquet"))
-    training, measured = open_splits(replace(plain, validation_files=str(folder / "2.parquet")), 100)
+    training, measured = open_splits(replace(plain, validation_files=str(folder / "2.parquet")), 100, 4)
     assert sorted(measured["held_out"].captions) == [f"text {n}" for n in (10, 11, 8, 9)]
     assert sorted(captions(training, 8)) == sorted(measured["train"].captions) == everything(8)
-    alone, measured = open_splits(plain, 100)
+    alone, measured = open_splits(plain, 100, 4)
     assert alone.fingerprint == training.fingerprint and measured.keys() == {"train"}
 
 

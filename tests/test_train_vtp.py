@@ -163,6 +163,7 @@ def test_a_folder_without_held_out_images_claims_none(tmp_path, pictures, capsys
         (["--model.encoder_width=5"], "unknown option"),
         (["--data.resolution=0"], "resolution is 0"),
         (["--validation_images=0"], "validation_images is 0"),
+        (["--train_batch_size=24"], "has 20 training images, expected at least train_batch_size, 24: a batch would"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(tmp_path, pictures, more, message):
@@ -171,12 +172,21 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, pictures, more,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unreadable_image_stops_the_run_or_is_left_out(tmp_path, pictures):
+def test_an_unreadable_image_stops_the_run_or_is_left_out(tmp_path, pictures, monkeypatch, capsys):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     (folder / "train" / "03.png").write_bytes(b"not a picture")
     program = load_program("train_vtp")
     with pytest.raises(ValueError, match="03.png"):
         program.main(arguments(tmp_path / "run", folder))
-    program.main(arguments(tmp_path / "run", folder, "--data.skip_unreadable", "--max_train_steps=1"))
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["train"]["images"] == 19
+    more = ("--data.skip_unreadable", "--max_train_steps=1")
+    program.main(arguments(tmp_path / "run", folder, *more))
+    assert "train: unreadable images, left out: 1 (train/03.png)\n" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["train"]["images"] == 19 and results["left_out"] == {"unreadable": 1}
+    monkeypatch.setattr("vtp_diffusion.data.IN_MEMORY_BYTES", 0)  # read image by image, as large sets are
+    more += ("--train_batch_size=20", "--keep_on_device=false", "--dataloader_num_workers=1")
+    program.main(arguments(tmp_path / "read", folder, *more))
+    results = json.loads((tmp_path / "read" / "results.json").read_text())
+    assert results["left_out"] == {"unreadable": 1} and results["held_out"]["unreadable"] == 0
+    assert json.loads((tmp_path / "read" / "log.jsonl").read_text().splitlines()[-1])["left_out/unreadable"] == 1

@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         autoencoder.enable_gradient_checkpointing()
     settings = config.reconstruction
     perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
-    training, datasets = open_splits(config.data, config.evaluation_images)
+    training, datasets = open_splits(config.data, config.evaluation_images, config.train_batch_size)
     fingerprint = f"{training.fingerprint}-{autoencoder_identity(reference)['weights']}"
 
     if config.mixed_precision != "no":
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
             if fallen := collapsed(run, config, datasets):
                 run.save(step + 1)  # the same command comes to the same end
                 break
-    left_out = count_left_out(run, batches) if config.data.streaming else {}
+    left_out = count_left_out(run, training, batches)
     if run.is_main:
         with run.averaged_weights():
             trained, of_step = autoencoder, config.max_train_steps

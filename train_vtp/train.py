@@ -181,22 +181,20 @@ def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]
 
 
 def check_data(config: Config, dataset) -> None:
-    """ValueError where the training images are too few, or have no captions, for what they are to be trained for.
-
-    Args: `dataset`: the training images, of a stream those that are measured.
-    """
-    if (
-        config.objectives != ("reconstruction",)
-        and not config.data.streaming
-        and len(dataset) < config.train_batch_size
-    ):
-        raise ValueError(
-            f"{config.data.source} has {len(dataset)} training images, expected at least train_batch_size, "
-            f"{config.train_batch_size}: an image would be its own negative"
-        )
+    """ValueError where captions are trained on and the training images, of a stream those measured, have none."""
     if "contrastive" in config.objectives and not any((caption or "").strip() for caption in dataset.captions):
         some = f"in its first {len(dataset)} images, " if config.data.streaming else ""
         raise ValueError(f"{config.data.source} has no captions, {some}which the contrastive objective needs")
+
+
+def announce(config: Config, datasets: dict) -> None:
+    """Print what the data lack, before anything is trained on them."""
+    for name, dataset in datasets.items():
+        if skipped := dataset.skipped:
+            first = ", ".join(skipped[:3]) + ", ..." * (len(skipped) > 3)
+            print(f"{name}: unreadable images, left out: {len(skipped)} ({first})")
+    for sentence in unmeasured(datasets, "contrastive" in config.objectives):
+        print(sentence)
 
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[list[dict]]:
@@ -220,14 +218,14 @@ def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, na
     return values
 
 
-def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual, step: int) -> None:
-    """The measures on held-out images, and a grid of originals with their reconstructions below."""
+def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual, step: int, counts: dict) -> None:
+    """The measures on held-out images beside `counts`, and a grid of originals with their reconstructions below."""
     name, dataset = list(datasets.items())[-1]
     values = {f"{name}_{key}": value for key, value in measure(config, model, datasets, name, perceptual).items()}
     picture = None
     if "reconstruction" in config.objectives:
         picture = reconstruction_grid(getattr(model, "autoencoder", model), dataset, config.validation_images)
-    run.report(step, values, picture)
+    run.report(step, values | counts, picture)
 
 
 def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, left_out: dict) -> dict:
@@ -241,6 +239,8 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, 
         images = min(len(dataset), config.evaluation_images or len(dataset))
         results[name] = measured | {"images": images, "data": dataset.fingerprint}
         results[name]["without_caption"] = sum(not (caption or "").strip() for caption in dataset.captions)
+        if not config.data.streaming:
+            results[name]["unreadable"] = len(dataset.skipped)
     if "reconstruction" in config.objectives:
         mean, std = measure_latent_statistics(autoencoder, plain_batches(datasets["train"], run.device, flips=True))
         autoencoder.register_to_config(latents_mean=mean, latents_std=std)
@@ -248,7 +248,7 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, 
     autoencoder.save_pretrained(run.folder.path / "vae")
     if isinstance(model, VTPModel):
         model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
-    results |= {"left_out": left_out} if left_out else {}
+    results["left_out"] = left_out
     results["configuration"] = config_to_dict(config)
     (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = RunFolder(config.output_dir, config)
     torch.manual_seed(config.seed)
     objective, model = build(config)
-    training, datasets = open_splits(config.data, config.evaluation_images)
+    training, datasets = open_splits(config.data, config.evaluation_images, config.train_batch_size)
     check_data(config, datasets["train"])
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
@@ -283,8 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         in_parts=len(config.objectives) > 1,
     )
     if run.is_main:
-        for sentence in unmeasured(datasets, "contrastive" in config.objectives):
-            print(sentence)
+        announce(config, datasets)
     perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
     length = config.text.text_context_length if "contrastive" in config.objectives else None
     batches = training_batches(run, training, length, config.keep_on_device, config.dataloader_num_workers)
@@ -297,10 +296,16 @@ def main(argv: list[str] | None = None) -> None:
                 group["weight_decay"] = decay
         counted = run.optimise(step, inputs)
         objective.after_step(done, counted)
-        if run.is_main and run.due(step, config.validation_steps):
-            with run.averaged_weights():
-                validate(run, config, model, datasets, perceptual, step + 1)
-    left_out = count_left_out(run, batches) if config.data.streaming else {}
+        validation_due = run.due(step, config.validation_steps)
+        if validation_due or run.due(step, config.checkpointing_steps):
+            left_out = count_left_out(run, training, batches)
+            counts = {f"left_out/{reason}": count for reason, count in left_out.items() if count}
+            if run.is_main and validation_due:
+                with run.averaged_weights():
+                    validate(run, config, model, datasets, perceptual, step + 1, counts)
+            else:
+                run.report(step + 1, counts)
+    left_out = count_left_out(run, training, batches)
     if run.is_main:
         with run.averaged_weights():
             results = finish(run, config, model, datasets, perceptual, left_out)

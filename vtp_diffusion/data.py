@@ -129,9 +129,11 @@ class ImageDataset(Dataset):
         weights: (N,) how often an image should be drawn, or copied, relative to others.
         fingerprint: identifies the content and the crop.
         skip_unreadable: an image that cannot be read gives way to the next one that can, label and key included: an
-            index always gives the same item. `skipped` holds its key (in the process that met it). A data set that is
-            kept in memory leaves such images out instead.
+            index always gives the same item. A data set that is kept in memory leaves such images out instead.
         classes_named: whether `label_names` are more than indices.
+
+    Attributes:
+        skipped: keys of the images that could not be read, as far as this process and its workers have met them.
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
@@ -139,7 +141,9 @@ class ImageDataset(Dataset):
         self.references, self.read, self.resolution = references, read, resolution
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
-        self.classes_named, self.skipped = classes_named, list[str]()
+        self.classes_named, self._dropped = classes_named, list[str]()
+        # in shared memory, since it is the workers of a loader that read
+        self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self._pixels: np.ndarray | None = None  # (N, R, R, 3) once everything was read, for small sets
         if len(references) == 0:
             raise ValueError("the data set holds no images")
@@ -159,6 +163,10 @@ class ImageDataset(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         return [self[index] for index in indices]
 
+    @property
+    def skipped(self) -> list[str]:
+        return [*self._dropped, *(self.keys[index] for index in self._unreadable.nonzero().flatten().tolist())]
+
     def keep_in_memory(self) -> "ImageDataset":
         """Read every image now, and drop those that cannot be read if that is wanted."""
         from tqdm.auto import tqdm
@@ -171,13 +179,21 @@ class ImageDataset(Dataset):
                 readable.append(index)
         if not readable:
             raise ValueError(f"none of the {len(self)} images can be read")
-        if len(readable) < len(self):
-            self.weights = self.weights[readable]
-            for name in ("references", "keys", "labels", "captions"):
-                values = getattr(self, name)
-                setattr(self, name, [values[index] for index in readable])
+        self.keep_readable(readable)
         self._pixels = np.stack(pixels)
         return self
+
+    def keep_readable(self, readable: list[int]) -> None:
+        """Drop all images but those of these indices, in order; the keys of the others are `skipped`."""
+        left_out = set(range(len(self))).difference(readable)
+        if not left_out:
+            return
+        self._dropped = [self.keys[index] for index in sorted(left_out)]
+        self._unreadable = torch.zeros(len(readable), dtype=torch.bool).share_memory_()
+        self.weights = self.weights[readable]
+        for name in ("references", "keys", "labels", "captions"):
+            values = getattr(self, name)
+            setattr(self, name, [values[index] for index in readable])
 
     def _readable(self, index: int) -> tuple[int, np.ndarray]:
         if self._pixels is not None:
@@ -195,8 +211,7 @@ class ImageDataset(Dataset):
         except UnreadableImageError:
             if not self.skip_unreadable:
                 raise
-            if self.keys[index] not in self.skipped:
-                self.skipped.append(self.keys[index])
+            self._unreadable[index] = True
             return None
 
 

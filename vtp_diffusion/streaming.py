@@ -24,6 +24,7 @@ from .batches import Columns, leave_stopping_to_parent
 from .data import DataConfig, ImageDataset, check_caption, open_dataset, split_files
 from .decoding import UnreadableImageError, center_crop, decode_image
 from .extras import require
+from .processes import gather_objects
 from .training import TrainingRun
 
 READ_ROWS = 32  # rows asked of `datasets` at a time
@@ -179,11 +180,16 @@ class StreamingImages:
 
 
 def open_splits(
-    config: DataConfig, evaluation_images: int | None
+    config: DataConfig, evaluation_images: int | None, batch_size: int
 ) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
     """What is trained on, and what is measured: the training images and, where there are any, held-out ones.
 
-    Args: `evaluation_images`: of a stream, so many of either split are measured.
+    Args:
+        evaluation_images: of a stream, so many of either split are measured.
+        batch_size: images of a step, over all processes.
+
+    Raises:
+        ValueError: there are fewer training images than a step takes; reading shows it of a stream.
     """
     if config.streaming:
         training = StreamingImages(config)
@@ -192,6 +198,11 @@ def open_splits(
             measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
         return training, measured
     training, held_out = open_dataset(config, "train"), open_dataset(config, "validation")
+    if len(training) < batch_size:
+        raise ValueError(
+            f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
+            "a batch would hold an image twice"
+        )
     # a plain folder has no validation split: nothing measured on it is held out
     same = held_out.fingerprint == training.fingerprint
     return training, {"train": training} | ({} if same else {"held_out": held_out})
@@ -355,8 +366,14 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
     return batches
 
 
-def count_left_out(run: TrainingRun, batches: StreamBatches) -> dict[str, int]:
-    """`StreamBatches.left_out` of all processes together; every process has to call this."""
+def count_left_out(run: TrainingRun, training: ImageDataset | StreamingImages, batches: Any) -> dict[str, int]:
+    """How many samples were left out of training by all processes together; every process has to call this.
+
+    Of a stream it is `StreamBatches.left_out` since the beginning of the run, a sample counting in every epoch. Of
+    images by index it is how many different ones could not be read since the program was started.
+    """
+    if not isinstance(training, StreamingImages):
+        return {"unreadable": len(set().union(*gather_objects(training.skipped)))}
     counts = batches.left_out
     total = run.accelerator.reduce(torch.tensor(list(counts.values()), device=run.device), reduction="sum")
     return dict(zip(counts, total.tolist(), strict=True))

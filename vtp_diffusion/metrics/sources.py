@@ -163,13 +163,7 @@ def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
     readable = [index for index, good in enumerate(tqdm(found, total=len(dataset), desc="checking images")) if good]
     measured = copy.copy(dataset)
     measured.skip_unreadable = False  # one that is damaged from now on is named, not replaced
-    if len(readable) < len(dataset):
-        left_out = set(range(len(dataset))).difference(readable)
-        measured.skipped = [dataset.keys[index] for index in sorted(left_out)]
-        measured.weights = dataset.weights[readable]
-        for name in ("references", "keys", "labels", "captions"):
-            values = getattr(dataset, name)
-            setattr(measured, name, [values[index] for index in readable])
+    measured.keep_readable(readable)
     return measured
 
 
