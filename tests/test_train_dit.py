@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline
 from vtp_diffusion.latents import autoencoder_identity, write_metadata, write_shard
+from vtp_diffusion.metrics.networks import FeatureNetwork
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["cat", "dog", "fish"]
@@ -286,7 +287,7 @@ def test_the_log_has_losses_by_time_and_a_distance_with_its_floor(tmp_path, made
     for k in range(10):
         Image.new("RGB", (20, 16), (25 * k, 250 - 20 * k, 7 * k)).save(tmp_path / "images" / "grey" / f"{k}.png")
 
-    class MeanColour(torch.nn.Module):
+    class MeanColour(FeatureNetwork):
         distance_name = "FD-colour"
 
         def outputs(self, images):

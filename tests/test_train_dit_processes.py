@@ -18,11 +18,12 @@ from test_train_dit import ROOT, arguments, fresh_accelerate, load_program, made
 from tiny_training import shard_on_cpu
 
 from vtp_diffusion import LightningDiTPipeline, validation
+from vtp_diffusion.metrics.networks import FeatureNetwork
 
 MODES = ("whole", "sharded")
 
 
-class MeanColour(torch.nn.Module):
+class MeanColour(FeatureNetwork):
     """Red and green of the mean colour."""
 
     distance_name = "FD-colour"
