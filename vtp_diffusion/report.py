@@ -196,6 +196,8 @@ def _generation_rows(result: Result) -> Iterable[Row]:
 def _reconstruction_rows(result: Result) -> Iterable[Row]:
     values, count = result.values, str(result.values["num_images"])
     details = ["mean of the images' own"]
+    if (rule := values.get("subset_rule", "all")) != "all":
+        details.append(rule)
     if equal := values.get("equal_images"):
         details.append(f"{equal} that come back exactly, of which it is infinite, are left out")
     if keys := values.get("skipped"):

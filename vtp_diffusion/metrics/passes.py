@@ -1,7 +1,9 @@
 """What evaluation programs do with images before anything is measured: open them, and pass them through networks."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -101,6 +103,26 @@ def open_reference(
     is_base = weights == weights.max()
     base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (is_base, ~is_base))
     return images, base, variants
+
+
+def chosen_images(num_images: int | None, name: str, count: int, seed: int) -> list[int]:
+    """Indices of the images that are measured, in order: all `count` of them (None), or a random subset.
+
+    A subset is random because folders are sorted by class: the first images would be those of the first classes.
+
+    Raises: ValueError: more are wanted than the images called `name` are.
+    """
+    wanted = count if num_images is None else num_images
+    if wanted > count:
+        raise ValueError(f"num_images is {wanted}, but the {name} images are {count}")
+    if wanted == count:
+        return list(range(count))
+    return sorted(np.random.default_rng(seed).permutation(count)[:wanted].tolist())
+
+
+def subset_rule(chosen: Sequence[int], count: int, seed: int) -> str:
+    """How `chosen_images` chose, in the words of result files."""
+    return "all" if len(chosen) == count else f"a random subset of {count}, seed {seed}"
 
 
 def skipped_images(sources: dict[str, ImageSource]) -> dict[str, list[str]]:
