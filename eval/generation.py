@@ -58,11 +58,11 @@ from vtp_diffusion.metrics.npz import ImageSpool, NpzImages
 from vtp_diffusion.metrics.passes import (
     FeaturesConfig,
     chosen_images,
+    image_faults,
     open_networks,
     open_reference,
     record_source,
     settings_of,
-    skipped_images,
     split_rule,
     subset_rule,
 )
@@ -345,7 +345,6 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
             key: file_sha256(path) for key, path in files.items() if path is not None and path.endswith(".npz")
         },
         "converted": {n: s.converted for n, (s, _) in sources.items() if isinstance(s, FolderImages) and s.converted},
-        "skipped": skipped_images({name: source for name, (source, _) in sources.items() if name != "variants"}),
         "sampling": {name: {k: v for k, v in s.items() if k != "label_ids"} for name, s in made.items()},
         "fingerprints": {n: s.dataset.fingerprint for n, (s, _) in sources.items() if isinstance(s, DatasetImages)},
     }
@@ -387,7 +386,7 @@ def print_results(results: dict) -> None:
     for name, number in results["duplicates"].items():
         if number:
             print(f"{name}: images that equal an earlier one: {number}")
-    print_skipped(results["skipped"])
+    print_faults(results["skipped"], results["enlarged"])
     hashes = results["images_sha256"]
     for name in ("reference", "floor"):
         if hashes.get(name) == hashes["generated"]:
@@ -405,10 +404,13 @@ def print_results(results: dict) -> None:
                 print(f"{name:12} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
 
 
-def print_skipped(skipped: dict[str, list[str]]) -> None:
+def print_faults(skipped: dict[str, list[str]], enlarged: dict[str, int]) -> None:
     for name, keys in skipped.items():
         if keys:
             print(f"{name}: images that cannot be read, left out: {len(keys)} (the first is {keys[0]})")
+    for name, count in enlarged.items():
+        if count:
+            print(f"{name}: images that are smaller than what is measured, and were enlarged: {count}")
 
 
 def make_reference(config: ReferenceConfig) -> None:
@@ -421,15 +423,15 @@ def make_reference(config: ReferenceConfig) -> None:
     source, base, _ = opened
     network = extractors[name].network
     wanted = {name: wanted_outputs(network, "reference")}
+    faults = image_faults({"reference": (source, base)})
     found = record_source(config, "reference", source, base, extractors, wanted)
     if this_process()[0] == 0:
         settings = {"settings": settings_of(config), "num_reference": len(base)}
-        skipped = skipped_images({"reference": source})
-        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, "skipped": skipped}
+        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, **faults}
         write_statistics(config.output, network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
         print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
-        print_skipped(skipped)
+        print_faults(**faults)
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
@@ -440,10 +442,11 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     if config.reference.endswith(".npz"):
         statistics = {n: read_statistics(config.reference, extractors[n].network, config.device) for n in statistics}
     sources = collect_images(config)
+    faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     records = record_all(config, sources, extractors, wait)
     if this_process()[0] > 0:
         return
-    results = {"settings": settings_of(config)} | describe_images(config, sources, records)
+    results = {"settings": settings_of(config)} | describe_images(config, sources, records) | faults
     results |= {"networks": [extractor.network.describe() for extractor in extractors.values()]}
     results |= {"distances": [], "kernel_distances": [], "scores": [], "not_measured": []}
     for network in config.feature_network:

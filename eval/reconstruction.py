@@ -180,6 +180,7 @@ def main() -> None:
     chosen = chosen_images(config.num_images, config.split, len(images), config.seed)
     if (count := len(chosen)) < 3:
         raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
+    enlarged = images.count_enlarged(chosen)
     statistics = [PairedStatistics(network) for network in networks.values()]
     values, worst, start = {"psnr": [], "ssim": [], "lpips": []}, WorstCases(WORST), 0
     batches = read_batches(images, chosen, config.batch_size)
@@ -201,6 +202,7 @@ def main() -> None:
         "num_images": count,
         "subset_rule": subset_rule(chosen, len(images), config.seed),
         "skipped": images.dataset.skipped,
+        "enlarged": enlarged,
         "fingerprint": images.dataset.fingerprint,
         "autoencoder": autoencoder_identity(vae),
         **mean_psnr(found["psnr"]),
@@ -223,6 +225,8 @@ def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None
     print(f"\n{results['num_images']} images")
     if results["skipped"]:
         print(f"{len(results['skipped'])} more cannot be read and are left out, the first is {results['skipped'][0]}")
+    if results["enlarged"]:
+        print(f"{results['enlarged']} of them are smaller than {config.data.resolution} px and were enlarged")
     if results["equal_images"]:
         print(f"{results['equal_images']} of them come back exactly and are left out of the mean PSNR")
     if results["psnr"] is not None:

@@ -163,6 +163,7 @@ def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
     assert "FD-EffLite0" in done.stdout
     results = json.loads(output.read_text())
     assert results["image_size"] == [32, 32] and results["counts"]["reference"] == 6
+    assert results["enlarged"] == {"reference": 0} and "enlarged" not in done.stdout
 
 
 def test_a_reference_is_made_once_and_read_back(evaluate, reference, tmp_path):
@@ -223,10 +224,11 @@ def test_images_that_are_there_twice_are_refused(evaluate, reference, tmp_path):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_reference_without_its_unreadable_images_is_so_many_fewer(
+def test_images_of_a_reference_that_are_unreadable_or_too_small_are_counted(
     in_memory, evaluate, reference, tmp_path, monkeypatch
 ):
     folder = save_folder(tmp_path / "real", shapes(8, seed=0))
+    Image.fromarray(shapes(1, seed=9)[0, :20, :31]).save(folder / "008.png")  # smaller than what is measured
     (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:60])
     if not in_memory:
         monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
@@ -235,10 +237,11 @@ def test_a_reference_without_its_unreadable_images_is_so_many_fewer(
         "--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json",
     )  # fmt: skip
     results = json.loads((tmp_path / "r.json").read_text())
-    assert results["distances"][0]["num_reference"] == results["counts"]["reference"] == 7
+    assert results["distances"][0]["num_reference"] == results["counts"]["reference"] == 8
     assert results["duplicates"]["reference"] == 0, "no image is measured in the place of another"
     assert results["skipped"] == {"reference": ["002.png"]}
     assert "reference: images that cannot be read, left out: 1 (the first is 002.png)" in printed
+    assert results["enlarged"] == {"reference": 1} and "and were enlarged: 1" in printed
 
 
 def test_a_device_that_is_not_there():

@@ -73,12 +73,15 @@ def test_some_images_are_a_random_choice(words, tmp_path, monkeypatch):
 def test_an_image_that_cannot_be_read_is_not_measured_as_its_neighbour(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
     (tmp_path / "images" / "2.png").write_bytes(b"no image")
+    Image.new("RGB", (31, 40), "red").save(tmp_path / "images" / "4.png")
     monkeypatch.setattr(sys, "argv", [*words, "--data.skip_unreadable", "true"])
     runpy.run_path(words[0], run_name="__main__")
     results = json.loads((tmp_path / "r.json").read_text())
-    assert results["num_images"] == 5 and results["skipped"] == ["2.png"]
+    assert results["num_images"] == 5 and results["skipped"] == ["2.png"] and results["enlarged"] == 1
     assert sorted(case["key"] for case in results["worst"]) == [f"{k}.png" for k in (0, 1, 3, 4, 5)]
-    assert "1 more cannot be read and are left out, the first is 2.png" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 more cannot be read and are left out, the first is 2.png" in printed
+    assert "1 of them are smaller than 32 px and were enlarged" in printed
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,19 @@ import os
 import struct
 import zlib
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import vtp_diffusion.data
 from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.data import DataConfig
 from vtp_diffusion.metrics import Extractor, FeatureNetwork, feature_network, network_name, weight_files
 from vtp_diffusion.metrics.npz import ImageSpool, NpzImages, write_npz
 from vtp_diffusion.metrics.records import Wanted, record_images
-from vtp_diffusion.metrics.sources import PIECE, FolderImages, image_hashes, read_batches
+from vtp_diffusion.metrics.sources import PIECE, FolderImages, image_hashes, open_measured, read_batches
 from vtp_diffusion.processes import reading_processes
 
 
@@ -137,6 +140,25 @@ def test_reading_leaves_cpus_to_others(monkeypatch):
     assert reading_processes() == max(1, min(32, cpus - 1)) and reading_processes(limit=1) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cpus))
     assert reading_processes() == 1
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_rows_of_a_collection_that_are_unreadable_or_too_small(in_memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if not in_memory:
+        monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
+    for k, side in enumerate((16, 15, 40)):
+        Image.fromarray(pixels(1, k)[0]).resize((20, side)).save(tmp_path / f"{k}.png")
+    rows = [{"bytes": (tmp_path / f"{k}.png").read_bytes(), "path": None} for k in range(3)]
+    table = {"image": [rows[0], {"bytes": b"no image", "path": None}, rows[1], None, rows[2]]}
+    file = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict(table, datasets.Features({"image": datasets.Image()})).to_parquet(str(file))
+    config = DataConfig(source="parquet", data_files=str(file), resolution=16, skip_unreadable=True)
+    source = open_measured(config, "train")
+    assert (len(source), source.dataset.skipped) == (3, ["00000001", "00000003"])
+    assert source.count_enlarged(range(3)) == source.count_enlarged([1]) == 1 and source.count_enlarged([2]) == 0
+    assert len({bytes(image.numpy()) for image in source.read(range(3))}) == 3
+    assert len(source.labels) == len(source.dataset.weights) == 3
 
 
 def test_a_folder_that_is_not_what_it_says(tmp_path):

@@ -137,7 +137,7 @@ def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monk
     why = "the reference holds statistics but no images"
     values["not_measured"] = [{"what": "recall", "why": why, "images": "control", "network": "vgg16"}]
     values |= {"duplicates": {"generated": 3, "reference": 0}, "converted": {"generated": {"L": 2}}}
-    values["skipped"] = {"reference": ["a.png"]}
+    values |= {"skipped": {"reference": ["a.png"]}, "enlarged": {"reference": 7}}
     values["settings"]["nearest_neighbours"] = "there/gone.png"
     values["distances"][0]["floor"]["real_deviation"] = None
     Path("partly.json").write_text(json.dumps(values))
@@ -148,6 +148,7 @@ def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monk
     assert f"| recall on vgg16 of the control | not measured | – |  | partly | {why} |" in markdown
     for text in ("3 of the generated images equal an earlier one", "2 of the generated images converted from mode L"):
         assert markdown.count(text) == 2 and page.count(text) == 2, "beside the distance and the score"
+    assert markdown.count("7 of the reference images are smaller than these and were enlarged") == 1
     assert markdown.count("1 of the reference images cannot be read") == 1, "beside what is against the reference"
     assert "reference images equal" not in markdown
     assert "picture there/gone.png is not there" in printed and "picture there/gone.png is not there" in page

@@ -138,6 +138,8 @@ def _caveats(result: Result, images: str, against_reference: bool = True) -> lis
     modes = result.values.get("converted", {}).get(images, {})
     found += [f"{count} of the {images} images converted from mode {mode}" for mode, count in modes.items()]
     keys = result.values.get("skipped", {}).get("reference")
+    if (count := result.values.get("enlarged", {}).get("reference")) and against_reference:
+        found.append(f"{count} of the reference images are smaller than these and were enlarged")
     if keys and against_reference:
         found.append(f"{len(keys)} of the reference images cannot be read and are left out")
     return found
@@ -202,6 +204,8 @@ def _reconstruction_rows(result: Result) -> Iterable[Row]:
         details.append(f"{equal} that come back exactly, of which it is infinite, are left out")
     if keys := values.get("skipped"):
         details.append(f"{len(keys)} images cannot be read and are left out")
+    if enlarged := values.get("enlarged"):
+        details.append(f"{enlarged} of the images are smaller than they are measured and were enlarged")
     value = "infinite" if values["psnr"] is None else f"{values['psnr']:.2f} dB"
     yield Row("PSNR", value, "", count, "; ".join(details), result.name)
     yield Row("SSIM", _number(values["ssim"]), "", count, values.get("ssim_settings", ""), result.name)

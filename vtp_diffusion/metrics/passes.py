@@ -125,9 +125,22 @@ def subset_rule(chosen: Sequence[int], count: int, seed: int) -> str:
     return "all" if len(chosen) == count else f"a random subset of {count}, seed {seed}"
 
 
-def skipped_images(sources: dict[str, ImageSource]) -> dict[str, list[str]]:
-    """Name -> keys of the images that could not be read and are left out, of every source that is a data set."""
-    return {name: s.dataset.skipped for name, s in sources.items() if isinstance(s, DatasetImages)}
+def image_faults(sources: dict[str, tuple[ImageSource, Sequence[int]]]) -> dict[str, dict]:
+    """What is wrong with the images that count, of every source that is a data set; the first process alone looks.
+
+    Images that are smaller than they are measured are no error: a model of 32 px may well have learned from 28.
+
+    Args: `sources`: name -> images, and the indices of those that count.
+    Returns: "skipped": name -> keys of those that cannot be read and are left out; "enlarged": name -> how many are
+        smaller.
+    """
+    if this_process()[0] > 0:
+        return {}
+    datasets = {name: source for name, source in sources.items() if isinstance(source[0], DatasetImages)}
+    return {
+        "skipped": {name: images.dataset.skipped for name, (images, _) in datasets.items()},
+        "enlarged": {name: images.count_enlarged(kept) for name, (images, kept) in datasets.items()},
+    }
 
 
 def split_rule(config: FeaturesConfig) -> str:

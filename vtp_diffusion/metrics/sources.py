@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import json
 import math
 from collections import Counter
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..batches import READ_AHEAD, read_ahead
 from ..data import DataConfig, ImageDataset, open_dataset
-from ..decoding import DECODING_ERRORS, IMAGE_SUFFIXES, read_image
+from ..decoding import DECODING_ERRORS, IMAGE_SUFFIXES, UnreadableImageError, read_image
 from ..processes import reading_processes
 from ..sampling import pipeline_identity, sample_numbers
 
@@ -140,6 +141,25 @@ class DatasetImages:
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.stack([item["image"] for item in self.dataset.__getitems__(list(indices))])
+
+    def count_enlarged(self, indices: Sequence[int]) -> int:
+        """How many of these images are smaller in their files than they are measured: enlarged ones are blurred, which
+        a distance to sharp ones sees. Files are not decoded, only their headers are read.
+
+        Raises: UnreadableImageError naming an image.
+        """
+        return sum(read_ahead(self._is_enlarged, indices, num_threads=reading_processes()))
+
+    def _is_enlarged(self, index: int) -> bool:
+        file, read = self.dataset.references[index], self.dataset.read
+        if not isinstance(file, Path):  # a row of a collection, which holds the bytes of a file or its path
+            value = read.table[file][read.column] or {"bytes": b"", "path": None}
+            file = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
+        try:
+            with Image.open(file) as image:
+                return min(image.size) < self.dataset.resolution
+        except DECODING_ERRORS as error:
+            raise UnreadableImageError(f"{self.dataset.keys[index]} cannot be read as an image: {error}") from error
 
 
 def open_measured(config: DataConfig, split: str) -> DatasetImages:
