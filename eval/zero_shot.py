@@ -11,6 +11,7 @@ names and CLIP's 80 templates are those of open_clip, and labels are ImageNet's 
 set's. A class is the average of its prompts, as in CLIP. Images are ADM's centre crops.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,10 +21,11 @@ from tqdm.auto import tqdm
 from vtp_diffusion import VTPModel
 from vtp_diffusion.cli import run
 from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import DataConfig, ImageDataset, open_dataset
+from vtp_diffusion.data import DataConfig, ImageDataset
 from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.loading import load_vtp
+from vtp_diffusion.metrics.sources import open_measured, read_batches
 from vtp_diffusion.probes import top_k_accuracy
 from vtp_diffusion.processes import check_alone, check_device
 from vtp_diffusion.results import check_output, write_results
@@ -82,19 +84,6 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
     return names, config.templates or ["a photo of a {}."]
 
 
-def readable_batches(dataset: ImageDataset, batch_size: int, labels: list[int]):
-    """Images (B, 3, H, W) in [-1, 1]; appends their labels. Images that cannot be read are left out where allowed."""
-    with tqdm(total=len(dataset), desc="classifying", unit="image") as progress:
-        for start in range(0, len(dataset), batch_size):
-            indices = range(start, min(start + batch_size, len(dataset)))
-            items = zip(indices, dataset.__getitems__(list(indices)), strict=True)
-            read = [item for index, item in items if item["key"] == dataset.keys[index]]
-            progress.update(len(indices))
-            if read:
-                labels += [item["label"] for item in read]
-                yield from_uint8(torch.stack([item["image"] for item in read]))
-
-
 def main() -> None:
     check_alone("eval/zero_shot.py")
     config = parse_config(ZeroShotConfig, description=__doc__)
@@ -102,26 +91,34 @@ def main() -> None:
     if not isinstance(model, VTPModel):
         raise ValueError(f"{config.model} holds an autoencoder without a text tower, expected a VTPModel")
     model = model.requires_grad_(False).to(config.device)
-    dataset = open_dataset(config.data, config.split)
-    names, templates = prompts(config, dataset)
+    images = open_measured(config.data, config.split)
+    names, templates = prompts(config, images.dataset)
+    enlarged = images.count_enlarged(range(len(images)))
     tokenize = clip_tokenizer(model.config.text_context_length)
     embeddings = class_embeddings(model, names, templates, tokenize)
-    labels: list[int] = []
-    scores = zero_shot_scores(model, readable_batches(dataset, config.batch_size, labels), embeddings)
-    found = torch.tensor(labels)
+    batches = read_batches(images, range(len(images)), config.batch_size)
+    shown = tqdm(batches, total=math.ceil(len(images) / config.batch_size), desc="classifying")
+    scores = zero_shot_scores(model, (from_uint8(batch) for batch in shown), embeddings)
+    labels = torch.tensor(images.labels)
 
     results = {
         "num_images": len(labels),
+        "skipped": images.dataset.skipped,
+        "enlarged": enlarged,
         "num_classes": len(names),
-        "fingerprint": dataset.fingerprint,
+        "fingerprint": images.dataset.fingerprint,
         "model": autoencoder_identity(model),
         "templates": templates,
         "chance": 1 / len(names),
-        "top1": top_k_accuracy(scores, found, 1),
-        "top5": top_k_accuracy(scores, found, 5),
+        "top1": top_k_accuracy(scores, labels, 1),
+        "top5": top_k_accuracy(scores, labels, 5),
     }
     results = write_results(config.output, "zero_shot", config, results)
     print(f"\n{len(labels)} images, {len(names)} classes, {len(templates)} templates")
+    if skipped := results["skipped"]:
+        print(f"{len(skipped)} more cannot be read and are left out, the first is {skipped[0]}")
+    if enlarged:
+        print(f"{enlarged} of them are smaller than {config.data.resolution} px and were enlarged")
     print(f"chance  top-1 {results['chance']:6.1%}")
     print(f"found   top-1 {results['top1']:6.1%}   top-5 {results['top5']:6.1%}\nresults: {config.output}")
 

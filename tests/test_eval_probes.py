@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vtp_diffusion.data
 from vtp_diffusion import VTPModel
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +100,18 @@ def test_zero_shot(evaluate, made, tmp_path):
     evaluate("zero_shot.py", "--classes", "imagenet", "--templates", ["{}"])
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["num_classes"] == 1000 and results["templates"] == ["{}"]
+
+
+def test_zero_shot_counts_what_is_unreadable_or_too_small(evaluate, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
+    shutil.copytree(made / "images" / "validation", tmp_path / "images" / "validation")
+    (tmp_path / "images" / "validation" / "green" / "1.png").write_bytes(b"no image")
+    Image.new("RGB", (9, 20), "red").save(tmp_path / "images" / "validation" / "red" / "2.png")
+    printed = evaluate("zero_shot.py", "--data.source", tmp_path / "images", "--data.skip_unreadable", "true")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert (results["num_images"], results["enlarged"]) == (17, 1)
+    assert results["skipped"] == ["validation/green/1.png"] and "1 more cannot be read and are left out" in printed
+    assert "1 of them are smaller than 16 px and were enlarged" in printed
 
 
 @pytest.mark.parametrize("program", ["linear_probe.py", "zero_shot.py", "reconstruction.py"])

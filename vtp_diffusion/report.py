@@ -195,6 +195,13 @@ def _generation_rows(result: Result) -> Iterable[Row]:
         )  # fmt: skip
 
 
+def _image_faults(values: dict[str, Any]) -> Iterable[str]:
+    if keys := values.get("skipped"):
+        yield f"{len(keys)} images cannot be read and are left out"
+    if enlarged := values.get("enlarged"):
+        yield f"{enlarged} of the images are smaller than they are measured and were enlarged"
+
+
 def _reconstruction_rows(result: Result) -> Iterable[Row]:
     values, count = result.values, str(result.values["num_images"])
     details = ["mean of the images' own"]
@@ -202,10 +209,7 @@ def _reconstruction_rows(result: Result) -> Iterable[Row]:
         details.append(rule)
     if equal := values.get("equal_images"):
         details.append(f"{equal} that come back exactly, of which it is infinite, are left out")
-    if keys := values.get("skipped"):
-        details.append(f"{len(keys)} images cannot be read and are left out")
-    if enlarged := values.get("enlarged"):
-        details.append(f"{enlarged} of the images are smaller than they are measured and were enlarged")
+    details += _image_faults(values)
     value = "infinite" if values["psnr"] is None else f"{values['psnr']:.2f} dB"
     yield Row("PSNR", value, "", count, "; ".join(details), result.name)
     yield Row("SSIM", _number(values["ssim"]), "", count, values.get("ssim_settings", ""), result.name)
@@ -234,6 +238,7 @@ def _probe_rows(result: Result) -> Iterable[Row]:
 def _zero_shot_rows(result: Result) -> Iterable[Row]:
     values, count = result.values, str(result.values["num_images"])
     details = f"{values['num_classes']} classes, {len(values.get('templates', []))} templates"
+    details = "; ".join([details, *_image_faults(values)])
     yield Row("zero-shot, top-1", _share(values["top1"]), _share(values["chance"]), count, details, result.name)
     yield Row(
         "zero-shot, top-5", _share(values["top5"]), _share(min(1.0, 5 * values["chance"])), count, details, result.name
