@@ -30,7 +30,8 @@ it from real images outside it. A control (images of an untrained network) shows
 data set draws less often (skin tones) are left out of the reference; neighbours are looked for among all of it.
 
 Features are kept, images are not: 0.7 GB for 50,000 images on inception, whatever their size. Equal images are
-counted, and refused in a folder or an npz, where they come from files that are there twice.
+counted, and refused in a folder or an npz, where they come from files that are there twice. Real images that cannot
+be read (--data.skip_unreadable) are left out and counted, smaller ones are enlarged and counted.
 """
 
 import json

@@ -9,7 +9,7 @@
 Images (ADM's centre crops) and reconstructions are compared as 8-bit images. The Fréchet distance is that to the very
 same images (as for rFID on the ImageNet validation set), so that a perfect autoencoder gets 0 and no floor of real
 images applies; on Inception's features it is the rFID. Works for any diffusers autoencoder; memory does not depend on
-the number of images.
+the number of images. --num_images takes so many of the split at random. One process does all of it.
 """
 
 import heapq

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..batches import READ_AHEAD, read_ahead
 from ..data import DataConfig, ImageDataset, open_dataset
 from ..decoding import DECODING_ERRORS, IMAGE_SUFFIXES, UnreadableImageError, read_image
-from ..processes import reading_processes
+from ..processes import reading_processes, this_process
 from ..sampling import pipeline_identity, sample_numbers
 
 # 32-bit integers and floats have no agreed range that could be brought to 8 bits
@@ -180,7 +180,8 @@ def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
         return dataset[index]["key"] == dataset.keys[index]
 
     found = read_ahead(is_readable, range(len(dataset)), num_threads=reading_processes())
-    readable = [index for index, good in enumerate(tqdm(found, total=len(dataset), desc="checking images")) if good]
+    shown = tqdm(found, total=len(dataset), desc="checking images", leave=False, disable=this_process()[0] > 0)
+    readable = [index for index, good in enumerate(shown) if good]
     measured = copy.copy(dataset)
     measured.skip_unreadable = False  # one that is damaged from now on is named, not replaced
     measured.keep_readable(readable)
