@@ -21,7 +21,7 @@ from vtp_diffusion.data import (
 )
 from vtp_diffusion.decoding import UnreadableImageError, as_rgb, center_crop
 from vtp_diffusion.images import from_uint8
-from vtp_diffusion.streaming import StreamingImages
+from vtp_diffusion.streaming import StreamingImages, open_splits
 
 
 def picture(seed, size=(40, 30)):
@@ -98,6 +98,12 @@ def test_splits_of_a_folder(tmp_path):
         ["train/a/0.png", "train/b/1.png", "validation/b/2.png"],
     ]
     assert open_dataset(config, "all").labels == [0, 1, 1]
+
+
+def test_held_out_images_have_the_class_numbers_of_the_training_images(tmp_path):
+    names = ["train/a/0.png", "train/b/1.png", "validation/b/2.png", "validation/c/3.png"]
+    held_out = open_splits(folder_config(make_folder(tmp_path, names)), None, 2)[1]["held_out"]
+    assert held_out.label_names == ["a", "b", "c"] and [item["label"] for item in held_out] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -457,6 +457,7 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch, capsys):
     results = json.loads((tmp_path / "straight" / "results.json").read_text())
     assert results["train"]["images"] == 6 and results["held_out"]["images"] == 4
     assert {"psnr", "effective_rank", "knn_accuracy", "recall_at_1"} <= results["held_out"].keys()
+    assert results["latent_statistics_images"] == 8  # all that there are, more than are measured
     # "0", "1", ... would be the prompts
     assert "zero_shot_accuracy" not in results["held_out"]
     assert capsys.readouterr().out.count("the classes have indices and no names: no zero-shot accuracy") == 2

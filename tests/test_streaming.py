@@ -18,7 +18,8 @@ from PIL import Image
 
 from vtp_diffusion.data import DataConfig, open_dataset
 from vtp_diffusion.decoding import UnreadableImageError
-from vtp_diffusion.streaming import StreamBatches, StreamingImages, StreamPosition, open_splits
+from vtp_diffusion.images import to_uint8
+from vtp_diffusion.streaming import StreamBatches, StreamingImages, StreamPosition, first_batches, open_splits
 
 SIZES = (5, 3, 4)  # samples a shard, unequal on purpose
 CPU = torch.device("cpu")
@@ -154,6 +155,17 @@ def test_the_first_samples_as_a_data_set(tmp_path, offline):
     few, all_of_them = images.take(5), images.take(100)
     assert len(few) == 5 and few.captions == captions(images, 5)
     assert sorted(all_of_them.captions) == everything() and few.fingerprint != all_of_them.fingerprint
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_images_one_by_one_are_an_epoch_or_less(tmp_path, offline, workers):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards")))
+    before = torch.get_rng_state()
+    for count in (5, 12, 100):
+        read = torch.cat(list(first_batches(images, count, CPU, workers)))
+        greys = to_uint8(read).flatten(1).float()
+        assert len(greys) == min(count, 12) == len(greys[:, 0].unique()) and (greys == greys[:, :1]).all()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trained_on(tmp_path, offline):

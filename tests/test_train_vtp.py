@@ -100,7 +100,7 @@ def test_the_saved_autoencoder_normalises_its_training_images(tmp_path, pictures
     assert all(torch.equal(value, averaged[name]) for name, value in autoencoder.state_dict().items())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["train"]["images"] == 20 and results["held_out"]["images"] == 6
-    assert results["latents_mean"] == autoencoder.config.latents_mean
+    assert results["latents_mean"] == autoencoder.config.latents_mean and results["latent_statistics_images"] == 20
 
 
 @pytest.mark.parametrize("more", [(), ("--keep_on_device=false", "--gradient_accumulation_steps=2")])
@@ -163,6 +163,7 @@ def test_a_folder_without_held_out_images_claims_none(tmp_path, pictures, capsys
         (["--model.encoder_width=5"], "unknown option"),
         (["--data.resolution=0"], "resolution is 0"),
         (["--validation_images=0"], "validation_images is 0"),
+        (["--latent_statistics_images=0"], "latent_statistics_images is 0"),
         (["--train_batch_size=24"], "has 20 training images, expected at least train_batch_size, 24: a batch would"),
     ],
 )

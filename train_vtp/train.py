@@ -21,7 +21,7 @@ from vtp_diffusion.batches import plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
-from vtp_diffusion.data import AugmentationConfig, DataConfig
+from vtp_diffusion.data import AugmentationConfig, DataConfig, ImageDataset
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
     ReconstructionObjective,
@@ -41,10 +41,11 @@ from vtp_diffusion.processes import this_process
 from vtp_diffusion.results import numbers_line
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
-from vtp_diffusion.streaming import count_left_out, open_splits
+from vtp_diffusion.streaming import StreamingImages, count_left_out, first_batches, open_splits
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
 
+STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
 OBJECTIVES = ("contrastive", "self_supervision", "reconstruction")
 
 
@@ -117,6 +118,13 @@ class Config(TrainingConfig):
     evaluation_images: int | None = field(
         default=None, metadata={"help": "images measured of either split, none = all", "may_change": True}
     )
+    latent_statistics_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "training images that the latent statistics are of; none = all, of a stream 50,000",
+            "may_change": True,
+        },
+    )
     zero_shot_templates: tuple[str, ...] = field(
         default=("{}",), metadata={"help": "prompts, {} being the name of the class", "may_change": True}
     )
@@ -140,7 +148,7 @@ class Config(TrainingConfig):
         self.check_shares(processes=1)
         if not 0 < self.checkpointed_share <= 1:
             raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")
-        for name in ("validation_images", "evaluation_images"):
+        for name in ("validation_images", "evaluation_images", "latent_statistics_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
 
@@ -228,7 +236,25 @@ def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual
     run.report(step, values | counts, picture)
 
 
-def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, left_out: dict) -> dict:
+def latent_statistics(run: TrainingRun, config: Config, autoencoder, training: ImageDataset | StreamingImages) -> dict:
+    """Means and deviations of the latents of training images, each mirrored as well, and of how many images."""
+    limit, counts = config.latent_statistics_images, []
+    if config.data.streaming:
+        batches = first_batches(training, limit or STREAM_STATISTICS, run.device, config.dataloader_num_workers)
+    else:
+        batches = plain_batches(training, run.device, limit)
+
+    def both_ways():
+        for images in batches:
+            counts.append(len(images))
+            yield images
+            yield images.flip(3)
+
+    mean, std = measure_latent_statistics(autoencoder, both_ways())
+    return {"latents_mean": mean, "latents_std": std, "latent_statistics_images": sum(counts)}
+
+
+def finish(run: TrainingRun, config: Config, model, training, datasets: dict, perceptual, left_out: dict) -> dict:
     """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
     autoencoder = getattr(model, "autoencoder", model)
     results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
@@ -242,9 +268,8 @@ def finish(run: TrainingRun, config: Config, model, datasets: dict, perceptual, 
         if not config.data.streaming:
             results[name]["unreadable"] = len(dataset.skipped)
     if "reconstruction" in config.objectives:
-        mean, std = measure_latent_statistics(autoencoder, plain_batches(datasets["train"], run.device, flips=True))
-        autoencoder.register_to_config(latents_mean=mean, latents_std=std)
-        results |= {"latents_mean": mean, "latents_std": std}
+        results |= latent_statistics(run, config, autoencoder, training)
+        autoencoder.register_to_config(**{name: results[name] for name in ("latents_mean", "latents_std")})
     autoencoder.save_pretrained(run.folder.path / "vae")
     if isinstance(model, VTPModel):
         model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
@@ -308,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     left_out = count_left_out(run, training, batches)
     if run.is_main:
         with run.averaged_weights():
-            results = finish(run, config, model, datasets, perceptual, left_out)
+            results = finish(run, config, model, training, datasets, perceptual, left_out)
         for name in datasets:
             print(f"{name}: {numbers_line(results[name])}")
         print(f"the autoencoder is in {folder.path / 'vae'}")

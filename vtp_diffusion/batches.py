@@ -143,10 +143,8 @@ def image_batches(
     return gathered_batches({"image": all_images(dataset).to(device)}, sampler)
 
 
-def plain_batches(
-    dataset: Dataset, device: torch.device, flips: bool = False, limit: int | None = None
-) -> Iterator[torch.Tensor]:
-    """The images of an `ImageDataset` in order, (B, 3, R, R) in [-1, 1], each batch mirrored as well with `flips`.
+def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = None) -> Iterator[torch.Tensor]:
+    """The images of an `ImageDataset` in order, (B, 3, R, R) in [-1, 1].
 
     Args: `limit`: so many images at most, spread over the whole set.
     """
@@ -154,7 +152,4 @@ def plain_batches(
     chosen = [k * len(dataset) // count for k in range(count)]
     for start in range(0, count, PLAIN_BATCH):
         items = dataset.__getitems__(chosen[start : start + PLAIN_BATCH])
-        images = from_uint8(collate_images(items)["image"].to(device))
-        yield images
-        if flips:
-            yield images.flip(3)
+        yield from_uint8(collate_images(items)["image"].to(device))

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .batches import Columns, leave_stopping_to_parent
+from .batches import PLAIN_BATCH, Columns, leave_stopping_to_parent
 from .data import DataConfig, ImageDataset, check_caption, open_dataset, split_files
 from .decoding import UnreadableImageError, center_crop, decode_image
 from .extras import require
+from .images import from_uint8
 from .processes import gather_objects
 from .training import TrainingRun
 
@@ -179,6 +180,39 @@ class StreamingImages:
         ).keep_in_memory()
 
 
+def first_batches(
+    images: StreamingImages, count: int, device: torch.device, num_workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """The first `count` images of the first epoch, or all of it, (B, 3, R, R) in [-1, 1]; never held all at once.
+
+    Args: `num_workers`: processes that read, each a stream of its own: with others these are other images.
+    """
+    workers = min(num_workers, images.num_shards)
+    # a generator of its own: else the loader would draw from the global one
+    loader = DataLoader(_FirstEpoch(images), PLAIN_BATCH, num_workers=workers, generator=torch.Generator())
+    for batch in loader:
+        batch = batch[:count]
+        count -= len(batch)
+        yield from_uint8(batch.to(device))
+        if count == 0:
+            return
+
+
+class _FirstEpoch(IterableDataset):
+    """In each worker: the images (3, R, R) uint8 of its stream, once."""
+
+    def __init__(self, images: StreamingImages):
+        self.images = images
+
+    def __iter__(self):
+        info = get_worker_info()
+        stream, num_streams = (0, 1) if info is None else (info.id, info.num_workers)
+        for item, position in self.images.samples(StreamPosition(), 0, stream, num_streams):
+            if position.epoch > 0:
+                return
+            yield item["image"]
+
+
 def open_splits(
     config: DataConfig, evaluation_images: int | None, batch_size: int
 ) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
@@ -196,6 +230,7 @@ def open_splits(
         measured = {"train": training.take(evaluation_images)}
         if training.has_validation:
             measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
+            _number_alike(measured["held_out"], measured["train"].label_names)
         return training, measured
     training, held_out = open_dataset(config, "train"), open_dataset(config, "validation")
     if len(training) < batch_size:
@@ -204,8 +239,19 @@ def open_splits(
             "a batch would hold an image twice"
         )
     # a plain folder has no validation split: nothing measured on it is held out
-    same = held_out.fingerprint == training.fingerprint
-    return training, {"train": training} | ({} if same else {"held_out": held_out})
+    if held_out.fingerprint == training.fingerprint:
+        return training, {"train": training}
+    _number_alike(held_out, training.label_names)
+    return training, {"train": training, "held_out": held_out}
+
+
+def _number_alike(held_out: ImageDataset, names: list[str]) -> None:
+    """Give held-out images the training images' class numbers: one that lacks a class has numbered its own."""
+    if held_out.label_names != names:
+        every = [*names, *sorted(set(held_out.label_names).difference(names))]
+        numbers = {name: number for number, name in enumerate(every)}
+        held_out.labels = [numbers[held_out.label_names[label]] for label in held_out.labels]
+        held_out.label_names = every
 
 
 def _as_it_is(image: Image.Image) -> Image.Image:
