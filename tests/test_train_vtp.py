@@ -186,8 +186,17 @@ def test_an_unreadable_image_stops_the_run_or_is_left_out(tmp_path, pictures, mo
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["train"]["images"] == 19 and results["left_out"] == {"unreadable": 1}
     monkeypatch.setattr("vtp_diffusion.data.IN_MEMORY_BYTES", 0)  # read image by image, as large sets are
-    more += ("--train_batch_size=20", "--keep_on_device=false", "--dataloader_num_workers=1")
+    more += (
+        "--max_train_steps=2",
+        "--checkpointing_steps=1",
+        "--validation_steps=2",
+        "--train_batch_size=20",
+        "--keep_on_device=false",
+        "--dataloader_num_workers=1",
+    )
     program.main(arguments(tmp_path / "read", folder, *more))
+    assert "step 1: left_out/unreadable 1\n" in capsys.readouterr().out
     results = json.loads((tmp_path / "read" / "results.json").read_text())
     assert results["left_out"] == {"unreadable": 1} and results["held_out"]["unreadable"] == 0
+    assert results["train"]["first_unreadable"] == ["train/03.png"]
     assert json.loads((tmp_path / "read" / "log.jsonl").read_text().splitlines()[-1])["left_out/unreadable"] == 1

@@ -46,6 +46,7 @@ from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
 
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
+NAMED = 10  # unreadable images of a data set that are named
 OBJECTIVES = ("contrastive", "self_supervision", "reconstruction")
 
 
@@ -199,7 +200,7 @@ def announce(config: Config, datasets: dict) -> None:
     """Print what the data lack, before anything is trained on them."""
     for name, dataset in datasets.items():
         if skipped := dataset.skipped:
-            first = ", ".join(skipped[:3]) + ", ..." * (len(skipped) > 3)
+            first = ", ".join(skipped[:NAMED]) + ", ..." * (len(skipped) > NAMED)
             print(f"{name}: unreadable images, left out: {len(skipped)} ({first})")
     for sentence in unmeasured(datasets, "contrastive" in config.objectives):
         print(sentence)
@@ -266,7 +267,8 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
         results[name] = measured | {"images": images, "data": dataset.fingerprint}
         results[name]["without_caption"] = sum(not (caption or "").strip() for caption in dataset.captions)
         if not config.data.streaming:
-            results[name]["unreadable"] = len(dataset.skipped)
+            skipped = dataset.skipped
+            results[name] |= {"unreadable": len(skipped), "first_unreadable": skipped[:NAMED]}
     if "reconstruction" in config.objectives:
         results |= latent_statistics(run, config, autoencoder, training)
         autoencoder.register_to_config(**{name: results[name] for name in ("latents_mean", "latents_std")})
@@ -324,7 +326,7 @@ def main(argv: list[str] | None = None) -> None:
         validation_due = run.due(step, config.validation_steps)
         if validation_due or run.due(step, config.checkpointing_steps):
             left_out = count_left_out(run, training, batches)
-            counts = {f"left_out/{reason}": count for reason, count in left_out.items() if count}
+            counts = {f"left_out/{reason}": float(count) for reason, count in left_out.items() if count}
             if run.is_main and validation_due:
                 with run.averaged_weights():
                     validate(run, config, model, datasets, perceptual, step + 1, counts)
