@@ -9,13 +9,13 @@
 Images (ADM's centre crops) and reconstructions are compared as 8-bit images. The Fréchet distance is that to the very
 same images (as for rFID on the ImageNet validation set), so that a perfect autoencoder gets 0 and no floor of real
 images applies; on Inception's features it is the rFID. Works for any diffusers autoencoder; memory does not depend on
-the number of images. --num_images takes so many of the split at random. One process does all of it.
+the number of images. --num_images takes so many of the split at random. `accelerate launch` divides the work among
+processes.
 """
 
 import heapq
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,12 +42,13 @@ from vtp_diffusion.metrics import (
     psnr,
     weight_files,
 )
-from vtp_diffusion.metrics.passes import chosen_images, subset_rule
+from vtp_diffusion.metrics.passes import batches_of_this_process, chosen_images, subset_rule
 from vtp_diffusion.metrics.pixels import reconstruct
-from vtp_diffusion.metrics.sources import open_measured, read_batches
+from vtp_diffusion.metrics.records import gathered
+from vtp_diffusion.metrics.sources import DatasetImages, open_measured, read_batches
 from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
 from vtp_diffusion.metrics.statistics import JACKKNIFE_GROUPS
-from vtp_diffusion.processes import check_alone, check_device
+from vtp_diffusion.processes import check_device, gather_objects, join_processes, this_process
 from vtp_diffusion.results import check_output, write_results
 
 WORST = 16
@@ -108,6 +109,12 @@ class WorstCases:
             elif case[:2] > self._heap[0][:2]:
                 heapq.heapreplace(self._heap, case)
 
+    def gather(self) -> None:
+        """Make these the worst of all processes', on every process."""
+        cases = (case for part in gather_objects(self._heap) for case in part)
+        self._heap = heapq.nlargest(self.count, cases, key=lambda case: case[:2])
+        self._heap.sort(key=lambda case: case[:2])  # which is a heap
+
     def sorted(self) -> list[tuple[int, float, torch.Tensor, torch.Tensor]]:
         """(index, PSNR, original, reconstruction), the worst first."""
         return [(-index, -ratio, real, fake) for ratio, index, real, fake in sorted(self._heap, reverse=True)]
@@ -149,13 +156,17 @@ class PairedStatistics:
         self.network = network
         self.real, self.fake = ([GaussianStatistics(network.dim) for _ in range(JACKKNIFE_GROUPS)] for _ in range(2))
 
-    def update(self, start: int, real: torch.Tensor, fake: torch.Tensor, device: str) -> None:
-        """A batch whose first image is number `start` of those measured."""
-        place = torch.arange(start, start + len(real)) % JACKKNIFE_GROUPS
+    def update(self, places: range, real: torch.Tensor, fake: torch.Tensor, device: str) -> None:
+        """A batch of the images that are measured as these numbers."""
+        place = torch.tensor(places) % JACKKNIFE_GROUPS
         for groups, images in ((self.real, real), (self.fake, fake)):
             features = extract_features(self.network, [images], device)
             for k in place.unique().tolist():
                 groups[k].update(features[place == k])
+
+    def gather(self) -> None:
+        """Make these the statistics of all processes' images, on every process."""
+        self.real, self.fake = (list(map(gathered, groups)) for groups in (self.real, self.fake))
 
     def distance(self) -> tuple[str, float, dict]:
         """Its name, its value and its spread."""
@@ -167,9 +178,43 @@ class PairedStatistics:
         return name, value, {"kind": kind, "value": jackknife_deviation(fake, real)}
 
 
-def main() -> None:
-    check_alone("eval/reconstruction.py")
-    config = parse_config(ReconstructionEvaluationConfig, description=__doc__)
+def measure(
+    config: ReconstructionEvaluationConfig,
+    vae: torch.nn.Module,
+    lpips: LPIPS,
+    statistics: list[PairedStatistics],
+    images: DatasetImages,
+    chosen: list[int],
+) -> tuple[torch.Tensor, WorstCases]:
+    """Reconstruct and compare the images with the indices `chosen`, every process its batches of them.
+
+    Returns: on every process, of all images: PSNR, SSIM and LPIPS (N, 3), float64 on the CPU, and the worst cases; the
+        statistics are filled likewise.
+    """
+    places = batches_of_this_process(len(chosen), config.batch_size)
+    batches = read_batches(images, [chosen[place] for batch in places for place in batch], config.batch_size)
+    values, worst = torch.zeros(len(chosen), 3, dtype=torch.float64), WorstCases(WORST)
+    shown = tqdm(batches, total=len(places), desc="reconstructing", disable=this_process()[0] > 0)
+    for batch, real in zip(places, shown, strict=True):
+        real = real.to(config.device)
+        fake = reconstruct(vae, real)
+        with torch.inference_mode():
+            distances = lpips(from_uint8(real), from_uint8(fake))
+        rows = [part.cpu().double() for part in (psnr(real, fake), ssim(real, fake), distances)]
+        values[batch.start : batch.stop] = torch.stack(rows, 1)
+        worst.update([chosen[place] for place in batch], rows[0], real, fake)
+        for pair in statistics:
+            pair.update(batch, real, fake, config.device)
+    for found in (worst, *statistics):
+        found.gather()
+    everyones = gather_objects((places, values))
+    for theirs, part in everyones:
+        for batch in theirs:
+            values[batch.start : batch.stop] = part[batch.start : batch.stop]
+    return values, worst
+
+
+def evaluate(config: ReconstructionEvaluationConfig) -> None:
     files = weight_files(config.weights, config.feature_network)
     networks = {n: feature_network(n, files.get(n)).to(config.device) for n in config.feature_network}
     lpips = LPIPS(config.lpips_network, config.lpips_trunk).to(config.device)
@@ -180,35 +225,22 @@ def main() -> None:
     chosen = chosen_images(config.num_images, config.split, len(images), config.seed)
     if (count := len(chosen)) < 3:
         raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
-    enlarged = images.count_enlarged(chosen)
     statistics = [PairedStatistics(network) for network in networks.values()]
-    values, worst, start = {"psnr": [], "ssim": [], "lpips": []}, WorstCases(WORST), 0
-    batches = read_batches(images, chosen, config.batch_size)
-    for real in tqdm(batches, total=math.ceil(count / config.batch_size), desc="reconstructing"):
-        real = real.to(config.device)
-        fake = reconstruct(vae, real)
-        with torch.inference_mode():
-            values["lpips"].append(lpips(from_uint8(real), from_uint8(fake)).cpu())
-        values["psnr"].append(psnr(real, fake).cpu())
-        values["ssim"].append(ssim(real, fake).cpu())
-        worst.update(chosen[start : start + len(real)], values["psnr"][-1], real, fake)
-        for pair in statistics:
-            pair.update(start, real, fake, config.device)
-        start += len(real)
-
-    found = {name: torch.cat(parts) for name, parts in values.items()}
+    values, worst = measure(config, vae, lpips, statistics, images, chosen)
+    if this_process()[0] > 0:
+        return
     distances = [pair.distance() for pair in statistics]
     results = {
         "num_images": count,
         "subset_rule": subset_rule(chosen, len(images), config.seed),
         "skipped": images.dataset.skipped,
-        "enlarged": enlarged,
+        "enlarged": images.count_enlarged(chosen),
         "fingerprint": images.dataset.fingerprint,
         "autoencoder": autoencoder_identity(vae),
-        **mean_psnr(found["psnr"]),
-        "ssim": found["ssim"].mean().item(),
+        **mean_psnr(values[:, 0]),
+        "ssim": values[:, 1].mean().item(),
         "ssim_settings": SSIM_SETTINGS,
-        "lpips": found["lpips"].mean().item(),
+        "lpips": values[:, 2].float().mean().item(),
         "lpips_trunk": {"file": lpips.trunk.file.name, "sha256": file_sha256(lpips.trunk.file)},
         "distances": {name: value for name, value, _ in distances},
         "distance_spreads": {name: spread for name, _, spread in distances},
@@ -219,6 +251,17 @@ def main() -> None:
         worst.picture().save(config.worst_cases)
     results = write_results(config.output, "reconstruction", config, results)
     print_results(config, results)
+
+
+def main() -> None:
+    config = parse_config(ReconstructionEvaluationConfig, description=__doc__)
+    accelerator = join_processes() if this_process()[1] > 1 else None
+    if accelerator is None:
+        evaluate(config)
+    else:
+        evaluate(replace(config, device=str(accelerator.device)))
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
 
 
 def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None:

@@ -114,7 +114,7 @@ def test_zero_shot_counts_what_is_unreadable_or_too_small(evaluate, made, tmp_pa
     assert "1 of them are smaller than 16 px and were enlarged" in printed
 
 
-@pytest.mark.parametrize("program", ["linear_probe.py", "zero_shot.py", "reconstruction.py"])
+@pytest.mark.parametrize("program", ["linear_probe.py", "zero_shot.py"])
 def test_a_program_that_does_not_share_its_work_is_not_started_several_times(program, evaluate, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=f"2 processes of eval/{program} were launched, expected 1"):

@@ -1,7 +1,9 @@
 """eval/reconstruction.py on a tiny autoencoder."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,6 +57,27 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "worst.png") as picture:
         assert picture.width >= 8 * 32 and picture.height >= 2 * 32
     assert "LPIPS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])  # the second process has two of the six images, or none
+def test_two_processes_measure_what_one_does(batch_size, words, tmp_path, monkeypatch):
+    words += ["--batch_size", str(batch_size)]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(words[0], run_name="__main__")
+    one = json.loads((tmp_path / "r.json").read_text())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    variables = {"PYTHONPATH": str(PROGRAM.parents[1]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, *words, "--output", str(tmp_path / "two.json"), "--worst_cases", str(tmp_path / "worst.png")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("6 images") == 1, "not two processes but twice one"
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert [case["key"] for case in one["worst"]] == [case["key"] for case in two["worst"]]
+    for name in ("psnr", "ssim", "lpips"):
+        assert two[name] == pytest.approx(one[name], rel=1e-6)
+    assert two["distances"]["FD-EffLite0"] == pytest.approx(one["distances"]["FD-EffLite0"], rel=1e-5)
+    spreads = [result["distance_spreads"]["FD-EffLite0"]["value"] for result in (one, two)]
+    assert spreads[1] == pytest.approx(spreads[0], rel=1e-4) and (tmp_path / "worst.png").is_file()
 
 
 def test_some_images_are_a_random_choice(words, tmp_path, monkeypatch):

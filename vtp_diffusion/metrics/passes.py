@@ -155,6 +155,12 @@ def split_rule(config: FeaturesConfig) -> str:
     return f"{config.reference_split}: the data set's own"
 
 
+def batches_of_this_process(count: int, batch_size: int) -> list[range]:
+    """Places of `count` images in batches, which the processes take in turns: those of this one."""
+    rank, processes = this_process()
+    return [range(k, min(k + batch_size, count)) for k in range(rank * batch_size, count, processes * batch_size)]
+
+
 def record_source(
     config: FeaturesConfig,
     name: str,
@@ -173,8 +179,8 @@ def record_source(
         wanted: network -> output -> what to remember; a network that is not in it sees nothing.
         spool: where the images are written to on the way.
     """
-    (rank, count), step = this_process(), config.feature_batch_size
-    places = [range(k, min(k + step, len(kept))) for k in range(rank * step, len(kept), count * step)]
+    rank, step = this_process()[0], config.feature_batch_size
+    places = batches_of_this_process(len(kept), step)
     indices = [kept[place] for batch in places for place in batch]
     pin = config.device.startswith("cuda")
     batches = read_batches(source, indices, step, config.num_workers, pin_memory=pin, hashed=True)

@@ -65,10 +65,7 @@ class Record:
 
     def gather(self) -> None:
         """Make this the record of all processes' images, on every process."""
-        if this_process()[1] > 1:
-            for k, group in enumerate(self.groups):  # one at a time: 33 MB each of 2048 features
-                parts = [part.to(group.device) for part in gather_objects(group.to("cpu"))]
-                self.groups[k] = GaussianStatistics.merged(parts)
+        self.groups = list(map(gathered, self.groups))  # one at a time: 33 MB each of 2048 features
         mine = np.concatenate([np.zeros(0, dtype=int), *self._positions]), torch.cat(self._rows).cpu()
         positions, rows = zip(*gather_objects(mine), strict=True)
         places, features = np.concatenate(positions), rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -85,6 +82,13 @@ class Record:
     def statistics(self) -> GaussianStatistics:
         """Of all images."""
         return GaussianStatistics.merged(self.groups)
+
+
+def gathered(statistics: GaussianStatistics) -> GaussianStatistics:
+    """The statistics of all processes' samples, on every process."""
+    if this_process()[1] == 1:
+        return statistics
+    return GaussianStatistics.merged([part.to(statistics.device) for part in gather_objects(statistics.to("cpu"))])
 
 
 @dataclass
