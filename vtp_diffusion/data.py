@@ -4,6 +4,7 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 """
 
 import hashlib
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -447,6 +448,11 @@ class _CollectionReader:
 
     def __call__(self, row: int) -> Image.Image:
         return decode_image(self.table[row][self.column], f"image {row} of {self.source}")
+
+    def file(self, row: int) -> str | io.BytesIO:
+        """The image as it is stored; nothing where there is none."""
+        value = self.table[row][self.column] or {"bytes": b"", "path": None}
+        return value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
 
 
 def _limited(rows: list, limit: int | None) -> list:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import io
 import json
 import math
 from collections import Counter
@@ -151,10 +150,9 @@ class DatasetImages:
         return sum(read_ahead(self._is_enlarged, indices, num_threads=reading_processes()))
 
     def _is_enlarged(self, index: int) -> bool:
-        file, read = self.dataset.references[index], self.dataset.read
-        if not isinstance(file, Path):  # a row of a collection, which holds the bytes of a file or its path
-            value = read.table[file][read.column] or {"bytes": b"", "path": None}
-            file = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
+        file = self.dataset.references[index]
+        if not isinstance(file, Path):  # a row of a collection
+            file = self.dataset.read.file(file)
         try:
             with Image.open(file) as image:
                 return min(image.size) < self.dataset.resolution
