@@ -246,7 +246,8 @@ def collect_images(config: GenerationConfig) -> Sources:
     for name, source in opened.items():
         if isinstance(source, DiffusionPipeline):
             source = sampled(config, source, labels)
-        sources[name] = source, chosen_images(config.num_images, name, len(source), config.seed)
+        found = f"the {name} images are {len(source)}"
+        sources[name] = source, chosen_images(config.num_images, len(source), config.seed, found)
     for name, (_, kept) in (sources | real).items():
         least = 3 if name in MEASURED else 2  # a jackknife leaves one out, and a covariance is of 2
         if name != "variants" and len(kept) < least:

@@ -42,7 +42,7 @@ from vtp_diffusion.metrics import (
     psnr,
     weight_files,
 )
-from vtp_diffusion.metrics.passes import batches_of_this_process, chosen_images, subset_rule
+from vtp_diffusion.metrics.passes import batches_of_this_process, chosen_images, fault_lines, subset_rule
 from vtp_diffusion.metrics.pixels import reconstruct
 from vtp_diffusion.metrics.records import gathered
 from vtp_diffusion.metrics.sources import DatasetImages, open_measured, read_batches
@@ -111,9 +111,8 @@ class WorstCases:
 
     def gather(self) -> None:
         """Make these the worst of all processes', on every process."""
-        cases = (case for part in gather_objects(self._heap) for case in part)
-        self._heap = heapq.nlargest(self.count, cases, key=lambda case: case[:2])
-        self._heap.sort(key=lambda case: case[:2])  # which is a heap
+        cases = [case for part in gather_objects(self._heap) for case in part]
+        self._heap = sorted(cases, key=lambda case: case[:2])[-self.count :]  # a sorted list is a heap
 
     def sorted(self) -> list[tuple[int, float, torch.Tensor, torch.Tensor]]:
         """(index, PSNR, original, reconstruction), the worst first."""
@@ -207,11 +206,7 @@ def measure(
             pair.update(batch, real, fake, config.device)
     for found in (worst, *statistics):
         found.gather()
-    everyones = gather_objects((places, values))
-    for theirs, part in everyones:
-        for batch in theirs:
-            values[batch.start : batch.stop] = part[batch.start : batch.stop]
-    return values, worst
+    return torch.stack(gather_objects(values)).sum(0), worst  # each image is another process's, zero with the others
 
 
 def evaluate(config: ReconstructionEvaluationConfig) -> None:
@@ -220,9 +215,8 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
     lpips = LPIPS(config.lpips_network, config.lpips_trunk).to(config.device)
     vae = open_autoencoder(config)
     images = open_measured(config.data, config.split)
-    if config.num_images is not None and config.num_images > len(images):
-        raise ValueError(f"num_images is {config.num_images}, but split {config.split} has {len(images)} images")
-    chosen = chosen_images(config.num_images, config.split, len(images), config.seed)
+    found = f"split {config.split} has {len(images)} images"
+    chosen = chosen_images(config.num_images, len(images), config.seed, found)
     if (count := len(chosen)) < 3:
         raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
     statistics = [PairedStatistics(network) for network in networks.values()]
@@ -266,10 +260,8 @@ def main() -> None:
 
 def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None:
     print(f"\n{results['num_images']} images")
-    if results["skipped"]:
-        print(f"{len(results['skipped'])} more cannot be read and are left out, the first is {results['skipped'][0]}")
-    if results["enlarged"]:
-        print(f"{results['enlarged']} of them are smaller than {config.data.resolution} px and were enlarged")
+    for line in fault_lines(results["skipped"], results["enlarged"], config.data.resolution):
+        print(line)
     if results["equal_images"]:
         print(f"{results['equal_images']} of them come back exactly and are left out of the mean PSNR")
     if results["psnr"] is not None:

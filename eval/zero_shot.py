@@ -25,6 +25,7 @@ from vtp_diffusion.data import DataConfig, ImageDataset
 from vtp_diffusion.images import from_uint8
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.loading import load_vtp
+from vtp_diffusion.metrics.passes import fault_lines
 from vtp_diffusion.metrics.sources import open_measured, read_batches
 from vtp_diffusion.probes import top_k_accuracy
 from vtp_diffusion.processes import check_alone, check_device
@@ -115,10 +116,8 @@ def main() -> None:
     }
     results = write_results(config.output, "zero_shot", config, results)
     print(f"\n{len(labels)} images, {len(names)} classes, {len(templates)} templates")
-    if skipped := results["skipped"]:
-        print(f"{len(skipped)} more cannot be read and are left out, the first is {skipped[0]}")
-    if enlarged:
-        print(f"{enlarged} of them are smaller than {config.data.resolution} px and were enlarged")
+    for line in fault_lines(results["skipped"], enlarged, config.data.resolution):
+        print(line)
     print(f"chance  top-1 {results['chance']:6.1%}")
     print(f"found   top-1 {results['top1']:6.1%}   top-5 {results['top5']:6.1%}\nresults: {config.output}")
 

@@ -112,15 +112,7 @@ def split_convolution(
 
 
 @split_convolution.register_fake
-def _result(
-    x: torch.Tensor,
-    high: torch.Tensor,
-    low: torch.Tensor,
-    bias: torch.Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-) -> torch.Tensor:
+def _result(x, high, low, bias, kernel_size, stride, padding) -> torch.Tensor:
     """Where the result goes, once the arguments are checked."""
     columns = math.prod(kernel_size) * x.shape[1]
     if x.dtype != torch.float32 or x.shape[1] % CHANNELS or high.shape[1] != columns or low.shape != high.shape:

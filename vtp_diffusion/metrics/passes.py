@@ -1,6 +1,6 @@
 """What evaluation programs do with images before anything is measured: open them, and pass them through networks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -105,16 +105,17 @@ def open_reference(
     return images, base, variants
 
 
-def chosen_images(num_images: int | None, name: str, count: int, seed: int) -> list[int]:
+def chosen_images(num_images: int | None, count: int, seed: int, found: str) -> list[int]:
     """Indices of the images that are measured, in order: all `count` of them (None), or a random subset.
 
     A subset is random because folders are sorted by class: the first images would be those of the first classes.
 
-    Raises: ValueError: more are wanted than the images called `name` are.
+    Args: `found`: in words, how many images of what there are.
+    Raises: ValueError: more are wanted than there are.
     """
     wanted = count if num_images is None else num_images
     if wanted > count:
-        raise ValueError(f"num_images is {wanted}, but the {name} images are {count}")
+        raise ValueError(f"num_images is {wanted}, but {found}")
     if wanted == count:
         return list(range(count))
     return sorted(np.random.default_rng(seed).permutation(count)[:wanted].tolist())
@@ -141,6 +142,14 @@ def image_faults(sources: dict[str, tuple[ImageSource, Sequence[int]]]) -> dict[
         "skipped": {name: images.dataset.skipped for name, (images, _) in datasets.items()},
         "enlarged": {name: images.count_enlarged(kept) for name, (images, kept) in datasets.items()},
     }
+
+
+def fault_lines(skipped: list[str], enlarged: int, resolution: int) -> Iterator[str]:
+    """What a program that measures one data set says of the images that it lacks or had to enlarge."""
+    if skipped:
+        yield f"{len(skipped)} more cannot be read and are left out, the first is {skipped[0]}"
+    if enlarged:
+        yield f"{enlarged} of them are smaller than {resolution} px and were enlarged"
 
 
 def split_rule(config: FeaturesConfig) -> str:
