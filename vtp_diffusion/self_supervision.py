@@ -212,7 +212,7 @@ class SelfSupervisionObjective(nn.Module):
             if config.centering == "centering":
                 self.register_buffer(name, torch.zeros(config.prototypes))
         self._student_encoder = [autoencoder.encoder]  # in a list: the encoder is no part of this module
-        self._centers_before: dict[str, torch.Tensor] = {}  # this step moved them; empty between steps
+        self._centers_before: dict[str, torch.Tensor] = {}  # as they were before the step, once one has moved them
 
     def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Which crops of `count` images stochastic depth keeps: "kept_global" and "kept_local"."""
@@ -351,7 +351,7 @@ class SelfSupervisionObjective(nn.Module):
             center = getattr(self, f"{name}_center")
             if counted is not None:
                 center.copy_(torch.where(counted > 0, center, before))
-        self._centers_before.clear()
+            before.copy_(center)  # in place, and here: a replayed forward pass runs no Python that could keep them
         student = [*self._student_encoder[0].parameters(), *self.head.parameters()]
         teacher = [*self.teacher_encoder.parameters(), *self.teacher_head.parameters()]
         torch._foreach_lerp_(teacher, [p.detach() for p in student], 1 - self.config.momentum_at(done))
