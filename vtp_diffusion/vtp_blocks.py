@@ -13,6 +13,7 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
+from .fused_blocks import NormBesideResidual, RotatedProjections, SwiGLU, can_fuse, can_rotate, compute_dtype
 from .vtp_rotary import apply_rotary, rotary_tables
 
 
@@ -150,21 +151,25 @@ class VTPEmbeddings(nn.Module):
         return F.linear(pixels, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
 
 
+def joined_parameters(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and biases of linear layers below each other."""
+    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+
+
 def joined_linear(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """What each of the linear layers gives for x (..., D), from one product with their weights below each other."""
-    weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias).split([layer.out_features for layer in layers], dim=-1)
+    """What each of the linear layers gives for x (..., D), from one product."""
+    return F.linear(x, *joined_parameters(*layers)).split([layer.out_features for layer in layers], dim=-1)
 
 
 def use_large_products(model: nn.Module) -> None:
     """Compute queries and keys, and the two halves of SwiGLU, with one product each, and patches with a product
-    instead of a convolution: fewer kernels and fewer sums of gradients. For compiled training under autocast, which
-    copies the weights in any case.
+    instead of a convolution: fewer kernels and fewer sums of gradients. While training on CUDA, backward passes are
+    those of fused_blocks.py as well. For compiled training under autocast, which copies the weights in any case.
 
     The layers themselves are not called then: hooks on them, and adapters in their places, have no effect.
     """
     for module in model.modules():
-        if isinstance(module, VTPAttention | VTPSwiGLU | VTPEmbeddings):
+        if isinstance(module, VTPBlock | VTPAttention | VTPSwiGLU | VTPEmbeddings):
             module.large_products = True
 
 
@@ -178,10 +183,27 @@ def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.T
     """
     if kept is None:
         return hidden_states + branch(hidden_states)
-    order = torch.arange(len(kept), device=kept.device)
-    place = kept.new_full((len(hidden_states),), len(kept)).scatter(0, kept, order)  # (B,) of a sample in kept
+    place = _places(kept, len(hidden_states))
     update = branch(_KeptSamples.apply(hidden_states, kept, place))
     return _AddedUpdate.apply(hidden_states, update.to(hidden_states.dtype), kept, place)
+
+
+def fused_update(
+    hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`residual_update` by branch(norm(hidden_states)), where the gradients of both meet in one kernel."""
+    if not isinstance(norm, VTPRMSNorm):
+        return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
+    place = None if kept is None else _places(kept, len(hidden_states))
+    dtype = compute_dtype(hidden_states)
+    hidden_states, normed = NormBesideResidual.apply(hidden_states, norm.weight, norm.eps, dtype, kept, place)
+    update = branch(normed).to(hidden_states.dtype)
+    return hidden_states + update if kept is None else _AddedUpdate.apply(hidden_states, update, kept, place)
+
+
+def _places(kept: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) int64: where each of so many samples is in `kept` (K,), K if it is not."""
+    return kept.new_full((count,), len(kept)).scatter(0, kept, torch.arange(len(kept), device=kept.device))
 
 
 def _spread(samples: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -226,6 +248,8 @@ class _AddedUpdate(torch.autograd.Function):
 class VTPBlock(nn.Module):
     """Pre-norm transformer block: rotary self-attention and SwiGLU."""
 
+    large_products = False  # see `use_large_products`
+
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, norm1: nn.Module, norm2: nn.Module):
         super().__init__()
         self.norm1 = norm1
@@ -245,6 +269,11 @@ class VTPBlock(nn.Module):
 
         Args: `kept_in_attention`, `kept_in_mlp`: (K,) samples whose branch is computed; None: all of them.
         """
+        if self.large_products and can_fuse(hidden_states):
+            hidden_states = fused_update(
+                hidden_states, self.norm1, lambda x: self.attn(x, rotary=(cos, sin)), kept_in_attention
+            )
+            return fused_update(hidden_states, self.norm2, self.mlp, kept_in_mlp)
         hidden_states = residual_update(
             hidden_states, lambda x: self.attn(self.norm1(x), rotary=(cos, sin)), kept_in_attention
         )
@@ -272,18 +301,7 @@ class VTPAttentionProcessor:
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
-        elif attn.large_products:
-            query, key = joined_linear(hidden_states, attn.to_q, attn.to_k)
-            value = attn.to_v(hidden_states)  # apart: it is kept for the backward pass, and would keep the others too
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, S, H, D)
-        if attn.norm_q is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        if rotary is not None:
-            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        query, key, value = attn.project(hidden_states, rotary)  # (B, S, H, D)
         # Under autocast the norms above leave float32; attention needs one dtype.
         query, key = query.to(value.dtype), key.to(value.dtype)
         hidden_states = dispatch_attention_fn(
@@ -336,6 +354,29 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
         """Tokens (B, S, D) -> tokens (B, S, D); `rotary` is the pair of tables (S, head_dim)."""
         return self.processor(self, hidden_states, rotary=rotary)
 
+    def project(
+        self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens (B, S, D) -> queries and keys, normed and rotated, and values, each (B, S, H, head_dim)."""
+        rotated = rotary is not None and can_rotate(rotary[0])
+        if self.fused_projections:
+            query, key, value = self.to_qkv(x).chunk(3, dim=-1)
+        elif self.large_products and self.norm_q is None and rotated and can_fuse(x):
+            weight, bias = joined_parameters(self.to_q, self.to_k, self.to_v)
+            dtype = compute_dtype(x)
+            return RotatedProjections.apply(x.to(dtype), weight.to(dtype), bias, *rotary)
+        elif self.large_products:
+            query, key = joined_linear(x, self.to_q, self.to_k)
+            value = self.to_v(x)  # apart: it is kept for the backward pass, and would keep the others too
+        else:
+            query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
+        if self.norm_q is not None:
+            query, key = self.norm_q(query), self.norm_k(key)
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        return query, key, value
+
 
 class VTPSwiGLU(nn.Module):
     """w3(silu(w1 x) · w2 x) with 2/3 · 4 times the width, rounded up to a multiple of 8 (arXiv:2002.05202)."""
@@ -350,6 +391,10 @@ class VTPSwiGLU(nn.Module):
         self.w3 = nn.Linear(inner, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.large_products and can_fuse(x):
+            weight, bias = joined_parameters(self.w1, self.w2)
+            product = F.linear(x, weight)
+            return SwiGLU.apply(product, bias, self.w3.weight.to(product.dtype), self.w3.bias)
         gate, value = joined_linear(x, self.w1, self.w2) if self.large_products else (self.w1(x), self.w2(x))
         return self.w3(F.silu(gate) * value)
 

@@ -1,0 +1,244 @@
+"""Triton programs of fused_blocks.py: backward passes that add up the gradients of biases and scales while they have
+the numbers, where autograd and the compiler read them from memory again.
+
+Importing this module needs Triton, which PyTorch for CUDA brings along; its interpreter (TRITON_INTERPRET=1 in the
+environment) runs the programs on a CPU, slowly.
+"""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors
+WARPS = 4
+# what a program has of its tensors at a time
+SWIGLU_ROWS, SWIGLU_COLUMNS = 8, 256
+NORM_ROWS = 2
+ROTATED_ROWS, ROTATED_HEADS = 4, 16
+
+
+@triton.jit
+def _swiglu_backward(
+    product, bias, grad, result, hidden, sums,
+    rows, inner, rows_each,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """product, result (rows, 2 * inner); bias (2 * inner,); grad, hidden (rows, inner); sums (parts, 2 * inner)."""
+    part = tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = column < inner
+    gate_bias = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value_bias = tl.load(bias + inner + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    gate_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    value_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for start in range(part * rows_each, tl.minimum((part + 1) * rows_each, rows), BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        there = (row < rows)[:, None] & inside[None, :]
+        narrow = row.to(tl.int64)[:, None] * inner + column[None, :]
+        wide = row.to(tl.int64)[:, None] * (2 * inner) + column[None, :]
+        gate = tl.load(product + wide, mask=there, other=0.0).to(tl.float32) + gate_bias
+        value = tl.load(product + wide + inner, mask=there, other=0.0).to(tl.float32) + value_bias
+        slope = tl.load(grad + narrow, mask=there, other=0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        gate_grad = slope * value * (share + silu * (1 - share))
+        value_grad = slope * silu
+        gate_sum += gate_grad
+        value_sum += value_grad
+        tl.store(result + wide, gate_grad.to(result.dtype.element_ty), mask=there)
+        tl.store(result + wide + inner, value_grad.to(result.dtype.element_ty), mask=there)
+        tl.store(hidden + narrow, (silu * value).to(hidden.dtype.element_ty), mask=there)
+    place = sums + part * (2 * inner) + column
+    tl.store(place, tl.sum(gate_sum, axis=0), mask=inside)
+    tl.store(place + inner, tl.sum(value_sum, axis=0), mask=inside)
+
+
+@triton.jit
+def _norm_backward(
+    x, weight, grad, residual, place, result, sums,
+    rows, length, kept, width, eps,
+    SUBSET: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x, residual, result (rows, width); grad (kept * length, width), its rows where `place` has their sample."""
+    column = tl.arange(0, BLOCK_COLUMNS)
+    inside = column < width
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        present = row < rows
+        there = present[:, None] & inside[None, :]
+        own = row.to(tl.int64)[:, None] * width + column[None, :]
+        source = row.to(tl.int64)
+        if SUBSET:
+            sample = tl.load(place + row // length, mask=present, other=kept)
+            present = sample < kept
+            source = sample * length + row % length
+        values = tl.load(x + own, mask=there, other=0.0).to(tl.float32)
+        through = tl.load(residual + own, mask=there, other=0.0).to(tl.float32)
+        slope = tl.load(
+            grad + source[:, None] * width + column[None, :], mask=present[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(values * values, axis=1) / width + eps)[:, None]
+        normed = values * inverse
+        scaled = slope * scale
+        along = (tl.sum(scaled * normed, axis=1) / width)[:, None]
+        tl.store(result + own, (through + inverse * (scaled - normed * along)).to(result.dtype.element_ty), mask=there)
+        total += slope * normed.to(x.dtype.element_ty).to(tl.float32)
+    tl.store(sums + tl.program_id(0) * width + column, tl.sum(total, axis=0), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin,
+    rows, length, heads, step,
+    HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Rotates the first heads * 2 * HALF columns of x (rows, step), in place. cos, sin (length, 2 * HALF) float32."""
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    channel = tl.arange(0, HALF)
+    angle = (row % length)[:, None, None] * (2 * HALF) + channel[None, None, :]
+    there = (row < rows)[:, None, None] & (head < heads)[None, :, None]
+    first_place = (
+        x + row.to(tl.int64)[:, None, None] * step + head[None, :, None] * (2 * HALF) + channel[None, None, :]
+    )
+    first = tl.load(first_place, mask=there, other=0.0).to(tl.float32)
+    second = tl.load(first_place + HALF, mask=there, other=0.0).to(tl.float32)
+    rotated = first * tl.load(cos + angle) - second * tl.load(sin + angle)
+    tl.store(first_place, rotated.to(x.dtype.element_ty), mask=there)
+    rotated = second * tl.load(cos + angle + HALF) + first * tl.load(sin + angle + HALF)
+    tl.store(first_place + HALF, rotated.to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _rotate_back(
+    query, key, value, cos, sin, result, sums,
+    rows, length, heads, rows_each, sample_step, token_step, head_step,
+    HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of rotated queries and keys, and of values, (B, length, heads, 2 * HALF) of these steps in memory ->
+    result (rows = B * length, 3 * heads * 2 * HALF); sums (parts, the same columns)."""
+    blocks = tl.cdiv(heads, BLOCK_HEADS)
+    kind, part = tl.program_id(0) // blocks, tl.program_id(1)
+    head = tl.program_id(0) % blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    channel = tl.arange(0, HALF)
+    columns = 3 * heads * 2 * HALF
+    target = (kind * heads + head)[None, :, None] * (2 * HALF) + channel[None, None, :]
+    source = query
+    if kind == 1:
+        source = key
+    if kind == 2:
+        source = value
+    first_sum = tl.zeros((BLOCK_ROWS, BLOCK_HEADS, HALF), dtype=tl.float32)
+    second_sum = tl.zeros((BLOCK_ROWS, BLOCK_HEADS, HALF), dtype=tl.float32)
+    for start in range(part * rows_each, tl.minimum((part + 1) * rows_each, rows), BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        there = (row < rows)[:, None, None] & (head < heads)[None, :, None]
+        token = (row // length).to(tl.int64) * sample_step + (row % length).to(tl.int64) * token_step
+        place = source + token[:, None, None] + head[None, :, None] * head_step + channel[None, None, :]
+        first = tl.load(place, mask=there, other=0.0).to(tl.float32)
+        second = tl.load(place + HALF, mask=there, other=0.0).to(tl.float32)
+        if kind < 2:
+            angle = (row % length)[:, None, None] * (2 * HALF) + channel[None, None, :]
+            back = first * tl.load(cos + angle) + second * tl.load(sin + angle + HALF)
+            second = second * tl.load(cos + angle + HALF) - first * tl.load(sin + angle)
+            first = back
+        first_sum += first
+        second_sum += second
+        out = result + row.to(tl.int64)[:, None, None] * columns + target
+        tl.store(out, first.to(result.dtype.element_ty), mask=there)
+        tl.store(out + HALF, second.to(result.dtype.element_ty), mask=there)
+    target = sums + part * columns + (kind * heads + head)[:, None] * (2 * HALF) + channel[None, :]
+    there = (head < heads)[:, None] & (channel < HALF)[None, :]
+    tl.store(target, tl.sum(first_sum, axis=0), mask=there)
+    tl.store(target + HALF, tl.sum(second_sum, axis=0), mask=there)
+
+
+def _on_device(x: torch.Tensor):
+    """Triton launches on the current GPU, whichever the tensors are on."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _parts(rows: int, block_rows: int, blocks: int) -> tuple[int, int]:
+    """Into how many parts so many rows are divided where `blocks` programs take the columns of each, and the rows of a
+    part, a multiple of `block_rows`."""
+    wanted = max(1, PROGRAMS // blocks)
+    each = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
+    return triton.cdiv(rows, each), each
+
+
+def swiglu_backward(
+    product: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See fused_blocks.swiglu_backward."""
+    product, grad, inner = product.contiguous(), grad.contiguous(), grad.shape[-1]
+    rows = grad.numel() // inner
+    blocks = triton.cdiv(inner, SWIGLU_COLUMNS)
+    parts, each = _parts(rows, SWIGLU_ROWS, blocks)
+    result, hidden = torch.empty_like(product), torch.empty_like(grad)
+    sums = torch.empty(parts, 2 * inner, device=grad.device)
+    with _on_device(grad):
+        _swiglu_backward[(blocks, parts)](
+            product, bias, grad, result, hidden, sums, rows, inner, each,
+            BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+    return result, hidden, sums.sum(0)
+
+
+def norm_backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    grad: torch.Tensor,
+    residual: torch.Tensor,
+    place: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See fused_blocks.norm_backward."""
+    x, grad, residual = x.contiguous(), grad.contiguous(), residual.contiguous()
+    _, length, width = x.shape
+    rows = x.numel() // width
+    programs = min(PROGRAMS, triton.cdiv(rows, NORM_ROWS))
+    result, sums = torch.empty_like(x), torch.empty(programs, width, device=x.device)
+    with _on_device(x):
+        _norm_backward[(programs,)](
+            x, weight, grad, residual, x if place is None else place, result, sums,
+            rows, length, len(grad), width, eps,
+            SUBSET=place is not None, BLOCK_ROWS=NORM_ROWS, BLOCK_COLUMNS=triton.next_power_of_2(width),
+            num_warps=WARPS,
+        )  # fmt: skip
+    return result, sums.sum(0)
+
+
+def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """See fused_blocks.rotate_."""
+    batch, length, step = x.shape
+    rows, half, heads = batch * length, cos.shape[1] // 2, 2 * step // 3 // cos.shape[1]
+    grid = (triton.cdiv(heads, ROTATED_HEADS), triton.cdiv(rows, ROTATED_ROWS))
+    with _on_device(x):
+        _rotate[grid](
+            x, cos, sin, rows, length, heads, step,
+            HALF=half, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=WARPS,
+        )  # fmt: skip
+
+
+def rotate_back(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See fused_blocks.rotate_back."""
+    batch, length, heads, size = query.shape
+    if not query.stride() == key.stride() == value.stride() or query.stride(3) != 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    rows, blocks = batch * length, 3 * triton.cdiv(heads, ROTATED_HEADS)
+    parts, each = _parts(rows, ROTATED_ROWS, blocks)
+    result = query.new_empty(batch, length, 3 * heads * size)
+    sums = torch.empty(parts, result.shape[-1], device=query.device)
+    with _on_device(query):
+        _rotate_back[(blocks, parts)](
+            query, key, value, cos, sin, result, sums,
+            rows, length, heads, each, *query.stride()[:3],
+            HALF=size // 2, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=WARPS,
+        )  # fmt: skip
+    return result, sums.sum(0)
