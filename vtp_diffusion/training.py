@@ -20,6 +20,7 @@ from .accelerators import StopRequest, is_sharded, make_accelerator, tracker_set
 from .averaging import AveragedWeights
 from .checkpoints import averaged_state, resume, save_checkpoint
 from .config import config_to_dict, flatten_config
+from .cuda_graphs import GraphedPasses, why_not_recorded
 from .data_order import StepBatchSampler, draw_for_positions, step_generator
 from .disk import writing
 from .results import numbers_line
@@ -74,6 +75,8 @@ class TrainingRun:
             the gradients of a network are clipped by themselves. A step is left out for all networks or for none.
         flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
         in_parts: micro-batches are lists, and what a set of arguments leads to does not use every parameter.
+        cuda_graphs: record the passes of a step and replay them, see `GraphedPasses`; arguments are then dictionaries
+            of tensors. Where that cannot be, why is printed, and the passes are made as ever.
 
     A loss of the objective that is a table (K, 2) of sums and counts, as `flow_matching.sums_by_time` makes them, is
     logged as the K means.
@@ -95,6 +98,7 @@ class TrainingRun:
         groups: list[dict[str, Any]] | None = None,
         flops_per_image: float | None = None,
         in_parts: bool = False,
+        cuda_graphs: bool = False,
     ):
         self.config, self.folder, self.model, self.model_name = config, folder, model, model_name
         self.fingerprint, self.not_saved, self.bare = fingerprint, not_saved, objective
@@ -130,6 +134,7 @@ class TrainingRun:
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.skipped = torch.zeros(2, device=self.device)  # in a row, altogether
         self.first_step, self.seconds = 0, 0.0
+        self.graphed = self._graphed() if cuda_graphs else None
         self.data_state: Callable[[], dict[str, Any]] | None = None  # of data read as a stream, for checkpoints
         self.resumed_data_state: dict[str, Any] | None = None
         self._sums: dict[str, torch.Tensor] | None = None  # of the losses over the steps that count
@@ -250,18 +255,16 @@ class TrainingRun:
 
         Returns: a scalar on the device, 1, or 0 if the step was left out since its gradients were not finite.
         """
-        count, means = self.config.gradient_accumulation_steps, {}
-        for k in range(count):
+        means, last = {}, self.config.gradient_accumulation_steps - 1
+        for k in range(last + 1):
             micro_batch = next(micro_batches)
             parts = micro_batch if isinstance(micro_batch, list) else [micro_batch]
-            for arguments in parts:
-                last = k == count - 1 and arguments is parts[-1]
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(self.objective):
-                    with self.accelerator.autocast() if self.sharded else contextlib.nullcontext():
-                        losses = self.objective(**arguments)
-                    self.accelerator.backward(losses["loss"] / count)
-                for name, value in losses.items():
-                    means[name] = means.get(name, 0) + value.detach().float() / count
+            if self.graphed is not None:
+                passed = self.graphed(parts)
+            else:
+                passed = [self._pass(part, sync=k == last and part is parts[-1]) for part in parts]
+            for losses in passed:
+                means = means | {name: means.get(name, 0) + value for name, value in losses.items()}
         rate = learning_rate_at(step, self.config)
         norms, finite = self._update(rate)
         means |= norms | {"finite": finite}
@@ -273,6 +276,28 @@ class TrainingRun:
         if self._log_due(step):
             self._log(step + 1, rate)
         return finite
+
+    def _pass(self, arguments: dict[str, Any], sync: bool = True) -> dict[str, torch.Tensor]:
+        """One set of arguments forwards and backwards: its losses, detached, float32, as they count in a step.
+
+        Args: `sync`: processes are to have the sum of their gradients then.
+        """
+        count = self.config.gradient_accumulation_steps
+        with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.objective):
+            with self.accelerator.autocast() if self.sharded else contextlib.nullcontext():
+                losses = self.objective(**arguments)
+            self.accelerator.backward(losses["loss"] / count)
+        return {name: value.detach().float() / count for name, value in losses.items()}
+
+    def _graphed(self) -> GraphedPasses | None:
+        config = self.config
+        reason = why_not_recorded(
+            self.device, self.world_size, config.gradient_accumulation_steps, config.mixed_precision
+        )
+        if reason is None:
+            return GraphedPasses(self._pass, self.bare.parameters())
+        self.accelerator.print(f"cuda_graphs is true, but the passes of a step are not recorded: {reason}")
+        return None
 
     def _update(self, rate: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Clip, step, average: (gradient norms, 1 or 0). A step whose gradients are not finite is left out, and that

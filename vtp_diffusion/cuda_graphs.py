@@ -1,0 +1,158 @@
+"""Forward and backward passes of a training step as CUDA graphs: recorded once, then replayed.
+
+A graph is launched as one thing. Thousands of short kernels, each launched from Python, keep a GPU waiting.
+"""
+
+import gc
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = dict[str, dict[str, torch.Tensor]]
+Losses = dict[str, torch.Tensor]
+WARM_UP = 3  # calls that are not recorded: they compile, choose kernels, and make what is made once only
+
+
+def why_not_recorded(device: torch.device, processes: int, micro_steps: int, mixed_precision: str) -> str | None:
+    """What about a run keeps its passes from being recorded; None if they can be."""
+    if device.type != "cuda":
+        return f"the device is {device.type}, no GPU"
+    if processes > 1:
+        return f"there are {processes} processes, which exchange gradients during the passes"
+    if micro_steps > 1:
+        return f"a step has {micro_steps} micro-steps"
+    if mixed_precision not in ("no", "bf16"):
+        return f"mixed_precision is {mixed_precision}, whose scales change from step to step"
+    return None
+
+
+class CUDARecorder:
+    """Runs functions on a stream of its own and records them there.
+
+    Recordings share one pool of memory, in which one takes what those before it have freed: they have to be replayed
+    in the order they were made in, and none without the others.
+    """
+
+    def __init__(self):
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """`function()`, in order with what the current stream does.
+
+        On the stream of the recordings, since autograd adds gradients up on the stream it did so before, as long as
+        anything remembers it; recording cannot wait for another one.
+        """
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = function()
+        current.wait_stream(self.stream)
+        return result
+
+    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What `function()` returns, tensors without values, and the replay that computes them, as often as it is
+        called. The tensors have to be kept: their memory is used otherwise once nothing refers to them."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may do meanwhile what recording forbids this one, such as pinning memory for batches.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            result = function()
+        return result, graph.replay
+
+
+class GraphedPasses:
+    """The passes of a step, recorded after the first calls and replayed from then on.
+
+    Gradients are never set to zero: the first recording that reaches a parameter makes its gradient and overwrites it
+    in every replay, later ones add to it. They stay in memory, and are put back after `zero_grad(set_to_none=True)`.
+
+    What `passes` does must not depend on anything but its inputs and tensors that are changed in place: Python runs
+    no more. Evaluation between steps finds less memory, since the graphs keep that of the passes.
+
+    Args:
+        passes: inputs of one part of the step, `objective -> name -> tensor` -> named losses, detached, once the
+            gradients have been added to `.grad` of the parameters.
+        parameters: which get gradients.
+        warm_up: how many calls run without being recorded, at least 1.
+        recorder: of `passes`, which the tests replace where there is no GPU.
+    """
+
+    def __init__(
+        self,
+        passes: Callable[[Inputs], Losses],
+        parameters: Iterable[nn.Parameter],
+        warm_up: int = WARM_UP,
+        recorder: CUDARecorder | None = None,
+    ):
+        if warm_up < 1:
+            raise ValueError(f"warm_up is {warm_up}, expected at least 1: what is made once must not be recorded")
+        self.passes, self.warm_up = passes, warm_up
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.recorder = CUDARecorder() if recorder is None else recorder
+        self._inputs: list[Inputs] = []  # at addresses that stay
+        self._recordings: list[tuple[Losses, Callable[[], None]]] = []
+        self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def __call__(self, parts: list[Inputs]) -> list[Losses]:
+        """The losses of every part of a step, which are the caller's, and gradients in the parameters.
+
+        Raises:
+            ValueError: parts, names, shapes or dtypes differ from those of the first call, an input is no tensor, or
+                there are gradients already.
+        """
+        if any(p.grad is not None for p in self.parameters):
+            raise ValueError("parameters have gradients, expected none: zero_grad(set_to_none=True) comes before")
+        self._take(parts)
+        if self.warm_up > 0:
+            self.warm_up -= 1
+            return [self.recorder.run(partial(self.passes, part)) for part in self._inputs]
+        if not self._recordings:
+            gc.collect()  # what only cycles hold would keep its memory from the recordings
+            self._recordings = [self.recorder.record(partial(self.passes, part)) for part in self._inputs]
+            self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        for _, replay in self._recordings:
+            replay()
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        return [{name: value.clone() for name, value in losses.items()} for losses, _ in self._recordings]
+
+    def _take(self, parts: list[Inputs]) -> None:
+        """Copy the inputs of a step to where the recordings read them."""
+        came = _by_place(parts)
+        if not self._inputs:
+            self._inputs = [
+                {name: {key: value.clone() for key, value in inputs.items()} for name, inputs in part.items()}
+                for part in parts
+            ]
+            return
+        kept = _by_place(self._inputs)
+        differing = [
+            f"  {name}.{key} of part {number}: {_kind(came.get(place))}, expected {_kind(kept.get(place))}"
+            for place in sorted(came.keys() | kept.keys())
+            for number, name, key in [place]
+            if _kind(came.get(place)) != _kind(kept.get(place))
+        ]
+        if differing:
+            raise ValueError("recorded passes take inputs of the same kinds at every step:\n" + "\n".join(differing))
+        torch._foreach_copy_(list(kept.values()), [came[place] for place in kept])
+
+
+def _by_place(parts: list[Inputs]) -> dict[tuple[int, str, str], torch.Tensor]:
+    """(number of the part, objective, name) -> input. Raises: ValueError for one that is no tensor."""
+    found = {}
+    for number, part in enumerate(parts):
+        for name, inputs in part.items():
+            for key, value in inputs.items():
+                if not isinstance(value, torch.Tensor):
+                    raise ValueError(
+                        f"{name}.{key} is of type {type(value).__name__}, expected a tensor: a recording would keep "
+                        "the value of the first step"
+                    )
+                found[number, name, key] = value
+    return found
+
+
+def _kind(value: torch.Tensor | None) -> str:
+    return "nothing" if value is None else f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
