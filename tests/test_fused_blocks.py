@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from vtp_diffusion import fused_blocks
+from vtp_diffusion import fused_blocks, fused_formulae
 from vtp_diffusion.vtp_blocks import VTPBlock, VTPDecoderBlock, VTPRMSNorm, use_large_products
 from vtp_diffusion.vtp_rotary import rotary_tables
 
@@ -19,7 +19,7 @@ BATCH, LENGTH, WIDTH, HEADS = 6, 9, 64, 2
 @pytest.fixture
 def fused_here(monkeypatch):
     """The functions are for CUDA; here their formulae run on the CPU."""
-    monkeypatch.setattr(fused_blocks, "_has_kernels", lambda x: True)
+    monkeypatch.setattr(fused_blocks, "programs", fused_formulae)
 
 
 def block_and_inputs(kind=VTPBlock, norm=VTPRMSNorm, kept=False):
@@ -87,7 +87,7 @@ def test_what_the_functions_do_not_know_is_computed_as_before(fused_here):
 
 PROGRAM = """
 import torch
-from vtp_diffusion import fused_blocks, fused_kernels
+from vtp_diffusion import fused_formulae, fused_kernels
 
 torch.manual_seed(0)
 
@@ -102,18 +102,18 @@ def same(first, second, limit=1e-5):
 for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):  # Triton's interpreter cuts bits off
     # 20 rows are no multiple of the rows of a part, 300 columns no multiple of those of a program
     values = torch.randn(4, 5, 600).to(dtype), torch.randn(600), torch.randn(4, 5, 300).to(dtype)
-    same(fused_kernels.swiglu_backward(*values), fused_blocks.swiglu_backward(*values), limit)
+    same(fused_kernels.swiglu_backward(*values), fused_formulae.swiglu_backward(*values), limit)
     x, weight = torch.randn(5, 3, 48).to(dtype), torch.randn(48)
     residual = torch.randn(5, 3, 48).to(dtype)
     for kept, place in ((5, None), (2, torch.tensor([2, 0, 2, 1, 2]))):
         values = x, weight, 1e-5, torch.randn(kept, 3, 48).to(dtype), residual, place
-        same(fused_kernels.norm_backward(*values), fused_blocks.norm_backward(*values), limit)
+        same(fused_kernels.norm_backward(*values), fused_formulae.norm_backward(*values), limit)
     for heads in (2, 20):  # fewer and more than a program's
         cos, sin = torch.randn(2, 3, 32)
         x = torch.randn(5, 3, 3 * heads * 32).to(dtype)
         first, second = x.clone(), x.clone()
         fused_kernels.rotate_(first, cos, sin)
-        fused_blocks.rotate_(second, cos, sin)
+        fused_formulae.rotate_(second, cos, sin)
         assert not torch.equal(first, x)
         same([first], [second], limit)
         # apart as they come from attention, in either order of tokens and heads in memory
@@ -121,15 +121,8 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):  # Triton's
         mixed = [alike[0].contiguous(), alike[1], alike[2]]
         for parts in (alike, mixed):
             values = *parts, cos, sin
-            same(fused_kernels.rotate_back(*values), fused_blocks.rotate_back(*values), limit)
+            same(fused_kernels.rotate_back(*values), fused_formulae.rotate_back(*values), limit)
 
-grad = torch.randn(2, 3, 300)
-torch.library.opcheck(fused_blocks.swiglu_backward, (torch.randn(2, 3, 600), torch.randn(600), grad))
-values = torch.randn(5, 3, 48), weight, 1e-5, torch.randn(2, 3, 48), torch.randn(5, 3, 48), place
-torch.library.opcheck(fused_blocks.norm_backward, values)
-cos, sin = torch.randn(2, 3, 32)
-torch.library.opcheck(fused_blocks.rotate_, (torch.randn(5, 3, 192), cos, sin))
-torch.library.opcheck(fused_blocks.rotate_back, (*torch.randn(3, 5, 3, 2, 32), cos, sin))
 print("all equal")
 """
 

@@ -16,7 +16,7 @@ from test_train_vtp import ROOT, fresh_accelerate, load_program  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtp_diffusion import AutoencoderVTP, VTPModel, fused_blocks
+from vtp_diffusion import AutoencoderVTP, VTPModel, fused_blocks, fused_formulae
 from vtp_diffusion.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
@@ -129,8 +129,12 @@ def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
 def test_large_products_keep_no_more_for_the_backward_pass(monkeypatch):
     """A part of a product keeps all of it in memory: 6 GiB of VTP Large, if values came with queries."""
     kept = []
-    for prepare, fused in ((lambda block: None, False), (use_large_products, False), (use_large_products, True)):
-        monkeypatch.setattr(fused_blocks, "_has_kernels", lambda x, fused=fused: fused)
+    for prepare, programs in (
+        (lambda _: None, None),
+        (use_large_products, None),
+        (use_large_products, fused_formulae),
+    ):
+        monkeypatch.setattr(fused_blocks, "programs", programs)
         torch.manual_seed(0)
         block, x = VTPBlock(64, 2, False, VTPRMSNorm(64), VTPRMSNorm(64)), torch.randn(8, 64, 64).bfloat16()
         prepare(block)

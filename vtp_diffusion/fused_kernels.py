@@ -5,18 +5,16 @@ Importing this module needs Triton, which PyTorch for CUDA brings along; its int
 environment) runs the programs on a CPU, slowly.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+from torch.library import triton_op, wrap_triton
 
 PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors
-WARPS = 4
-# what a program has of its tensors at a time
-SWIGLU_ROWS, SWIGLU_COLUMNS = 8, 256
-NORM_ROWS = 2
-ROTATED_ROWS, ROTATED_HEADS = 4, 16
+# what a program has of its tensors at a time, and its warps: the fastest of 90 ways on an H100
+SWIGLU_ROWS, SWIGLU_COLUMNS, SWIGLU_WARPS = 16, 128, 8
+NORM_ROWS, NORM_WARPS = 1, 4
+ROTATED_ROWS, ROTATED_HEADS, ROTATED_WARPS = 4, 16, 8
 
 
 @triton.jit
@@ -157,11 +155,6 @@ def _rotate_back(
     tl.store(target + HALF, tl.sum(second_sum, axis=0), mask=there)
 
 
-def _on_device(x: torch.Tensor):
-    """Triton launches on the current GPU, whichever the tensors are on."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _parts(rows: int, block_rows: int, blocks: int) -> tuple[int, int]:
     """Into how many parts so many rows are divided where `blocks` programs take the columns of each, and the rows of a
     part, a multiple of `block_rows`."""
@@ -170,24 +163,25 @@ def _parts(rows: int, block_rows: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(rows, each), each
 
 
+@triton_op("vtp_diffusion::swiglu_backward", mutates_args=())
 def swiglu_backward(
     product: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See fused_blocks.swiglu_backward."""
+    """See fused_formulae.swiglu_backward."""
     product, grad, inner = product.contiguous(), grad.contiguous(), grad.shape[-1]
     rows = grad.numel() // inner
     blocks = triton.cdiv(inner, SWIGLU_COLUMNS)
     parts, each = _parts(rows, SWIGLU_ROWS, blocks)
     result, hidden = torch.empty_like(product), torch.empty_like(grad)
     sums = torch.empty(parts, 2 * inner, device=grad.device)
-    with _on_device(grad):
-        _swiglu_backward[(blocks, parts)](
-            product, bias, grad, result, hidden, sums, rows, inner, each,
-            BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, num_warps=WARPS,
-        )  # fmt: skip
+    wrap_triton(_swiglu_backward)[(blocks, parts)](
+        product, bias, grad, result, hidden, sums, rows, inner, each,
+        BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, num_warps=SWIGLU_WARPS,
+    )  # fmt: skip
     return result, hidden, sums.sum(0)
 
 
+@triton_op("vtp_diffusion::norm_backward", mutates_args=())
 def norm_backward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -196,38 +190,38 @@ def norm_backward(
     residual: torch.Tensor,
     place: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fused_blocks.norm_backward."""
+    """See fused_formulae.norm_backward."""
     x, grad, residual = x.contiguous(), grad.contiguous(), residual.contiguous()
     _, length, width = x.shape
     rows = x.numel() // width
     programs = min(PROGRAMS, triton.cdiv(rows, NORM_ROWS))
     result, sums = torch.empty_like(x), torch.empty(programs, width, device=x.device)
-    with _on_device(x):
-        _norm_backward[(programs,)](
-            x, weight, grad, residual, x if place is None else place, result, sums,
-            rows, length, len(grad), width, eps,
-            SUBSET=place is not None, BLOCK_ROWS=NORM_ROWS, BLOCK_COLUMNS=triton.next_power_of_2(width),
-            num_warps=WARPS,
-        )  # fmt: skip
+    wrap_triton(_norm_backward)[(programs,)](
+        x, weight, grad, residual, x if place is None else place, result, sums,
+        rows, length, len(grad), width, eps,
+        SUBSET=place is not None, BLOCK_ROWS=NORM_ROWS, BLOCK_COLUMNS=triton.next_power_of_2(width),
+        num_warps=NORM_WARPS,
+    )  # fmt: skip
     return result, sums.sum(0)
 
 
+@triton_op("vtp_diffusion::rotate_", mutates_args=("x",))
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """See fused_blocks.rotate_."""
+    """See fused_formulae.rotate_."""
     batch, length, step = x.shape
     rows, half, heads = batch * length, cos.shape[1] // 2, 2 * step // 3 // cos.shape[1]
     grid = (triton.cdiv(heads, ROTATED_HEADS), triton.cdiv(rows, ROTATED_ROWS))
-    with _on_device(x):
-        _rotate[grid](
-            x, cos, sin, rows, length, heads, step,
-            HALF=half, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=WARPS,
-        )  # fmt: skip
+    wrap_triton(_rotate)[grid](
+        x, cos, sin, rows, length, heads, step,
+        HALF=half, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=ROTATED_WARPS,
+    )  # fmt: skip
 
 
+@triton_op("vtp_diffusion::rotate_back", mutates_args=())
 def rotate_back(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fused_blocks.rotate_back."""
+    """See fused_formulae.rotate_back."""
     batch, length, heads, size = query.shape
     if not query.stride() == key.stride() == value.stride() or query.stride(3) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -235,10 +229,9 @@ def rotate_back(
     parts, each = _parts(rows, ROTATED_ROWS, blocks)
     result = query.new_empty(batch, length, 3 * heads * size)
     sums = torch.empty(parts, result.shape[-1], device=query.device)
-    with _on_device(query):
-        _rotate_back[(blocks, parts)](
-            query, key, value, cos, sin, result, sums,
-            rows, length, heads, each, *query.stride()[:3],
-            HALF=size // 2, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=WARPS,
-        )  # fmt: skip
+    wrap_triton(_rotate_back)[(blocks, parts)](
+        query, key, value, cos, sin, result, sums,
+        rows, length, heads, each, *query.stride()[:3],
+        HALF=size // 2, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=ROTATED_WARPS,
+    )  # fmt: skip
     return result, sums.sum(0)

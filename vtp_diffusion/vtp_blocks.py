@@ -13,7 +13,15 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
-from .fused_blocks import NormBesideResidual, RotatedProjections, SwiGLU, can_fuse, can_rotate, compute_dtype
+from .fused_blocks import (
+    NormBesideResidual,
+    RotatedProjections,
+    SwiGLU,
+    can_fuse,
+    can_rotate,
+    compute_dtype,
+    load_programs,
+)
 from .vtp_rotary import apply_rotary, rotary_tables
 
 
@@ -168,6 +176,7 @@ def use_large_products(model: nn.Module) -> None:
 
     The layers themselves are not called then: hooks on them, and adapters in their places, have no effect.
     """
+    load_programs()
     for module in model.modules():
         if isinstance(module, VTPBlock | VTPAttention | VTPSwiGLU | VTPEmbeddings):
             module.large_products = True
