@@ -373,8 +373,10 @@ def test_a_step_that_is_left_out_moves_no_center(tmp_path):
 
 
 def test_two_processes_have_the_losses_of_one(tmp_path):
-    """Stochastic depth off, float32, the same global batch: 20 steps."""
+    """Stochastic depth off, float32, the same global batch: 20 steps. Of so much noise its scale, taken from the whole
+    batch, is seen in the weights."""
     more = ["--self_supervision.stochastic_depth=0", "--max_train_steps=20", "--validation_steps=20"]
+    more += ["--reconstruction.latent_noise=3"]
     load_program("train_vtp").main(arguments(tmp_path / "one", *more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [ROOT / "train_vtp" / "train.py", *arguments("two", *more)]

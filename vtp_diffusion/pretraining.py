@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .autoencoder_vtp import AutoencoderVTP
 from .batches import collate_images
 from .compilation import compile_modules, keep_rows_unpadded
+from .distributed import num_processes, total
 from .images import from_uint8, image_grid, to_pil, to_uint8
 from .latents import ChannelStatistics
 from .metrics.pixels import psnr
@@ -115,7 +116,7 @@ class ReconstructionObjective(nn.Module):
     The disturbance is noise-augmented decoding: a decoder that has seen latents off their manifold forgives the
     generator's errors (RAE, arXiv:2510.11690). There its scale is drawn from a half-normal; here, since
     latents are not normalised while they are being learned, the level is uniform in [0, `latent_noise`], one a sample,
-    in units of each channel's standard deviation over the batch.
+    in units of each channel's standard deviation over the batch (of a micro-step, of all processes).
 
     Args:
         config: weights of the terms.
@@ -162,10 +163,12 @@ class ReconstructionObjective(nn.Module):
         return self.compare(autoencoder.decode(latents).sample.float(), images)
 
     def disturb(self, latents: torch.Tensor, noise: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) plus noise of that shape, in deviations of each channel over the batch, times
-        `noise_level` (B,)."""
-        scale = latents.detach().std((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
-        return latents + noise_level[:, None, None, None] * scale * noise
+        """Latents (B, C, h, w) plus noise of that shape, in deviations of each channel over the batch of all
+        processes, times `noise_level` (B,). B must be the same in all of them."""
+        count = num_processes() * latents[:, 0].numel()
+        mean = total(latents.sum((0, 2, 3), keepdim=True)) / count  # (1, C, 1, 1)
+        squares = total((latents.detach() - mean).square().sum((0, 2, 3), keepdim=True))
+        return latents + noise_level[:, None, None, None] * (squares / (count - 1)).sqrt() * noise
 
     def compare(self, decoded: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """The named losses of decoded images against the originals, both (B, 3, H, W), and their weighted sum."""
