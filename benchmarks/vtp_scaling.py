@@ -2,7 +2,7 @@ r"""Images a second of train_vtp/train.py, all three objectives, on one process 
 
     python benchmarks/vtp_scaling.py --processes 1 2 --output benchmarks/results/vtp_scaling.json   # two H100
     python benchmarks/vtp_scaling.py --size tiny --processes 1 2 --steps 6 --output tiny.json       # a CPU
-    python benchmarks/vtp_scaling.py --same_losses true --images 128 --steps 20 --processes 1 2 --output losses.json
+    python benchmarks/vtp_scaling.py --same_losses true --images 128 --steps 20 --processes 1 1 2 --output losses.json
 
 `large` is configs/large.yaml, model and objectives, on OpenMoji at 128 pixels: 1024 images a process are as many
 tokens as the 256 of 256 pixels that fit into an H100, and captions are cut to as many tokens less. What it changes of
@@ -10,12 +10,18 @@ the configuration is `SIZES`, with `MEASURED`; options after `--` go to the prog
 
     python benchmarks/vtp_scaling.py --output scaling.json -- --reconstruction.lpips_trunk vgg16.safetensors
 
-Speed is the median of the log's images/s after the first third of the steps, which compilation is in; `scaling` is
-that of a process in that of one alone, `times_one` that of all. With --same_losses the batch is that of all processes
-together, in float32, nothing compiled, no stochastic depth: `largest_difference_of_losses` is that of any step and
-loss to those of the first row, in parts of them, and speed says little. A run ends as soon as its last line is there:
-nothing is evaluated, saved or exported. A row is in the file as soon as it is measured; a run that fails ends the
-benchmark with what it wrote.
+Speed is the median of the log's images/s after the first third of the steps, which compilation is in; `times_one` is
+that of all processes in that of the first row with one process, `scaling` that of one of them.
+
+With --same_losses the batch is that of all processes together, in float32, nothing compiled, no stochastic depth, and
+speed says little. Every later row has the largest difference of any loss from the first row's, step by step, and that
+of the gradient's norm, since AdamW makes up for a gradient that is too long. A difference is in parts of the first
+row's loss, or of `SMALL` of the whole loss where that is more: a loss like KoLeo's passes through zero. One process
+twice, `1 1 2`, shows what one device's own rounding comes to. The learning rate rises as in the configuration, for
+`large` to 8e-7 in 20 steps; `-- --lr_warmup_steps 10` shows what a full one does to rounding from a random start.
+
+A run ends as soon as its last line is there: nothing is evaluated, saved or exported. A row is in the file as soon as
+it is measured; a run that fails ends the benchmark with what it wrote.
 """
 
 import json
@@ -39,11 +45,12 @@ PROGRAM = ROOT / "train_vtp" / "train.py"
 NEVER = 1_000_000  # steps
 MEASURED = {
     "max_train_steps": NEVER,  # more than are made: at the last one a run is evaluated and saved
-    "lr_warmup_steps": 10,
     "checkpointing_steps": NEVER,
     "validation_steps": NEVER,
     "report_to": "none",
 }
+SMALL = 0.01  # of the whole loss
+STATISTICS = ("logit_scale", "captions", "teacher_entropy", "mean_target_entropy")  # logged beside losses
 SAME_LOSSES = {"mixed_precision": "no", "compile": "false", "self_supervision.stochastic_depth": 0, "log_steps": 1}
 # the configuration, images a process, what is changed
 SIZES = {
@@ -86,19 +93,24 @@ class BenchmarkConfig:
             raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
 
 
+def changes(config: BenchmarkConfig) -> dict:
+    """What every run changes of the configuration."""
+    changed = MEASURED | SIZES[config.size][2] | {"log_steps": max(1, config.steps // 12)}
+    return changed | (SAME_LOSSES if config.same_losses else {})
+
+
 def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
     """A row for every number of processes, as soon as it is measured."""
-    file, images, changed = SIZES[config.size]
-    images, single, every = config.images or images, None, max(1, config.steps // 12)
+    file, images, _ = SIZES[config.size]
+    images, single = config.images or images, None
     first: list[dict] = []
     for processes in config.processes:
         with tempfile.TemporaryDirectory() as temporary:
             run, start = Path(temporary) / "run", time.perf_counter()
-            settings = MEASURED | changed | {"log_steps": every, "output_dir": run}
+            settings = changes(config) | {"output_dir": run}
             settings |= {"train_batch_size": images if config.same_losses else images * processes}
             environment = program_environment()
             if config.same_losses:
-                settings |= SAME_LOSSES
                 environment |= {"NVIDIA_TF32_OVERRIDE": "0"}  # torch allows TensorFloat-32 to convolutions
             words = [f"--config={ROOT / 'train_vtp' / 'configs' / file}"]
             words += [f"--{name}={value}" for name, value in settings.items()]
@@ -110,22 +122,36 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
         row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
         row["mfu"] = statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None
         row["peak_memory_gib"] = lines[-1]["peak_memory_gib"]
-        single = row["images_per_second"] if processes == 1 else single
+        if processes == 1 and single is None:
+            single = row["images_per_second"]
         row["times_one"] = None if single is None else row["images_per_second"] / single
         row["scaling"] = None if single is None else row["times_one"] / processes
         row["images_per_second_of_lines"] = [line["images_per_second"] for line in lines]
         row["losses"] = [line["loss"] for line in lines]
-        if config.same_losses:
-            first = first or lines
-            row["largest_difference_of_losses"] = largest_difference(first, lines)
+        if config.same_losses and first:
+            row |= compare(first, lines)
+        first = first or lines
         yield row | {"seconds": time.perf_counter() - start}
 
 
-def largest_difference(first: list[dict], second: list[dict]) -> float:
-    """Between the losses of two logs: of any step and any loss, in parts of the first's."""
-    losses = [name for name in first[0] if "/" in name or name == "loss"]
-    pairs = ((a[name], b[name]) for a, b in zip(first, second, strict=True) for name in losses)
-    return max(abs(a - b) / max(abs(a), 1e-6) for a, b in pairs)
+def compare(first: list[dict], second: list[dict]) -> dict:
+    """How far the losses of a log are from those of the first.
+
+    Returns: `differences_of_losses`, of each step that of the loss which differs most; `largest_difference_of_losses`,
+        their largest with its step and the loss's name; `differences_of_gradient_norms`.
+    """
+    names = ["loss", *(name for name in first[0] if "/" in name and name.split("/")[-1] not in STATISTICS)]
+    found = []
+    for a, b in zip(first, second, strict=True):
+        parts = {name: abs(a[name] - b[name]) / max(abs(a[name]), SMALL * abs(a["loss"])) for name in names}
+        worst = max(parts, key=parts.get)
+        found.append({"step": a["step"], "loss": worst, "difference": parts[worst]})
+    norms = [abs(a["grad_norm"] - b["grad_norm"]) / a["grad_norm"] for a, b in zip(first, second, strict=True)]
+    return {
+        "differences_of_losses": [place["difference"] for place in found],
+        "largest_difference_of_losses": max(found, key=lambda place: place["difference"]),
+        "differences_of_gradient_norms": norms,
+    }
 
 
 def steps_logged(run: Path) -> int:
@@ -136,8 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     cut = words.index("--") if "--" in words else len(words)
     config, options = parse_config(BenchmarkConfig, words[:cut], __doc__), words[cut + 1 :]
-    changed = MEASURED | SIZES[config.size][2]
-    results = {"device": device_name(), "changed": changed, "options": options, "rows": []}
+    results = {"device": device_name(), "changed": changes(config), "options": options, "rows": []}
     for row in measure(config, options):
         results["rows"].append(row)
         write_results(config.output, "vtp_scaling", config, results)

@@ -37,10 +37,31 @@ def test_one_process_and_two_are_measured_and_nothing_goes_on(tmp_path, load):
     assert not any(str(tmp_path) in " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"]))
 
 
-def test_the_largest_difference_is_found_in_any_loss_of_any_step(load):
-    one = [{"step": 1, "loss": 2.0, "a/b": 1.0, "seconds": 1.0}, {"step": 2, "loss": 4.0, "a/b": -0.5, "seconds": 2.0}]
-    two = [{"step": 1, "loss": 2.0, "a/b": 1.1, "seconds": 9.0}, {"step": 2, "loss": 4.2, "a/b": -0.6, "seconds": 9.0}]
-    assert load("vtp_scaling").largest_difference(one, two) == pytest.approx(0.2)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_one_process_twice_has_the_same_losses_and_gradients(tmp_path, load):
+    """With the warm-up of the configuration, or another one where an option says so."""
+    words = ["--size=tiny", "--same_losses=true", "--images=16", "--steps=6", f"--output={tmp_path / 'losses.json'}"]
+    load("vtp_scaling").main([*words, "--processes", "1", "1", "--", "--lr_warmup_steps=1000"])
+    result = json.loads((tmp_path / "losses.json").read_text())
+    first, again = result["rows"]
+    assert result["changed"]["mixed_precision"] == "no" and "lr_warmup_steps" not in result["changed"]
+    assert first["times_one"] == 1.0 and "differences_of_losses" not in first and len(set(first["losses"])) == 6
+    assert again["times_one"] == again["scaling"] == again["images_per_second"] / first["images_per_second"]
+    assert again["differences_of_losses"] == again["differences_of_gradient_norms"] == [0.0] * 6
+
+
+def test_losses_are_compared_step_by_step_and_those_near_zero_with_a_part_of_the_whole(load):
+    one = {"step": 1, "loss": 2.0, "a/b": 1.0, "a/koleo": 1e-6, "a/logit_scale": 1.0, "grad_norm": 4.0, "seconds": 1.0}
+    two = one | {"step": 2, "loss": 4.0, "a/b": -0.5}
+    three = [one | {"a/b": 1.1, "a/logit_scale": 9.0, "grad_norm": 5.0, "seconds": 9.0}, two | {"a/koleo": 0.01}]
+    result = load("vtp_scaling").compare([one, two], three)
+    assert result["differences_of_losses"] == pytest.approx([0.1, 0.25], rel=1e-3)
+    assert result["largest_difference_of_losses"] == {
+        "step": 2,
+        "loss": "a/koleo",
+        "difference": pytest.approx(0.25, rel=1e-3),
+    }
+    assert result["differences_of_gradient_norms"] == [0.25, 0.0]
 
 
 def test_a_program_that_refuses_its_input_ends_the_benchmark_with_its_message(tmp_path, load):
