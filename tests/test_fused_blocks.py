@@ -102,6 +102,7 @@ def same(first, second, limit=1e-5):
 for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):  # Triton's interpreter cuts bits off
     # 20 rows are no multiple of the rows of a part, 300 columns no multiple of those of a program
     values = torch.randn(4, 5, 600).to(dtype), torch.randn(600), torch.randn(4, 5, 300).to(dtype)
+    same([fused_kernels.swiglu(*values[:2])], [fused_formulae.swiglu(*values[:2])], limit)
     same(fused_kernels.swiglu_backward(*values), fused_formulae.swiglu_backward(*values), limit)
     x, weight = torch.randn(5, 3, 48).to(dtype), torch.randn(48)
     residual = torch.randn(5, 3, 48).to(dtype)

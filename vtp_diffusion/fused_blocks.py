@@ -85,21 +85,15 @@ class RotatedProjections(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * value, then a product: (..., 2 I) -> (..., D).
-
-    Args: product (..., 2 I) without its bias (2 I,); weight (D, I) in the dtype of the product; bias_out (D,).
-    """
+    """silu(gate) * value (arXiv:2002.05202), the halves of product (..., 2 I) + bias (2 I,): (..., I)."""
 
     @staticmethod
-    def forward(ctx, product, bias, weight, bias_out):
-        ctx.save_for_backward(product, bias, weight)
-        ctx.bias_dtype = bias_out.dtype
-        gate, value = (product.float() + bias).chunk(2, dim=-1)
-        return F.linear((F.silu(gate) * value).to(product.dtype), weight, bias_out.to(product.dtype))
+    def forward(ctx, product, bias):
+        ctx.save_for_backward(product, bias)
+        return programs.swiglu(product, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        product, bias, weight = ctx.saved_tensors
-        result, hidden, bias_grad = programs.swiglu_backward(product, bias, grad @ weight)
-        rows = grad.flatten(0, -2)
-        return result, bias_grad.to(bias.dtype), rows.T @ hidden.flatten(0, -2), rows.float().sum(0).to(ctx.bias_dtype)
+        product, bias = ctx.saved_tensors
+        product_grad, bias_grad = programs.swiglu_backward(product, bias, grad)
+        return product_grad, bias_grad.to(bias.dtype)

@@ -4,22 +4,21 @@ other than CUDA would run."""
 import torch
 
 
+def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * value, the halves of product (..., 2 I), which comes without it, + bias (2 I,): (..., I)."""
+    gate, value = (product.float() + bias.float()).chunk(2, dim=-1)
+    return (gate * gate.sigmoid() * value).to(product.dtype)
+
+
 def swiglu_backward(
     product: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Backward pass of silu(gate) * value, the halves of product + bias.
-
-    Args:
-        product: (..., 2 I), without the bias; bias: (2 I,); grad: (..., I), of the result.
-
-    Returns: gradient of the product (..., 2 I), the result once more (..., I), gradient of the bias (2 I,) float32.
-    """
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward pass of `swiglu`: grad (..., I) -> gradients of product (..., 2 I) and bias (2 I,), this in float32."""
     gate, value = (product.float() + bias.float()).chunk(2, dim=-1)
-    share = gate.sigmoid()
+    share, slope = gate.sigmoid(), grad.float()
     silu = gate * share
-    slope = grad.float()
     result = torch.cat([slope * value * (share + silu * (1 - share)), slope * silu], dim=-1)
-    return result.to(product.dtype), (silu * value).to(product.dtype), result.flatten(0, -2).sum(0)
+    return result.to(product.dtype), result.flatten(0, -2).sum(0)
 
 
 def norm_backward(

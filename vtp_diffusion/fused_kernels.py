@@ -13,17 +13,37 @@ from torch.library import triton_op, wrap_triton
 PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors
 # what a program has of its tensors at a time, and its warps: the fastest of 90 ways on an H100
 SWIGLU_ROWS, SWIGLU_COLUMNS, SWIGLU_WARPS = 16, 128, 8
-NORM_ROWS, NORM_WARPS = 1, 4
+NORM_WARPS = 4
 ROTATED_ROWS, ROTATED_HEADS, ROTATED_WARPS = 4, 16, 8
 
 
 @triton.jit
+def _swiglu(
+    product, bias, result,
+    rows, inner,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """product (rows, 2 * inner); bias (2 * inner,); result (rows, inner)."""
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    inside = column < inner
+    there = (row < rows)[:, None] & inside[None, :]
+    wide = row.to(tl.int64)[:, None] * (2 * inner) + column[None, :]
+    gate = tl.load(product + wide, mask=there, other=0.0).to(tl.float32)
+    value = tl.load(product + wide + inner, mask=there, other=0.0).to(tl.float32)
+    gate += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value += tl.load(bias + inner + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    narrow = row.to(tl.int64)[:, None] * inner + column[None, :]
+    tl.store(result + narrow, (gate * tl.sigmoid(gate) * value).to(result.dtype.element_ty), mask=there)
+
+
+@triton.jit
 def _swiglu_backward(
-    product, bias, grad, result, hidden, sums,
+    product, bias, grad, result, sums,
     rows, inner, rows_each,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """product, result (rows, 2 * inner); bias (2 * inner,); grad, hidden (rows, inner); sums (parts, 2 * inner)."""
+    """product, result (rows, 2 * inner); bias (2 * inner,); grad (rows, inner); sums (parts, 2 * inner)."""
     part = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < inner
@@ -47,7 +67,6 @@ def _swiglu_backward(
         value_sum += value_grad
         tl.store(result + wide, gate_grad.to(result.dtype.element_ty), mask=there)
         tl.store(result + wide + inner, value_grad.to(result.dtype.element_ty), mask=there)
-        tl.store(hidden + narrow, (silu * value).to(hidden.dtype.element_ty), mask=there)
     place = sums + part * (2 * inner) + column
     tl.store(place, tl.sum(gate_sum, axis=0), mask=inside)
     tl.store(place + inner, tl.sum(value_sum, axis=0), mask=inside)
@@ -56,36 +75,35 @@ def _swiglu_backward(
 @triton.jit
 def _norm_backward(
     x, weight, grad, residual, place, result, sums,
-    rows, length, kept, width, eps,
-    SUBSET: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    length, kept, width, eps,
+    SUBSET: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """x, residual, result (rows, width); grad (kept * length, width), its rows where `place` has their sample."""
+    """x, residual, result (samples * length, width); grad (kept * length, width), of sample b at place[b] if that is
+    below `kept`; sums (programs, width). A program has some of the rows of one sample."""
+    sample, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK_COLUMNS)
     inside = column < width
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for start in range(tl.program_id(0) * BLOCK_ROWS, rows, tl.num_programs(0) * BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        present = row < rows
-        there = present[:, None] & inside[None, :]
-        own = row.to(tl.int64)[:, None] * width + column[None, :]
-        source = row.to(tl.int64)
-        if SUBSET:
-            sample = tl.load(place + row // length, mask=present, other=kept)
-            present = sample < kept
-            source = sample * length + row % length
-        values = tl.load(x + own, mask=there, other=0.0).to(tl.float32)
-        through = tl.load(residual + own, mask=there, other=0.0).to(tl.float32)
-        slope = tl.load(
-            grad + source[:, None] * width + column[None, :], mask=present[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(values * values, axis=1) / width + eps)[:, None]
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    source = sample
+    if SUBSET:
+        source = tl.load(place + sample).to(tl.int32)
+    present = inside & (source < kept)
+    total = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
+    for row in range(part, length, parts):
+        own = (sample.to(tl.int64) * length + row) * width + column
+        values = tl.load(x + own, mask=inside, other=0.0).to(tl.float32)
+        through = tl.load(residual + own, mask=inside, other=0.0).to(tl.float32)
+        theirs = (source.to(tl.int64) * length + row) * width + column
+        slope = tl.load(grad + theirs, mask=present, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
         normed = values * inverse
         scaled = slope * scale
-        along = (tl.sum(scaled * normed, axis=1) / width)[:, None]
-        tl.store(result + own, (through + inverse * (scaled - normed * along)).to(result.dtype.element_ty), mask=there)
+        along = tl.sum(scaled * normed, axis=0) / width
+        tl.store(
+            result + own, (through + inverse * (scaled - normed * along)).to(result.dtype.element_ty), mask=inside
+        )
         total += slope * normed.to(x.dtype.element_ty).to(tl.float32)
-    tl.store(sums + tl.program_id(0) * width + column, tl.sum(total, axis=0), mask=inside)
+    tl.store(sums + (sample * parts + part) * width + column, total, mask=inside)
 
 
 @triton.jit
@@ -163,22 +181,35 @@ def _parts(rows: int, block_rows: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(rows, each), each
 
 
+@triton_op("vtp_diffusion::swiglu", mutates_args=())
+def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """See fused_formulae.swiglu."""
+    product, inner = product.contiguous(), product.shape[-1] // 2
+    rows = product.numel() // (2 * inner)
+    result = product.new_empty(*product.shape[:-1], inner)
+    wrap_triton(_swiglu)[(triton.cdiv(inner, SWIGLU_COLUMNS), triton.cdiv(rows, SWIGLU_ROWS))](
+        product, bias, result, rows, inner,
+        BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, num_warps=SWIGLU_WARPS,
+    )  # fmt: skip
+    return result
+
+
 @triton_op("vtp_diffusion::swiglu_backward", mutates_args=())
 def swiglu_backward(
     product: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See fused_formulae.swiglu_backward."""
     product, grad, inner = product.contiguous(), grad.contiguous(), grad.shape[-1]
     rows = grad.numel() // inner
     blocks = triton.cdiv(inner, SWIGLU_COLUMNS)
     parts, each = _parts(rows, SWIGLU_ROWS, blocks)
-    result, hidden = torch.empty_like(product), torch.empty_like(grad)
+    result = torch.empty_like(product)
     sums = torch.empty(parts, 2 * inner, device=grad.device)
     wrap_triton(_swiglu_backward)[(blocks, parts)](
-        product, bias, grad, result, hidden, sums, rows, inner, each,
+        product, bias, grad, result, sums, rows, inner, each,
         BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, num_warps=SWIGLU_WARPS,
     )  # fmt: skip
-    return result, hidden, sums.sum(0)
+    return result, sums.sum(0)
 
 
 @triton_op("vtp_diffusion::norm_backward", mutates_args=())
@@ -192,15 +223,13 @@ def norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See fused_formulae.norm_backward."""
     x, grad, residual = x.contiguous(), grad.contiguous(), residual.contiguous()
-    _, length, width = x.shape
-    rows = x.numel() // width
-    programs = min(PROGRAMS, triton.cdiv(rows, NORM_ROWS))
-    result, sums = torch.empty_like(x), torch.empty(programs, width, device=x.device)
-    wrap_triton(_norm_backward)[(programs,)](
+    samples, length, width = x.shape
+    parts = min(length, max(1, PROGRAMS // samples))  # of a sample's rows
+    result, sums = torch.empty_like(x), torch.empty(samples * parts, width, device=x.device)
+    wrap_triton(_norm_backward)[(parts, samples)](
         x, weight, grad, residual, x if place is None else place, result, sums,
-        rows, length, len(grad), width, eps,
-        SUBSET=place is not None, BLOCK_ROWS=NORM_ROWS, BLOCK_COLUMNS=triton.next_power_of_2(width),
-        num_warps=NORM_WARPS,
+        length, len(grad), width, eps,
+        SUBSET=place is not None, BLOCK_COLUMNS=triton.next_power_of_2(width), num_warps=NORM_WARPS,
     )  # fmt: skip
     return result, sums.sum(0)
 

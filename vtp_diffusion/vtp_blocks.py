@@ -402,8 +402,7 @@ class VTPSwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.large_products and can_fuse(x):
             weight, bias = joined_parameters(self.w1, self.w2)
-            product = F.linear(x, weight)
-            return SwiGLU.apply(product, bias, self.w3.weight.to(product.dtype), self.w3.bias)
+            return self.w3(SwiGLU.apply(F.linear(x, weight), bias))
         gate, value = joined_linear(x, self.w1, self.w2) if self.large_products else (self.w1(x), self.w2(x))
         return self.w3(F.silu(gate) * value)
 
