@@ -425,8 +425,8 @@ def make_reference(config: ReferenceConfig) -> None:
     source, base, _ = opened
     network = extractors[name].network
     wanted = {name: wanted_outputs(network, "reference")}
-    faults = image_faults({"reference": (source, base)})
     found = record_source(config, "reference", source, base, extractors, wanted)
+    faults = image_faults({"reference": (source, base)})
     if this_process()[0] == 0:
         settings = {"settings": settings_of(config), "num_reference": len(base)}
         settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, **faults}
@@ -444,8 +444,8 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     if config.reference.endswith(".npz"):
         statistics = {n: read_statistics(config.reference, extractors[n].network, config.device) for n in statistics}
     sources = collect_images(config)
-    faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     records = record_all(config, sources, extractors, wait)
+    faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     if this_process()[0] > 0:
         return
     results = {"settings": settings_of(config)} | describe_images(config, sources, records) | faults

@@ -221,6 +221,7 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
         raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
     statistics = [PairedStatistics(network) for network in networks.values()]
     values, worst = measure(config, vae, lpips, statistics, images, chosen)
+    enlarged = images.count_enlarged(chosen)
     if this_process()[0] > 0:
         return
     distances = [pair.distance() for pair in statistics]
@@ -228,7 +229,7 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
         "num_images": count,
         "subset_rule": subset_rule(chosen, len(images), config.seed),
         "skipped": images.dataset.skipped,
-        "enlarged": images.count_enlarged(chosen),
+        "enlarged": enlarged,
         "fingerprint": images.dataset.fingerprint,
         "autoencoder": autoencoder_identity(vae),
         **mean_psnr(values[:, 0]),

@@ -94,7 +94,6 @@ def main() -> None:
     model = model.requires_grad_(False).to(config.device)
     images = open_measured(config.data, config.split)
     names, templates = prompts(config, images.dataset)
-    enlarged = images.count_enlarged(range(len(images)))
     tokenize = clip_tokenizer(model.config.text_context_length)
     embeddings = class_embeddings(model, names, templates, tokenize)
     batches = read_batches(images, range(len(images)), config.batch_size)
@@ -105,7 +104,7 @@ def main() -> None:
     results = {
         "num_images": len(labels),
         "skipped": images.dataset.skipped,
-        "enlarged": enlarged,
+        "enlarged": images.count_enlarged(range(len(images))),
         "num_classes": len(names),
         "fingerprint": images.dataset.fingerprint,
         "model": autoencoder_identity(model),
@@ -116,7 +115,7 @@ def main() -> None:
     }
     results = write_results(config.output, "zero_shot", config, results)
     print(f"\n{len(labels)} images, {len(names)} classes, {len(templates)} templates")
-    for line in fault_lines(results["skipped"], enlarged, config.data.resolution):
+    for line in fault_lines(results["skipped"], results["enlarged"], config.data.resolution):
         print(line)
     print(f"chance  top-1 {results['chance']:6.1%}")
     print(f"found   top-1 {results['top1']:6.1%}   top-5 {results['top5']:6.1%}\nresults: {config.output}")

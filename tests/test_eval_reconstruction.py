@@ -62,6 +62,8 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("batch_size", [4, 8])  # the second process has two of the six images, or none
 def test_two_processes_measure_what_one_does(batch_size, words, tmp_path, monkeypatch):
     words += ["--batch_size", str(batch_size)]
+    for k in (0, 5):
+        Image.effect_noise((24, 31), 60).convert("RGB").save(tmp_path / "images" / f"{k}.png")
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(words[0], run_name="__main__")
     one = json.loads((tmp_path / "r.json").read_text())
@@ -73,6 +75,7 @@ def test_two_processes_measure_what_one_does(batch_size, words, tmp_path, monkey
     assert done.stdout.count("6 images") == 1, "not two processes but twice one"
     two = json.loads((tmp_path / "two.json").read_text())
     assert [case["key"] for case in one["worst"]] == [case["key"] for case in two["worst"]]
+    assert one["enlarged"] == two["enlarged"] == 2
     for name in ("psnr", "ssim", "lpips"):
         assert two[name] == pytest.approx(one[name], rel=1e-6)
     assert two["distances"]["FD-EffLite0"] == pytest.approx(one["distances"]["FD-EffLite0"], rel=1e-5)

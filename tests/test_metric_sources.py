@@ -156,9 +156,20 @@ def test_rows_of_a_collection_that_are_unreadable_or_too_small(in_memory, tmp_pa
     config = DataConfig(source="parquet", data_files=str(file), resolution=16, skip_unreadable=True)
     source = open_measured(config, "train")
     assert (len(source), source.dataset.skipped) == (3, ["00000001", "00000003"])
-    assert source.count_enlarged(range(3)) == source.count_enlarged([1]) == 1 and source.count_enlarged([2]) == 0
     assert len({bytes(image.numpy()) for image in source.read(range(3))}) == 3
+    assert source.count_enlarged(range(3)) == source.count_enlarged([1]) == 1 and source.count_enlarged([2]) == 0
     assert len(source.labels) == len(source.dataset.weights) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_too_small_are_counted_where_they_are_read(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(vtp_diffusion.data, "IN_MEMORY_BYTES", 0)
+    for k, side in enumerate((15, 16, 12, 40)):
+        Image.new("RGB", (20, side)).save(tmp_path / f"{k}.png")
+    source = open_measured(DataConfig(source=str(tmp_path), resolution=16), "train")
+    assert sum(map(len, read_batches(source, [0, 1], 1, workers))) == 2 and source.count_enlarged(range(4)) == 1
+    assert sum(map(len, read_batches(source, [2, 3], 1, workers))) == 2 and source.count_enlarged(range(4)) == 2
+    assert source.count_enlarged([3]) == 0
 
 
 def test_a_folder_that_is_not_what_it_says(tmp_path):

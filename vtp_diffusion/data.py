@@ -135,6 +135,7 @@ class ImageDataset(Dataset):
 
     Attributes:
         skipped: keys of the images that could not be read, as far as this process and its workers have met them.
+        enlarged: (N,) whether an image is smaller than the crop, likewise.
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
@@ -145,6 +146,7 @@ class ImageDataset(Dataset):
         self.classes_named, self._dropped = classes_named, list[str]()
         # in shared memory, since it is the workers of a loader that read
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
+        self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
         self._pixels: np.ndarray | None = None  # (N, R, R, 3) once everything was read, for small sets
         if len(references) == 0:
             raise ValueError("the data set holds no images")
@@ -191,6 +193,7 @@ class ImageDataset(Dataset):
             return
         self._dropped = [self.keys[index] for index in sorted(left_out)]
         self._unreadable = torch.zeros(len(readable), dtype=torch.bool).share_memory_()
+        self.enlarged = self.enlarged[readable].share_memory_()
         self.weights = self.weights[readable]
         for name in ("references", "keys", "labels", "captions"):
             values = getattr(self, name)
@@ -208,12 +211,15 @@ class ImageDataset(Dataset):
 
     def _read(self, index: int) -> np.ndarray | None:
         try:
-            return np.array(center_crop(self.read(self.references[index]), self.resolution))
+            image = self.read(self.references[index])
         except UnreadableImageError:
             if not self.skip_unreadable:
                 raise
             self._unreadable[index] = True
             return None
+        if min(image.size) < self.resolution:
+            self.enlarged[index] = True
+        return np.array(center_crop(image, self.resolution))
 
 
 def open_dataset(config: DataConfig, split: Literal["train", "validation", "all"] = "train") -> ImageDataset:

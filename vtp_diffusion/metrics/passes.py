@@ -127,7 +127,8 @@ def subset_rule(chosen: Sequence[int], count: int, seed: int) -> str:
 
 
 def image_faults(sources: dict[str, tuple[ImageSource, Sequence[int]]]) -> dict[str, dict]:
-    """What is wrong with the images that count, of every source that is a data set; the first process alone looks.
+    """What is wrong with the images that count, of every source that is a data set, once all processes have read their
+    part of them; all of them must ask.
 
     Images that are smaller than they are measured are no error: a model of 32 px may well have learned from 28.
 
@@ -135,8 +136,6 @@ def image_faults(sources: dict[str, tuple[ImageSource, Sequence[int]]]) -> dict[
     Returns: "skipped": name -> keys of those that cannot be read and are left out; "enlarged": name -> how many are
         smaller.
     """
-    if this_process()[0] > 0:
-        return {}
     datasets = {name: source for name, source in sources.items() if isinstance(source[0], DatasetImages)}
     return {
         "skipped": {name: images.dataset.skipped for name, (images, _) in datasets.items()},
