@@ -13,12 +13,12 @@ the configuration is `SIZES`, with `MEASURED`; options after `--` go to the prog
 Speed is the median of the log's images/s after the first third of the steps, which compilation is in; `times_one` is
 that of all processes in that of the first row with one process, `scaling` that of one of them.
 
-With --same_losses the batch is that of all processes together, in float32, nothing compiled, no stochastic depth, and
-speed says little. Every later row has the largest difference of any loss from the first row's, step by step, and that
-of the gradient's norm, since AdamW makes up for a gradient that is too long. A difference is in parts of the first
-row's loss, or of `SMALL` of the whole loss where that is more: a loss like KoLeo's passes through zero. One process
-twice, `1 1 2`, shows what one device's own rounding comes to. The learning rate rises as in the configuration, for
-`large` to 8e-7 in 20 steps; `-- --lr_warmup_steps 10` shows what a full one does to rounding from a random start.
+With --same_losses the batch is that of all processes together, in float32, nothing compiled or recorded, no stochastic
+depth, and speed says little. Every later row has the largest difference of any loss from the first row's, step by step,
+and that of the gradient's norm, since AdamW makes up for a gradient that is too long. A difference is in parts of the
+first row's loss, or of `SMALL` of the whole loss where that is more: a loss like KoLeo's passes through zero. One
+process twice, `1 1 2`, shows what one device's own rounding comes to. The learning rate rises as in the configuration,
+for `large` to 8e-7 in 20 steps; `-- --lr_warmup_steps 10` shows what a full one does to rounding from a random start.
 
 A run ends as soon as its last line is there: nothing is evaluated, saved or exported. A row is in the file as soon as
 it is measured; a run that fails ends the benchmark with what it wrote.
@@ -51,7 +51,13 @@ MEASURED = {
 }
 SMALL = 0.01  # of the whole loss
 STATISTICS = ("logit_scale", "captions", "teacher_entropy", "mean_target_entropy")  # logged beside losses
-SAME_LOSSES = {"mixed_precision": "no", "compile": "false", "self_supervision.stochastic_depth": 0, "log_steps": 1}
+SAME_LOSSES = {
+    "mixed_precision": "no",
+    "compile": "false",
+    "cuda_graphs": "false",  # one process alone would have them
+    "self_supervision.stochastic_depth": 0,
+    "log_steps": 1,
+}
 # the configuration, images a process, what is changed
 SIZES = {
     "large": (
