@@ -14,7 +14,7 @@ Speed is the median of the log's images/s after the first third of the steps, wh
 that of all processes in that of the first row with one process, `scaling` that of one of them.
 
 With --same_losses the batch is that of all processes together, in float32, nothing compiled or recorded, no stochastic
-depth, and speed says little. Every later row has the largest difference of any loss from the first row's, step by step,
+depth, and speed says little. Every later row has the largest difference of any loss to the first row's, step by step,
 and that of the gradient's norm, since AdamW makes up for a gradient that is too long. A difference is in parts of the
 first row's loss, or of `SMALL` of the whole loss where that is more: a loss like KoLeo's passes through zero. One
 process twice, `1 1 2`, shows what one device's own rounding comes to. The learning rate rises as in the configuration,
