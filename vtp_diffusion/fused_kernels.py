@@ -12,9 +12,10 @@ from torch.library import triton_op, wrap_triton
 
 PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors
 # what a program has of its tensors at a time, and its warps: the fastest of 90 ways on an H100
-SWIGLU_ROWS, SWIGLU_COLUMNS, SWIGLU_WARPS = 16, 128, 8
-NORM_WARPS = 4
-ROTATED_ROWS, ROTATED_HEADS, ROTATED_WARPS = 4, 16, 8
+FORWARD_ROWS, FORWARD_COLUMNS, FORWARD_WARPS = 8, 512, 8
+SWIGLU_ROWS, SWIGLU_COLUMNS, SWIGLU_WARPS, SWIGLU_STAGES = 16, 128, 8, 1
+NORM_WARPS, NORM_STAGES = 4, 1
+ROTATED_ROWS, ROTATED_HEADS, ROTATED_WARPS, ROTATED_STAGES = 4, 16, 8, 1
 
 
 @triton.jit
@@ -24,8 +25,9 @@ def _swiglu(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """product (rows, 2 * inner); bias (2 * inner,); result (rows, inner)."""
-    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    blocks = tl.cdiv(inner, BLOCK_COLUMNS)
+    row = tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < inner
     there = (row < rows)[:, None] & inside[None, :]
     wide = row.to(tl.int64)[:, None] * (2 * inner) + column[None, :]
@@ -41,7 +43,7 @@ def _swiglu(
 def _swiglu_backward(
     product, bias, grad, result, sums,
     rows, inner, rows_each,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """product, result (rows, 2 * inner); bias (2 * inner,); grad (rows, inner); sums (parts, 2 * inner)."""
     part = tl.program_id(1)
@@ -51,7 +53,7 @@ def _swiglu_backward(
     value_bias = tl.load(bias + inner + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     gate_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
     value_sum = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for start in range(part * rows_each, tl.minimum((part + 1) * rows_each, rows), BLOCK_ROWS):
+    for start in tl.range(part * rows_each, tl.minimum((part + 1) * rows_each, rows), BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         there = (row < rows)[:, None] & inside[None, :]
         narrow = row.to(tl.int64)[:, None] * inner + column[None, :]
@@ -75,12 +77,12 @@ def _swiglu_backward(
 @triton.jit
 def _norm_backward(
     x, weight, grad, residual, place, result, sums,
-    length, kept, width, eps,
-    SUBSET: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    length, kept, width, parts, eps,
+    SUBSET: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x, residual, result (samples * length, width); grad (kept * length, width), of sample b at place[b] if that is
     below `kept`; sums (programs, width). A program has some of the rows of one sample."""
-    sample, part, parts = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
+    sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.arange(0, BLOCK_COLUMNS)
     inside = column < width
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -89,7 +91,7 @@ def _norm_backward(
         source = tl.load(place + sample).to(tl.int32)
     present = inside & (source < kept)
     total = tl.zeros((BLOCK_COLUMNS,), dtype=tl.float32)
-    for row in range(part, length, parts):
+    for row in tl.range(part, length, parts, num_stages=STAGES):
         own = (sample.to(tl.int64) * length + row) * width + column
         values = tl.load(x + own, mask=inside, other=0.0).to(tl.float32)
         through = tl.load(residual + own, mask=inside, other=0.0).to(tl.float32)
@@ -113,8 +115,9 @@ def _rotate(
     HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Rotates the first heads * 2 * HALF columns of x (rows, step), in place. cos, sin (length, 2 * HALF) float32."""
-    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    blocks = tl.cdiv(heads, BLOCK_HEADS)
+    row = tl.program_id(0) // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    head = tl.program_id(0) % blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     channel = tl.arange(0, HALF)
     angle = (row % length)[:, None, None] * (2 * HALF) + channel[None, None, :]
     there = (row < rows)[:, None, None] & (head < heads)[None, :, None]
@@ -133,7 +136,7 @@ def _rotate(
 def _rotate_back(
     query, key, value, cos, sin, result, sums,
     rows, length, heads, rows_each, sample_step, token_step, head_step,
-    HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rotated queries and keys, and of values, (B, length, heads, 2 * HALF) of these steps in memory ->
     result (rows = B * length, 3 * heads * 2 * HALF); sums (parts, the same columns)."""
@@ -150,7 +153,7 @@ def _rotate_back(
         source = value
     first_sum = tl.zeros((BLOCK_ROWS, BLOCK_HEADS, HALF), dtype=tl.float32)
     second_sum = tl.zeros((BLOCK_ROWS, BLOCK_HEADS, HALF), dtype=tl.float32)
-    for start in range(part * rows_each, tl.minimum((part + 1) * rows_each, rows), BLOCK_ROWS):
+    for start in tl.range(part * rows_each, tl.minimum((part + 1) * rows_each, rows), BLOCK_ROWS, num_stages=STAGES):
         row = start + tl.arange(0, BLOCK_ROWS)
         there = (row < rows)[:, None, None] & (head < heads)[None, :, None]
         token = (row // length).to(tl.int64) * sample_step + (row % length).to(tl.int64) * token_step
@@ -187,9 +190,9 @@ def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     product, inner = product.contiguous(), product.shape[-1] // 2
     rows = product.numel() // (2 * inner)
     result = product.new_empty(*product.shape[:-1], inner)
-    wrap_triton(_swiglu)[(triton.cdiv(inner, SWIGLU_COLUMNS), triton.cdiv(rows, SWIGLU_ROWS))](
+    wrap_triton(_swiglu)[(triton.cdiv(inner, FORWARD_COLUMNS) * triton.cdiv(rows, FORWARD_ROWS),)](
         product, bias, result, rows, inner,
-        BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, num_warps=SWIGLU_WARPS,
+        BLOCK_ROWS=FORWARD_ROWS, BLOCK_COLUMNS=FORWARD_COLUMNS, num_warps=FORWARD_WARPS,
     )  # fmt: skip
     return result
 
@@ -207,7 +210,7 @@ def swiglu_backward(
     sums = torch.empty(parts, 2 * inner, device=grad.device)
     wrap_triton(_swiglu_backward)[(blocks, parts)](
         product, bias, grad, result, sums, rows, inner, each,
-        BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, num_warps=SWIGLU_WARPS,
+        BLOCK_ROWS=SWIGLU_ROWS, BLOCK_COLUMNS=SWIGLU_COLUMNS, STAGES=SWIGLU_STAGES, num_warps=SWIGLU_WARPS,
     )  # fmt: skip
     return result, sums.sum(0)
 
@@ -226,10 +229,11 @@ def norm_backward(
     samples, length, width = x.shape
     parts = min(length, max(1, PROGRAMS // samples))  # of a sample's rows
     result, sums = torch.empty_like(x), torch.empty(samples * parts, width, device=x.device)
-    wrap_triton(_norm_backward)[(parts, samples)](
+    wrap_triton(_norm_backward)[(samples * parts,)](
         x, weight, grad, residual, x if place is None else place, result, sums,
-        length, len(grad), width, eps,
-        SUBSET=place is not None, BLOCK_COLUMNS=triton.next_power_of_2(width), num_warps=NORM_WARPS,
+        length, len(grad), width, parts, eps,
+        SUBSET=place is not None, BLOCK_COLUMNS=triton.next_power_of_2(width), STAGES=NORM_STAGES,
+        num_warps=NORM_WARPS,
     )  # fmt: skip
     return result, sums.sum(0)
 
@@ -239,8 +243,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """See fused_formulae.rotate_."""
     batch, length, step = x.shape
     rows, half, heads = batch * length, cos.shape[1] // 2, 2 * step // 3 // cos.shape[1]
-    grid = (triton.cdiv(heads, ROTATED_HEADS), triton.cdiv(rows, ROTATED_ROWS))
-    wrap_triton(_rotate)[grid](
+    wrap_triton(_rotate)[(triton.cdiv(heads, ROTATED_HEADS) * triton.cdiv(rows, ROTATED_ROWS),)](
         x, cos, sin, rows, length, heads, step,
         HALF=half, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=ROTATED_WARPS,
     )  # fmt: skip
@@ -261,6 +264,7 @@ def rotate_back(
     wrap_triton(_rotate_back)[(blocks, parts)](
         query, key, value, cos, sin, result, sums,
         rows, length, heads, each, *query.stride()[:3],
-        HALF=size // 2, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, num_warps=ROTATED_WARPS,
+        HALF=size // 2, BLOCK_ROWS=ROTATED_ROWS, BLOCK_HEADS=ROTATED_HEADS, STAGES=ROTATED_STAGES,
+        num_warps=ROTATED_WARPS,
     )  # fmt: skip
     return result, sums.sum(0)
