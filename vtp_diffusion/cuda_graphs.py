@@ -107,16 +107,35 @@ class GraphedPasses:
         self._take(parts)
         if self.warm_up > 0:
             self.warm_up -= 1
-            return [self.recorder.run(partial(self.passes, part)) for part in self._inputs]
+            return [self.recorder.run(partial(self._pass, part)) for part in self._inputs]
         if not self._recordings:
             gc.collect()  # what only cycles hold would keep its memory from the recordings
-            self._recordings = [self.recorder.record(partial(self.passes, part)) for part in self._inputs]
+            self._recordings = [self.recorder.record(partial(self._pass, part)) for part in self._inputs]
             self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
         for _, replay in self._recordings:
             replay()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return [{name: value.clone() for name, value in losses.items()} for losses, _ in self._recordings]
+
+    def _pass(self, part: Inputs) -> Losses:
+        """`passes`, whose gradients are added to those of the parts before in a few kernels: autograd would take one
+        for every parameter."""
+        before = [p.grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        losses = self.passes(part)
+        pairs = [
+            (gradient, p.grad)
+            for gradient, p in zip(before, self.parameters, strict=True)
+            if gradient is not None and p.grad is not None
+        ]
+        if pairs:
+            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        for gradient, parameter in zip(before, self.parameters, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient
+        return losses
 
     def _take(self, parts: list[Inputs]) -> None:
         """Copy the inputs of a step to where the recordings read them."""

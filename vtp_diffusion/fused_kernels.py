@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors
-# what a program has of its tensors at a time, and its warps: the fastest of 90 ways on an H100
+PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors; SwiGLU has twice as many
+# What a program has of its tensors at a time, its warps, and how many rounds of a loop are loaded ahead: the fastest
+# of some 100 ways on an H100, at sizes of VTP Large.
 FORWARD_ROWS, FORWARD_COLUMNS, FORWARD_WARPS = 8, 512, 8
-SWIGLU_ROWS, SWIGLU_COLUMNS, SWIGLU_WARPS, SWIGLU_STAGES = 16, 128, 8, 1
-NORM_WARPS, NORM_STAGES = 4, 1
+SWIGLU_ROWS, SWIGLU_COLUMNS, SWIGLU_WARPS, SWIGLU_STAGES = 32, 128, 8, 4
+NORM_WARPS, NORM_STAGES = 2, 2
 ROTATED_ROWS, ROTATED_HEADS, ROTATED_WARPS, ROTATED_STAGES = 4, 16, 8, 1
 
 
@@ -176,10 +177,10 @@ def _rotate_back(
     tl.store(target + HALF, tl.sum(second_sum, axis=0), mask=there)
 
 
-def _parts(rows: int, block_rows: int, blocks: int) -> tuple[int, int]:
-    """Into how many parts so many rows are divided where `blocks` programs take the columns of each, and the rows of a
-    part, a multiple of `block_rows`."""
-    wanted = max(1, PROGRAMS // blocks)
+def _parts(rows: int, block_rows: int, blocks: int, programs: int) -> tuple[int, int]:
+    """Into how many parts so many rows are divided where `blocks` of the programs take the columns of each, and the
+    rows of a part, a multiple of `block_rows`."""
+    wanted = max(1, programs // blocks)
     each = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
     return triton.cdiv(rows, each), each
 
@@ -205,7 +206,7 @@ def swiglu_backward(
     product, grad, inner = product.contiguous(), grad.contiguous(), grad.shape[-1]
     rows = grad.numel() // inner
     blocks = triton.cdiv(inner, SWIGLU_COLUMNS)
-    parts, each = _parts(rows, SWIGLU_ROWS, blocks)
+    parts, each = _parts(rows, SWIGLU_ROWS, blocks, 2 * PROGRAMS)
     result = torch.empty_like(product)
     sums = torch.empty(parts, 2 * inner, device=grad.device)
     wrap_triton(_swiglu_backward)[(blocks, parts)](
@@ -258,7 +259,7 @@ def rotate_back(
     if not query.stride() == key.stride() == value.stride() or query.stride(3) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     rows, blocks = batch * length, 3 * triton.cdiv(heads, ROTATED_HEADS)
-    parts, each = _parts(rows, ROTATED_ROWS, blocks)
+    parts, each = _parts(rows, ROTATED_ROWS, blocks, PROGRAMS)
     result = query.new_empty(batch, length, 3 * heads * size)
     sums = torch.empty(parts, result.shape[-1], device=query.device)
     wrap_triton(_rotate_back)[(blocks, parts)](
