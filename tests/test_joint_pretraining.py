@@ -301,9 +301,13 @@ def test_a_resumed_joint_run_gives_the_same_models(tmp_path):
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        # two blocks each of encoder, teacher and decoder, one of the text tower; two of the prototypes' losses
-        (["--gradient_checkpointing", "--checkpointed_share=0.5"], 9),
-        (["--compile_stacks"], 6),  # encoder, teacher, text tower, reconstruction; two of the prototypes' losses
+        # two blocks each of encoder, teacher and decoder, one of the text tower; two of the prototypes' losses;
+        # colours of crops
+        (["--gradient_checkpointing", "--checkpointed_share=0.5"], 10),
+        (
+            ["--compile_stacks"],
+            7,  # encoder, teacher, text tower, reconstruction; two of the prototypes' losses; colours of crops
+        ),
     ],
 )
 def test_compiling_and_recomputing_leave_the_losses_as_they_are(tmp_path, monkeypatch, options, count):

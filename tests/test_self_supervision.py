@@ -10,7 +10,18 @@ from test_joint_pretraining import tiny_inputs, tiny_objectives
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import run_on_two
 
-from vtp_diffusion.crops import TO_YIQ, CropConfig, _turn_hue, block_mask, cut, draw_crops, gaussian_blur, make_crops
+from vtp_diffusion.crops import (
+    TO_YIQ,
+    TURN,
+    CropConfig,
+    _turn_hue,
+    block_mask,
+    cut,
+    draw_crops,
+    gaussian_blur,
+    make_crops,
+    recolour,
+)
 from vtp_diffusion.self_supervision import (
     DINOHead,
     SelfSupervisionConfig,
@@ -209,7 +220,7 @@ def test_turning_the_hue_turns_the_chrominance_and_keeps_the_luminance():
     pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     angle = torch.tensor([0.3, -1.0], dtype=torch.float64)
     before, after = (
-        torch.einsum("ij,bjhw->bihw", torch.from_numpy(TO_YIQ), p) for p in (pixels, _turn_hue(pixels, angle))
+        torch.einsum("ij,bjhw->bihw", torch.from_numpy(TO_YIQ), p) for p in (pixels, _turn_hue(pixels, angle, TURN))
     )
     torch.testing.assert_close(after[:, 0], before[:, 0])
     turned = torch.complex(before[:, 1], before[:, 2]) * torch.exp(1j * angle)[:, None, None]
@@ -266,6 +277,8 @@ def test_views_have_their_sizes_and_depend_on_their_own_draws():
     alone = make_crops(images[2:3], config, draws[2:3])
     torch.testing.assert_close(large[[2, 6]], alone[0])
     torch.testing.assert_close(small[[2, 6, 10]], alone[1])
+    compiled = make_crops(images, config, draws, torch.compile(recolour, backend="aot_eager", dynamic=False))
+    torch.testing.assert_close(compiled, (large, small))
 
 
 def test_blur_keeps_constants_and_spreads_a_point_as_a_gaussian():

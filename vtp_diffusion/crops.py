@@ -10,6 +10,7 @@ until everything that is queued there is done.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,13 +69,16 @@ def draw_crops(config: CropConfig, count: int, generator: torch.Generator) -> di
     return {"crops": torch.rand(shape, generator=generator, device=generator.device)}
 
 
-def make_crops(images: torch.Tensor, config: CropConfig, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def make_crops(
+    images: torch.Tensor, config: CropConfig, draws: torch.Tensor, change: Callable | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Global and local views of every image.
 
     Args:
         images: (B, 3, H, W), uint8 or float in [-1, 1].
         config: sizes, numbers and scales.
         draws: (B, views, NUM_DRAWS), as of `draw_crops`.
+        change: `recolour`, or that compiled.
 
     Returns:
         global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
@@ -82,27 +86,28 @@ def make_crops(images: torch.Tensor, config: CropConfig, draws: torch.Tensor) ->
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     draws = draws.transpose(0, 1)  # (views, B, NUM_DRAWS)
     large, small = draws[: config.global_crops], draws[config.global_crops :]
-    blur, solarize = (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL)
-    size = config.global_size or images.shape[-1]
-    views = _views(images, large, config.global_scale, size, blur, solarize, config.colour)
-    if config.local_crops == 0:
-        return views, views.new_empty(0, 3, config.local_size, config.local_size)
-    blur, size = (BLUR_LOCAL, BLUR_LOCAL), config.local_size
-    return views, _views(images, small, config.local_scale, size, blur, (0.0, 0.0), config.colour)
+    views = cut(images, large.flatten(0, 1), config.global_scale, config.global_size or images.shape[-1])
+    local = images.new_empty(0, 3, config.local_size, config.local_size)
+    if config.local_crops > 0:
+        local = cut(images, small.flatten(0, 1), config.local_scale, config.local_size)
+    if config.colour:
+        change, turn = change or recolour, to_device(TURN.float(), images.device)
+        blur, solarize = (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL)
+        views = _disturb(views, large, change, turn, blur, solarize)
+        if config.local_crops > 0:
+            local = _disturb(local, small, change, turn, (BLUR_LOCAL, BLUR_LOCAL), (0.0, 0.0))
+    return views, local
 
 
-def _views(images, draws, scale, size, blur, solarize, colour) -> torch.Tensor:
-    """(V·B, 3, size, size) from draws (V, B, NUM_DRAWS); blur and solarize: probabilities in the first view and in
-    the others."""
-    views = cut(images, draws.flatten(0, 1), scale, size)
-    if not colour:
-        return views
+def _disturb(views, draws, change, turn, blur, solarize) -> torch.Tensor:
+    """Views (V·B, 3, s, s) with changed colours, some blurred and solarized, from draws (V, B, NUM_DRAWS); blur and
+    solarize: probabilities in the first view and in the others."""
     blurred, solarized = (
         torch.cat([draw[:1] < first, draw[1:] < others]).flatten()  # (V·B,)
         for draw, (first, others) in ((draws[..., 11], blur), (draws[..., 13], solarize))
     )
     draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
-    pixels = recolour((views + 1) / 2, draws[:, 5:11])
+    pixels = change((views + 1) / 2, draws[:, 5:11], turn)
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, 12]
     pixels = torch.where(_like(blurred), gaussian_blur(pixels, sigma), pixels)
     if solarize != (0.0, 0.0):
@@ -146,10 +151,11 @@ def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], s
     return views.permute(2, 0, 1, 3, 4).flatten(0, 1)
 
 
-def recolour(pixels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+def recolour(pixels: torch.Tensor, draws: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast, saturation and hue with probability 0.8, then grey with probability 0.2.
 
-    Args: `pixels`: (B, 3, H, W) in [0, 1]; `draws`: (B, 6) uniform: whether, the four strengths, whether grey.
+    Args: `pixels`: (B, 3, H, W) in [0, 1]; `draws`: (B, 6) uniform: whether, the four strengths, whether grey; `turn`:
+        TURN.
     """
     strength = 2 * draws[:, 1:5] - 1  # (B, 4)
     changed = (pixels * _like(1 + BRIGHTNESS * strength[:, 0])).clamp(0, 1)
@@ -157,7 +163,7 @@ def recolour(pixels: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     changed = (mean + (changed - mean) * _like(1 + CONTRAST * strength[:, 1])).clamp(0, 1)
     grey = _luminance(changed)
     changed = (grey + (changed - grey) * _like(1 + SATURATION * strength[:, 2])).clamp(0, 1)
-    changed = _turn_hue(changed, 2 * math.pi * HUE * strength[:, 3]).clamp(0, 1)
+    changed = _turn_hue(changed, 2 * math.pi * HUE * strength[:, 3], turn).clamp(0, 1)
     pixels = torch.where(_like(draws[:, 0] < JITTER), changed, pixels)
     return torch.where(_like(draws[:, 5] < GREY), _luminance(pixels), pixels)
 
@@ -167,12 +173,13 @@ def _luminance(pixels: torch.Tensor) -> torch.Tensor:
     return sum(weight * channel for weight, channel in zip(GREY_WEIGHTS, pixels.split(1, dim=1), strict=True))
 
 
-def _turn_hue(pixels: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Colours (B, 3, H, W) turned by an angle (B,) in the plane of chrominance of YIQ; luminance stays."""
-    parts = to_device(TURN, pixels.device).to(pixels.dtype)
-    turn = torch.stack([torch.ones_like(angle), angle.cos(), angle.sin()], dim=1)  # (B, 3)
-    matrix = (turn[:, :, None, None] * parts).sum(1)  # (B, 3, 3); no product, which may be rounded to TF32
-    return torch.einsum("bij,bjhw->bihw", matrix, pixels)
+def _turn_hue(pixels: torch.Tensor, angle: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Colours (B, 3, H, W) turned by an angle (B,) in the plane of chrominance of YIQ, by `turn`, TURN; luminance
+    stays."""
+    weights = torch.stack([torch.ones_like(angle), angle.cos(), angle.sin()], dim=1).to(pixels.dtype)  # (B, 3)
+    # no products of matrices, which may be rounded to TF32
+    matrix = (weights[:, :, None, None] * turn.to(pixels.dtype)).sum(1)  # (B, 3, 3)
+    return sum(matrix[:, :, j, None, None] * pixels[:, j : j + 1] for j in range(3))
 
 
 def gaussian_blur(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
