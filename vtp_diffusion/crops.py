@@ -78,7 +78,7 @@ def make_crops(
         images: (B, 3, H, W), uint8 or float in [-1, 1].
         config: sizes, numbers and scales.
         draws: (B, views, NUM_DRAWS), as of `draw_crops`.
-        change: `recolour`, or that compiled.
+        change: `disturb`, or that compiled.
 
     Returns:
         global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
@@ -91,23 +91,35 @@ def make_crops(
     if config.local_crops > 0:
         local = cut(images, small.flatten(0, 1), config.local_scale, config.local_size)
     if config.colour:
-        change, turn = change or recolour, to_device(TURN.float(), images.device)
-        blur, solarize = (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL)
-        views = _disturb(views, large, change, turn, blur, solarize)
+        change, turn = change or disturb, to_device(TURN.float(), images.device)
+        views = change(views, large, turn, (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL))
         if config.local_crops > 0:
-            local = _disturb(local, small, change, turn, (BLUR_LOCAL, BLUR_LOCAL), (0.0, 0.0))
+            local = change(local, small, turn, (BLUR_LOCAL, BLUR_LOCAL), (0.0, 0.0))
     return views, local
 
 
-def _disturb(views, draws, change, turn, blur, solarize) -> torch.Tensor:
-    """Views (V·B, 3, s, s) with changed colours, some blurred and solarized, from draws (V, B, NUM_DRAWS); blur and
-    solarize: probabilities in the first view and in the others."""
+def disturb(
+    views: torch.Tensor,
+    draws: torch.Tensor,
+    turn: torch.Tensor,
+    blur: tuple[float, float],
+    solarize: tuple[float, float],
+) -> torch.Tensor:
+    """Views (V·B, 3, s, s) in [-1, 1] with changed colours, some blurred and solarized.
+
+    Apart, since `compile_parts` compiles it: it is bound by memory.
+
+    Args:
+        draws: (V, B, NUM_DRAWS).
+        turn: TURN.
+        blur, solarize: probabilities in the first view and in the others.
+    """
     blurred, solarized = (
         torch.cat([draw[:1] < first, draw[1:] < others]).flatten()  # (V·B,)
         for draw, (first, others) in ((draws[..., 11], blur), (draws[..., 13], solarize))
     )
     draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
-    pixels = change((views + 1) / 2, draws[:, 5:11], turn)
+    pixels = recolour((views + 1) / 2, draws[:, 5:11], turn)
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, 12]
     pixels = torch.where(_like(blurred), gaussian_blur(pixels, sigma), pixels)
     if solarize != (0.0, 0.0):
@@ -186,10 +198,11 @@ def gaussian_blur(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Separable blur of (B, 3, H, W), its deviation in pixels (B,) one an image; kernel of 9, borders repeated."""
     offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=pixels.device)
     kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1)  # (B, 9)
-    kernel = kernel.repeat_interleave(3, dim=0)[:, None]  # (3·B, 1, 9)
-    flat = F.pad(pixels.flatten(0, 1)[None], (BLUR_RADIUS,) * 4, mode="replicate")  # (1, 3·B, H + 8, W + 8)
-    flat = F.conv2d(flat, kernel[..., None, :], groups=len(kernel))
-    return F.conv2d(flat, kernel[..., None], groups=len(kernel)).view_as(pixels)
+    margin = (BLUR_RADIUS, BLUR_RADIUS)
+    for dim, margins in ((3, (*margin, 0, 0)), (2, (0, 0, *margin))):
+        wide, size = F.pad(pixels, margins, mode="replicate"), pixels.shape[dim]
+        pixels = sum(_like(kernel[:, k]) * wide.narrow(dim, k, size) for k in range(len(offsets)))
+    return pixels
 
 
 def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -> np.ndarray:
