@@ -92,7 +92,7 @@ def step_inputs(objective, images, token_ids, step: int) -> dict:
     generator = torch.Generator(device).manual_seed(step)
     count = len(images) // 4
     draws = draw_crops(part.config.crops, count, generator)["crops"]
-    large, small = make_crops(images[:count], part.config.crops, draws, part.disturb)
+    large, small = make_crops(images[:count], part.config.crops, draws, part.recolour_views)
     side = large.shape[-1] // objective.autoencoder.spatial_compression_ratio
     masks = part.mask_inputs(np.stack([part.draw_masks((side, side), k, step) for k in range(count)]))
     own = {name: to_device(value, device) for name, value in masks.items()} | part.draw_kept(count, generator)

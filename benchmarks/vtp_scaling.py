@@ -25,6 +25,7 @@ it is measured; a run that fails ends the benchmark with what it wrote.
 """
 
 import json
+import math
 import signal
 import statistics
 import sys
@@ -143,11 +144,15 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
 def compare(first: list[dict], second: list[dict]) -> dict:
     """How far the losses of a log are from those of the first.
 
+    Raises: SystemExit where a loss or a norm is not finite: it would not count as different.
     Returns: `differences_of_losses`, of each step that of the loss which differs most; `largest_difference_of_losses`,
         their largest with its step and the loss's name; `differences_of_gradient_norms`.
     """
     names = ["loss", *(name for name in first[0] if "/" in name and name.split("/")[-1] not in STATISTICS)]
     found = []
+    for line in (*first, *second):
+        if bad := [name for name in (*names, "grad_norm") if line[name] is None or not math.isfinite(line[name])]:
+            raise SystemExit(f"step {line['step']}: {', '.join(bad)} not finite, expected numbers to compare")
     for a, b in zip(first, second, strict=True):
         parts = {name: abs(a[name] - b[name]) / max(abs(a[name]), SMALL * abs(a["loss"])) for name in names}
         worst = max(parts, key=parts.get)

@@ -119,3 +119,12 @@ def test_a_launcher_that_ends_before_anything_is_reached_failed(load):
 def test_wrong_settings_are_refused(load, words, message):
     with pytest.raises(ValueError, match=message):
         load("vtp_scaling").main(words)
+
+
+def test_losses_that_are_not_finite_are_not_compared(load):
+    lines = [{"step": step, "loss": 2.0, "a/b": 1.0, "grad_norm": 1.0} for step in (1, 2)]
+    broken = [lines[0], lines[1] | {"a/b": float("nan")}]
+    assert load("vtp_scaling").compare(lines, lines)["largest_difference_of_losses"]["difference"] == 0
+    for first, second in ((lines, broken), (broken, lines)):
+        with pytest.raises(SystemExit, match="step 2: a/b not finite"):
+            load("vtp_scaling").compare(first, second)

@@ -118,10 +118,13 @@ def squares(layer, part):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([{"a": {"x": torch.ones(2, 2)}}], r"a\.x of part 0: float32 \(2, 2\), expected float32 \(3, 2\)"),
-        ([{"a": {"x": torch.ones(3, 2).double()}}], r"a\.x of part 0: float64 \(3, 2\), expected float32 \(3, 2\)"),
+        ([{"a": {"x": torch.ones(2, 2)}}], r"a\.x of part 0: float32 \(2, 2\) on cpu, expected float32 \(3, 2\)"),
+        (
+            [{"a": {"x": torch.ones(3, 2).double()}}],
+            r"a\.x of part 0: float64 \(3, 2\) on cpu, expected float32 \(3, 2\)",
+        ),
         ([{"a": {}}], r"a\.x of part 0: nothing, expected float32 \(3, 2\)"),
-        ([{"a": {"x": torch.ones(3, 2)}}] * 2, r"a\.x of part 1: float32 \(3, 2\), expected nothing"),
+        ([{"a": {"x": torch.ones(3, 2)}}] * 2, r"a\.x of part 1: float32 \(3, 2\) on cpu, expected nothing"),
         ([{"a": {"x": 3}}], r"a\.x is of type int, expected a tensor"),
     ],
 )

@@ -16,7 +16,7 @@ from test_train_vtp import ROOT, fresh_accelerate, load_program  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtp_diffusion import AutoencoderVTP, VTPModel, fused_blocks, fused_formulae
+from vtp_diffusion import AutoencoderVTP, VTPModel, fused_blocks, fused_formulae, vtp_blocks
 from vtp_diffusion.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.config import parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
@@ -128,6 +128,7 @@ def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
 
 def test_large_products_keep_no_more_for_the_backward_pass(monkeypatch):
     """A part of a product keeps all of it in memory: 6 GiB of VTP Large, if values came with queries."""
+    monkeypatch.setattr(vtp_blocks, "load_programs", lambda: None)
     kept = []
     for prepare, programs in (
         (lambda _: None, None),

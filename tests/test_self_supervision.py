@@ -17,10 +17,10 @@ from vtp_diffusion.crops import (
     _turn_hue,
     block_mask,
     cut,
-    disturb,
     draw_crops,
     gaussian_blur,
     make_crops,
+    recolour_views,
 )
 from vtp_diffusion.self_supervision import (
     DINOHead,
@@ -277,7 +277,7 @@ def test_views_have_their_sizes_and_depend_on_their_own_draws():
     alone = make_crops(images[2:3], config, draws[2:3])
     torch.testing.assert_close(large[[2, 6]], alone[0])
     torch.testing.assert_close(small[[2, 6, 10]], alone[1])
-    compiled = make_crops(images, config, draws, torch.compile(disturb, backend="aot_eager", dynamic=False))
+    compiled = make_crops(images, config, draws, torch.compile(recolour_views, backend="aot_eager", dynamic=False))
     torch.testing.assert_close(compiled, (large, small))
 
 

@@ -78,7 +78,7 @@ def make_crops(
         images: (B, 3, H, W), uint8 or float in [-1, 1].
         config: sizes, numbers and scales.
         draws: (B, views, NUM_DRAWS), as of `draw_crops`.
-        change: `disturb`, or that compiled.
+        change: `recolour_views`, or that compiled.
 
     Returns:
         global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
@@ -91,14 +91,14 @@ def make_crops(
     if config.local_crops > 0:
         local = cut(images, small.flatten(0, 1), config.local_scale, config.local_size)
     if config.colour:
-        change, turn = change or disturb, to_device(TURN.float(), images.device)
+        change, turn = change or recolour_views, to_device(TURN.float(), images.device)
         views = change(views, large, turn, (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL))
         if config.local_crops > 0:
             local = change(local, small, turn, (BLUR_LOCAL, BLUR_LOCAL), (0.0, 0.0))
     return views, local
 
 
-def disturb(
+def recolour_views(
     views: torch.Tensor,
     draws: torch.Tensor,
     turn: torch.Tensor,

@@ -120,7 +120,7 @@ class GraphedPasses:
 
     def _pass(self, part: Inputs) -> Losses:
         """`passes`, whose gradients are added to those of the parts before in a few kernels: autograd would take one
-        for every parameter."""
+        for every parameter. Until then a part's gradients take memory of their own."""
         before = [p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -174,4 +174,6 @@ def _by_place(parts: list[Inputs]) -> dict[tuple[int, str, str], torch.Tensor]:
 
 
 def _kind(value: torch.Tensor | None) -> str:
-    return "nothing" if value is None else f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if value is None:
+        return "nothing"
+    return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device.type}"

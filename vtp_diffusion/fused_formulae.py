@@ -1,5 +1,4 @@
-"""The programs of fused_kernels.py as formulae of PyTorch, in float32: what those are tested against, and what devices
-other than CUDA would run."""
+"""The programs of fused_kernels.py as formulae of PyTorch, in float32: what those are tested against."""
 
 import torch
 

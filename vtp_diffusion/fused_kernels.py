@@ -241,7 +241,9 @@ def norm_backward(
 
 @triton_op("vtp_diffusion::rotate_", mutates_args=("x",))
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """See fused_formulae.rotate_."""
+    """See fused_formulae.rotate_. Raises: ValueError unless x is contiguous, since it is changed in place."""
+    if not x.is_contiguous():
+        raise ValueError(f"x {tuple(x.shape)} has strides {x.stride()}, expected it contiguous")
     batch, length, step = x.shape
     rows, half, heads = batch * length, cos.shape[1] // 2, 2 * step // 3 // cos.shape[1]
     wrap_triton(_rotate)[(triton.cdiv(heads, ROTATED_HEADS) * triton.cdiv(rows, ROTATED_ROWS),)](

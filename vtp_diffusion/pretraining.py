@@ -258,7 +258,7 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
         if isinstance(part, SelfSupervisionObjective):
             part.compare = torch.compile(part.compare, dynamic=False)
             part.centred = torch.compile(part.centred, dynamic=False)
-            part.disturb = torch.compile(part.disturb, dynamic=False)
+            part.recolour_views = torch.compile(part.recolour_views, dynamic=False)
         elif isinstance(part, ReconstructionObjective) and part.perceptual is not None and not stacks:
             part.perceptual.compile(dynamic=False)
 

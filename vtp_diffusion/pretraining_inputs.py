@@ -150,7 +150,7 @@ class PreTrainingInputs:
         chosen = self._chosen(micro_step, 0, config.share)
         rows = to_device(chosen, run.device)
         draws = run.draw(micro_step, lambda n, g: draw_crops(config.crops, n, g), CROPS)["crops"]
-        views = make_crops(images[rows], config.crops, draws[rows], objective.disturb)
+        views = make_crops(images[rows], config.crops, draws[rows], objective.recolour_views)
         side = views[0].shape[-1] // self.patch
         masks = [objective.draw_masks((side, side), positions[k], run.config.seed) for k in chosen.tolist()]
         inputs = {name: to_device(value, run.device) for name, value in objective.mask_inputs(np.stack(masks)).items()}

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .autoencoder_vtp import AutoencoderVTP, normalize_images
-from .crops import CropConfig, block_mask, disturb
+from .crops import CropConfig, block_mask, recolour_views
 from .distributed import gather_rows, num_processes, process_index, total
 from .stochastic_depth import check_drop_rate, draw_kept
 from .vtp_blocks import initialise_weights
@@ -204,7 +204,7 @@ class SelfSupervisionObjective(nn.Module):
     def __init__(self, config: SelfSupervisionConfig, autoencoder: AutoencoderVTP):
         super().__init__()
         self.config, self.depth = config, autoencoder.config.encoder_num_layers
-        self.disturb = disturb  # for `make_crops`; `compile_parts` compiles it
+        self.recolour_views = recolour_views  # for `make_crops`; `compile_parts` compiles it
         self.head = DINOHead(autoencoder.config.encoder_hidden_size, config)
         self.teacher_encoder = copy.deepcopy(autoencoder.encoder).requires_grad_(False)
         self.teacher_encoder.gradient_checkpointing = False

@@ -171,8 +171,9 @@ def joined_linear(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ..
 
 def use_large_products(model: nn.Module) -> None:
     """Compute queries and keys, and the two halves of SwiGLU, with one product each, and patches with a product
-    instead of a convolution: fewer kernels and fewer sums of gradients. While training on CUDA, backward passes are
-    those of fused_blocks.py as well. For compiled training under autocast, which copies the weights in any case.
+    instead of a convolution: fewer kernels and fewer sums of gradients. While training on CUDA, norms, projections and
+    SwiGLU are those of fused_blocks.py as well. For compiled training under autocast, which copies the weights in any
+    case.
 
     The layers themselves are not called then: hooks on them, and adapters in their places, have no effect.
     """
