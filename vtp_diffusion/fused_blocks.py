@@ -4,13 +4,12 @@ several: norm with the residual around it, projections with the rotation behind 
 What is saved is reading gradients again to add them up for biases and scales, and gradients once more where they meet.
 """
 
+import importlib
 import importlib.util
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-
-from . import fused_formulae
 
 HALF_HEADS = (16, 32, 64, 128)  # halves of heads that `rotate_` knows: powers of two
 
@@ -22,12 +21,13 @@ def load_programs() -> None:
     """Look for Triton, which PyTorch for CUDA brings along; without it nothing here is used."""
     global programs
     if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-        from . import fused_kernels as programs
+        # not an import statement: an exported pipeline comes with this module, but without Triton's programs
+        programs = importlib.import_module(f"{__package__}.fused_kernels")
 
 
 def can_fuse(x: torch.Tensor) -> bool:
     """Whether a backward pass is to come, on a device whose programs were loaded."""
-    return torch.is_grad_enabled() and programs is not None and (x.is_cuda or programs is fused_formulae)
+    return torch.is_grad_enabled() and programs is not None and (x.is_cuda or programs.ANY_DEVICE)
 
 
 def can_rotate(cos: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 import torch
 
+ANY_DEVICE = True  # where it runs: see `fused_blocks.can_fuse`
+
 
 def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value, the halves of product (..., 2 I), which comes without it, + bias (2 I,): (..., I)."""

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
+ANY_DEVICE = False  # CUDA alone
 PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors; SwiGLU has twice as many
 # What a program has of its tensors at a time, its warps, and how many rounds of a loop are loaded ahead: the fastest
 # of some 100 ways on an H100, at sizes of VTP Large.
