@@ -181,12 +181,10 @@ def main():
         torch.cuda.empty_cache()
     flops = training_flops(objective, resolution)
     inputs, alone, kernels_alone = step_inputs(objective, images, token_ids, 0), {}, {}
-    for name, part in objective.objectives.items():
+    for name in objective.objectives:
 
-        def pass_alone(_, name=name, part=part):
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = part(objective.autoencoder, **inputs[name])["loss"]
-            loss.backward()
+        def pass_alone(_, name=name):
+            passes({name: inputs[name]})
 
         alone[name] = seconds_of(pass_alone, arguments.steps, device)
         kernels_alone[name] = kernel_seconds(lambda: pass_alone(0)) if device.type == "cuda" else None

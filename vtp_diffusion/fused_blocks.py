@@ -41,8 +41,15 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension in float32, cast back before the scale: see `VTPRMSNorm`."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
 class NormBesideResidual(torch.autograd.Function):
-    """x and its root-mean-square norm (see VTPRMSNorm), for a residual update: their gradients meet here.
+    """x and its `rms_norm`, for a residual update: their gradients meet here.
 
     Args: x (B, S, D), weight (D,), eps; `kept` (K,) int64, samples to norm; `place` as of `norm_backward`. Or None.
     Returns: x (B, S, D) and the norm (K, S, D) in `dtype`.
@@ -52,9 +59,8 @@ class NormBesideResidual(torch.autograd.Function):
     def forward(ctx, x, weight, eps, dtype, kept, place):
         ctx.save_for_backward(x, weight, place)
         ctx.eps = eps
-        chosen = (x if kept is None else x.index_select(0, kept)).float()
-        normed = chosen * torch.rsqrt(chosen.square().mean(dim=-1, keepdim=True) + eps)
-        return x.clone(), (normed.to(x.dtype) * weight).to(dtype)  # the compiler makes nothing of the copy
+        normed = rms_norm(x if kept is None else x.index_select(0, kept), weight, eps)
+        return x.clone(), normed.to(dtype)  # the compiler makes nothing of the copy
 
     @staticmethod
     def backward(ctx, residual, grad):

@@ -2,13 +2,15 @@
 
 import torch
 
+from .vtp_rotary import apply_rotary
+
 ANY_DEVICE = True  # where it runs: see `fused_blocks.can_fuse`
 
 
 def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value, the halves of product (..., 2 I), which comes without it, + bias (2 I,): (..., I)."""
     gate, value = (product.float() + bias.float()).chunk(2, dim=-1)
-    return (gate * gate.sigmoid() * value).to(product.dtype)
+    return (torch.nn.functional.silu(gate) * value).to(product.dtype)
 
 
 def swiglu_backward(
@@ -55,9 +57,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     Args: `cos`, `sin`: tables (S, D) float32.
     """
     turned = x[..., : 2 * x.shape[-1] // 3].unflatten(-1, (-1, cos.shape[1]))  # (B, S, 2 H, D), a view
-    first, second = turned.float().chunk(2, dim=-1)
-    half = torch.cat([-second, first], dim=-1)
-    turned.copy_(turned.float() * cos[:, None] + half * sin[:, None])
+    turned.copy_(apply_rotary(turned, cos, sin))
 
 
 def rotate_back(

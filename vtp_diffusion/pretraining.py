@@ -165,9 +165,9 @@ class ReconstructionObjective(nn.Module):
     def disturb(self, latents: torch.Tensor, noise: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) plus noise of that shape, in deviations of each channel over the batch of all
         processes, times `noise_level` (B,). B must be the same in all of them."""
-        count = num_processes() * latents[:, 0].numel()
-        mean = total(latents.sum((0, 2, 3), keepdim=True)) / count  # (1, C, 1, 1)
-        squares = total((latents.detach() - mean).square().sum((0, 2, 3), keepdim=True))
+        values, count = latents.detach(), num_processes() * latents[:, 0].numel()
+        mean = total(values.sum((0, 2, 3), keepdim=True)) / count  # (1, C, 1, 1)
+        squares = total((values - mean).square().sum((0, 2, 3), keepdim=True))
         return latents + noise_level[:, None, None, None] * (squares / (count - 1)).sqrt() * noise
 
     def compare(self, decoded: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:

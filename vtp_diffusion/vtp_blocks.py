@@ -21,6 +21,7 @@ from .fused_blocks import (
     can_rotate,
     compute_dtype,
     load_programs,
+    rms_norm,
 )
 from .vtp_rotary import apply_rotary, rotary_tables
 
@@ -198,11 +199,12 @@ def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.T
     return _AddedUpdate.apply(hidden_states, update.to(hidden_states.dtype), kept, place)
 
 
-def fused_update(
-    hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor | None = None
+def normed_update(
+    hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor | None, fused: bool
 ) -> torch.Tensor:
-    """`residual_update` by branch(norm(hidden_states)), where the gradients of both meet in one kernel."""
-    if not isinstance(norm, VTPRMSNorm):
+    """`residual_update` by branch(norm(hidden_states)); fused, if the norm is root-mean-square, the gradients of both
+    meet in one kernel."""
+    if not (fused and isinstance(norm, VTPRMSNorm)):
         return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
     place = None if kept is None else _places(kept, len(hidden_states))
     dtype = compute_dtype(hidden_states)
@@ -279,15 +281,11 @@ class VTPBlock(nn.Module):
 
         Args: `kept_in_attention`, `kept_in_mlp`: (K,) samples whose branch is computed; None: all of them.
         """
-        if self.large_products and can_fuse(hidden_states):
-            hidden_states = fused_update(
-                hidden_states, self.norm1, lambda x: self.attn(x, rotary=(cos, sin)), kept_in_attention
-            )
-            return fused_update(hidden_states, self.norm2, self.mlp, kept_in_mlp)
-        hidden_states = residual_update(
-            hidden_states, lambda x: self.attn(self.norm1(x), rotary=(cos, sin)), kept_in_attention
+        fused = self.large_products and can_fuse(hidden_states)
+        hidden_states = normed_update(
+            hidden_states, self.norm1, lambda x: self.attn(x, rotary=(cos, sin)), kept_in_attention, fused
         )
-        return residual_update(hidden_states, lambda x: self.mlp(self.norm2(x)), kept_in_mlp)
+        return normed_update(hidden_states, self.norm2, self.mlp, kept_in_mlp, fused)
 
 
 class VTPDecoderBlock(VTPBlock):
@@ -417,9 +415,7 @@ class VTPRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 def initialise_weights(module: nn.Module) -> None:
