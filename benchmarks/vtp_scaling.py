@@ -16,9 +16,10 @@ that of all processes in that of the first row with one process, `scaling` that 
 With --same_losses the batch is that of all processes together, in float32, nothing compiled or recorded, no stochastic
 depth, and speed says little. Every later row has the largest difference of any loss to the first row's, step by step,
 and that of the gradient's norm, since AdamW makes up for a gradient that is too long. A difference is in parts of the
-first row's loss, or of `SMALL` of the whole loss where that is more: a loss like KoLeo's passes through zero. One
-process twice, `1 1 2`, shows what one device's own rounding comes to. The learning rate rises as in the configuration,
-for `large` to 8e-7 in 20 steps; `-- --lr_warmup_steps 10` shows what a full one does to rounding from a random start.
+first row's loss, or of `SMALL` of the whole loss where that is more: a loss like KoLeo's passes through zero. Where
+one process comes again, as in `1 1 2`, it computes attention by its formula instead of a fused kernel: its differences
+are what rounding alone comes to. The learning rate rises as in the configuration, for `large` to 8e-7 in 20 steps;
+`-- --lr_warmup_steps 10` shows what a full one does to rounding from a random start.
 
 A run ends as soon as its last line is there: nothing is evaluated, saved or exported. A row is in the file as soon as
 it is measured; a run that fails ends the benchmark with what it wrote.
@@ -59,6 +60,7 @@ SAME_LOSSES = {
     "self_supervision.stochastic_depth": 0,
     "log_steps": 1,
 }
+ROUNDED_OTHERWISE = {"DIFFUSERS_ATTN_BACKEND": "_native_math"}  # the environment of one process when it comes again
 # the configuration, images a process, what is changed
 SIZES = {
     "large": (
@@ -114,11 +116,13 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
     for processes in config.processes:
         with tempfile.TemporaryDirectory() as temporary:
             run, start = Path(temporary) / "run", time.perf_counter()
+            again = config.same_losses and processes == 1 and single is not None
             settings = changes(config) | {"output_dir": run}
             settings |= {"train_batch_size": images if config.same_losses else images * processes}
             environment = program_environment()
             if config.same_losses:
                 environment |= {"NVIDIA_TF32_OVERRIDE": "0"}  # torch allows TensorFloat-32 to convolutions
+                environment |= ROUNDED_OTHERWISE if again else {}
             words = [f"--config={ROOT / 'train_vtp' / 'configs' / file}"]
             words += [f"--{name}={value}" for name, value in settings.items()]
             command = torchrun(processes, PROGRAM, *words, *options)
@@ -135,6 +139,8 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
         row["scaling"] = None if single is None else row["times_one"] / processes
         row["images_per_second_of_lines"] = [line["images_per_second"] for line in lines]
         row["losses"] = [line["loss"] for line in lines]
+        if again:
+            row["environment"] = ROUNDED_OTHERWISE
         if config.same_losses and first:
             row |= compare(first, lines)
         first = first or lines

@@ -38,7 +38,7 @@ def test_one_process_and_two_are_measured_and_nothing_goes_on(tmp_path, load):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
-def test_one_process_twice_has_the_same_losses_and_gradients(tmp_path, load):
+def test_one_process_again_differs_by_its_rounding(tmp_path, load):
     """With the warm-up of the configuration, or another one where an option says so."""
     words = ["--size=tiny", "--same_losses=true", "--images=16", "--steps=6", f"--output={tmp_path / 'losses.json'}"]
     load("vtp_scaling").main([*words, "--processes", "1", "1", "--", "--lr_warmup_steps=1000"])
@@ -47,7 +47,9 @@ def test_one_process_twice_has_the_same_losses_and_gradients(tmp_path, load):
     assert result["changed"]["mixed_precision"] == "no" and "lr_warmup_steps" not in result["changed"]
     assert first["times_one"] == 1.0 and "differences_of_losses" not in first and len(set(first["losses"])) == 6
     assert again["times_one"] == again["scaling"] == again["images_per_second"] / first["images_per_second"]
-    assert again["differences_of_losses"] == again["differences_of_gradient_norms"] == [0.0] * 6
+    assert again["environment"] == {"DIFFUSERS_ATTN_BACKEND": "_native_math"} and "environment" not in first
+    assert 0 < max(again["differences_of_losses"]) < 1e-5
+    assert 0 < max(again["differences_of_gradient_norms"]) < 1e-4
 
 
 def test_losses_are_compared_step_by_step_and_those_near_zero_with_a_part_of_the_whole(load):
