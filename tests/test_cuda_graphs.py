@@ -99,9 +99,26 @@ def test_replayed_steps_are_those_of_python():
     assert all(g is first for step in recorded for g, first in zip(step, recorded[0], strict=True))
 
 
+def test_steps_that_find_no_memory_to_be_recorded_are_those_of_python():
+    class Full(Recorder):
+        def record(self, function):
+            if counted.append(1) or len(counted) > 1:
+                function()  # leaves gradients behind
+                raise torch.OutOfMemoryError("Tried to allocate 1.31 GiB.")
+            return super().record(function)
+
+    plain, other = tiny_objectives(), tiny_objectives()
+    passes, counted, reports = passes_of(plain), [], []
+    expected = trained(plain, lambda parts: [passes(part) for part in parts], steps=6)
+    graphed = GraphedPasses(passes_of(other), other.parameters(), report=reports.append, recorder=Full(other))
+    assert trained(other, graphed, steps=6) == expected and len(counted) == 2
+    assert_identical(plain.state_dict(), other.state_dict())
+    assert len(reports) == 1 and "more memory than there is: Tried to allocate 1.31 GiB." in reports[0]
+
+
 def test_the_losses_of_a_step_outlive_the_next():
     layer = nn.Linear(2, 1)
-    graphed = GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 1, Recorder(layer))
+    graphed = GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 1, recorder=Recorder(layer))
     found = []
     for step in range(4):
         found += graphed([{"a": {"x": torch.full((3, 2), float(step))}}])
@@ -130,7 +147,7 @@ def squares(layer, part):
 )
 def test_other_inputs_are_refused(parts, message):
     layer = nn.Linear(2, 1)
-    graphed = GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 1, Recorder(layer))
+    graphed = GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 1, recorder=Recorder(layer))
     for _ in range(2):
         graphed([{"a": {"x": torch.ones(3, 2)}}])
         layer.zero_grad(set_to_none=True)
@@ -141,8 +158,8 @@ def test_other_inputs_are_refused(parts, message):
 def test_gradients_of_before_and_recording_at_once_are_refused():
     layer = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="warm_up is 0, expected at least 1"):
-        GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 0, Recorder(layer))
-    graphed = GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 1, Recorder(layer))
+        GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 0, recorder=Recorder(layer))
+    graphed = GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 1, recorder=Recorder(layer))
     graphed([{"a": {"x": torch.ones(3, 2)}}])
     with pytest.raises(ValueError, match="parameters have gradients, expected none"):
         graphed([{"a": {"x": torch.ones(3, 2)}}])
@@ -201,3 +218,27 @@ def test_a_gpu_replays_what_python_does(recomputed):
         results.append((losses, objective.state_dict()))
         assert graphed is None or len(graphed._recordings) == 3
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_goes_on_without_recordings_it_has_no_memory_for():
+    def passes(part):
+        hidden = layer(part["a"]["x"]).square()
+        size = 2**50 if len(reports) == 0 and torch.cuda.is_current_stream_capturing() and len(called) % 2 else 1
+        called.append(size)
+        loss = hidden.sum() + torch.zeros(size, device="cuda").sum()
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    layer, reports, called, stream = nn.Linear(2, 1).cuda(), [], [], torch.cuda.current_stream()
+    graphed, found = GraphedPasses(passes, layer.parameters(), 2, reports.append), []
+    for _ in range(6):
+        found.append(
+            [losses["loss"].item() for losses in graphed([{"a": {"x": torch.ones(3, 2, device="cuda")}}] * 2)]
+        )
+        gradient = layer.weight.grad.clone()
+        layer.zero_grad(set_to_none=True)
+    assert len(reports) == 1 and "Tried to allocate" in reports[0] and called.count(2**50) == 1
+    assert all(losses == found[0] for losses in found) and torch.cuda.current_stream() == stream
+    expected = torch.autograd.grad(2 * layer(torch.ones(3, 2, device="cuda")).square().sum(), layer.weight)[0]
+    torch.testing.assert_close(gradient, expected)

@@ -54,11 +54,20 @@ class CUDARecorder:
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What `function()` returns, tensors without values, and the replay that computes them, as often as it is
-        called. The tensors have to be kept: their memory is used otherwise once nothing refers to them."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may do meanwhile what recording forbids this one, such as pinning memory for batches.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            result = function()
+        called. The tensors have to be kept: their memory is used otherwise once nothing refers to them.
+
+        Raises: torch.OutOfMemoryError.
+        """
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads may do meanwhile what recording forbids this one, such as pinning memory for batches.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                result = function()
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # torch leaves the other one set where ending the recording fails, too
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         return result, graph.replay
 
 
@@ -69,13 +78,15 @@ class GraphedPasses:
     in every replay, later ones add to it. They stay in memory, and are put back after `zero_grad(set_to_none=True)`.
 
     What `passes` does must not depend on anything but its inputs and tensors that are changed in place: Python runs
-    no more. Evaluation between steps finds less memory, since the graphs keep that of the passes.
+    no more. Evaluation between steps finds less memory, since the graphs keep that of the passes. If recording finds
+    too little, that is reported, and all passes are run as before.
 
     Args:
         passes: inputs of one part of the step, `objective -> name -> tensor` -> named losses, detached, once the
             gradients have been added to `.grad` of the parameters.
         parameters: which get gradients.
         warm_up: how many calls run without being recorded, at least 1.
+        report: is told why passes are not recorded.
         recorder: of `passes`, which the tests replace where there is no GPU.
     """
 
@@ -84,16 +95,18 @@ class GraphedPasses:
         passes: Callable[[Inputs], Losses],
         parameters: Iterable[nn.Parameter],
         warm_up: int = WARM_UP,
+        report: Callable[[str], None] = print,
         recorder: CUDARecorder | None = None,
     ):
         if warm_up < 1:
             raise ValueError(f"warm_up is {warm_up}, expected at least 1: what is made once must not be recorded")
-        self.passes, self.warm_up = passes, warm_up
+        self.passes, self.warm_up, self.report = passes, warm_up, report
         self.parameters = [p for p in parameters if p.requires_grad]
         self.recorder = CUDARecorder() if recorder is None else recorder
         self._inputs: list[Inputs] = []  # at addresses that stay
         self._recordings: list[tuple[Losses, Callable[[], None]]] = []
         self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._given_up = False
 
     def __call__(self, parts: list[Inputs]) -> list[Losses]:
         """The losses of every part of a step, which are the caller's, and gradients in the parameters.
@@ -107,16 +120,31 @@ class GraphedPasses:
         self._take(parts)
         if self.warm_up > 0:
             self.warm_up -= 1
-            return [self.recorder.run(partial(self._pass, part)) for part in self._inputs]
+        elif not self._recordings and not self._given_up:
+            self._record()
         if not self._recordings:
-            gc.collect()  # what only cycles hold would keep its memory from the recordings
-            self._recordings = [self.recorder.record(partial(self._pass, part)) for part in self._inputs]
-            self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+            return [self.recorder.run(partial(self._pass, part)) for part in self._inputs]
         for _, replay in self._recordings:
             replay()
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return [{name: value.clone() for name, value in losses.items()} for losses, _ in self._recordings]
+
+    def _record(self) -> None:
+        """Recordings of all parts, or none if the memory is not enough for them."""
+        gc.collect()  # what only cycles hold would keep its memory from the recordings
+        try:
+            for part in self._inputs:
+                self._recordings.append(self.recorder.record(partial(self._pass, part)))
+            self._gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+            return
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        self._given_up = True
+        self._recordings.clear()
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.report(f"the passes of a step are not recorded, since that takes more memory than there is: {reason}")
 
     def _pass(self, part: Inputs) -> Losses:
         """`passes`, whose gradients are added to those of the parts before in a few kernels: autograd would take one

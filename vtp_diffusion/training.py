@@ -295,7 +295,7 @@ class TrainingRun:
             self.device, self.world_size, config.gradient_accumulation_steps, config.mixed_precision
         )
         if reason is None:
-            return GraphedPasses(self._pass, self.bare.parameters())
+            return GraphedPasses(self._pass, self.bare.parameters(), report=self.accelerator.print)
         self.accelerator.print(f"cuda_graphs is true, but the passes of a step are not recorded: {reason}")
         return None
 
