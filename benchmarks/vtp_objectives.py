@@ -5,7 +5,7 @@ r"""What the joint objective gives and costs: a run of it against its twin, trai
     python benchmarks/vtp_objectives.py --joint runs/vtp-openmoji --twin runs/vtp-openmoji-twin \
         --output benchmarks/results/vtp_objectives_openmoji_h100.json
 
-One H100 each, 13 and 5 minutes. Held-out images are those of base emoji that training never saw. Beside the JSON,
+One H100 each, 8 and 5 minutes. Held-out images are those of base emoji that training never saw. Beside the JSON,
 which holds the curves, an SVG of the same name shows them. What it gave: benchmarks/README.md; the logs of both runs:
 benchmarks/results/vtp_openmoji_h100/.
 

@@ -106,7 +106,7 @@ class Config(TrainingConfig):
         default=False,
         metadata={
             "help": "on one GPU, without micro-steps: a step's passes are recorded once and then launched as a whole, "
-            "not kernel by kernel; they keep their memory during evaluation too",
+            "not kernel by kernel; they keep their memory during evaluation too, and are left out if it is too little",
             "may_change": True,
         },
     )
