@@ -52,7 +52,8 @@ MEASURED = {
     "report_to": "none",
 }
 SMALL = 0.01  # of the whole loss
-STATISTICS = ("logit_scale", "captions", "teacher_entropy", "mean_target_entropy")  # logged beside losses
+# logged beside losses
+STATISTICS = ("logit_scale", "logit_bias", "captions", "teacher_entropy", "mean_target_entropy")
 SAME_LOSSES = {
     "mixed_precision": "no",
     "compile": "false",

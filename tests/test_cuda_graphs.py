@@ -1,5 +1,7 @@
 """Recorded passes: that they do what passes from Python do. Without a GPU something else stands for the graphs."""
 
+import contextlib
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,7 +10,7 @@ from test_train_vtp import fresh_accelerate  # noqa: F401
 from tiny_training import assert_identical, log_of
 from torch import nn
 
-from vtp_diffusion.cuda_graphs import WARM_UP, GraphedPasses, why_not_recorded
+from vtp_diffusion.cuda_graphs import WARM_UP, CUDARecorder, GraphedPasses, why_not_recorded
 from vtp_diffusion.pretraining import checkpoint_blocks, one_by_one
 from vtp_diffusion.training import TrainingRun
 
@@ -114,6 +116,36 @@ def test_steps_that_find_no_memory_to_be_recorded_are_those_of_python():
     assert trained(other, graphed, steps=6) == expected and len(counted) == 2
     assert_identical(plain.state_dict(), other.state_dict())
     assert len(reports) == 1 and "more memory than there is: Tried to allocate 1.31 GiB." in reports[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "ending", "expected"),
+    [
+        (torch.OutOfMemoryError("too little"), None, "^too little$"),
+        (torch.OutOfMemoryError("too little"), RuntimeError("invalidated"), "start again without cuda_graphs"),
+        (None, RuntimeError("instantiation failed"), "start again without cuda_graphs"),
+    ],
+)
+def test_what_cuda_makes_no_graph_of_ends_the_run(monkeypatch, error, ending, expected):
+    @contextlib.contextmanager
+    def recording(*args, **kwargs):
+        try:
+            yield
+        finally:
+            if ending is not None:
+                raise ending
+
+    def function():
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    recorder = object.__new__(CUDARecorder)
+    recorder.stream = recorder.pool = None
+    with pytest.raises(RuntimeError, match=expected) as raised:
+        recorder.record(function)
+    assert isinstance(raised.value, torch.OutOfMemoryError) == (ending is None)
 
 
 def test_the_losses_of_a_step_outlive_the_next():
@@ -240,5 +272,6 @@ def test_a_gpu_goes_on_without_recordings_it_has_no_memory_for():
         layer.zero_grad(set_to_none=True)
     assert len(reports) == 1 and "Tried to allocate" in reports[0] and called.count(2**50) == 1
     assert all(losses == found[0] for losses in found) and torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()  # which fails where a recording has not been ended
     expected = torch.autograd.grad(2 * layer(torch.ones(3, 2, device="cuda")).square().sum(), layer.weight)[0]
     torch.testing.assert_close(gradient, expected)

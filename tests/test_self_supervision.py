@@ -79,6 +79,7 @@ def test_sinkhorn_knopp_alternates_its_two_normalisations():
     torch.testing.assert_close(result[:5], (q * 5).T.float())
     assert not result[5].any()
     assert sinkhorn_knopp(logits * 1e4, 0.04, valid).isfinite().all()
+    assert not sinkhorn_knopp(logits, 0.5, torch.zeros(6)).any()
 
 
 def test_koleo_is_minus_log_of_the_distance_to_the_nearest():

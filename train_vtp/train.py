@@ -21,6 +21,7 @@ from vtp_diffusion.batches import plain_batches
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
+from vtp_diffusion.crops import MIN_MASK_GRID
 from vtp_diffusion.data import AugmentationConfig, DataConfig, ImageDataset
 from vtp_diffusion.losses import LPIPS
 from vtp_diffusion.pretraining import (
@@ -151,6 +152,12 @@ class Config(TrainingConfig):
         for name, size in sizes.items():
             if patch < 1 or size < 1 or size % patch:
                 raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
+        name = "self_supervision.crops.global_size"
+        if name in sizes and self.self_supervision.ibot_weight > 0 and sizes[name] < MIN_MASK_GRID * patch:
+            raise ValueError(
+                f"{name} is {sizes[name]} ({resolution} is data.resolution), expected {MIN_MASK_GRID} patches of "
+                f"{patch} or more: no block of masked patches fits into fewer"
+            )
         if self.data.streaming and self.evaluation_images is None:
             raise ValueError("evaluation_images is None with data.streaming, expected how many are measured")
         self.reconstruction = self.reconstruction.resolved(alone=self.objectives == ("reconstruction",))

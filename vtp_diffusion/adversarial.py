@@ -213,7 +213,7 @@ class AdversarialDecoding(nn.Module):
             judged["lecam"] = lecam_penalty(real, fake, self.mean_real, self.mean_fake)
             for average, logits in ((self.mean_real, real), (self.mean_fake, fake)):
                 mean = mean_over_processes(logits.mean())
-                # A step that is left out must leave nothing behind either: an average that is NaN once stays so.
+                # an average that is NaN once stays so
                 average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - LECAM_DECAY)
         if config.r1 > 0:
             with torch.autocast(images.device.type, enabled=False):

@@ -95,7 +95,8 @@ class ContrastiveObjective(nn.Module):
 
     Args:
         config: weight, form of the loss, stochastic depth.
-        model: whose autoencoder is trained, with the text tower and the projections.
+        model: whose autoencoder is trained, with the text tower and the projections. It has no bias: that of the
+            sigmoid loss is in the log, and `logits_per_image` is without it, which changes no order.
     """
 
     def __init__(self, config: ContrastiveConfig, model: VTPModel):
@@ -137,7 +138,10 @@ class ContrastiveObjective(nn.Module):
         else:
             loss = sigmoid_loss(image_features, text_features, scale, self.logit_bias, paired)
         captions = total(paired.sum().float())
-        return {"loss": loss, self.config.loss: loss, "logit_scale": scale.detach(), "captions": captions}
+        statistics = {"logit_scale": scale.detach(), "captions": captions}
+        if self.logit_bias is not None:
+            statistics["logit_bias"] = self.logit_bias.detach()
+        return {"loss": loss, self.config.loss: loss} | statistics
 
     @torch.no_grad()
     def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:

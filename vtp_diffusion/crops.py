@@ -37,6 +37,7 @@ TURN = torch.from_numpy(
     @ TO_YIQ
 )
 MIN_MASK_PATCHES, MIN_MASK_ASPECT, MASK_ATTEMPTS = 4, 0.3, 10
+MIN_MASK_GRID = 3  # patches a side: a block is smaller than the grid, and of no fewer than four
 
 
 @dataclass(kw_only=True)

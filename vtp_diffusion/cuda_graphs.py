@@ -56,18 +56,21 @@ class CUDARecorder:
         """What `function()` returns, tensors without values, and the replay that computes them, as often as it is
         called. The tensors have to be kept: their memory is used otherwise once nothing refers to them.
 
-        Raises: torch.OutOfMemoryError.
+        Raises:
+            torch.OutOfMemoryError: by `function`; the recording has been ended and nothing is left of it.
+            RuntimeError: CUDA could not make a graph of it. Its memory is lost to this process then.
         """
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
         try:
             # Other threads may do meanwhile what recording forbids this one, such as pinning memory for batches.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = function()
-        except RuntimeError as error:
-            torch.cuda.set_stream(current)  # torch leaves the other one set where ending the recording fails, too
-            if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None
+        except torch.OutOfMemoryError:
             raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the passes of a step could not be recorded: start again without cuda_graphs"
+            ) from error
         return result, graph.replay
 
 

@@ -137,6 +137,7 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float | torch.Tensor, vali
     top = logits.float().masked_fill(valid[:, None] == 0, -torch.inf).max()
     if num_processes() > 1:
         top = gather_rows(top[None]).max()
+    top = top.masked_fill(top == -torch.inf, 0.0)  # no row is valid
     q = torch.exp((logits.float() - top) / temperature) * valid[:, None]
     count = total(valid.sum()).clamp(min=1)
     q = q / total(q.sum()).clamp(min=1e-30)
