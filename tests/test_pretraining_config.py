@@ -24,6 +24,7 @@ def differing(folder, config, **changes):
     if not folder.exists():
         run = RunFolder(folder, config)
         run.claim()
+        run.log({"step": 1})
         run.release()
     try:
         RunFolder(folder, replace(config, **changes))

@@ -206,12 +206,37 @@ def test_a_folder_of_another_configuration_is_refused_by_key(tmp_path):
 
 def test_the_length_of_a_run_may_change_only_where_the_schedule_ignores_it(tmp_path):
     config = tiny_config(tmp_path / "run", max_train_steps=1)
-    RunFolder(tmp_path / "run", config).claim()
+    train(config)
     RunFolder(tmp_path / "run", replace(config, max_train_steps=9))
     config = tiny_config(tmp_path / "cosine", lr_scheduler="cosine")
-    RunFolder(tmp_path / "cosine", config).claim()
+    train(config)
     with pytest.raises(ValueError, match="max_train_steps: 6 there, 9 now"):
         RunFolder(tmp_path / "cosine", replace(config, max_train_steps=9))
+
+
+@pytest.mark.parametrize("left", ["", "log.jsonl", "checkpoint-1"])
+def test_a_start_that_failed_before_its_first_step_lets_a_corrected_one_take_its_place(tmp_path, left):
+    """Once a step is in the log, or in a checkpoint, there is something to lose."""
+    config = tiny_config(tmp_path / "run", max_train_steps=1)
+    corrected, early = replace(config, seed=1), RunFolder(tmp_path / "run", replace(config, seed=1))
+    failed = RunFolder(tmp_path / "run", config)
+    failed.claim()
+    failed.log({"step": 0, "psnr": 9.0})
+    with pytest.raises(ValueError, match="is not there for process"):
+        early.check_shared(patience=0)  # of a machine that has the failed start's folder and not the run's
+    if not left:
+        run = train(corrected)
+        run.folder.check_shared(patience=0)
+        assert "seed: 1\n" in (tmp_path / "run" / "config.yaml").read_text()
+        assert [line["step"] for line in log_of(tmp_path / "run")] == [1]
+        return
+    if left == "log.jsonl":
+        failed.log({"step": 1})
+    else:
+        (tmp_path / "run" / left).mkdir()
+    for start in (lambda: RunFolder(tmp_path / "run", corrected), early.claim):
+        with pytest.raises(ValueError, match="another configuration:\n  seed: 0 there, 1 now"):
+            start()
 
 
 def test_a_run_is_not_made_shorter_than_it_is(tmp_path):

@@ -25,6 +25,9 @@ class RunFolder:
     Creating the object only looks; `claim` writes, from then on the folder is locked until `release` or the end of the
     process (see folder_lock.py). `config.changeable_keys()` names what may differ on resuming.
 
+    A start that failed before its first step leaves a configuration, and what was measured before training, but
+    nothing to lose: another configuration may take its place.
+
     Raises:
         ValueError: another process trains in the folder (the main process of a run looks), or it holds the run of
             another configuration (the differing keys are named), a run that has gone on longer than this one is to,
@@ -33,12 +36,15 @@ class RunFolder:
 
     def __init__(self, path: str | Path, config: Any):
         self.path, self.config = Path(path), config
-        saved = self.path / "config.yaml"
         if this_process()[0] == 0:
             folder_lock.check_free(self.path)
-        if saved.is_file():
-            self._compare(saved)
-            self._compare_steps()
+        self._check_content()
+
+    def _check_content(self) -> None:
+        if (self.path / "config.yaml").is_file():
+            if self._has_trained():
+                self._compare()
+                self._compare_steps()
         elif self.path.exists() and (not self.path.is_dir() or self._holds_files()):
             raise ValueError(f"{self.path} exists and holds no run (no config.yaml): give a new or an empty folder")
 
@@ -46,14 +52,21 @@ class RunFolder:
         names = {path.name for path in self.path.iterdir()} - {folder_lock.LOCK_NAME}
         return any(not name.startswith(UNFINISHED) for name in names)
 
-    def _compare(self, saved: Path) -> None:
-        old, new = flatten_config(read_yaml(saved)), flatten_config(config_to_dict(self.config))
-        free = self.config.changeable_keys()
+    def _has_trained(self) -> bool:
+        if any(self.path.glob("*checkpoint-*")):
+            return True
+        return (self.path / "log.jsonl").is_file() and any(record["step"] > 0 for record in self.read_log())
+
+    def _differences(self) -> list[str]:
+        """A line for every key of the saved configuration that differs and may not."""
+        old = flatten_config(read_yaml(self.path / "config.yaml"))
+        new, free = flatten_config(config_to_dict(self.config)), self.config.changeable_keys()
         keys = sorted(k for k in old.keys() | new.keys() if k not in free and k.partition(".")[0] not in free)
-        missing = "(absent)"
-        differing = [k for k in keys if old.get(k, missing) != new.get(k, missing)]
-        if differing:
-            lines = [f"  {k}: {old.get(k, missing)} there, {new.get(k, missing)} now" for k in differing]
+        pairs = {k: (old.get(k, "(absent)"), new.get(k, "(absent)")) for k in keys}
+        return [f"  {k}: {there} there, {now} now" for k, (there, now) in pairs.items() if there != now]
+
+    def _compare(self) -> None:
+        if lines := self._differences():
             raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
 
     def _compare_steps(self) -> None:
@@ -71,6 +84,7 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         folder_lock.acquire(self.path)
+        self._check_content()  # another run may have come and gone since this one looked
         unfinished = self.path / f"{UNFINISHED}config.yaml"
         save_config(self.config, unfinished)
         unfinished.rename(self.path / "config.yaml")  # a kill must not leave half of what tells whose the folder is
@@ -81,10 +95,11 @@ class RunFolder:
         """For every process, once one has claimed the folder.
 
         Args: `patience`: seconds that a network file system may take to show it.
-        Raises: ValueError if it is not there for this process, which runs on another machine.
+        Raises: ValueError if it is not there for this process, which runs on another machine, or holds the
+            configuration of a start that failed there.
         """
         last = time.monotonic() + patience
-        while not (self.path / "config.yaml").is_file():
+        while not (self.path / "config.yaml").is_file() or self._differences():
             if time.monotonic() > last:
                 raise ValueError(
                     f"{self.path}, which the main process has made, is not there for process {this_process()[0]} on "
