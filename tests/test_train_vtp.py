@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -178,6 +179,25 @@ def test_an_unreadable_image_stops_the_run_or_is_left_out(tmp_path, pictures, mo
     shutil.copytree(pictures, folder)
     (folder / "train" / "03.png").write_bytes(b"not a picture")
     program = load_program("train_vtp")
+def test_steps_left_out_are_counted_and_a_run_of_nothing_else_exports_nothing(tmp_path, pictures, capsys, monkeypatch):
+    program, calls = load_program("train_vtp"), iter(range(6))
+    compare = program.ReconstructionObjective.compare
+
+    def once_broken(*arguments):
+        factor = math.nan if next(calls) == 2 else 1.0
+        return {name: factor * value for name, value in compare(*arguments).items()}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program.ReconstructionObjective, "compare", once_broken)
+        program.main(arguments(tmp_path / "run", pictures))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["skipped_steps"] == 1
+    assert f"is in {tmp_path}/run/vae; 1 steps were left out, their gradients not being" in capsys.readouterr().out
+    for _ in range(2):  # the same command again has no better end
+        with pytest.raises(RuntimeError, match="not one of the 6 steps counted, .* nothing is exported"):
+            program.main(arguments(tmp_path / "none", pictures, "--reconstruction.l1=1e38"))
+    assert not {"vae", "results.json"} & {path.name for path in (tmp_path / "none").iterdir()}
+
+
     with pytest.raises(ValueError, match="03.png"):
         program.main(arguments(tmp_path / "run", folder))
     more = ("--data.skip_unreadable", "--max_train_steps=1")

@@ -356,7 +356,7 @@ images = pipeline(class_labels=[0], **settings).images
 - `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423), {tokenizer}.
 - {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, patch {model.patch_size}.
 - {len(dataset)} {source}; {config.max_train_steps} steps of {run.images_per_step} latents,
-  {run.seconds:.0f} s ({run.median_rate():.0f} a second).
+  {run.seconds:.0f} s ({run.median_rate():.0f} a second){run.skipped_note}.
 - AdamW, learning rate {config.learning_rate} ({config.lr_scheduler}); averaged weights with decay {config.ema_decay}.
 - Times: {times}, shift {time_shift(config.time_shift, dataset):.4g}; class dropout {config.class_dropout_prob}.
 - Sampling with time shift {time_shift(config.shift, dataset):.4g}; guidance: {guide}.
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.averaged_model() as model:
         if run.is_main:
             pipeline = build_pipeline(config, vae, model, dataset, open_guide(config, run))
-            print(f"the pipeline is in {save_pipeline(config, run, pipeline, dataset)}")
+            print(f"the pipeline is in {save_pipeline(config, run, pipeline, dataset)}{run.skipped_note}")
     run.end()
 
 

@@ -178,7 +178,7 @@ def finish(
     log = run.folder.read_log()
     results = {"steps": step, "steps_trained": log[-1]["step"]}
     results |= {"images_per_step": run.images_per_step, "seconds": run.seconds}
-    results["images_per_second"] = run.median_rate()
+    results |= {"images_per_second": run.median_rate(), "skipped_steps": run.skipped_steps}
     for name, dataset in datasets.items():
         models = {"before": reference.to(run.device), "after": autoencoder}
         results[name] = {key: measure(model, dataset, config, perceptual) for key, model in models.items()}
@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
             print(f"{name}: {', '.join(changes)}")
-        print(f"the autoencoder is in {folder.path / 'vae'}")
+        print(f"the autoencoder is in {folder.path / 'vae'}{run.skipped_note}")
     run.end()
 
 

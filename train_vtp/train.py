@@ -274,7 +274,7 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
     """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
     autoencoder = getattr(model, "autoencoder", model)
     results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
-    results["images_per_second"] = run.median_rate()
+    results |= {"images_per_second": run.median_rate(), "skipped_steps": run.skipped_steps}
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
     for name, dataset in datasets.items():
         measured = measure(config, model, datasets, name, perceptual)
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
             results = finish(run, config, model, training, datasets, perceptual, left_out)
         for name in datasets:
             print(f"{name}: {numbers_line(results[name])}")
-        print(f"the autoencoder is in {folder.path / 'vae'}")
+        print(f"the autoencoder is in {folder.path / 'vae'}{run.skipped_note}")
     run.end()
 
 

@@ -202,6 +202,8 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0, with a progress bar; logs and saves when due.
 
+        Raises: RuntimeError in the end, if not one step of the run counted.
+
         After SIGTERM or SIGINT the step under way is finished and saved, and the program ends (SystemExit, status 0):
         the same command resumes. Launchers may give less time than saving takes (torchrun: 30 seconds); a checkpoint
         that a kill interrupts leaves the one before.
@@ -233,6 +235,22 @@ class TrainingRun:
                     raise SystemExit(0)
                 if pause or self.due(step, config.validation_steps) or self._log_due(step):
                     self._mark = time.perf_counter()  # what was done besides training does not count as training time
+        if self.skipped_steps >= last:
+            raise RuntimeError(
+                f"not one of the {last} steps counted, their gradients were not finite: nothing was trained, and "
+                f"nothing is exported. Delete {self.folder.path} or give another output_dir, with other settings"
+            )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps so far, in earlier sessions too, that were left out since their gradients were not finite."""
+        return int(self.skipped[1])
+
+    @property
+    def skipped_note(self) -> str:
+        """What the last line of a program says of `skipped_steps`: nothing where there are none."""
+        count = self.skipped_steps
+        return f"; {count} steps were left out, their gradients not being finite" if count else ""
 
     def _stop_agreed(self, step: int, request: StopRequest) -> bool:
         """Whether a signal asked one of the processes to stop; all answer the same at the same step."""
