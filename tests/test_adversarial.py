@@ -17,7 +17,7 @@ from vtp_diffusion.adversarial import (
     lecam_penalty,
     r1_penalty,
 )
-from vtp_diffusion.discriminators import FeatureDiscriminator, PatchDiscriminator
+from vtp_diffusion.discriminators import FeatureDiscriminator, PatchDiscriminator, smallest_image
 from vtp_diffusion.pretraining import ReconstructionConfig, ReconstructionObjective
 from vtp_diffusion.training_config import TrainingConfig
 
@@ -44,6 +44,14 @@ def some_images(count=3):
 
 
 # --- closed forms ---
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_the_smallest_image_of_a_patch_discriminator_has_one_logit(layers):
+    discriminator, side = PatchDiscriminator(2, layers), smallest_image(layers)
+    assert discriminator(torch.zeros(2, 3, side, side)).shape == (2, 1)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        discriminator(torch.zeros(2, 3, side - 1, side - 1))
 
 
 def test_hinge():

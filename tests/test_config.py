@@ -19,6 +19,7 @@ class Inner:
 class Outer:
     output: str
     rate: float = 1e-3
+    share: float | None = None
     precision: Literal["no", "bf16"] = "no"
     limit: int | None = None
     keep: bool | None = None
@@ -76,6 +77,10 @@ def test_option_names_may_be_written_with_dashes():
         ("output: x\ninner: {widht: 1}\n", r"unknown key inner.widht; did you mean width\?"),
         ("output: x\nzzzz: 1\n", r"unknown key zzzz \(known keys: output, rate"),
         ("output: x\nrate: fast\n", "rate is 'fast', expected float"),
+        ("output: x\nrate: .nan\n", "config.yaml: rate is nan, expected a finite number$"),
+        ("output: x\nshare: -.inf\n", "share is -inf, expected a finite number or none$"),
+        ("output: x\ninner: {ratios: [1, .inf]}\n", r"inner.ratios\[1\] is inf, expected a finite number$"),
+        ("output: x\nlimit: .nan\n", "limit is nan, expected int or none"),
         ("output: x\nlimit: 1.5\n", "limit is 1.5, expected int or none"),
         ("output: x\nlimit: true\n", "limit is True, expected int or none"),
         ("output: x\nfast: 1\n", "fast is 1, expected bool"),
@@ -101,6 +106,9 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
     [
         (["--ouptut", "x"], r"unknown option --ouptut; did you mean --output\?"),
         (["--output", "x", "--rate", "fast"], "--rate is 'fast', expected float"),
+        (["--output", "x", "--rate", "1e999"], "--rate is inf, expected a finite number$"),
+        (["--output", "x", "--inner.ratios", "nan", "1"], r"--inner.ratios\[0\] is nan, expected a finite number$"),
+        (["--output", "x", "--share", "nan"], "--share is nan, expected a finite number or none$"),
         (["--output", "x", "--inner.width", "1.5"], "--inner.width is '1.5', expected int"),
         (["--rate", "1"], "no value for output"),
     ],

@@ -212,6 +212,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, inputs):
         (["--adversarial.discriminator=dino"], "adversarial.discriminator is 'dino'"),
         (["--reconstruction.weight=0.1"], "reconstruction.weight is 0.1, expected 1"),
         (["--evaluation_images=0"], "evaluation_images is 0"),
+        (["--adversarial.patch_layers=3"], "patch_layers is 3 with a data.resolution of 16, .* or 24 pixels"),
         (["--data.limit=3"], "has 3 training images, expected at least train_batch_size, 4: a batch would hold"),
     ],
 )

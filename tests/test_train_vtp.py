@@ -163,6 +163,11 @@ def test_a_folder_without_held_out_images_claims_none(tmp_path, pictures, capsys
         (["--reconstruction.lpips=1"], "LPIPS needs a trunk"),
         (["--model.encoder_width=5"], "unknown option"),
         (["--data.resolution=0"], "resolution is 0"),
+        (["--model.latent_channels=0"], "model.latent_channels is 0, expected a positive number"),
+        (["--model.encoder_num_layers=-1"], "model.encoder_num_layers is -1, expected a positive number"),
+        (["--text.text_num_attention_heads=0"], "text.text_num_attention_heads is 0, expected a positive number"),
+        (["--adam_weight_decay_end=-5"], "adam_weight_decay_end is -5.0, expected 0, a positive number or none"),
+        (["--contrastive.weight=nan"], "--contrastive.weight is nan, expected a finite number"),
         (["--validation_images=0"], "validation_images is 0"),
         (["--latent_statistics_images=0"], "latent_statistics_images is 0"),
         (["--train_batch_size=24"], "has 20 training images, expected at least train_batch_size, 24: a batch would"),
@@ -174,11 +179,6 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, pictures, more,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unreadable_image_stops_the_run_or_is_left_out(tmp_path, pictures, monkeypatch, capsys):
-    folder = tmp_path / "pictures"
-    shutil.copytree(pictures, folder)
-    (folder / "train" / "03.png").write_bytes(b"not a picture")
-    program = load_program("train_vtp")
 def test_steps_left_out_are_counted_and_a_run_of_nothing_else_exports_nothing(tmp_path, pictures, capsys, monkeypatch):
     program, calls = load_program("train_vtp"), iter(range(6))
     compare = program.ReconstructionObjective.compare
@@ -198,6 +198,11 @@ def test_steps_left_out_are_counted_and_a_run_of_nothing_else_exports_nothing(tm
     assert not {"vae", "results.json"} & {path.name for path in (tmp_path / "none").iterdir()}
 
 
+def test_an_unreadable_image_stops_the_run_or_is_left_out(tmp_path, pictures, monkeypatch, capsys):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    (folder / "train" / "03.png").write_bytes(b"not a picture")
+    program = load_program("train_vtp")
     with pytest.raises(ValueError, match="03.png"):
         program.main(arguments(tmp_path / "run", folder))
     more = ("--data.skip_unreadable", "--max_train_steps=1")

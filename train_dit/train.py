@@ -34,7 +34,7 @@ from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTran
 from vtp_diffusion.checkpoints import export_averaged
 from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.compilation import compile_modules
-from vtp_diffusion.config import parse_config
+from vtp_diffusion.config import check_sizes, parse_config
 from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
 from vtp_diffusion.disk import writing
 from vtp_diffusion.flow_matching import (
@@ -71,6 +71,9 @@ class ModelConfig:
     num_attention_heads: int = field(default=16, metadata={"help": "heads; the width is heads x head dimension"})
     attention_head_dim: int = field(default=72, metadata={"help": "channels of a head"})
     qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on queries and keys"})
+
+    def __post_init__(self):
+        check_sizes(self, "model")
 
 
 @dataclass(kw_only=True)
@@ -143,8 +146,6 @@ class Config(TrainingConfig):
             value = getattr(self, name)
             if value != "dimensions" and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, expected a positive number")
-        if not math.isfinite(self.time_mu):
-            raise ValueError(f"time_mu is {self.time_mu}, expected a finite number")
         if self.guide.step is not None and not 0 < self.guide.step <= self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:

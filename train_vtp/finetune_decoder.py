@@ -34,6 +34,7 @@ from vtp_diffusion.cli import run as run_program
 from vtp_diffusion.compilation import compile_modules
 from vtp_diffusion.config import config_to_dict, parse_config
 from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images
+from vtp_diffusion.discriminators import smallest_image
 from vtp_diffusion.disk import replacing
 from vtp_diffusion.latents import autoencoder_identity
 from vtp_diffusion.losses import LPIPS
@@ -92,6 +93,12 @@ class Config(TrainingConfig):
             raise ValueError(
                 f"adversarial.start_step is {self.adversarial.start_step}, expected less than max_train_steps, "
                 f"{self.max_train_steps}"
+            )
+        layers, resolution = self.adversarial.patch_layers, self.data.resolution
+        if self.adversarial.discriminator == "patch" and resolution < smallest_image(layers):
+            raise ValueError(
+                f"adversarial.patch_layers is {layers} with a data.resolution of {resolution}, expected fewer layers, "
+                f"or {smallest_image(layers)} pixels: the discriminator has no patch to judge"
             )
 
 

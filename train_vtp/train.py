@@ -9,6 +9,7 @@ vtp/ for VTPModel.from_pretrained.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,7 +20,7 @@ from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.accelerators import sharding_asked
 from vtp_diffusion.batches import plain_batches
 from vtp_diffusion.cli import run as run_program
-from vtp_diffusion.config import config_to_dict, parse_config
+from vtp_diffusion.config import check_sizes, config_to_dict, parse_config
 from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.crops import MIN_MASK_GRID
 from vtp_diffusion.data import AugmentationConfig, DataConfig, ImageDataset
@@ -67,6 +68,9 @@ class ModelConfig:
     decoder_qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on the decoder's queries and keys"})
     rope_dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 as the released models"})
 
+    def __post_init__(self):
+        check_sizes(self, "model")
+
 
 @dataclass(kw_only=True)
 class TextConfig:
@@ -84,6 +88,7 @@ class TextConfig:
                 f"text.text_context_length is {self.text_context_length}, expected at least 3: a text's start, a "
                 "token of it and its end"
             )
+        check_sizes(self, "text")
 
 
 @dataclass(kw_only=True)
@@ -162,6 +167,10 @@ class Config(TrainingConfig):
             raise ValueError("evaluation_images is None with data.streaming, expected how many are measured")
         self.reconstruction = self.reconstruction.resolved(alone=self.objectives == ("reconstruction",))
         self.check_shares(processes=1)
+        if self.adam_weight_decay_end is not None and not 0 <= self.adam_weight_decay_end < math.inf:
+            raise ValueError(
+                f"adam_weight_decay_end is {self.adam_weight_decay_end}, expected 0, a positive number or none"
+            )
         if not 0 < self.checkpointed_share <= 1:
             raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")
         for name in ("validation_images", "evaluation_images", "latent_statistics_images"):

@@ -1,13 +1,15 @@
 """Typed configuration: a dataclass, filled from a YAML file and then from the command line.
 
 Defaults live in the dataclass and nowhere else. A key that the dataclass does not have, a value of another type than
-its annotation and a required key that was given nowhere are errors; the resolved configuration is saved with the run.
+its annotation, a number that is not finite and a required key that was given nowhere are errors; the resolved
+configuration is saved with the run.
 """
 
 import argparse
 import dataclasses
 import difflib
 import functools
+import math
 import operator
 import re
 import sys
@@ -90,6 +92,13 @@ def _describe(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
+def _refusal(value: Any, annotation: Any, name: str, where: str) -> ValueError:
+    expected = _describe(annotation)
+    if isinstance(value, float) and not math.isfinite(value):
+        expected = expected.replace("float", "a finite number")
+    return ValueError(f"{where}: {name} is {value!r}, expected {expected}")
+
+
 def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
     """`value` as the annotation wants it, or a ValueError naming key, place, value and expected type."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -113,10 +122,11 @@ def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
             pairs = enumerate(zip(value, arguments, strict=True))
             return tuple(_check(item, kind, f"{name}[{i}]", where) for i, (item, kind) in pairs)
     elif annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        if math.isfinite(value):  # nan passes comparisons, and no setting means anything by inf that none does not
+            return float(value)
     elif annotation in (int, str, bool) and type(value) is annotation:
         return value
-    raise ValueError(f"{where}: {name} is {value!r}, expected {_describe(annotation)}")
+    raise _refusal(value, annotation, name, where)
 
 
 def _check_union(value: Any, annotation: Any, name: str, where: str) -> Any:
@@ -131,7 +141,7 @@ def _check_union(value: Any, annotation: Any, name: str, where: str) -> Any:
             return _check(value, kind, name, where)
         except ValueError:
             continue
-    raise ValueError(f"{where}: {name} is {value!r}, expected {_describe(annotation)}")
+    raise _refusal(value, annotation, name, where)
 
 
 def _suggest(name: str, known: list[str]) -> str:
@@ -171,7 +181,8 @@ def build_config(config_class: type[Config], values: dict[str, Any], where: str,
         prefix: the section, with its dot, that the keys belong to.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a value of another type, a missing required key.
+        ValueError: an unknown key (with the nearest known one), a value of another type, a number that is not finite,
+            a missing required key.
     """
     annotations = _check_keys(config_class, values, where, prefix)
     fields = [f for f in dataclasses.fields(config_class) if f.init]
@@ -183,6 +194,14 @@ def build_config(config_class: type[Config], values: dict[str, Any], where: str,
     if missing:
         raise ValueError(f"{where}: no value for {', '.join(missing)}: set it in the YAML file or as --{missing[0]}")
     return config_class(**{k: _check(v, annotations[k], prefix + k, where) for k, v in values.items()})
+
+
+def check_sizes(config: Any, section: str) -> None:
+    """ValueError unless all whole numbers in a dataclass are positive. Args: `section`: its name in options."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) is int and value < 1:
+            raise ValueError(f"{section}.{field.name} is {value}, expected a positive number")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

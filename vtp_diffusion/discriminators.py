@@ -43,6 +43,11 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images).flatten(1)
 
 
+def smallest_image(layers: int) -> int:
+    """Pixels a side that a `PatchDiscriminator` needs for one logit: strided layers halve, two others take one."""
+    return 3 * 2**layers
+
+
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):  # as pix2pix and VQGAN
         nn.init.normal_(module.weight, std=0.02)
