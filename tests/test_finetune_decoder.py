@@ -156,6 +156,29 @@ def test_a_resumed_run_gives_the_same_networks_and_optimisers(tmp_path, inputs, 
         assert all(torch.equal(value, states[1][name][key]) for key, value in moments.items())
 
 
+def test_what_ends_a_validation_costs_no_step_and_resuming_makes_up_for_it(tmp_path, inputs, monkeypatch):
+    """The decoder from before a collapse is what a validation writes: without it the validation was not made."""
+    program = load_program()
+    program.main(arguments(tmp_path / "straight", inputs))
+
+    def full(tensors, path, metadata):
+        raise OSError(f"no room at step {metadata['step']}")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room at step 2"):
+        written = iter([program.save_file])  # that of step 0 is
+        patch.setattr(program, "save_file", lambda *given, **named: next(written, full)(*given, **named))
+        program.main(arguments(tmp_path / "ended", inputs))
+    assert [path.name for path in (tmp_path / "ended").glob("checkpoint-*")] == ["checkpoint-2"]
+    program.main(arguments(tmp_path / "ended", inputs))
+    logs = [
+        [(line["step"], line.get("loss"), line.get("held_out_psnr")) for line in map(json.loads, file.open())]
+        for file in (tmp_path / name / "log.jsonl" for name in ("straight", "ended"))
+    ]
+    assert [step for step, _, _ in logs[0]] == [0, 1, 2, 2, 3, 4, 4] and logs[0] == logs[1]
+    straight, ended = ((tmp_path / run / program.SOUND).read_bytes() for run in ("straight", "ended"))
+    assert straight == ended
+
+
 def test_compiling_leaves_the_losses_as_they_are(tmp_path, inputs, monkeypatch):
     """Traced and differentiated as for a GPU, but not turned into machine code (a minute)."""
     program = load_program()

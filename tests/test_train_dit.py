@@ -171,6 +171,24 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path, made, more):
     assert first == second
 
 
+def test_what_ends_a_validation_costs_no_step_and_resuming_makes_up_for_it(tmp_path, made, monkeypatch):
+    """Not the guide either, which is that of the same step."""
+    program, more = load_program("train_dit"), ("--guide.step=3", "--max_train_steps=4", "--lr_scheduler=constant")
+    program.main(arguments(tmp_path / "straight", made, *more))
+
+    def full(*settings):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(program, "sample_grid", full)
+        program.main(arguments(tmp_path / "ended", made, *more))
+    assert [path.name for path in (tmp_path / "ended").glob("checkpoint-*")] == ["checkpoint-3"]
+    program.main(arguments(tmp_path / "ended", made, *more))
+    for name in ("samples/step-00000003.png", "samples/step-00000004.png", "checkpoint-4/random_state_0.pt"):
+        straight, ended = ((tmp_path / run / name).read_bytes() for run in ("straight", "ended"))
+        assert straight == ended, name
+
+
 def test_a_run_goes_on_with_clipping_and_from_where_its_data_was_moved_to(tmp_path, made):
     program = load_program("train_dit")
     program.main(arguments(tmp_path / "run", made, "--lr_scheduler=constant", "--max_train_steps=3"))

@@ -118,6 +118,32 @@ def test_a_resumed_run_gives_the_same_autoencoder(tmp_path, pictures, more):
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+TIMING = {"images_per_second", "seconds", "peak_memory_gib"}
+
+
+def test_what_ends_a_validation_costs_no_step_and_resuming_makes_up_for_it(tmp_path, pictures, monkeypatch):
+    """Log and checkpoint, its random state too, are those of a run that went through."""
+    program = load_program("train_vtp")
+    program.main(arguments(tmp_path / "straight", pictures))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr("PIL.Image.Image.save", functools.partial(fail, OSError("no room")))  # the picture: at the end
+        program.main(arguments(tmp_path / "ended", pictures))
+    assert [path.name for path in (tmp_path / "ended").glob("checkpoint-*")] == ["checkpoint-3"]
+    program.main(arguments(tmp_path / "ended", pictures))
+    logs = [
+        [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in file.open()]
+        for file in (tmp_path / name / "log.jsonl" for name in ("straight", "ended"))
+    ]
+    assert [line["step"] for line in logs[0]] == [1, 2, 3, 3, 4, 5, 6, 6] and logs[0] == logs[1]
+    for name in ("vae/diffusion_pytorch_model.safetensors", "objective.safetensors", "random_state_0.pt"):
+        straight, ended = ((tmp_path / run / "checkpoint-6" / name).read_bytes() for run in ("straight", "ended"))
+        assert straight == ended, name
+
+
+def fail(error, *arguments, **settings):
+    raise error
+
+
 def test_compiling_leaves_the_losses_as_they_are(tmp_path, pictures, monkeypatch):
     """Without a graph break; traced and differentiated as for a GPU, but not turned into machine code (a minute)."""
     program = load_program("train_vtp")
@@ -170,6 +196,8 @@ def test_a_folder_without_held_out_images_claims_none(tmp_path, pictures, capsys
         (["--contrastive.weight=nan"], "--contrastive.weight is nan, expected a finite number"),
         (["--validation_images=0"], "validation_images is 0"),
         (["--latent_statistics_images=0"], "latent_statistics_images is 0"),
+        (["--zero_shot_templates", "{}", "a photo"], "zero_shot_templates: 'a photo' has no {} for the name"),
+        (["--zero_shot_templates"], "zero_shot_templates is empty"),
         (["--train_batch_size=24"], "has 20 training images, expected at least train_batch_size, 24: a batch would"),
     ],
 )

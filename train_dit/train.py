@@ -400,12 +400,15 @@ def main(argv: list[str] | None = None) -> None:
     vae.to(run.device)
     inputs = training_inputs(run, config, dataset, vae, transformer.config.num_classes)
     watched = bool(config.validation.labels) or distance is not None
+    if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
+        validate(config, run, vae, dataset, distance, run.first_step)
     for step in run.steps():
         run.optimise(step, inputs)
-        if watched and run.due(step, config.validation_steps):
-            validate(config, run, vae, dataset, distance, step + 1)
-        if step + 1 == config.guide.step:
+        if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide
             export_averaged(run, GUIDE)
+        if watched and run.due(step, config.validation_steps):
+            run.save_due(step)
+            validate(config, run, vae, dataset, distance, step + 1)
     with run.averaged_model() as model:
         if run.is_main:
             pipeline = build_pipeline(config, vae, model, dataset, open_guide(config, run))

@@ -150,12 +150,13 @@ def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perc
     name, dataset = list(datasets.items())[-1]
     measured = measure(autoencoder, dataset, config, perceptual)
     values = {f"{name}_{key}": value for key, value in measured.items()}
-    run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
-    signs = collapse_signs(run.folder.read_log(), config.adversarial.start_step, psnr_name(datasets))
+    log = [*(run.folder.read_log() if step > 0 else []), {"step": step} | values]
+    signs = collapse_signs(log, config.adversarial.start_step, psnr_name(datasets))
     for sign in signs:
         if sign["step"] > step - config.validation_steps:  # the others were told before
             print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
     keep_while_sound(run, autoencoder, signs, step)
+    run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
 
 
 def collapsed(run: TrainingRun, config: Config, datasets: dict) -> bool:
@@ -240,15 +241,17 @@ def main(argv: list[str] | None = None) -> None:
     frozen = ("reconstruction.perceptual.",)
     groups = objective.parameter_groups(config)
     run = TrainingRun(config, folder, objective, autoencoder, "vae", fingerprint, not_saved=frozen, groups=groups)
-    if run.is_main and run.first_step == 0:
-        with run.averaged_weights():  # which are the initial ones
-            validate(run, config, autoencoder, datasets, perceptual, 0)
+    if run.first_step == 0 or run.validation_missed(psnr_name(datasets)):
+        if run.is_main:
+            with run.averaged_weights():  # at step 0 the initial ones
+                validate(run, config, autoencoder, datasets, perceptual, run.first_step)
     batches = training_batches(run, config, training)
     inputs = training_inputs(run, config, objective, batches)
     fallen = collapsed(run, config, datasets)
     for step in () if fallen else run.steps():
         run.optimise(step, inputs)
         if run.due(step, config.validation_steps):
+            run.save_due(step)
             if run.is_main:
                 with run.averaged_weights():
                     validate(run, config, autoencoder, datasets, perceptual, step + 1)

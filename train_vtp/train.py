@@ -46,6 +46,7 @@ from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisio
 from vtp_diffusion.streaming import StreamingImages, count_left_out, first_batches, open_splits
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
+from vtp_diffusion.zero_shot import check_templates
 
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
 NAMED = 10  # unreadable images of a data set that are named
@@ -171,6 +172,7 @@ class Config(TrainingConfig):
             raise ValueError(
                 f"adam_weight_decay_end is {self.adam_weight_decay_end}, expected 0, a positive number or none"
             )
+        check_templates("zero_shot_templates", self.zero_shot_templates)
         if not 0 < self.checkpointed_share <= 1:
             raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")
         for name in ("validation_images", "evaluation_images", "latent_statistics_images"):
@@ -314,10 +316,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     config.check_shares(this_process()[1])  # later the folder would hold a run that never was
     folder = RunFolder(config.output_dir, config)
-    torch.manual_seed(config.seed)
-    objective, model = build(config)
     training, datasets = open_splits(config.data, config.evaluation_images, config.train_batch_size)
     check_data(config, datasets["train"])
+    torch.manual_seed(config.seed)
+    objective, model = build(config)
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
     if config.compile:
@@ -340,6 +342,18 @@ def main(argv: list[str] | None = None) -> None:
     length = config.text.text_context_length if "contrastive" in config.objectives else None
     batches = training_batches(run, training, length, config.keep_on_device, config.dataloader_num_workers)
     inputs = training_inputs(run, config, objective, batches)
+
+    def report(step: int, validation_due: bool) -> None:
+        left_out = count_left_out(run, training, batches)
+        counts = {f"left_out/{reason}": float(count) for reason, count in left_out.items() if count}
+        if run.is_main and validation_due:
+            with run.averaged_weights():
+                validate(run, config, model, datasets, perceptual, step, counts)
+        else:
+            run.report(step, counts)
+
+    if run.validation_missed(f"{list(datasets)[-1]}_"):
+        report(run.first_step, validation_due=True)
     for step in run.steps():
         done = step / config.max_train_steps
         if config.adam_weight_decay_end is not None:
@@ -349,14 +363,10 @@ def main(argv: list[str] | None = None) -> None:
         counted = run.optimise(step, inputs)
         objective.after_step(done, counted)
         validation_due = run.due(step, config.validation_steps)
+        if validation_due:
+            run.save_due(step)
         if validation_due or run.due(step, config.checkpointing_steps):
-            left_out = count_left_out(run, training, batches)
-            counts = {f"left_out/{reason}": float(count) for reason, count in left_out.items() if count}
-            if run.is_main and validation_due:
-                with run.averaged_weights():
-                    validate(run, config, model, datasets, perceptual, step + 1, counts)
-            else:
-                run.report(step + 1, counts)
+            report(step + 1, validation_due)
     left_out = count_left_out(run, training, batches)
     if run.is_main:
         with run.averaged_weights():

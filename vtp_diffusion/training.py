@@ -23,6 +23,7 @@ from .config import config_to_dict, flatten_config
 from .cuda_graphs import GraphedPasses, why_not_recorded
 from .data_order import StepBatchSampler, draw_for_positions, step_generator
 from .disk import writing
+from .processes import gather_objects
 from .results import numbers_line
 from .run_folder import RunFolder
 from .throughput import peak_flops, peak_memory_bytes
@@ -58,6 +59,7 @@ class TrainingRun:
         for step in run.steps():
             run.optimise(step, micro_batches)
             if run.due(step, config.validation_steps):
+                run.save_due(step)
                 with run.averaged_weights():
                     ...
 
@@ -142,7 +144,7 @@ class TrainingRun:
         peak = peak_flops(self.device, config.mixed_precision, config.peak_flops)
         known = peak is not None and flops_per_image is not None
         self._mfu_per_rate = flops_per_image / (peak * self.world_size) if known else None
-        self._bar, self._mark = None, time.perf_counter()
+        self._bar, self._mark, self._saved = None, time.perf_counter(), None
         resume(self)
         if config.report_to != "none" and self.is_main:
             scalars = {k: str(v) for k, v in flatten_config(config_to_dict(config)).items()}
@@ -222,8 +224,7 @@ class TrainingRun:
                 yield step
                 bar.update()
                 pause = self.due(step, config.checkpointing_steps)
-                if pause:
-                    self.save(step + 1)
+                self.save_due(step)
                 if step + 1 < last and self._stop_agreed(step, request):
                     if not pause:
                         if self._summed:
@@ -251,6 +252,29 @@ class TrainingRun:
         """What the last line of a program says of `skipped_steps`: nothing where there are none."""
         count = self.skipped_steps
         return f"; {count} steps were left out, their gradients not being finite" if count else ""
+
+    def save_due(self, step: int) -> None:
+        """Save if a checkpoint is due once `step` (from 0) is done. `steps` does so too, but after what the program does
+        at that step: called before a validation, this keeps an error in it from costing the steps before."""
+        if self.due(step, self.config.checkpointing_steps):
+            self.save(step + 1)
+
+    def validation_missed(self, name: str | None) -> bool:
+        """Whether a validation is due at the step that the run goes on after and was not made, since the process ended
+        between its checkpoint and its end; every process has to call this.
+
+        Args: `name`: how the names of the values begin that a validation reports; None if it makes a picture alone.
+        """
+        step = self.first_step
+        if step == 0 or not self.due(step - 1, self.config.validation_steps):
+            return False
+        missed = False
+        if self.is_main and name is None:
+            missed = not self.folder.samples(step).is_file()
+        elif self.is_main:
+            lines = (line for line in self.folder.read_log() if line["step"] == step)
+            missed = not any(key.startswith(name) for line in lines for key in line)
+        return any(gather_objects(missed))
 
     def _stop_agreed(self, step: int, request: StopRequest) -> bool:
         """Whether a signal asked one of the processes to stop; all answer the same at the same step."""
@@ -379,14 +403,10 @@ class TrainingRun:
         return statistics.median(rates[1:] or rates)
 
     def report(self, step: int, values: dict[str, float], picture: Any = None, name: str = "validation") -> None:
-        """Log and print what a validation measured; log its picture (PIL), which is also written into samples/."""
+        """Log and print what a validation measured; log its picture (PIL), which is also written into samples/. The
+        values come last: where log.jsonl has them, all of it was done."""
         if not self.is_main:
             return
-        if values:
-            self.folder.log({"step": step} | values)
-            self.accelerator.log(values, step=step)
-            if self._bar is not None:
-                self._bar.write(f"step {step}: {numbers_line(values)}")
         if picture is not None:
             path = self.folder.samples(step)
             with writing(path):
@@ -396,6 +416,11 @@ class TrainingRun:
                     tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
                 else:
                     tracker.log_images({name: [picture]}, step=step)
+        if values:
+            self.accelerator.log(values, step=step)
+            self.folder.log({"step": step} | values)
+            if self._bar is not None:
+                self._bar.write(f"step {step}: {numbers_line(values)}")
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -428,8 +453,10 @@ class TrainingRun:
             yield model.to(self.device).eval()
 
     def save(self, step: int) -> None:
-        """Write checkpoint-<step>; see checkpoints.py."""
-        save_checkpoint(self, step)
+        """Write checkpoint-<step>, unless that was just done; see checkpoints.py."""
+        if step != self._saved:
+            save_checkpoint(self, step)
+            self._saved = step
 
     def end(self) -> None:
         """Close the trackers, and let another process have the run folder."""

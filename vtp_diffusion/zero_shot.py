@@ -46,6 +46,15 @@ def imagenet_prompts() -> tuple[list[str], list[str]]:
     return list(metadata.IMAGENET_CLASSNAMES), templates
 
 
+def check_templates(name: str, templates: Sequence[str]) -> None:
+    """ValueError naming the setting where there are no templates, or one without {} for the name of the class."""
+    if not templates:
+        raise ValueError(f"{name} is empty, expected at least one text with {{}} for the name of the class")
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"{name}: {template!r} has no {{}} for the name of the class")
+
+
 @torch.no_grad()
 def class_embeddings(
     model: VTPModel, names: Sequence[str], templates: Sequence[str], tokenize: Tokenize, batch_size: int = 256
@@ -61,11 +70,9 @@ def class_embeddings(
     Raises:
         ValueError: no names, no templates, or a template without {}.
     """
-    if not names or not templates:
+    if not names:
         raise ValueError(f"got {len(names)} class names and {len(templates)} templates, expected at least one of each")
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the name of the class")
+    check_templates("templates", templates)
     prompts = [template.replace("{}", name) for name in names for template in templates]
     device = model.logit_scale.device
     features = [
