@@ -285,8 +285,10 @@ def test_collections_that_are_not_understood(tmp_path, offline):
         open_dataset(parquet_config(tmp_path / "a.parquet", label_column="colour"))
     with pytest.raises(ValueError, match="has no validation split; it has train; data.validation_files may name one"):
         open_dataset(parquet_config(tmp_path / "a.parquet"), "validation")
-    with pytest.raises(ValueError, match="neither openmoji, nor a folder, nor a collection"):
+    with pytest.raises(ValueError, match="data_files is .*b.parquet', which matches no file"):
         open_dataset(parquet_config(tmp_path / "b.parquet"))
+    with pytest.raises(ValueError, match="neither openmoji, nor a folder, nor a collection"):
+        open_dataset(parquet_config(tmp_path / "a.parquet", source="webdataset"))
 
 
 def test_an_unreadable_image_of_a_collection_is_named(tmp_path, offline):

@@ -110,6 +110,14 @@ def test_the_configurations_that_were_run_have_the_weights_that_they_ran_with(na
     assert (config.reconstruction.weight, config.reconstruction.share) == expected
 
 
+def test_a_recipe_without_its_shards_is_refused_before_its_model_is_built(tmp_path, monkeypatch):
+    program = load_program("train_vtp")
+    monkeypatch.setattr(program, "build", None)
+    with pytest.raises(ValueError, match="data_files is none with source 'webdataset'"):
+        program.main(["--config", str(ROOT / "train_vtp/configs/large.yaml"), f"--output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_an_objective_that_does_not_count_is_left_out(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}.weight is 0.0, expected a positive .* left out of objectives"):

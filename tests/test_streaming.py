@@ -225,7 +225,10 @@ def test_data_smaller_than_a_batch_are_refused(tmp_path, offline, workers):
         ({"limit": 3}, "limit is 3 with streaming, expected none: max_train_steps"),
         ({"shuffle_buffer": 0}, "shuffle_buffer is 0"),
         ({"caption_column": "words"}, "no column 'words' for the caption; it has .'image', 'text', 'kind'."),
-        ({"data_files": "none/*.parquet"}, "cannot be read as a stream"),
+        ({"data_files": "none/*.parquet"}, "data_files is 'none/.*.parquet', which matches no file"),
+        ({"source": "webdataset", "data_files": None}, "data_files is none with source 'webdataset', expected files"),
+        ({"validation_files": "none/*.parquet"}, "validation_files is 'none/.*.parquet', which matches no file"),
+        ({"source": "webdataset"}, "source 'webdataset' cannot be read as a stream"),  # parquet files are no tar files
     ],
 )
 def test_what_cannot_be_streamed_is_named(tmp_path, offline, changes, message):

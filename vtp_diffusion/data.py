@@ -6,6 +6,7 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 import hashlib
 import io
 import math
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import glob
@@ -27,6 +28,7 @@ OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
 IN_MEMORY_BYTES = 2**30
 SPLIT_FOLDERS = ("train", "validation")
+BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
 NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
 
 
@@ -410,12 +412,29 @@ def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
     return held_out if split == "validation" else {"train": config.data_files} | held_out
 
 
+def check_files(config: DataConfig) -> None:
+    """ValueError where a builder of `datasets` is given no files, for which it would take those of the working
+    directory, or a local pattern that matches none."""
+    if config.source not in BUILDERS:
+        return
+    if config.data_files is None:
+        raise ValueError(
+            f"data_files is none with source {config.source!r}, expected files or a pattern of them, such as "
+            "'shards/*.tar'"
+        )
+    for name in ("data_files", "validation_files"):
+        pattern = getattr(config, name)
+        if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
+            raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
+
+
 def _load_collection(config: DataConfig, split: str):
     """The table of `datasets` that holds a split."""
     datasets = require("datasets", "train")
+    check_files(config)
     try:
         collection = datasets.load_dataset(config.source, config.name, data_files=split_files(config, split))
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
         raise ValueError(
             f"source {config.source!r} is neither openmoji, nor a folder, nor a collection that `datasets` can load: "
             f"{error}"

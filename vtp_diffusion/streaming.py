@@ -11,6 +11,7 @@ however unequal the shards are, and none waits for another that has finished.
 
 import hashlib
 import json
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batches import PLAIN_BATCH, Columns, leave_stopping_to_parent
-from .data import DataConfig, ImageDataset, check_caption, open_dataset, split_files
+from .data import DataConfig, ImageDataset, check_caption, check_files, open_dataset, split_files
 from .decoding import UnreadableImageError, center_crop, decode_image
 from .extras import require
 from .images import from_uint8
@@ -62,11 +63,11 @@ class StreamingImages:
     """
 
     def __init__(self, config: DataConfig, split: str = "train"):
-        datasets = require("datasets", "train")
+        datasets, files = require("datasets", "train"), split_files(config, split)
+        check_files(config)
         try:
-            files = split_files(config, split)
             splits = datasets.load_dataset(config.source, config.name, data_files=files, streaming=True)
-        except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"source {config.source!r} cannot be read as a stream: {error}") from error
         found = [name for name in {"train": ("train",)}.get(split, ("validation", "test")) if name in splits]
         if not found:

@@ -254,8 +254,11 @@ class TrainingRun:
         return f"; {count} steps were left out, their gradients not being finite" if count else ""
 
     def save_due(self, step: int) -> None:
-        """Save if a checkpoint is due once `step` (from 0) is done. `steps` does so too, but after what the program does
-        at that step: called before a validation, this keeps an error in it from costing the steps before."""
+        """Save if a checkpoint is due once `step` (from 0) is done.
+
+        `steps` does so too, but after all that the program does at that step: before a validation, this keeps what ends
+        it from costing the steps before.
+        """
         if self.due(step, self.config.checkpointing_steps):
             self.save(step + 1)
 
