@@ -279,6 +279,18 @@ def test_held_out_files_of_a_builder(tmp_path, offline):
             parquet_config(tmp_path / "a.parquet", source=source, validation_files="b.parquet")
 
 
+def test_settings_that_nothing_would_come_of_are_refused(tmp_path):
+    for source in ("openmoji", str(tmp_path)):
+        for name in ("name", "data_files", "caption_column"):
+            with pytest.raises(ValueError, match=f"{name} is 'x' with source '{source}', expected none"):
+                DataConfig(source=source, **{name: "x"})
+    files = {"source": "webdataset", "data_files": "a.tar", "skip_empty_captions": True}
+    with pytest.raises(ValueError, match="skip_empty_captions is true with streaming false and caption_column txt"):
+        DataConfig(**files, caption_column="txt")
+    with pytest.raises(ValueError, match="skip_empty_captions is true with streaming true and caption_column none"):
+        DataConfig(**files, streaming=True)
+
+
 def test_collections_that_are_not_understood(tmp_path, offline):
     write_parquet(offline, tmp_path / "a.parquet", [0], offline.Value("int64"))
     with pytest.raises(ValueError, match="no column 'colour' for the label; it has .'picture', 'kind', 'text'."):

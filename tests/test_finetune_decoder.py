@@ -253,7 +253,12 @@ def test_another_autoencoder_is_refused_on_resuming(tmp_path, inputs):
     other = AutoencoderVTP.from_pretrained(folder / "stage1" / "vae")
     torch.nn.init.zeros_(other.bottleneck.weight)
     other.save_pretrained(folder / "stage1" / "vae")
-    with pytest.raises(ValueError, match="fingerprint"):
+    with pytest.raises(
+        ValueError, match="was trained with autoencoder weights of fingerprint .* the same autoencoder"
+    ):
+        program.main(arguments(tmp_path / "run", folder, "--max_train_steps=2"))
+    (folder / "pictures" / "train" / "00.png").unlink()
+    with pytest.raises(ValueError, match="was trained with data of fingerprint .* with the same data only"):
         program.main(arguments(tmp_path / "run", folder, "--max_train_steps=2"))
 
 

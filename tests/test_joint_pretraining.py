@@ -416,6 +416,7 @@ def test_shards_are_refused_before_anything_is_built(tmp_path, monkeypatch, obje
         (["--objectives"], "objectives is .., expected some of"),
         (["--self_supervision.share=1.5"], "share is 1.5"),
         (["--checkpointed_share=0"], "checkpointed_share is 0.0, expected a share in .0, 1."),
+        (["--gradient_checkpointing", "--checkpointed_share=0.2"], "a share of 0.2 .* is less than half a block"),
         (["--self_supervision.crops.local_size=12"], "local_size is 12, expected a multiple of model.patch_size, 8"),
         (["--data.resolution=16"], r"global_size is 16 \(16 is data.resolution\), expected 3 patches of 8 or more"),
         (["--train_batch_size=80"], "has 64 training images, expected at least train_batch_size, 80"),
@@ -437,7 +438,7 @@ def test_images_without_captions_have_no_contrastive_objective(tmp_path):
         (tmp_path / "pictures" / split).mkdir(parents=True)
         for k in range(8):
             Image.new("RGB", (32, 32), (k * 20, 0, 0)).save(tmp_path / "pictures" / split / f"{k}.png")
-    with pytest.raises(ValueError, match="has no captions"):
+    with pytest.raises(ValueError, match="has no captions, .*: those of a folder are the names of its classes"):
         load_program("train_vtp").main(arguments(tmp_path / "run", f"--data.source={tmp_path / 'pictures'}"))
 
 
@@ -479,8 +480,12 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch, capsys):
     pairs = [line["contrastive/captions"] for line in lines if "contrastive/captions" in line]
     assert lines[-1]["left_out/without_caption"] == results["left_out"]["without_caption"]
     assert len(pairs) == 6 and sum(pairs) == 6 * 8 - results["left_out"]["without_caption"] < 6 * 8
-    with pytest.raises(ValueError, match="evaluation_images is None with data.streaming"):
+    with pytest.raises(ValueError, match="evaluation_images is none with data.streaming"):
         program.main(arguments(tmp_path / "other", *more, "--evaluation_images=none"))
+    with pytest.raises(ValueError, match="keep_on_device is true with data.streaming, expected none or false"):
+        program.main(arguments(tmp_path / "other", *more, "--keep_on_device=true"))
+    with pytest.raises(ValueError, match="parquet has no captions, .* data.caption_column, .* column, is none"):
+        program.main(arguments(tmp_path / "other", *more, "--data.caption_column=none"))
     with pytest.raises(ValueError, match="data.skip_empty_captions: False there, True now"):
         program.main(arguments(tmp_path / "straight", *more, "--data.skip_empty_captions"))
 

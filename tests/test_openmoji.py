@@ -122,6 +122,13 @@ def test_items_and_weights(splits):
     assert len({dataset.fingerprint for dataset in splits.values()}) == 3
 
 
+def test_a_share_that_holds_nothing_out_is_named(cache):
+    with pytest.raises(
+        ValueError, match="holdout is 0.0, a share that leaves no images in OpenMoji's validation split"
+    ):
+        open_dataset(DataConfig(resolution=SIDE, cache_dir=str(cache), holdout=0.0), "validation")
+
+
 def test_a_complete_folder_needs_no_packages(cache, monkeypatch):
     def refuse(name, extra):
         raise ImportError(name)

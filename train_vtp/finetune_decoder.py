@@ -46,7 +46,7 @@ from vtp_diffusion.pretraining import (
 )
 from vtp_diffusion.processes import gather_objects
 from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.streaming import StreamingImages, count_left_out, open_splits, stream_batches
+from vtp_diffusion.streaming import StreamingImages, check_streaming, count_left_out, open_splits, stream_batches
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
 
@@ -79,8 +79,7 @@ class Config(TrainingConfig):
         for name in ("validation_images", "evaluation_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if self.data.streaming and self.evaluation_images is None:
-            raise ValueError("evaluation_images is none with data.streaming, expected how many are measured")
+        check_streaming(self)
         if self.mixed_precision == "fp16":
             raise ValueError(
                 "mixed_precision is fp16, expected no or bf16: the adaptive weight comes from unscaled gradients"
@@ -240,7 +239,17 @@ def main(argv: list[str] | None = None) -> None:
         compile_networks(autoencoder, perceptual, encoder=config.adversarial.discriminator == "patch")
     frozen = ("reconstruction.perceptual.",)
     groups = objective.parameter_groups(config)
-    run = TrainingRun(config, folder, objective, autoencoder, "vae", fingerprint, not_saved=frozen, groups=groups)
+    run = TrainingRun(
+        config,
+        folder,
+        objective,
+        autoencoder,
+        "vae",
+        fingerprint,
+        not_saved=frozen,
+        groups=groups,
+        fingerprint_of=("data", "autoencoder weights"),
+    )
     if run.first_step == 0 or run.validation_missed(psnr_name(datasets)):
         if run.is_main:
             with run.averaged_weights():  # at step 0 the initial ones

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -43,7 +44,7 @@ from vtp_diffusion.processes import this_process
 from vtp_diffusion.results import numbers_line
 from vtp_diffusion.run_folder import RunFolder
 from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
-from vtp_diffusion.streaming import StreamingImages, count_left_out, first_batches, open_splits
+from vtp_diffusion.streaming import StreamingImages, check_streaming, count_left_out, first_batches, open_splits
 from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
 from vtp_diffusion.zero_shot import check_templates
@@ -164,8 +165,7 @@ class Config(TrainingConfig):
                 f"{name} is {sizes[name]} ({resolution} is data.resolution), expected {MIN_MASK_GRID} patches of "
                 f"{patch} or more: no block of masked patches fits into fewer"
             )
-        if self.data.streaming and self.evaluation_images is None:
-            raise ValueError("evaluation_images is None with data.streaming, expected how many are measured")
+        check_streaming(self)
         self.reconstruction = self.reconstruction.resolved(alone=self.objectives == ("reconstruction",))
         self.check_shares(processes=1)
         if self.adam_weight_decay_end is not None and not 0 <= self.adam_weight_decay_end < math.inf:
@@ -218,8 +218,13 @@ def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]
 def check_data(config: Config, dataset) -> None:
     """ValueError where captions are trained on and the training images, of a stream those measured, have none."""
     if "contrastive" in config.objectives and not any((caption or "").strip() for caption in dataset.captions):
-        some = f"in its first {len(dataset)} images, " if config.data.streaming else ""
-        raise ValueError(f"{config.data.source} has no captions, {some}which the contrastive objective needs")
+        data = config.data
+        some = f"in its first {len(dataset)} images, " if data.streaming else ""
+        if Path(data.source).is_dir():
+            hint = "those of a folder are the names of its classes, which are sub-folders"
+        else:
+            hint = f"data.caption_column, which names their column, is {data.caption_column or 'none'}"
+        raise ValueError(f"{data.source} has no captions, {some}which the contrastive objective needs: {hint}")
 
 
 def announce(config: Config, datasets: dict) -> None:

@@ -247,7 +247,7 @@ def resume(run: "TrainingRun") -> None:
     """Continue from the newest checkpoint that is not damaged, with whatever number of processes it was written.
 
     Raises:
-        ValueError: all are damaged, or it was made from other data.
+        ValueError: all are damaged, or it has another fingerprint.
     """
     found = [newest_whole_checkpoint(run.folder) if run.is_main else None]
     if run.world_size > 1:
@@ -258,11 +258,14 @@ def resume(run: "TrainingRun") -> None:
         return
     step, path = found[0]
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state["fingerprint"] != run.fingerprint:
-        raise ValueError(
-            f"{path} was trained on data with fingerprint {state['fingerprint']}, the data given now has "
-            f"{run.fingerprint}: a run is resumed on the same data only"
-        )
+    cuts = len(run.fingerprint_of) - 1
+    there, now = (fingerprint.rsplit("-", cuts) for fingerprint in (state["fingerprint"], run.fingerprint))
+    for name, old, new in zip(run.fingerprint_of, there, now, strict=True):
+        if old != new:
+            raise ValueError(
+                f"{path} was trained with {name} of fingerprint {old}, what is given now has {new}: a run is resumed "
+                f"with the same {name} only"
+            )
     _load_weights(run, path, state)
     _load_optimizer(run, path)
     random_state = path / f"random_state_{run.rank}.pt"

@@ -82,18 +82,30 @@ class DataConfig:
             raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}, expected a positive number of samples")
         if self.streaming and self.limit is not None:
             raise ValueError(f"limit is {self.limit} with streaming, expected none: max_train_steps decides")
-        if self.streaming and (self.source == "openmoji" or Path(self.source).is_dir()):
+        ours = self.source == "openmoji" or Path(self.source).is_dir()
+        if self.streaming and ours:
             raise ValueError(
                 f"source is {self.source!r} with streaming, expected a builder or a hub id of `datasets`, such as "
                 "webdataset or parquet with data_files"
             )
+        for name in ("validation_files", "name", "data_files", "caption_column") if ours else ():
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"{name} is {value!r} with source {self.source!r}, expected none without a builder of `datasets` "
+                    "or a hub id as source"
+                )
         if self.validation_files is not None:
             self._check_validation_files()
+        if self.skip_empty_captions and not (self.streaming and self.caption_column):
+            raise ValueError(
+                f"skip_empty_captions is true with streaming {str(self.streaming).lower()} and caption_column "
+                f"{self.caption_column or 'none'}, expected it with a stream and a column"
+            )
 
     def _check_validation_files(self) -> None:
         given = f"validation_files is {self.validation_files!r}"
-        if self.data_files is None or self.source == "openmoji" or Path(self.source).is_dir():
-            raise ValueError(f"{given}, expected none without a builder of `datasets` as source and its data_files")
+        if self.data_files is None:
+            raise ValueError(f"{given}, expected none without data_files")
         files, held_out = (glob(pattern, recursive=True) for pattern in (self.data_files, self.validation_files))
         both = sorted(set(files) & set(held_out))
         if both or self.data_files == self.validation_files:
@@ -321,6 +333,8 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     names = sorted({row[column] for row in rows})
     wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
     rows = [row for row in rows if is_held_out(row["base"], config.holdout, config.holdout_seed) in wanted]
+    if not rows:
+        raise ValueError(f"holdout is {config.holdout}, a share that leaves no images in OpenMoji's {split} split")
     rows = _limited(rows, config.limit)
     return ImageDataset(
         references=[folder / row["file_name"] for row in rows],
@@ -384,6 +398,8 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
     for use, column in columns.items():
         if column is not None and column not in table.column_names:
             raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {table.column_names}")
+    if len(table) == 0:
+        raise ValueError(f"{config.source}: the {split} split holds no images")
     rows = _limited(list(range(len(table))), config.limit)
     chosen = table if len(rows) == len(table) else table.select(rows)
     labels, names, named = _collection_labels(chosen, config)
@@ -415,15 +431,10 @@ def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
 def check_files(config: DataConfig) -> None:
     """ValueError where a builder of `datasets` is given no files, for which it would take those of the working
     directory, or a local pattern that matches none."""
-    if config.source not in BUILDERS:
-        return
-    if config.data_files is None:
-        raise ValueError(
-            f"data_files is none with source {config.source!r}, expected files or a pattern of them, such as "
-            "'shards/*.tar'"
-        )
-    for name in ("data_files", "validation_files"):
+    for name in ("data_files", "validation_files") if config.source in BUILDERS else ():
         pattern = getattr(config, name)
+        if name == "data_files" and pattern is None:
+            raise ValueError(f"data_files is none with source {config.source!r}, expected files or a pattern of them")
         if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
             raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
 

@@ -271,11 +271,16 @@ def _recomputed(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
 
 def checkpoint_blocks(model: AutoencoderVTP | VTPModel, share: float) -> None:
     """Recompute the activations of a share of the blocks of every stack in the backward pass: less memory, and as much
-    more of the forward pass."""
+    more of the forward pass. Raises: ValueError if that is no block of any stack."""
     model.enable_gradient_checkpointing(_recomputed)
-    for module in model.modules():
-        if hasattr(module, "checkpointed_blocks"):
-            module.checkpointed_blocks = round(share * len(module.blocks))
+    stacks = [module for module in model.modules() if hasattr(module, "checkpointed_blocks")]
+    for stack in stacks:
+        stack.checkpointed_blocks = round(share * len(stack.blocks))
+    if not any(stack.checkpointed_blocks for stack in stacks):
+        raise ValueError(
+            f"a share of {share} of the blocks is to be recomputed, which is less than half a block of every stack "
+            f"({', '.join(str(len(stack.blocks)) for stack in stacks)} blocks)"
+        )
 
 
 @torch.no_grad()

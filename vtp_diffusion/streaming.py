@@ -214,6 +214,14 @@ class _FirstEpoch(IterableDataset):
             yield item["image"]
 
 
+def check_streaming(config: Any) -> None:
+    """ValueError for settings of a training program that do not go with `data.streaming`."""
+    if config.data.streaming and config.evaluation_images is None:
+        raise ValueError("evaluation_images is none with data.streaming, expected how many are measured")
+    if config.data.streaming and config.keep_on_device:
+        raise ValueError("keep_on_device is true with data.streaming, expected none or false: a stream is never whole")
+
+
 def open_splits(
     config: DataConfig, evaluation_images: int | None, batch_size: int
 ) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:

@@ -71,6 +71,7 @@ class TrainingRun:
             `<model_name>_ema`, each loadable with from_pretrained.
         model_name: as the pipeline calls it.
         fingerprint: identifies the training data; a checkpoint is only resumed on the same.
+        fingerprint_of: what the parts of `fingerprint`, with "-" between them, are of, as errors call it.
         not_saved: prefixes of state-dict keys of `objective` that are rebuilt from elsewhere, never saved.
         groups: parameter groups of AdamW where not everything is trained alike; None is what `parameter_groups` gives.
             Beside AdamW's settings a group may have `lr_scale`, a factor on the learning rate, and `network`, a name:
@@ -85,7 +86,7 @@ class TrainingRun:
 
     Raises:
         ValueError: processes or precision that accelerate does not give here, a batch that cannot be divided among
-            them, a checkpoint that was made from other data or does not fit, or none that is not damaged.
+            them, a checkpoint that has another fingerprint or does not fit, or none that is not damaged.
     """
 
     def __init__(
@@ -101,9 +102,11 @@ class TrainingRun:
         flops_per_image: float | None = None,
         in_parts: bool = False,
         cuda_graphs: bool = False,
+        fingerprint_of: tuple[str, ...] = ("data",),
     ):
         self.config, self.folder, self.model, self.model_name = config, folder, model, model_name
-        self.fingerprint, self.not_saved, self.bare = fingerprint, not_saved, objective
+        self.fingerprint, self.fingerprint_of = fingerprint, fingerprint_of
+        self.not_saved, self.bare = not_saved, objective
         if config.deterministic:
             use_deterministic_algorithms()
         block_names = getattr(model, "_no_split_modules", None) or []
@@ -256,8 +259,8 @@ class TrainingRun:
     def save_due(self, step: int) -> None:
         """Save if a checkpoint is due once `step` (from 0) is done.
 
-        `steps` does so too, but after all that the program does at that step: before a validation, this keeps what ends
-        it from costing the steps before.
+        `steps` does so too, but after all that the program does at that step: before a validation, this keeps what
+        ends it from costing the steps before.
         """
         if self.due(step, self.config.checkpointing_steps):
             self.save(step + 1)
