@@ -97,10 +97,8 @@ class DataConfig:
         if self.validation_files is not None:
             self._check_validation_files()
         if self.skip_empty_captions and not (self.streaming and self.caption_column):
-            raise ValueError(
-                f"skip_empty_captions is true with streaming {str(self.streaming).lower()} and caption_column "
-                f"{self.caption_column or 'none'}, expected it with a stream and a column"
-            )
+            given = f"streaming {str(self.streaming).lower()} and caption_column {self.caption_column or 'none'}"
+            raise ValueError(f"skip_empty_captions is true with {given}, expected true and a column")
 
     def _check_validation_files(self) -> None:
         given = f"validation_files is {self.validation_files!r}"
