@@ -294,6 +294,8 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, inputs, monkeypatch):
     results = json.loads((tmp_path / "resumed" / "results.json").read_text())
     assert results["train"]["images"] == 4 and "held_out" not in results
     assert results["left_out"]["unreadable"] >= 1
+    with pytest.raises(ValueError, match="keep_on_device is true with data.streaming, expected none or false"):
+        program.main(arguments(tmp_path / "other", inputs, *more, "--keep_on_device=true"))
     with pytest.raises(ValueError, match="evaluation_images is none with data.streaming"):
         program.main(arguments(tmp_path / "other", inputs, *more[:-1]))
     with pytest.raises(ValueError, match="a stream is resumed with the same numbers"):

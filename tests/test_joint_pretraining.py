@@ -482,8 +482,6 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, monkeypatch, capsys):
     assert len(pairs) == 6 and sum(pairs) == 6 * 8 - results["left_out"]["without_caption"] < 6 * 8
     with pytest.raises(ValueError, match="evaluation_images is none with data.streaming"):
         program.main(arguments(tmp_path / "other", *more, "--evaluation_images=none"))
-    with pytest.raises(ValueError, match="keep_on_device is true with data.streaming, expected none or false"):
-        program.main(arguments(tmp_path / "other", *more, "--keep_on_device=true"))
     with pytest.raises(ValueError, match="parquet has no captions, .* data.caption_column, .* column, is none"):
         program.main(arguments(tmp_path / "other", *more, "--data.caption_column=none"))
     with pytest.raises(ValueError, match="data.skip_empty_captions: False there, True now"):
