@@ -70,6 +70,7 @@ SIZES = {
         {
             "data.source": "openmoji",
             "data.streaming": "false",
+            "data.caption_column": "none",
             "data.resolution": 128,
             "self_supervision.crops.global_size": 128,
             "self_supervision.crops.local_size": 48,

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import sys
 import tempfile
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
+from vtp_diffusion.config import parse_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +53,15 @@ def test_one_process_again_differs_by_its_rounding(tmp_path, load):
     assert again["environment"] == {"DIFFUSERS_ATTN_BACKEND": "_native_math"} and "environment" not in first
     assert 0 < max(again["differences_of_losses"]) < 1e-5
     assert 0 < max(again["differences_of_gradient_norms"]) < 1e-4
+
+
+@pytest.mark.parametrize("size", ["large", "tiny"])
+def test_the_program_takes_what_is_changed(load, size):
+    benchmark = load("vtp_scaling")
+    config = benchmark.BenchmarkConfig(output="x.json", size=size, processes=[1], same_losses=True)
+    words = [f"--config={ROOT / 'train_vtp' / 'configs' / benchmark.SIZES[size][0]}"]
+    words += [f"--{name}={value}" for name, value in benchmark.changes(config).items()]
+    assert parse_config(runpy.run_path(str(benchmark.PROGRAM))["Config"], words).data.source == "openmoji"
 
 
 def test_losses_are_compared_step_by_step_and_those_near_zero_with_a_part_of_the_whole(load):
