@@ -425,8 +425,7 @@ class TrainingRun:
         if values:
             self.accelerator.log(values, step=step)
             self.folder.log({"step": step} | values)
-            if self._bar is not None:
-                self._bar.write(f"step {step}: {numbers_line(values)}")
+            (print if self._bar is None else self._bar.write)(f"step {step}: {numbers_line(values)}")
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
