@@ -6,9 +6,11 @@ r"""Images a second of train_vtp/train.py, all three objectives, on one process 
 
 `large` is configs/large.yaml, model and objectives, on OpenMoji at 128 pixels: 1024 images a process are as many
 tokens as the 256 of 256 pixels that fit into an H100, and captions are cut to as many tokens less. What it changes of
-the configuration is `SIZES`, with `MEASURED`; options after `--` go to the program and come last:
+the configuration is `SIZES`, with `MEASURED`; options after `--` go to the program and come last. One process alone
+would record CUDA graphs, which several cannot; the committed result is without them in both:
 
-    python benchmarks/vtp_scaling.py --output scaling.json -- --reconstruction.lpips_trunk vgg16.safetensors
+    python benchmarks/vtp_scaling.py --output scaling.json -- --cuda_graphs false \
+        --reconstruction.lpips_trunk vgg16.safetensors
 
 Speed is the median of the log's images/s after the first third of the steps, which compilation is in; `times_one` is
 that of all processes in that of the first row with one process, `scaling` that of one of them.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_training import TIMING, log_of
 
 from vtp_diffusion import AutoencoderVTP
 
@@ -171,8 +172,8 @@ def test_what_ends_a_validation_costs_no_step_and_resuming_makes_up_for_it(tmp_p
     assert [path.name for path in (tmp_path / "ended").glob("checkpoint-*")] == ["checkpoint-2"]
     program.main(arguments(tmp_path / "ended", inputs))
     logs = [
-        [(line["step"], line.get("loss"), line.get("held_out_psnr")) for line in map(json.loads, file.open())]
-        for file in (tmp_path / name / "log.jsonl" for name in ("straight", "ended"))
+        [(line["step"], line.get("loss"), line.get("held_out_psnr")) for line in log_of(tmp_path / name)]
+        for name in ("straight", "ended")
     ]
     assert [step for step, _, _ in logs[0]] == [0, 1, 2, 2, 3, 4, 4] and logs[0] == logs[1]
     straight, ended = ((tmp_path / run / program.SOUND).read_bytes() for run in ("straight", "ended"))
@@ -221,7 +222,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, inputs):
     ]
     for one, two in zip(*logs, strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() - {"images_per_second", "seconds", "peak_memory_gib", "discriminator/accuracy"}:
+        for name in one.keys() - TIMING - {"discriminator/accuracy"}:
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), name
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_training import TIMING, log_of
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data import DataConfig, open_dataset
@@ -118,9 +119,6 @@ def test_a_resumed_run_gives_the_same_autoencoder(tmp_path, pictures, more):
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-TIMING = {"images_per_second", "seconds", "peak_memory_gib"}
-
-
 def test_what_ends_a_validation_costs_no_step_and_resuming_makes_up_for_it(tmp_path, pictures, monkeypatch):
     """Log and checkpoint, its random state too, are those of a run that went through."""
     program = load_program("train_vtp")
@@ -131,8 +129,8 @@ def test_what_ends_a_validation_costs_no_step_and_resuming_makes_up_for_it(tmp_p
     assert [path.name for path in (tmp_path / "ended").glob("checkpoint-*")] == ["checkpoint-3"]
     program.main(arguments(tmp_path / "ended", pictures))
     logs = [
-        [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in file.open()]
-        for file in (tmp_path / name / "log.jsonl" for name in ("straight", "ended"))
+        [{key: value for key, value in line.items() if key not in TIMING} for line in log_of(tmp_path / name)]
+        for name in ("straight", "ended")
     ]
     assert [line["step"] for line in logs[0]] == [1, 2, 3, 3, 4, 5, 6, 6] and logs[0] == logs[1]
     for name in ("vae/diffusion_pytorch_model.safetensors", "objective.safetensors", "random_state_0.pt"):

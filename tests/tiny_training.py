@@ -16,6 +16,7 @@ from vtp_diffusion.training import TrainingRun
 from vtp_diffusion.training_config import TrainingConfig
 
 NUM_SAMPLES = 20
+TIMING = {"images_per_second", "seconds", "peak_memory_gib"}  # of a line of the log: what no two runs share
 
 
 def tiny_config(folder, **changes):

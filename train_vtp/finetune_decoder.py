@@ -183,9 +183,7 @@ def finish(
     """
     autoencoder.save_pretrained(run.folder.path / "vae")
     log = run.folder.read_log()
-    results = {"steps": step, "steps_trained": log[-1]["step"]}
-    results |= {"images_per_step": run.images_per_step, "seconds": run.seconds}
-    results |= {"images_per_second": run.median_rate(), "skipped_steps": run.skipped_steps}
+    results = {"steps": step, "steps_trained": log[-1]["step"]} | run.summary()
     for name, dataset in datasets.items():
         models = {"before": reference.to(run.device), "after": autoencoder}
         results[name] = {key: measure(model, dataset, config, perceptual) for key, model in models.items()}

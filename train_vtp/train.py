@@ -289,8 +289,7 @@ def latent_statistics(run: TrainingRun, config: Config, autoencoder, training: I
 def finish(run: TrainingRun, config: Config, model, training, datasets: dict, perceptual, left_out: dict) -> dict:
     """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
     autoencoder = getattr(model, "autoencoder", model)
-    results = {"steps": config.max_train_steps, "images_per_step": run.images_per_step, "seconds": run.seconds}
-    results |= {"images_per_second": run.median_rate(), "skipped_steps": run.skipped_steps}
+    results = {"steps": config.max_train_steps} | run.summary()
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
     for name, dataset in datasets.items():
         measured = measure(config, model, datasets, name, perceptual)

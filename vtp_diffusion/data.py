@@ -419,30 +419,28 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
 
 
 def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
-    """`data_files` as `datasets` is given them for a split: training alone is the same with `validation_files`."""
-    if config.validation_files is None or split == "train":
-        return config.data_files
-    held_out = {"validation": config.validation_files}
-    return held_out if split == "validation" else {"train": config.data_files} | held_out
+    """`data_files` as `datasets` is given them for a split: training alone is the same with `validation_files`.
 
-
-def check_files(config: DataConfig) -> None:
-    """ValueError where a builder of `datasets` is given no files, for which it would take those of the working
-    directory, or a local pattern that matches none."""
+    Raises: ValueError where a builder of `datasets` is given no files, for which it would take those of the working
+        directory, or a local pattern that matches none.
+    """
     for name in ("data_files", "validation_files") if config.source in BUILDERS else ():
         pattern = getattr(config, name)
         if name == "data_files" and pattern is None:
             raise ValueError(f"data_files is none with source {config.source!r}, expected files or a pattern of them")
         if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
             raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
+    if config.validation_files is None or split == "train":
+        return config.data_files
+    held_out = {"validation": config.validation_files}
+    return held_out if split == "validation" else {"train": config.data_files} | held_out
 
 
 def _load_collection(config: DataConfig, split: str):
     """The table of `datasets` that holds a split."""
-    datasets = require("datasets", "train")
-    check_files(config)
+    datasets, files = require("datasets", "train"), split_files(config, split)
     try:
-        collection = datasets.load_dataset(config.source, config.name, data_files=split_files(config, split))
+        collection = datasets.load_dataset(config.source, config.name, data_files=files)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
         raise ValueError(
             f"source {config.source!r} is neither openmoji, nor a folder, nor a collection that `datasets` can load: "

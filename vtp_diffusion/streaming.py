@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .batches import PLAIN_BATCH, Columns, leave_stopping_to_parent
-from .data import DataConfig, ImageDataset, check_caption, check_files, open_dataset, split_files
+from .data import DataConfig, ImageDataset, check_caption, open_dataset, split_files
 from .decoding import UnreadableImageError, center_crop, decode_image
 from .extras import require
 from .images import from_uint8
@@ -64,7 +64,6 @@ class StreamingImages:
 
     def __init__(self, config: DataConfig, split: str = "train"):
         datasets, files = require("datasets", "train"), split_files(config, split)
-        check_files(config)
         try:
             splits = datasets.load_dataset(config.source, config.name, data_files=files, streaming=True)
         except (datasets.exceptions.DatasetsError, OSError, ValueError, tarfile.TarError) as error:

@@ -408,6 +408,11 @@ class TrainingRun:
         rates = [line["images_per_second"] for line in self.folder.read_log() if "images_per_second" in line]
         return statistics.median(rates[1:] or rates)
 
+    def summary(self) -> dict[str, float]:
+        """What results.json says of a run of any kind."""
+        counts = {"images_per_step": self.images_per_step, "seconds": self.seconds}
+        return counts | {"images_per_second": self.median_rate(), "skipped_steps": self.skipped_steps}
+
     def report(self, step: int, values: dict[str, float], picture: Any = None, name: str = "validation") -> None:
         """Log and print what a validation measured; log its picture (PIL), which is also written into samples/. The
         values come last: where log.jsonl has them, all of it was done."""
