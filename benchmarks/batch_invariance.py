@@ -15,8 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import vtp_diffusion  # noqa: F401  registers the pipeline
-from vtp_diffusion.disk import write_json
-from vtp_diffusion.sampling import draw_labels, pipeline_identity, sample_numbers
+from vtp_diffusion.generation.sampling import draw_labels, pipeline_identity, sample_numbers
+from vtp_diffusion.runtime.disk import write_json
 
 
 def differences(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:

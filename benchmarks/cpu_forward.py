@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 import vtp_diffusion as vtp
-from vtp_diffusion.disk import write_json
-from vtp_diffusion.transformer_lightning_dit import LIGHTNING_DIT_SIZES
+from vtp_diffusion.models.transformer_lightning_dit import LIGHTNING_DIT_SIZES
+from vtp_diffusion.runtime.disk import write_json
 
 # Multiply-adds count twice: 2 · parameters · tokens for the linear layers, 4 · tokens² · width a layer for attention.
 PARTS = ("vtp_large_encode_decode", "lightning_dit_xl_1_forward")

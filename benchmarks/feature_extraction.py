@@ -45,14 +45,15 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from vtp_diffusion.disk import write_json
-from vtp_diffusion.metrics import Extractor, GaussianStatistics, InceptionFeatures, exact_float32, frechet_distance
-from vtp_diffusion.metrics.evaluation import wanted_outputs
-from vtp_diffusion.metrics.extraction import can_split
-from vtp_diffusion.metrics.inception import save_random_inception
-from vtp_diffusion.metrics.records import record_images
-from vtp_diffusion.metrics.sources import FolderImages, ImageSource, read_batches
-from vtp_diffusion.processes import reading_processes
+from vtp_diffusion.evaluation.measurement import wanted_outputs
+from vtp_diffusion.evaluation.records import record_images
+from vtp_diffusion.evaluation.sources import FolderImages, ImageSource, read_batches
+from vtp_diffusion.metrics.extraction import Extractor, can_split
+from vtp_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
+from vtp_diffusion.metrics.inception import InceptionFeatures, save_random_inception
+from vtp_diffusion.runtime.disk import write_json
+from vtp_diffusion.runtime.precision import exact_float32
+from vtp_diffusion.runtime.processes import reading_processes
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
 DISTINCT_FILES = 1024

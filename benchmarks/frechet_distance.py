@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vtp_diffusion.disk import write_json
-from vtp_diffusion.metrics import GaussianStatistics, frechet_distance
+from vtp_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
+from vtp_diffusion.runtime.disk import write_json
 
 
 def main():

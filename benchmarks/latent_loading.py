@@ -22,10 +22,10 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
-from vtp_diffusion.data_order import StepBatchSampler
-from vtp_diffusion.disk import write_json
-from vtp_diffusion.latent_inputs import stored_latents
-from vtp_diffusion.latents import LatentDataset, write_shard
+from vtp_diffusion.data.latent_shards import LatentDataset, write_shard
+from vtp_diffusion.data.order import StepBatchSampler
+from vtp_diffusion.generation.latent_inputs import stored_latents
+from vtp_diffusion.runtime.disk import write_json
 
 TARGET = 20_000  # latents a second
 SHAPE = (64, 16, 16)  # of VTP at 256 pixels, in bfloat16

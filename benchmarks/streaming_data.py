@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import vtp_diffusion.data as data
-from vtp_diffusion.batches import collate_images, read_batches
-from vtp_diffusion.data import DataConfig, open_dataset
-from vtp_diffusion.data_order import StepBatchSampler
-from vtp_diffusion.disk import write_json
-from vtp_diffusion.streaming import StreamBatches, StreamingImages
+import vtp_diffusion.data.image_datasets as data
+from vtp_diffusion.data.batches import collate_images, read_batches
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.order import StepBatchSampler
+from vtp_diffusion.data.streaming import StreamBatches, StreamingImages
+from vtp_diffusion.runtime.disk import write_json
 
 CPU = torch.device("cpu")
 

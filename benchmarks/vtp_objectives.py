@@ -23,8 +23,8 @@ import argparse
 import json
 from pathlib import Path
 
-from vtp_diffusion.config import flatten_config
-from vtp_diffusion.disk import write_json
+from vtp_diffusion.runtime.config import flatten_config
+from vtp_diffusion.runtime.disk import write_json
 
 MEASURES = ("psnr", "lpips", "knn_accuracy", "effective_rank", "zero_shot_accuracy", "recall_at_1", "recall_at_5")
 # what may differ between twins: where they are written, what they are trained for, and the settings of that

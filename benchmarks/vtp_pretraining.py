@@ -5,7 +5,7 @@ r"""Speed and memory of one step of joint VTP pre-training: all objectives, then
 
 Large at 256 pixels, local batches 256 / 64 / 32, two global crops of 256 and eight local ones of 96 pixels. A step is:
 crops, masks, forward, backward, clipping, AdamW, the teacher. MFU counts useful operations only
-(vtp_diffusion/pretraining_flops.py) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The objectives' shares
+(vtp_diffusion/pretraining/flops.py) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The objectives' shares
 are of the time of forward and backward passes made alone.
 
 What is recomputed counts as no useful operation. On a GPU the time of a step is also divided among its kernels: their
@@ -22,25 +22,19 @@ import numpy as np
 import torch
 
 from vtp_diffusion import VTPModel
-from vtp_diffusion.autoencoder_vtp import VTP_SIZES
-from vtp_diffusion.batches import to_device
-from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
-from vtp_diffusion.crops import CropConfig, draw_crops, make_crops
-from vtp_diffusion.cuda_graphs import WARM_UP, GraphedPasses
-from vtp_diffusion.disk import write_json
-from vtp_diffusion.losses import LPIPS
-from vtp_diffusion.pretraining import (
-    ReconstructionObjective,
-    ReconstructionPartConfig,
-    VTPForPreTraining,
-    checkpoint_blocks,
-    compile_parts,
-    one_by_one,
-)
-from vtp_diffusion.pretraining_flops import training_flops
-from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
-from vtp_diffusion.throughput import peak_memory_bytes
-from vtp_diffusion.training_config import parameter_groups
+from vtp_diffusion.data.batches import to_device
+from vtp_diffusion.metrics.lpips import LPIPS
+from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
+from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
+from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
+from vtp_diffusion.pretraining.flops import training_flops
+from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks, compile_parts, one_by_one
+from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
+from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
+from vtp_diffusion.runtime.disk import write_json
+from vtp_diffusion.training.config import parameter_groups
+from vtp_diffusion.training.cuda_graphs import WARM_UP, GraphedPasses
+from vtp_diffusion.training.rates import peak_memory_bytes
 
 PEAK = 989e12  # FLOP/s
 UNMEASURED = 5  # steps before those that are measured

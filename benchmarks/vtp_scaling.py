@@ -42,8 +42,8 @@ from typing import Literal
 import torch
 from launching import ROOT, device_name, end_by_exception, program_environment, read_log, run_until, torchrun
 
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.results import check_output, write_results
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.results import check_output, write_results
 
 PROGRAM = ROOT / "train_vtp" / "train.py"
 NEVER = 1_000_000  # steps

@@ -14,7 +14,7 @@ the same on other networks; floors, spreads, a control and near-duplicates.
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
 sampled while it is measured: image k with seed + k, nothing is written. --save_images keeps what was sampled, so that
-it can be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `vtp_diffusion.data`
+it can be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
 
@@ -45,18 +45,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.metrics import (
-    Extractor,
-    file_sha256,
-    near_duplicate_threshold,
-    nearest_neighbours,
-    neighbour_grid,
-)
-from vtp_diffusion.metrics.evaluation import MEASURED, Measurement, wanted_outputs
-from vtp_diffusion.metrics.npz import ImageSpool, NpzImages
-from vtp_diffusion.metrics.passes import (
+from vtp_diffusion.data.npz import ImageSpool, NpzImages
+from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
+from vtp_diffusion.evaluation.passes import (
     FeaturesConfig,
     chosen_images,
     image_faults,
@@ -67,19 +58,24 @@ from vtp_diffusion.metrics.passes import (
     split_rule,
     subset_rule,
 )
-from vtp_diffusion.metrics.records import ImageRecord
-from vtp_diffusion.metrics.references import read_statistics, write_statistics
-from vtp_diffusion.metrics.scores import ADM_PART, SMALL_SPLIT
-from vtp_diffusion.metrics.sources import (
+from vtp_diffusion.evaluation.records import ImageRecord
+from vtp_diffusion.evaluation.references import read_statistics, write_statistics
+from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     FolderImages,
     ImageSource,
     PipelineImages,
     pipeline_image_size,
 )
-from vtp_diffusion.processes import join_processes, this_process
-from vtp_diffusion.results import check_output, write_results
-from vtp_diffusion.sampling import LabelRule, draw_labels
+from vtp_diffusion.generation.sampling import LabelRule, draw_labels
+from vtp_diffusion.metrics.extraction import Extractor
+from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
+from vtp_diffusion.metrics.network_weights import file_sha256
+from vtp_diffusion.metrics.scores import ADM_PART, SMALL_SPLIT
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.processes import join_processes, this_process
+from vtp_diffusion.runtime.results import check_output, write_results
 
 NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"

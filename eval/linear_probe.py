@@ -24,15 +24,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import DataConfig, ImageDataset, open_dataset
-from vtp_diffusion.latents import autoencoder_identity
-from vtp_diffusion.loading import load_encoder
-from vtp_diffusion.probe_features import ProbeFeatures, cached_features
-from vtp_diffusion.probes import KNN_NEIGHBOURS, LEARNING_RATES, LinearHeads, head_grid, knn_accuracy
-from vtp_diffusion.processes import check_alone, check_device
-from vtp_diffusion.results import check_output, write_results
+from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset, open_dataset
+from vtp_diffusion.evaluation.linear_probe import LEARNING_RATES, LinearHeads, head_grid
+from vtp_diffusion.evaluation.probe_features import ProbeFeatures, cached_features
+from vtp_diffusion.metrics.classification import KNN_NEIGHBOURS, knn_accuracy
+from vtp_diffusion.models.latent_space import autoencoder_identity
+from vtp_diffusion.models.vtp_folders import load_encoder
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.processes import check_alone, check_device
+from vtp_diffusion.runtime.results import check_output, write_results
 
 
 @dataclass(kw_only=True)

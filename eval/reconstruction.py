@@ -23,33 +23,29 @@ from diffusers import AutoModel
 from tqdm.auto import tqdm
 
 import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import DataConfig
-from vtp_diffusion.images import from_uint8, image_grid, to_pil
-from vtp_diffusion.latents import autoencoder_identity
-from vtp_diffusion.losses import LPIPS
-from vtp_diffusion.metrics import (
+from vtp_diffusion.data.image_datasets import DataConfig
+from vtp_diffusion.data.images import from_uint8, image_grid, to_pil
+from vtp_diffusion.evaluation.passes import batches_of_this_process, chosen_images, fault_lines, subset_rule
+from vtp_diffusion.evaluation.records import gathered
+from vtp_diffusion.evaluation.sources import DatasetImages, open_measured, read_batches
+from vtp_diffusion.metrics.extraction import (
     FEATURE_NETWORKS,
-    FeatureNetwork,
-    GaussianStatistics,
     extract_features,
     feature_network,
-    file_sha256,
-    frechet_distance,
-    jackknife_deviation,
     network_name,
-    psnr,
     weight_files,
 )
-from vtp_diffusion.metrics.passes import batches_of_this_process, chosen_images, fault_lines, subset_rule
-from vtp_diffusion.metrics.pixels import reconstruct
-from vtp_diffusion.metrics.records import gathered
-from vtp_diffusion.metrics.sources import DatasetImages, open_measured, read_batches
+from vtp_diffusion.metrics.frechet import JACKKNIFE_GROUPS, GaussianStatistics, frechet_distance, jackknife_deviation
+from vtp_diffusion.metrics.lpips import LPIPS
+from vtp_diffusion.metrics.network_weights import file_sha256
+from vtp_diffusion.metrics.networks import FeatureNetwork
+from vtp_diffusion.metrics.pixels import psnr, reconstruct
 from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
-from vtp_diffusion.metrics.statistics import JACKKNIFE_GROUPS
-from vtp_diffusion.processes import check_device, gather_objects, join_processes, this_process
-from vtp_diffusion.results import check_output, write_results
+from vtp_diffusion.models.latent_space import autoencoder_identity
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.processes import check_device, gather_objects, join_processes, this_process
+from vtp_diffusion.runtime.results import check_output, write_results
 
 WORST = 16
 

@@ -14,9 +14,7 @@ The page needs no network; the same files give the same page.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.report import (
+from vtp_diffusion.evaluation.report import (
     NOT_MEASURED,
     find_charts,
     find_pictures,
@@ -26,7 +24,9 @@ from vtp_diffusion.report import (
     result_names,
     table_rows,
 )
-from vtp_diffusion.results import check_output
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.results import check_output
 
 
 @dataclass

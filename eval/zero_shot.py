@@ -19,24 +19,19 @@ import torch
 from tqdm.auto import tqdm
 
 from vtp_diffusion import VTPModel
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.data import DataConfig, ImageDataset
-from vtp_diffusion.images import from_uint8
-from vtp_diffusion.latents import autoencoder_identity
-from vtp_diffusion.loading import load_vtp
-from vtp_diffusion.metrics.passes import fault_lines
-from vtp_diffusion.metrics.sources import open_measured, read_batches
-from vtp_diffusion.probes import top_k_accuracy
-from vtp_diffusion.processes import check_alone, check_device
-from vtp_diffusion.results import check_output, write_results
-from vtp_diffusion.zero_shot import (
-    IMAGENET_CLASSES,
-    class_embeddings,
-    clip_tokenizer,
-    imagenet_prompts,
-    zero_shot_scores,
-)
+from vtp_diffusion.data.captions import clip_tokenizer
+from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
+from vtp_diffusion.data.images import from_uint8
+from vtp_diffusion.evaluation.passes import fault_lines
+from vtp_diffusion.evaluation.sources import open_measured, read_batches
+from vtp_diffusion.metrics.classification import top_k_accuracy
+from vtp_diffusion.metrics.zero_shot import IMAGENET_CLASSES, class_embeddings, imagenet_prompts, zero_shot_scores
+from vtp_diffusion.models.latent_space import autoencoder_identity
+from vtp_diffusion.models.vtp_folders import load_vtp
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.processes import check_alone, check_device
+from vtp_diffusion.runtime.results import check_output, write_results
 
 
 @dataclass(kw_only=True)

@@ -22,14 +22,14 @@ from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
 from tqdm.auto import tqdm
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.cli import run
-from vtp_diffusion.conversion import (
+from vtp_diffusion.models.conversion import (
     convert_lightning_dit_config,
     convert_lightning_dit_state_dict,
     lightning_dit_architecture,
     load_strict,
     read_lightning_dit_checkpoint,
 )
+from vtp_diffusion.runtime.cli import run
 
 ARCHITECTURE = {
     "sample_size": int,

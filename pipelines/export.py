@@ -9,9 +9,9 @@ and anywhere with diffusers
 
 from dataclasses import dataclass, field
 
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.export import export_pipeline
+from vtp_diffusion.generation.export import export_pipeline
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
 
 
 @dataclass

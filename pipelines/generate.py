@@ -29,12 +29,12 @@ from diffusers.utils import is_accelerate_available
 from tqdm.auto import tqdm
 
 from vtp_diffusion import LightningDiTPipeline
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.images import image_grid, to_pil
-from vtp_diffusion.processes import check_device, join_processes, this_process
-from vtp_diffusion.sample_files import SampleFolder, SampleNpz
-from vtp_diffusion.sampling import draw_labels, pipeline_identity, sample_numbers
+from vtp_diffusion.data.images import image_grid, to_pil
+from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
+from vtp_diffusion.generation.sampling import draw_labels, pipeline_identity, sample_numbers
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.processes import check_device, join_processes, this_process
 
 PICTURE_IMAGES = 1024
 

@@ -16,12 +16,12 @@ from diffusers.utils import is_accelerate_available
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import parse_config
-from vtp_diffusion.decoding import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
-from vtp_diffusion.images import from_pil, image_grid, to_pil, to_uint8
+from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
+from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
 from vtp_diffusion.metrics.pixels import psnr, reconstruct
-from vtp_diffusion.processes import check_device
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.processes import check_device
 
 
 @dataclass

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_training import log_of
 
-from vtp_diffusion.checkpoints import find_damage
+from vtp_diffusion.training.checkpoints import find_damage
 
 PROGRAM = Path(__file__).with_name("tiny_training.py")
 LONGEST_SAVE = 0.05  # seconds: the kill comes at a random moment of as many after a save began

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from vtp_diffusion import AutoencoderVTP
-from vtp_diffusion.latents import write_shard
+from vtp_diffusion.data.latent_shards import write_shard
 
 ROOT = Path(__file__).parents[1]
 CURVE = ROOT / "tests" / "fixtures" / "learning_curve.json"

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
-from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.training import TrainingRun
-from vtp_diffusion.training_config import TrainingConfig
+from vtp_diffusion.training.config import TrainingConfig
+from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.run_folder import RunFolder
 
 NUM_SAMPLES = 20
 TIMING = {"images_per_second", "seconds", "peak_memory_gib"}  # of a line of the log: what no two runs share

@@ -22,29 +22,29 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
-from vtp_diffusion import folder_lock
-from vtp_diffusion.cli import run
-from vtp_diffusion.config import config_to_dict, parse_config
-from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images, open_dataset
-from vtp_diffusion.data_order import step_generator
-from vtp_diffusion.decoding import CROP
-from vtp_diffusion.images import from_uint8
-from vtp_diffusion.latent_inputs import autocast
-from vtp_diffusion.latents import (
+from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.image_files import CROP
+from vtp_diffusion.data.images import from_uint8
+from vtp_diffusion.data.latent_shards import (
     LATENT_DTYPES,
     METADATA_NAME,
-    autoencoder_identity,
     begin_extraction,
     check_shard,
-    encode_raw,
     read_skipped,
     verify_shards,
     write_metadata,
     write_shard,
     write_statistics,
 )
-from vtp_diffusion.openmoji import ATTRIBUTION, LICENSE
-from vtp_diffusion.processes import join_processes
+from vtp_diffusion.data.openmoji import ATTRIBUTION, LICENSE
+from vtp_diffusion.data.order import step_generator
+from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
+from vtp_diffusion.runtime import folder_lock
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import config_to_dict, parse_config
+from vtp_diffusion.runtime.precision import autocast
+from vtp_diffusion.runtime.processes import join_processes
 
 Sample = tuple[int, int]  # image, copy
 FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that decide no latent

@@ -31,13 +31,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.checkpoints import export_averaged
-from vtp_diffusion.cli import run as run_program
-from vtp_diffusion.compilation import compile_modules
-from vtp_diffusion.config import check_sizes, parse_config
-from vtp_diffusion.data import AugmentationConfig, DataConfig, open_dataset
-from vtp_diffusion.disk import writing
-from vtp_diffusion.flow_matching import (
+from vtp_diffusion.data.augmentation import AugmentationConfig
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.latent_shards import LatentDataset
+from vtp_diffusion.evaluation.sources import pipeline_image_size
+from vtp_diffusion.evaluation.validation import QuickDistance, ValidationConfig, sample_grid
+from vtp_diffusion.generation.flow_matching import (
     dimension_shift,
     drop_labels,
     flow_matching_loss,
@@ -46,15 +45,18 @@ from vtp_diffusion.flow_matching import (
     shift_times,
     sums_by_time,
 )
-from vtp_diffusion.latent_inputs import OnlineLatents, check_latents, class_names, stored_latents
-from vtp_diffusion.latents import LatentDataset, encode_raw, latent_statistics
-from vtp_diffusion.metrics.sources import pipeline_image_size
-from vtp_diffusion.processes import this_process
-from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.throughput import forward_flops
-from vtp_diffusion.training import TrainingRun
-from vtp_diffusion.training_config import TrainingConfig
-from vtp_diffusion.validation import QuickDistance, ValidationConfig, sample_grid
+from vtp_diffusion.generation.latent_inputs import OnlineLatents, check_latents, class_names, stored_latents
+from vtp_diffusion.models.latent_space import encode_raw, latent_statistics
+from vtp_diffusion.runtime.cli import run as run_program
+from vtp_diffusion.runtime.config import check_sizes, parse_config
+from vtp_diffusion.runtime.disk import writing
+from vtp_diffusion.runtime.processes import this_process
+from vtp_diffusion.training.checkpoints import export_averaged
+from vtp_diffusion.training.compilation import compile_modules
+from vtp_diffusion.training.config import TrainingConfig
+from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.rates import forward_flops
+from vtp_diffusion.training.run_folder import RunFolder
 
 GUIDE = "guidance_transformer"  # as the pipeline and, until then, the run folder call it
 

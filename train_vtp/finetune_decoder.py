@@ -20,8 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vtp_diffusion import AutoencoderVTP
-from vtp_diffusion.accelerators import sharding_asked
-from vtp_diffusion.adversarial import (
+from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
+from vtp_diffusion.data.batches import Columns, collate_images, image_batches, plain_batches
+from vtp_diffusion.data.image_datasets import DataConfig
+from vtp_diffusion.data.streaming import StreamingImages, check_streaming, open_splits
+from vtp_diffusion.metrics.lpips import LPIPS
+from vtp_diffusion.models.latent_space import autoencoder_identity
+from vtp_diffusion.pretraining.adversarial import (
     AdversarialConfig,
     AdversarialDecoding,
     collapse_signs,
@@ -29,26 +34,23 @@ from vtp_diffusion.adversarial import (
     harmful,
     has_fallen,
 )
-from vtp_diffusion.batches import Columns, collate_images, image_batches, plain_batches
-from vtp_diffusion.cli import run as run_program
-from vtp_diffusion.compilation import compile_modules
-from vtp_diffusion.config import config_to_dict, parse_config
-from vtp_diffusion.data import NUM_DRAWS, AugmentationConfig, DataConfig, augment_images
-from vtp_diffusion.discriminators import smallest_image
-from vtp_diffusion.disk import replacing
-from vtp_diffusion.latents import autoencoder_identity
-from vtp_diffusion.losses import LPIPS
-from vtp_diffusion.pretraining import (
+from vtp_diffusion.pretraining.discriminators import smallest_image
+from vtp_diffusion.pretraining.inputs import count_left_out, stream_batches
+from vtp_diffusion.pretraining.reconstruction import (
     ReconstructionConfig,
     ReconstructionObjective,
     evaluate_reconstruction,
     reconstruction_grid,
 )
-from vtp_diffusion.processes import gather_objects
-from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.streaming import StreamingImages, check_streaming, count_left_out, open_splits, stream_batches
-from vtp_diffusion.training import TrainingRun
-from vtp_diffusion.training_config import TrainingConfig
+from vtp_diffusion.runtime.cli import run as run_program
+from vtp_diffusion.runtime.config import config_to_dict, parse_config
+from vtp_diffusion.runtime.disk import replacing
+from vtp_diffusion.runtime.processes import gather_objects
+from vtp_diffusion.training.accelerator import sharding_asked
+from vtp_diffusion.training.compilation import compile_modules
+from vtp_diffusion.training.config import TrainingConfig
+from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.run_folder import RunFolder
 
 SOUND = "decoder_before_collapse.safetensors"  # in the run folder
 

@@ -18,36 +18,34 @@ from typing import Literal
 import torch
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
-from vtp_diffusion.accelerators import sharding_asked
-from vtp_diffusion.batches import plain_batches
-from vtp_diffusion.cli import run as run_program
-from vtp_diffusion.config import check_sizes, config_to_dict, parse_config
-from vtp_diffusion.contrastive import ContrastiveConfig, ContrastiveObjective
-from vtp_diffusion.crops import MIN_MASK_GRID
-from vtp_diffusion.data import AugmentationConfig, DataConfig, ImageDataset
-from vtp_diffusion.losses import LPIPS
-from vtp_diffusion.pretraining import (
+from vtp_diffusion.data.augmentation import AugmentationConfig
+from vtp_diffusion.data.batches import plain_batches
+from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
+from vtp_diffusion.data.streaming import StreamingImages, check_streaming, first_batches, open_splits
+from vtp_diffusion.metrics.lpips import LPIPS
+from vtp_diffusion.metrics.zero_shot import check_templates
+from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
+from vtp_diffusion.pretraining.crops import MIN_MASK_GRID
+from vtp_diffusion.pretraining.feature_evaluation import evaluate_alignment, evaluate_features, unmeasured
+from vtp_diffusion.pretraining.flops import training_flops
+from vtp_diffusion.pretraining.inputs import PreTrainingInputs, check_share, count_left_out, training_batches
+from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks, compile_parts, one_by_one
+from vtp_diffusion.pretraining.reconstruction import (
     ReconstructionObjective,
     ReconstructionPartConfig,
-    VTPForPreTraining,
-    checkpoint_blocks,
-    compile_parts,
     evaluate_reconstruction,
     measure_latent_statistics,
-    one_by_one,
     reconstruction_grid,
 )
-from vtp_diffusion.pretraining_evaluation import evaluate_alignment, evaluate_features, unmeasured
-from vtp_diffusion.pretraining_flops import training_flops
-from vtp_diffusion.pretraining_inputs import PreTrainingInputs, check_share, training_batches
-from vtp_diffusion.processes import this_process
-from vtp_diffusion.results import numbers_line
-from vtp_diffusion.run_folder import RunFolder
-from vtp_diffusion.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
-from vtp_diffusion.streaming import StreamingImages, check_streaming, count_left_out, first_batches, open_splits
-from vtp_diffusion.training import TrainingRun
-from vtp_diffusion.training_config import TrainingConfig, weight_decay_at
-from vtp_diffusion.zero_shot import check_templates
+from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
+from vtp_diffusion.runtime.cli import run as run_program
+from vtp_diffusion.runtime.config import check_sizes, config_to_dict, parse_config
+from vtp_diffusion.runtime.processes import this_process
+from vtp_diffusion.runtime.results import numbers_line
+from vtp_diffusion.training.accelerator import sharding_asked
+from vtp_diffusion.training.config import TrainingConfig, weight_decay_at
+from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.run_folder import RunFolder
 
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
 NAMED = 10  # unreadable images of a data set that are named

@@ -9,12 +9,12 @@ import diffusers
 from diffusers import BaseGuidance, DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401
 from diffusers.pipelines import pipeline_loading_utils as _loading
 
-from .autoencoder_vtp import AutoencoderVTP
-from .pipeline_lightning_dit import LightningDiTPipeline
-from .transformer_lightning_dit import LightningDiTTransformer2DModel
-from .vtp_model import VTPModel
+from .generation.pipeline_lightning_dit import LightningDiTPipeline
+from .models.autoencoder_vtp import AutoencoderVTP
+from .models.transformer_lightning_dit import LightningDiTTransformer2DModel
+from .models.vtp_model import VTPModel
+from .runtime import __version__  # noqa: F401
 
-__version__ = "0.1.0"
 __all__ = ["AutoencoderVTP", "LightningDiTPipeline", "LightningDiTTransformer2DModel", "VTPModel"]
 
 # With this entry save_pretrained writes ["vtp_diffusion", class], the form that loads from a folder and from the Hub.

@@ -1,14 +1,14 @@
 """From images to features: feature networks by name, and the loop over batches on a device."""
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from ..runtime.precision import exact_float32
 from .inception import open_inception
 from .networks import EfficientNetLite0Features, FeatureNetwork, VGG16Features, VTPFeatures
 
@@ -79,23 +79,6 @@ def weight_files(entries: Iterable[str], networks: Iterable[str] = ()) -> dict[s
                 f"network, got {entry!r}"
             )
     return files
-
-
-@contextlib.contextmanager
-def exact_float32(benchmark: bool = False) -> Iterator[None]:
-    """TensorFloat-32 is off inside, whatever the process has set: torch allows it to convolutions by default.
-
-    Args:
-        benchmark: let cuDNN try its algorithms for every new shape.
-    """
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        limit = torch.backends.cudnn.benchmark_limit  # of algorithms tried; else it would become PyTorch's
-        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, benchmark_limit=limit, allow_tf32=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 class Extractor:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..extras import require
+from ..runtime.optional_packages import require
+from .network_weights import INCEPTION_FILE, INCEPTION_SHA256_PREFIX, file_sha256
 from .networks import FeatureNetwork
-from .weights import INCEPTION_FILE, INCEPTION_SHA256_PREFIX, file_sha256
 
 SIDE = 299
 BLOCKS = (
@@ -93,7 +93,7 @@ class InceptionFeatures(FeatureNetwork):
         self._spatial = output
 
     def split_convolutions(self) -> None:
-        from .convolution import SplitConvolution  # needs Triton
+        from .convolution import SplitConvolution
 
         blocks = [name for name, block in self.model.named_modules() if isinstance(block, self._block)]
         for name in blocks:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from ..images import image_grid, to_pil
+from ..data.images import image_grid, to_pil
 
 
 def nearest_neighbours(

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..extras import require
-from ..images import from_uint8
-from ..loading import load_encoder
+from ..data.images import from_uint8
+from ..models.vtp_folders import load_encoder
+from ..runtime.optional_packages import require
+from .network_weights import file_sha256, package_file
 from .trunks import ConvolutionalTrunk
-from .weights import file_sha256, package_file
 
 INPUT_SIDE = 224
 RESIZE = f"bilinear, antialiased, to {INPUT_SIDE}x{INPUT_SIDE}, float32, not rounded"

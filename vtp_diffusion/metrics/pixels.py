@@ -2,7 +2,7 @@
 
 import torch
 
-from ..images import finite_to_uint8, from_uint8
+from ..data.images import finite_to_uint8, from_uint8
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

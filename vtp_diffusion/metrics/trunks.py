@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .weights import load_trunk
+from .network_weights import load_trunk
 
 # (out channels, kernel, stride, padding); a pair is a max pool (kernel, stride). Simonyan and Zisserman,
 # arXiv:1409.1556 (configuration D); Krizhevsky, arXiv:1404.5997.

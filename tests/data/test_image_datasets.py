@@ -1,0 +1,425 @@
+"""Image data sets, crops and augmentation."""
+
+import functools
+import io
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtp_diffusion.data.image_datasets as data
+from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
+from vtp_diffusion.data.batches import collate_images, read_batches
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.image_files import UnreadableImageError, as_rgb, center_crop
+from vtp_diffusion.data.images import from_uint8
+from vtp_diffusion.data.streaming import StreamingImages, open_splits
+
+
+def picture(seed, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def make_folder(folder, names):
+    for seed, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(seed).save(path)
+    return folder
+
+
+def folder_config(folder, **changes):
+    return DataConfig(source=str(folder), resolution=16, **changes)
+
+
+@pytest.fixture
+def from_disk(monkeypatch):
+    """Data sets are read image by image, as large ones are."""
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+
+
+# --- crop ---
+
+
+def test_crop_halves_with_a_box_filter_scales_bicubically_and_cuts_the_centre():
+    image = picture(0, (70, 50))
+    halved = image.resize((35, 25), Image.Resampling.BOX)  # 50 >= 2 * 20; 25 < 2 * 20
+    scaled = halved.resize((28, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(center_crop(image, 20), np.array(scaled)[:, 4:24])
+
+
+def test_crop_of_the_right_size_is_the_image_and_small_images_are_enlarged():
+    assert np.array_equal(center_crop(picture(1, (16, 16)), 16), np.array(picture(1, (16, 16))))
+    assert center_crop(picture(2, (5, 9)), 16).size == (16, 16)
+
+
+def test_transparency_is_shown_on_white_and_deep_greys_are_scaled():
+    transparent = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    transparent.putpixel((1, 0), (0, 0, 0, 0))
+    assert np.array(as_rgb(transparent)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    deep = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
+    assert np.array(as_rgb(deep))[0, :, 0].tolist() == [0, 1, 255]
+
+
+# --- folders ---
+
+
+def test_sub_folders_are_classes(tmp_path):
+    dataset = open_dataset(folder_config(make_folder(tmp_path, ["b/0.png", "a/1.jpg", "b/2.png", "a/.hidden.png"])))
+    assert dataset.label_names == ["a", "b"] and dataset.labels == [0, 1, 1]
+    assert dataset.keys == ["a/1.jpg", "b/0.png", "b/2.png"]
+    item = dataset[1]
+    assert item["image"].dtype == torch.uint8 and item["image"].shape == (3, 16, 16)
+    assert {key: item[key] for key in ("label", "caption", "key")} == {"label": 1, "caption": "b", "key": "b/0.png"}
+    expected = torch.from_numpy(np.array(center_crop(picture(0), 16))).permute(2, 0, 1)
+    assert torch.equal(item["image"], expected)
+    assert torch.equal(dataset.weights, torch.ones(3))
+
+
+def test_a_flat_folder_is_one_class_and_has_no_splits(tmp_path):
+    config = folder_config(make_folder(tmp_path, ["1.png", "0.png"]))
+    assert open_dataset(config).keys == ["0.png", "1.png"] and open_dataset(config).labels == [0, 0]
+    assert open_dataset(config, "validation").fingerprint == open_dataset(config, "train").fingerprint
+
+
+def test_splits_of_a_folder(tmp_path):
+    config = folder_config(make_folder(tmp_path, ["train/a/0.png", "train/b/1.png", "validation/b/2.png"]))
+    assert [open_dataset(config, split).keys for split in ("train", "validation", "all")] == [
+        ["train/a/0.png", "train/b/1.png"],
+        ["validation/b/2.png"],
+        ["train/a/0.png", "train/b/1.png", "validation/b/2.png"],
+    ]
+    assert open_dataset(config, "all").labels == [0, 1, 1]
+
+
+def test_held_out_images_have_the_class_numbers_of_the_training_images(tmp_path):
+    names = ["train/a/0.png", "train/b/1.png", "validation/b/2.png", "validation/c/3.png"]
+    held_out = open_splits(folder_config(make_folder(tmp_path, names)), None, 2)[1]["held_out"]
+    assert held_out.label_names == ["a", "b", "c"] and [item["label"] for item in held_out] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (["a/0.png", "1.png"], "train", "holds classes .a. and, beside them, images"),
+        (["train/a/0.png"], "validation", "has no validation split: it holds train"),
+        (["notes.d/a/b/0.png"], "train", "holds no images"),
+        (["0.png"], "test", "split is 'test', expected train, validation or all"),
+    ],
+)
+def test_folders_that_are_not_understood(names, split, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        open_dataset(folder_config(make_folder(tmp_path, names)), split)
+
+
+def test_limit_is_spread_over_the_whole_set(tmp_path):
+    config = folder_config(make_folder(tmp_path, [f"{k}.png" for k in range(9)]), limit=3)
+    assert open_dataset(config).keys == ["0.png", "3.png", "6.png"]
+
+
+def test_the_fingerprint_tells_content_and_resolution(tmp_path):
+    config = folder_config(make_folder(tmp_path, ["0.png", "1.png"]))
+    fingerprints = {open_dataset(config).fingerprint, open_dataset(DataConfig(source=str(tmp_path))).fingerprint}
+    (tmp_path / "1.png").unlink()
+    assert len(fingerprints | {open_dataset(config).fingerprint}) == 3
+
+
+def test_batches_from_memory_and_from_disk_are_the_same(tmp_path, monkeypatch):
+    config = folder_config(make_folder(tmp_path, ["a/0.png", "b/1.png"]))
+    kept = open_dataset(config)
+    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    read = pickle.loads(pickle.dumps(open_dataset(config)))  # as a worker process gets it
+    for one, other in zip(kept.__getitems__([1, 0]), read.__getitems__([1, 0]), strict=True):
+        assert torch.equal(one.pop("image"), other.pop("image")) and one == other
+
+
+# --- unreadable images ---
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    make_folder(tmp_path, ["0.png", "1.png", "2.png"])
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:300])
+    return tmp_path
+
+
+def test_an_unreadable_image_is_named(damaged):
+    with pytest.raises(UnreadableImageError, match="1.png cannot be read as an image"):
+        open_dataset(folder_config(damaged))
+
+
+def test_an_unreadable_image_stops_reading_when_it_is_met(damaged, from_disk):
+    dataset = open_dataset(folder_config(damaged))
+    assert dataset[0]["key"] == "0.png"
+    with pytest.raises(UnreadableImageError, match="1.png"):
+        dataset[1]
+
+
+def test_skipped_images_are_counted_and_left_out(damaged):
+    dataset = open_dataset(folder_config(damaged, skip_unreadable=True))
+    assert dataset.keys == ["0.png", "2.png"] and dataset.skipped == ["1.png"]
+    assert len(dataset) == len(dataset.labels) == len(dataset.weights) == 2
+
+
+def test_from_disk_a_skipped_image_gives_way_to_the_next(damaged, from_disk):
+    dataset = open_dataset(folder_config(damaged, skip_unreadable=True))
+    assert [item["key"] for item in dataset.__getitems__([0, 1, 2, 1])] == ["0.png", "2.png", "2.png", "2.png"]
+    assert dataset.skipped == ["1.png"]
+
+
+def test_what_workers_could_not_read_is_known_where_they_were_started(damaged, from_disk):
+    dataset = open_dataset(folder_config(damaged, skip_unreadable=True))
+    for _ in range(2):  # counted once
+        batches = read_batches(dataset, [[0, 1], [1, 2]], collate_images, torch.device("cpu"), num_workers=2)
+        assert [len(batch["image"]) for batch in batches] == [2, 2]
+        assert dataset.skipped == ["1.png"]
+
+
+def test_nothing_readable(tmp_path):
+    (tmp_path / "0.png").write_text("not an image")
+    with pytest.raises(ValueError, match="none of the 1 images can be read"):
+        open_dataset(folder_config(tmp_path, skip_unreadable=True))
+
+
+# --- collections of `datasets` ---
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+def as_bytes(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def write_parquet(datasets, path, labels, feature):
+    rows = {
+        "picture": [{"bytes": as_bytes(picture(k)), "path": None} for k in range(len(labels))],
+        "kind": labels,
+        "text": [f"picture {k}" for k in range(len(labels))],
+    }
+    features = {"picture": datasets.Image(), "kind": feature, "text": datasets.Value("string")}
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(str(path))
+
+
+def parquet_config(path, **changes):
+    columns = {"image_column": "picture", "label_column": "kind", "caption_column": "text"}
+    settings = {"source": "parquet", "data_files": str(path), "resolution": 16}
+    return DataConfig(**(settings | columns | changes))
+
+
+def test_parquet(tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", [1, 0, 1], offline.ClassLabel(names=["cat", "dog"]))
+    dataset = open_dataset(parquet_config(tmp_path / "a.parquet"))
+    assert dataset.label_names == ["cat", "dog"] and dataset.labels == [1, 0, 1]
+    item = dataset[2]
+    assert item["caption"] == "picture 2" and item["label"] == 1
+    assert torch.equal(item["image"], torch.from_numpy(np.array(center_crop(picture(2), 16))).permute(2, 0, 1))
+    assert open_dataset(parquet_config(tmp_path / "a.parquet", limit=2, label_column=None)).labels == [0, 0]
+
+
+def test_class_names_and_indices_in_a_column(tmp_path, offline):
+    write_parquet(offline, tmp_path / "names.parquet", ["dog", "cat", "dog"], offline.Value("string"))
+    dataset = open_dataset(parquet_config(tmp_path / "names.parquet"))
+    assert dataset.label_names == ["cat", "dog"] and dataset.labels == [1, 0, 1] and dataset.classes_named
+    write_parquet(offline, tmp_path / "numbers.parquet", [2, 0], offline.Value("int64"))
+    dataset = open_dataset(parquet_config(tmp_path / "numbers.parquet"))
+    assert dataset.label_names == ["0", "1", "2"] and not dataset.classes_named
+    write_parquet(offline, tmp_path / "unknown.parquet", [0, -1], offline.Value("int64"))
+    with pytest.raises(ValueError, match="kind is -1, expected class indices or names"):
+        open_dataset(parquet_config(tmp_path / "unknown.parquet"))
+
+
+def test_webdataset_from_disk_in_a_worker(tmp_path, offline, from_disk):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for k in range(3):
+            for suffix, content in (("png", as_bytes(picture(k))), ("cls", str(k % 2).encode())):
+                entry = tarfile.TarInfo(f"{k}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    columns = {"image_column": "png", "label_column": "cls"}
+    config = DataConfig(source="webdataset", data_files=str(tmp_path / "a.tar"), resolution=16, **columns)
+    dataset = pickle.loads(pickle.dumps(open_dataset(config)))
+    assert dataset.labels == [0, 1, 0]
+    assert torch.equal(dataset[1]["image"], torch.from_numpy(np.array(center_crop(picture(1), 16))).permute(2, 0, 1))
+
+
+def test_image_folder_of_datasets_and_its_splits(tmp_path, offline):
+    make_folder(tmp_path / "set", ["train/a/0.png", "train/b/1.png", "test/b/2.png"])
+    pattern = str(tmp_path / "set" / "**" / "*.png")
+    config = DataConfig(source="imagefolder", data_files=pattern, label_column="label", resolution=16)
+    assert len(open_dataset(config, "all")) == 3 and open_dataset(config, "all").label_names == ["a", "b"]
+
+
+def test_held_out_files_of_a_builder(tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", [1, 0, 1], offline.Value("int64"))
+    write_parquet(offline, tmp_path / "b.parquet", [2], offline.Value("int64"))
+    config = parquet_config(tmp_path / "a.parquet", validation_files=str(tmp_path / "b.parquet"))
+    assert [open_dataset(config, s).labels for s in ("train", "validation", "all")] == [[1, 0, 1], [2], [1, 0, 1, 2]]
+    alone = open_dataset(parquet_config(tmp_path / "a.parquet"))
+    assert open_dataset(config).fingerprint == alone.fingerprint  # a run that was begun without may be given some
+    with pytest.raises(ValueError, match="expected none of data_files: .*b.parquet is in both"):
+        parquet_config(tmp_path / "*.parquet", validation_files=str(tmp_path / "b.parquet"))
+    for source in ("openmoji", str(tmp_path)):
+        with pytest.raises(ValueError, match="expected none without a builder of `datasets`"):
+            parquet_config(tmp_path / "a.parquet", source=source, validation_files="b.parquet")
+
+
+def test_settings_that_nothing_would_come_of_are_refused(tmp_path):
+    for source in ("openmoji", str(tmp_path)):
+        for name in ("name", "data_files", "caption_column"):
+            with pytest.raises(ValueError, match=f"{name} is 'x' with source '{source}', expected none"):
+                DataConfig(source=source, **{name: "x"})
+    files = {"source": "webdataset", "data_files": "a.tar", "skip_empty_captions": True}
+    with pytest.raises(ValueError, match="skip_empty_captions is true with streaming false and caption_column txt"):
+        DataConfig(**files, caption_column="txt")
+    with pytest.raises(ValueError, match="skip_empty_captions is true with streaming true and caption_column none"):
+        DataConfig(**files, streaming=True)
+
+
+def test_collections_that_are_not_understood(tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", [0], offline.Value("int64"))
+    with pytest.raises(ValueError, match="no column 'colour' for the label; it has .'picture', 'kind', 'text'."):
+        open_dataset(parquet_config(tmp_path / "a.parquet", label_column="colour"))
+    with pytest.raises(ValueError, match="has no validation split; it has train; data.validation_files may name one"):
+        open_dataset(parquet_config(tmp_path / "a.parquet"), "validation")
+    with pytest.raises(ValueError, match="data_files is .*b.parquet', which matches no file"):
+        open_dataset(parquet_config(tmp_path / "b.parquet"))
+    with pytest.raises(ValueError, match="neither openmoji, nor a folder, nor a collection"):
+        open_dataset(parquet_config(tmp_path / "a.parquet", source="webdataset"))
+
+
+def test_an_unreadable_image_of_a_collection_is_named(tmp_path, offline):
+    rows = {"image": [{"bytes": as_bytes(picture(0))[:200], "path": None}]}
+    table = offline.Dataset.from_dict(rows, offline.Features({"image": offline.Image()}))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(UnreadableImageError, match="image 0 of parquet cannot be read"):
+        open_dataset(DataConfig(source="parquet", data_files=str(tmp_path / "a.parquet"), resolution=16))
+
+
+def test_missing_images_and_captions_that_are_no_text_are_named_or_counted(tmp_path, offline):
+    images = [{"bytes": as_bytes(picture(k)), "path": None} for k in range(2)]
+    rows = {"picture": [images[0], None, images[1]], "texts": [["a", "b"]] * 3, "text": ["a", "x", " b "]}
+    features = {"picture": offline.Image(), "texts": [offline.Value("string")], "text": offline.Value("string")}
+    offline.Dataset.from_dict(rows, offline.Features(features)).to_parquet(str(tmp_path / "a.parquet"))
+    config = functools.partial(parquet_config, tmp_path / "a.parquet", label_column=None)
+    with pytest.raises(UnreadableImageError, match="image 1 of parquet is missing"):
+        open_dataset(config())
+    assert open_dataset(config(skip_unreadable=True)).captions == ["a", "b"]
+    with pytest.raises(ValueError, match="texts of sample 0 is .* of type list, expected a text"):
+        open_dataset(config(caption_column="texts"))
+    with pytest.raises(ValueError, match="texts of 00000/0000000. is .* of type list, expected a text"):
+        StreamingImages(config(streaming=True, caption_column="texts")).take(3)
+    with pytest.raises(UnreadableImageError, match="image 00000/00000001 of parquet is missing"):
+        StreamingImages(config(streaming=True)).take(3)
+    stream = StreamingImages(config(streaming=True, skip_unreadable=True))
+    assert sorted(stream.take(3).captions) == ["a", "b"]
+
+
+# --- augmentation ---
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (6, 3, 12, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(images, **settings):
+    return augment_images(images, AugmentationConfig(**settings), torch.Generator().manual_seed(1))
+
+
+def test_the_default_changes_nothing(images):
+    assert torch.equal(augment_images(images, AugmentationConfig()), from_uint8(images))
+    assert torch.equal(augment_images(from_uint8(images), AugmentationConfig()), from_uint8(images))
+
+
+def test_flips(images):
+    assert torch.equal(seeded(images, flip=1.0), from_uint8(images).flip(3))
+    some = seeded(images, flip=0.5)
+    flipped = [torch.equal(one, other.flip(2)) for one, other in zip(some, from_uint8(images), strict=True)]
+    plain = [torch.equal(one, other) for one, other in zip(some, from_uint8(images), strict=True)]
+    assert any(flipped) and any(plain) and all(a or b for a, b in zip(flipped, plain, strict=True))
+
+
+def test_shifts_move_whole_pixels_and_bring_in_white(images):
+    padded = torch.nn.functional.pad(from_uint8(images), (2, 2, 2, 2), value=1.0)
+    found = set()
+    for image, source in zip(seeded(images, shift=2), padded, strict=True):
+        matches = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if torch.allclose(source[:, y : y + 12, x : x + 16], image, atol=1e-4)
+        ]
+        assert len(matches) == 1
+        found |= set(matches)
+    assert len(found) > 2
+
+
+def test_shifts_use_every_step_of_either_side():
+    dot = torch.ones(400, 3, 9, 9)
+    dot[:, :, 4, 4] = -1
+    moved = augment_images(dot, AugmentationConfig(shift=1), torch.Generator().manual_seed(0))
+    places = moved[:, 0].flatten(1).argmin(1)
+    assert {(place // 9 - 4, place % 9 - 4) for place in places.tolist()} == {
+        (y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)
+    }
+
+
+def test_a_rotation_by_a_quarter_turn():
+    image = torch.rand(1, 3, 8, 8) * 2 - 1
+    draws = torch.full((1, NUM_DRAWS), 0.5)
+    draws[:, 2] = 1.0  # the largest angle
+    turned = augment_images(image, AugmentationConfig(rotation=90.0), draws=draws)
+    assert any(torch.allclose(turned, image.rot90(k, (2, 3)), atol=1e-5) for k in (1, 3))
+
+
+def test_scaling_by_two_enlarges_the_centre():
+    image = torch.ones(1, 3, 8, 8)
+    image[:, :, 3:5, 3:5] = -1
+    draws = torch.full((1, NUM_DRAWS), 0.5)
+    draws[:, 3] = 1.0  # the largest scale
+    # 0.999 and not 1: a scale of 1 would allow images of no size
+    scaled = augment_images(image, AugmentationConfig(scale=0.999), draws=draws)
+    assert (scaled[0, 0] < 0.5).sum() == 16 and (scaled[0, 0, 2:6, 2:6] < 0.5).all()
+
+
+def test_hue_permutes_channels(images):
+    for changed, image in zip(seeded(images, hue=1.0), from_uint8(images), strict=True):
+        assert sorted(changed.sum((1, 2)).tolist()) == pytest.approx(sorted(image.sum((1, 2)).tolist()), abs=1e-3)
+    assert not torch.equal(seeded(images, hue=1.0), from_uint8(images))
+
+
+def test_a_generator_or_draws_decide_everything(images):
+    settings = {"flip": 0.5, "shift": 2, "scale": 0.2, "rotation": 10.0, "hue": 0.5}
+    one = seeded(images, **settings)
+    assert torch.equal(one, seeded(images, **settings))
+    draws = torch.rand(len(images), NUM_DRAWS, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(one, augment_images(images, AugmentationConfig(**settings), draws=draws))
+    # what one image becomes does not depend on its batch
+    alone = augment_images(images[2:3], AugmentationConfig(**settings), draws=draws[2:3])
+    assert torch.allclose(alone, one[2:3], atol=1e-5)
+    with pytest.raises(ValueError, match=r"draws have shape \(1, 9\), expected \(6, 9\)"):
+        augment_images(images, AugmentationConfig(**settings), draws=draws[:1])
+
+
+@pytest.mark.parametrize("settings", [{"flip": 1.5}, {"hue": -0.1}, {"shift": -1}, {"scale": 1.0}, {"rotation": -5.0}])
+def test_augmentations_out_of_range(settings):
+    with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
+        AugmentationConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"resolution": 0}, {"holdout": 1.0}, {"limit": 0}])
+def test_data_settings_out_of_range(settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        DataConfig(**settings)

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from PIL import Image
+
+from vtp_diffusion.data.images import from_pil, from_uint8, image_grid, to_pil, to_uint8
+
+
+def test_uint8_round_trip_is_exact_for_every_level():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+
+
+def test_conversion_rounds_and_clamps():
+    values = torch.tensor([-7.0, -1.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1.0, 7.0])
+    assert to_uint8(values).tolist() == [0, 0, 0, 1, 255, 255]
+
+
+def test_pil_round_trip():
+    images = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8)
+    back = torch.stack([from_pil(image) for image in to_pil(images)])
+    assert torch.equal(to_uint8(back), images)
+
+
+def test_transparent_pixels_show_white():
+    image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert torch.equal(from_pil(image), torch.ones(3, 2, 2))
+    assert from_pil(Image.new("L", (2, 2), 0)).unique().tolist() == [-1.0]
+
+
+def test_grid_places_images_row_by_row():
+    colors = ["red", "green", "blue"]
+    grid = image_grid([Image.new("RGB", (10, 20), color) for color in colors], columns=2, padding=1)
+    assert grid.size == (24, 44)
+    assert [grid.getpixel(at) for at in ((5, 5), (17, 5), (5, 30))] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+    labelled = image_grid([Image.new("RGB", (40, 40), "red")], columns=1, labels=["a label wider than its picture"])
+    assert labelled.height > 48
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: to_uint8(torch.zeros(3, dtype=torch.int64)),
+        lambda: from_uint8(torch.zeros(3)),
+        lambda: to_pil(torch.zeros(3, 4, 4)),
+        lambda: image_grid([Image.new("RGB", (1, 1)), Image.new("RGB", (2, 1))], 2),
+        lambda: image_grid([Image.new("RGB", (1, 1))], 2, labels=["a", "b"]),
+    ],
+)
+def test_bad_input_is_refused(call):
+    with pytest.raises(ValueError, match="got"):
+        call()

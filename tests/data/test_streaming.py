@@ -1,0 +1,277 @@
+"""Shards read as a stream: nothing lost, nothing repeated, on any number of streams, and after a restart."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.image_files import UnreadableImageError
+from vtp_diffusion.data.images import to_uint8
+from vtp_diffusion.data.streaming import StreamBatches, StreamingImages, StreamPosition, first_batches, open_splits
+
+SIZES = (5, 3, 4)  # samples a shard, unequal on purpose
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return datasets
+
+
+def as_bytes(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_shards(datasets, folder, damaged=(), silent=(), sizes=SIZES):
+    """Parquet files; sample n is the grey n with the caption "text n" and the class n."""
+    folder.mkdir(exist_ok=True)
+    features = {"image": datasets.Image(), "text": datasets.Value("string"), "kind": datasets.Value("int64")}
+    first = 0
+    for shard, size in enumerate(sizes):
+        numbers = range(first, first + size)
+        images = [{"bytes": b"no picture" if n in damaged else as_bytes(n), "path": None} for n in numbers]
+        texts = ["  " if n in silent else f"text {n}" for n in numbers]
+        table = datasets.Dataset.from_dict(
+            {"image": images, "text": texts, "kind": list(numbers)}, datasets.Features(features)
+        )
+        table.to_parquet(str(folder / f"{shard}.parquet"))
+        first += size
+    return folder
+
+
+def config(folder, **changes):
+    columns = {"caption_column": "text", "label_column": "kind"}
+    settings = {"source": "parquet", "data_files": str(folder / "*.parquet"), "resolution": 8, "streaming": True}
+    return DataConfig(**(settings | {"shuffle_buffer": 4} | columns | changes))
+
+
+def captions(images, count, position=None, stream=0, num_streams=1, seed=0):
+    samples = images.samples(position or StreamPosition(), seed, stream, num_streams)
+    return [item["caption"] for item, _ in islice(samples, count)]
+
+
+def collate(items):
+    return {"image": torch.stack([item["image"] for item in items]), "caption": [item["caption"] for item in items]}
+
+
+def everything(total=12):
+    return sorted(f"text {n}" for n in range(total))
+
+
+# --- order ---
+
+
+def test_items_are_those_of_an_indexed_data_set(tmp_path, offline):
+    folder = write_shards(offline, tmp_path / "shards")
+    indexed = {item["caption"]: item for item in open_dataset(config(folder, streaming=False))}
+    for item, _ in islice(StreamingImages(config(folder)).samples(StreamPosition(), 0), 12):
+        expected = indexed[item["caption"]]
+        assert torch.equal(item["image"], expected["image"]) and item["label"] == expected["label"]
+        assert item.keys() == expected.keys() and isinstance(item["caption"], str)
+
+
+@pytest.mark.parametrize("buffer", [2, 4, 100])
+def test_an_epoch_is_every_sample_once_and_the_next_has_another_order(tmp_path, offline, buffer):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards"), shuffle_buffer=buffer))
+    read = captions(images, 36)
+    epochs = [read[:12], read[12:24], read[24:]]
+    assert [sorted(epoch) for epoch in epochs] == [everything()] * 3
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != everything()
+    assert read == captions(images, 36) and read != captions(images, 36, seed=1)
+
+
+@pytest.mark.parametrize("num_streams", [2, 3, 5, 8])
+def test_streams_share_an_epoch_without_overlap_even_when_they_outnumber_the_shards(tmp_path, offline, num_streams):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards")))
+    first_epoch = []
+    for stream in range(num_streams):
+        samples = images.samples(StreamPosition(), 0, stream, num_streams)
+        items = islice(samples, 20)  # each delivers as many as are asked of it, in whatever epochs
+        found = [(item["caption"], position.epoch) for item, position in items]
+        assert len(found) == 20
+        first_epoch += [caption for caption, epoch in found if epoch == 0]
+    assert sorted(first_epoch) == everything()
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7, 12, 13])
+def test_going_on_from_a_position_neither_repeats_nor_loses(tmp_path, offline, cut):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards", damaged=(2, 9)), skip_unreadable=True))
+    samples = list(islice(images.samples(StreamPosition(), 0), 25))
+    item, position = samples[cut - 1]
+    again = list(islice(StreamingImages(images.config).samples(position, 0), 25 - cut))
+    assert [i["caption"] for i, _ in again] == [i["caption"] for i, _ in samples[cut:]]
+    assert [p for _, p in again] == [p for _, p in samples[cut:]]  # what was left out is counted on
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_with_the_next_batch(tmp_path, offline, workers):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards")))
+    arguments = {"batch_size": 2, "seed": 3, "device": CPU, "collate": collate, "num_workers": workers}
+    before = torch.get_rng_state()
+    straight = [batch["caption"] for batch in islice(StreamBatches(images, **arguments), 9)]
+    first = StreamBatches(images, **arguments)
+    read = [batch["caption"] for batch in islice(first, 3)]  # the workers have read further: that is not lost
+    state = json.loads(json.dumps(first.state_dict()))
+    read += [batch["caption"] for batch in islice(StreamBatches(images, **arguments, state=state), 6)]
+    assert read == straight
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match="read by 1 processes with . workers each, now there are 2"):
+        StreamBatches(images, **arguments, world_size=2, state=state)
+
+
+def test_webdataset_keys_name_the_samples(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for k in range(3):
+            for suffix, content in (("png", as_bytes(k)), ("txt", f"text {k}".encode())):
+                entry = tarfile.TarInfo(f"s{k}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    columns = {"image_column": "png", "caption_column": "txt", "data_files": str(tmp_path / "a.tar")}
+    images = StreamingImages(config(tmp_path, source="webdataset", label_column=None, **columns))
+    items = {item["key"]: item for item, _ in islice(images.samples(StreamPosition(), 0), 3)}
+    assert sorted(items) == ["00000/s0", "00000/s1", "00000/s2"]
+    assert items["00000/s2"]["caption"] == "text 2" and items["00000/s2"]["image"].unique().tolist() == [2]
+
+
+def test_the_first_samples_as_a_data_set(tmp_path, offline):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards")))
+    few, all_of_them = images.take(5), images.take(100)
+    assert len(few) == 5 and few.captions == captions(images, 5)
+    assert sorted(all_of_them.captions) == everything() and few.fingerprint != all_of_them.fingerprint
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_first_images_one_by_one_are_an_epoch_or_less(tmp_path, offline, workers):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards")))
+    before = torch.get_rng_state()
+    for count in (5, 12, 100):
+        read = torch.cat(list(first_batches(images, count, CPU, workers)))
+        greys = to_uint8(read).flatten(1).float()
+        assert len(greys) == min(count, 12) == len(greys[:, 0].unique()) and (greys == greys[:, :1]).all()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trained_on(tmp_path, offline):
+    folder = write_shards(offline, tmp_path / "shards")
+    plain = config(folder, data_files=str(folder / "[01].parquet"))
+    training, measured = open_splits(replace(plain, validation_files=str(folder / "2.parquet")), 100, 4)
+    assert sorted(measured["held_out"].captions) == [f"text {n}" for n in (10, 11, 8, 9)]
+    assert sorted(captions(training, 8)) == sorted(measured["train"].captions) == everything(8)
+    alone, measured = open_splits(plain, 100, 4)
+    assert alone.fingerprint == training.fingerprint and measured.keys() == {"train"}
+
+
+# --- bad input ---
+
+
+def test_damaged_images_and_empty_captions_are_named_or_counted(tmp_path, offline):
+    folder = write_shards(offline, tmp_path / "shards", damaged=(1, 6), silent=(3,))
+    with pytest.raises(
+        UnreadableImageError, match=r"shards/\*.parquet: image 0000./0000000. of parquet cannot be read"
+    ):
+        captions(StreamingImages(config(folder, skip_empty_captions=True)), 12)
+    images = StreamingImages(config(folder, skip_unreadable=True, skip_empty_captions=True))
+    batches = StreamBatches(images, 3, 0, CPU, collate)
+    read = Counter(caption for batch in islice(batches, 6) for caption in batch["caption"])
+    assert set(read) == set(everything()) - {"text 1", "text 6", "text 3"} and set(read.values()) == {2}
+    assert batches.left_out["unreadable"] in (3, 4) and batches.left_out["without_caption"] in (1, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_without_a_text_keeps_its_image_and_is_counted(tmp_path, offline, workers):
+    folder = write_shards(offline, tmp_path / "shards", damaged=(6,), silent=(3, 6), sizes=(4, 4, 4))
+    batches = StreamBatches(StreamingImages(config(folder, skip_unreadable=True)), 1, 0, CPU, collate, workers)
+    read = [(batch["image"].unique().tolist(), batch["caption"]) for batch in islice(batches, 11)]
+    assert ([3], [""]) in read and ([6], [""]) not in read
+    assert batches.left_out["without_caption"] == read.count(([3], [""]))
+    assert batches.left_out["unreadable"] >= 1
+
+
+def test_a_stream_without_one_good_image_ends_with_an_error(tmp_path, offline):
+    folder = write_shards(offline, tmp_path / "shards", damaged=range(12))
+    with pytest.raises(ValueError, match="3 epochs of stream 0 of 1 hold no sample that can be used .36 unreadable"):
+        captions(StreamingImages(config(folder, skip_unreadable=True)), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_smaller_than_a_batch_are_refused(tmp_path, offline, workers):
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards")))
+    assert len(next(iter(StreamBatches(images, 12, 0, CPU, collate, workers)))["caption"]) == 12
+    with pytest.raises(ValueError, match="an epoch of stream 0 of 1 is smaller than a batch of 13 images"):
+        next(iter(StreamBatches(images, 13, 0, CPU, collate, workers)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "openmoji"}, "source is 'openmoji' with streaming"),
+        ({"limit": 3}, "limit is 3 with streaming, expected none: max_train_steps"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer is 0"),
+        ({"caption_column": "words"}, "no column 'words' for the caption; it has .'image', 'text', 'kind'."),
+        ({"data_files": "none/*.parquet"}, "data_files is 'none/.*.parquet', which matches no file"),
+        ({"source": "webdataset", "data_files": None}, "data_files is none with source 'webdataset', expected files"),
+        ({"validation_files": "none/*.parquet"}, "validation_files is 'none/.*.parquet', which matches no file"),
+        ({"source": "webdataset"}, "source 'webdataset' cannot be read as a stream"),  # parquet files are no tar files
+    ],
+)
+def test_what_cannot_be_streamed_is_named(tmp_path, offline, changes, message):
+    folder = write_shards(offline, tmp_path / "shards")
+    with pytest.raises(ValueError, match=message):
+        StreamingImages(config(folder, **changes))
+
+
+def test_where_images_are_read_by_index_a_stream_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="streaming is true, expected false"):
+        open_dataset(config(tmp_path))
+
+
+def test_two_processes_with_unequal_shards_both_deliver_and_share_the_epoch(tmp_path, offline):
+    """Five samples against seven, more steps than either has, a collective in each: nobody waits for ever."""
+    folder = write_shards(offline, tmp_path / "shards", sizes=(9, 3))
+    script = tmp_path / "read.py"
+    script.write_text(
+        "import json, sys, torch, torch.distributed as dist\n"
+        "from vtp_diffusion.data.image_datasets import DataConfig\n"
+        "from vtp_diffusion.data.streaming import StreamBatches, StreamingImages\n"
+        "from itertools import islice\n"
+        "dist.init_process_group('gloo')\n"
+        "images = StreamingImages(DataConfig(**json.loads(sys.argv[1])))\n"
+        "collate = lambda items: {'caption': [item['caption'] for item in items]}\n"
+        "rank, world = dist.get_rank(), dist.get_world_size()\n"
+        "batches = StreamBatches(images, 3, 0, torch.device('cpu'), collate, 1, rank, world)\n"
+        "read = []\n"
+        "for batch in islice(batches, 10):\n"
+        "    read.append((batch['caption'], batches.positions[0].epoch))\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+        "gathered = [None] * world\n"
+        "dist.all_gather_object(gathered, read)\n"
+        "if rank == 0: print(json.dumps(gathered))\n"
+    )
+    settings = json.dumps(vars(config(folder)))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, settings],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ranks = json.loads(done.stdout.splitlines()[-1])
+    assert [len(read) for read in ranks] == [10, 10]
+    first = [caption for read in ranks for batch, epoch in read if epoch == 0 for caption in batch]
+    assert len(first) == len(set(first)) and set(first) <= set(everything())

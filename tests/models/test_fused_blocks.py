@@ -1,0 +1,159 @@
+"""Blocks whose backward passes are written out against the ones autograd makes, and the Triton programs against the
+formulae."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from vtp_diffusion.models import fused_blocks, fused_formulae, vtp_blocks
+from vtp_diffusion.models.rotary import rotary_tables
+from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPDecoderBlock, VTPRMSNorm, use_large_products
+
+BATCH, LENGTH, WIDTH, HEADS = 6, 9, 64, 2
+
+
+@pytest.fixture
+def fused_here(monkeypatch):
+    """The functions are for CUDA; here their formulae run on the CPU."""
+    monkeypatch.setattr(fused_blocks, "programs", fused_formulae)
+    monkeypatch.setattr(vtp_blocks, "load_programs", lambda: None)
+
+
+def block_and_inputs(kind=VTPBlock, norm=VTPRMSNorm, kept=False):
+    torch.manual_seed(0)
+    block = kind(WIDTH, HEADS, False, norm(WIDTH), norm(WIDTH))
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    cos, sin = rotary_tables(3, 3, WIDTH // HEADS, torch.float32)
+    subsets = (torch.tensor([4, 0, 5]), torch.tensor([1, 3, 2])) if kept else (None, None)
+    return block, torch.randn(BATCH, LENGTH, WIDTH), (cos, sin, *subsets)
+
+
+def result_and_gradients(call, block, x, rest, dtype=torch.float32):
+    torch.manual_seed(1)
+    x = x.detach().clone().to(dtype).requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        result = call(x, *rest)
+    block.zero_grad()
+    (result.float() * torch.randn(result.shape).to(x.device)).sum().backward()
+    return [result.detach(), x.grad, *(parameter.grad.clone() for parameter in block.parameters())]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kind, norm", [(VTPBlock, VTPRMSNorm), (VTPDecoderBlock, nn.LayerNorm)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fused_block_has_the_results_and_gradients_of_a_plain_one(
+    fused_here, monkeypatch, compiled, kind, norm, kept
+):
+    torch.compiler.reset()  # other tests' programs of these blocks count towards a limit
+    block, x, rest = block_and_inputs(kind, norm, kept)
+    plain = result_and_gradients(block, block, x, rest)
+    use_large_products(block)
+    fused, called = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block, []
+    for name in () if compiled else ("norm_backward", "swiglu_backward", "rotate_back"):
+        formula = getattr(fused_formulae, name)
+        monkeypatch.setattr(fused_formulae, name, lambda *a, n=name, f=formula: called.append(n) or f(*a))
+    for first, second in zip(plain, result_and_gradients(fused, block, x, rest), strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5 * first.abs().max().item())
+    norms = ["norm_backward"] * 2 if norm is VTPRMSNorm else []
+    assert compiled or sorted(called) == [*norms, "rotate_back", "swiglu_backward"]
+
+
+def test_in_bfloat16_a_fused_block_is_no_further_from_float32_than_a_plain_one(fused_here):
+    block, x, rest = block_and_inputs(kept=True)
+    exact = result_and_gradients(block, block, x, rest)
+    plain = result_and_gradients(block, block, x, rest, torch.bfloat16)
+    use_large_products(block)
+    fused = result_and_gradients(block, block, x, rest, torch.bfloat16)
+    for reference, first, second in zip(exact, plain, fused, strict=True):
+        assert second.dtype == first.dtype
+        errors = [((value.float() - reference).norm() / reference.norm()).item() for value in (first, second)]
+        assert errors[1] < 1.5 * errors[0] + 1e-6 and 0 < errors[1] < 0.05
+
+
+def test_what_the_functions_do_not_know_is_computed_as_before(fused_here):
+    block, x, rest = block_and_inputs()
+    use_large_products(block)
+    called = []
+    block.attn.to_v.register_forward_hook(lambda *_: called.append(True))
+    rounded = rotary_tables(3, 3, WIDTH // HEADS, torch.bfloat16)
+    block(x, *rounded)  # bfloat16 arithmetic of the released weights
+    assert called == [True]
+    with torch.no_grad():
+        block(x, *rest)
+    assert called == [True, True]
+    block(x, *rest)
+    assert called == [True, True]
+
+
+PROGRAM = """
+import torch
+from vtp_diffusion.models import fused_formulae, fused_kernels
+
+torch.manual_seed(0)
+fused_kernels.PROGRAMS = 4  # so that a program has several rounds of its loop
+
+
+def same(first, second, limit=1e-5):
+    for a, b in zip(first, second, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+        error = ((a.float() - b.float()).norm() / b.float().norm()).item()
+        assert error < limit, error
+
+
+for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):  # Triton's interpreter cuts bits off
+    # 350 rows are no multiple of the rows of a part, 300 columns no multiple of those of a program
+    values = torch.randn(70, 5, 600).to(dtype), torch.randn(600), torch.randn(70, 5, 300).to(dtype)
+    same([fused_kernels.swiglu(*values[:2])], [fused_formulae.swiglu(*values[:2])], limit)
+    same(fused_kernels.swiglu_backward(*values), fused_formulae.swiglu_backward(*values), limit)
+    x, weight = torch.randn(5, 3, 48).to(dtype), torch.randn(48)
+    residual = torch.randn(5, 3, 48).to(dtype)
+    for kept, place in ((5, None), (2, torch.tensor([2, 0, 2, 1, 2]))):
+        values = x, weight, 1e-5, torch.randn(kept, 3, 48).to(dtype), residual, place
+        same(fused_kernels.norm_backward(*values), fused_formulae.norm_backward(*values), limit)
+    for heads in (2, 20):  # fewer and more than a program's
+        cos, sin = torch.randn(2, 3, 32)
+        x = torch.randn(5, 3, 3 * heads * 32).to(dtype)
+        first, second = x.clone(), x.clone()
+        fused_kernels.rotate_(first, cos, sin)
+        fused_formulae.rotate_(second, cos, sin)
+        assert not torch.equal(first, x)
+        same([first], [second], limit)
+        # apart as they come from attention, in either order of tokens and heads in memory
+        alike = [torch.randn(5, heads, 3, 32).to(dtype).transpose(1, 2) for _ in range(3)]
+        mixed = [alike[0].contiguous(), alike[1], alike[2]]
+        for parts in (alike, mixed):
+            values = *parts, cos, sin
+            same(fused_kernels.rotate_back(*values), fused_formulae.rotate_back(*values), limit)
+
+print("all equal")
+"""
+
+
+def test_kernels_agree_with_their_formulae():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kept", [False, True])
+def test_compiled_kernels_are_no_further_from_float32_than_the_compiler_s(kept, monkeypatch):
+    block, x, rest = block_and_inputs(kept=kept)
+    block, x, rest = block.cuda(), x.cuda(), [None if value is None else value.cuda() for value in rest]
+    results = [result_and_gradients(block, block, x, rest)]
+    use_large_products(block)
+    for programs in (None, fused_blocks.programs):
+        monkeypatch.setattr(fused_blocks, "programs", programs)
+        torch.compiler.reset()
+        call = torch.compile(block.forward, dynamic=False)
+        results.append(result_and_gradients(call, block, x, rest, torch.bfloat16))
+    for reference, plain, fused in zip(*results, strict=True):
+        errors = [((value.float() - reference).norm() / reference.norm()).item() for value in (plain, fused)]
+        assert errors[1] < 1.5 * errors[0] + 1e-6 and 0 < errors[1] < 0.05

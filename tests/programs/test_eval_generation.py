@@ -1,0 +1,319 @@
+"""eval/generation.py, run as a user runs it."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image, ImageDraw
+
+import vtp_diffusion.data.image_datasets
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.evaluation.passes import FeaturesConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*words):
+    return [str(ROOT / "eval" / "generation.py"), *map(str, words), "--device", "cpu"]
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys):
+    """Runs the program in this process (importing takes longer than everything else) and returns what it printed."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", command(*words))
+        monkeypatch.setenv("VTP_DIFFUSION_TRACEBACK", "1")  # else an error would become a message and an exit
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def shapes(count, seed):
+    """Discs and boxes of random place and colour on white, uint8 (N, 32, 32, 3)."""
+    generator = np.random.default_rng(seed)
+    images = []
+    for _ in range(count):
+        image = Image.new("RGB", (32, 32), "white")
+        left, top = generator.integers(2, 12, 2).tolist()
+        draw = ImageDraw.Draw(image)
+        shape = draw.ellipse if generator.random() < 0.5 else draw.rectangle
+        shape((left, top, left + 16, top + 16), fill=tuple(generator.integers(0, 200, 3).tolist()))
+        images.append(np.array(image))
+    return np.stack(images)
+
+
+def save_folder(folder, images):
+    folder.mkdir()
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{k:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reference") / "reference.npz"
+    np.savez(path, shapes(40, seed=0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+    sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in size.items()}
+    vae = AutoencoderVTP(sample_size=32, patch_size=8, latent_channels=4, rope_dtype="float32", **sizes)
+    transformer = LightningDiTTransformer2DModel(
+        sample_size=4, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=3
+    )
+    folder = tmp_path_factory.mktemp("pipeline") / "untrained"
+    LightningDiTPipeline(
+        vae=vae, transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0)
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_good_samples_copies_and_an_untrained_network(evaluate, reference, pipeline, tmp_path):
+    images = shapes(12, seed=1)
+    images[:3] = shapes(40, seed=0)[5:8]  # three copies
+    folder = save_folder(tmp_path / "images", images)
+    held_out = tmp_path / "held_out.npz"
+    np.savez(held_out, shapes(12, seed=2))
+    output, pairs = tmp_path / "results" / "r.json", tmp_path / "pairs.png"
+    printed = evaluate(
+        "--images", folder, "--reference", reference, "--floor_images", held_out, "--control", pipeline,
+        "--num_images", 12, "--num_inference_steps", 2, "--feature_network", "efficientnet_lite0",
+        "--nearest_neighbours", pairs, "--output", output,
+    )  # fmt: skip
+    results = json.loads(output.read_text())
+    good, control = results["distances"]
+    assert (good["images"], control["images"]) == ("generated", "control")
+    assert good["distance"] == "FD-EffLite0" and "FD-EffLite0" in printed
+    assert good["floor"]["kind"] == "held-out" and good["floor"]["sizes"] == [12, 40]
+    assert good["floor"]["real_deviation"] is good["floor"]["generated_deviation"] is None, "both sides are whole"
+    assert good["value"] < 2 * good["floor"]["real"] < control["value"]
+    assert results["counts"] == {
+        "reference": 40, "floor": 12, "generated": 12, "control": 12, "reference_without_variants": 40
+    }  # fmt: skip
+    assert results["networks"][0]["sha256"].startswith("57934424")
+    assert results["settings"]["labels"] == "random" and results["settings"]["num_inference_steps"] == 2
+    found = results["near_duplicates"]
+    assert found["generated"]["near_duplicates"] >= 3 and found["control"]["near_duplicates"] == 0
+    with Image.open(pairs) as picture:
+        assert picture.width > 8 * 32
+
+
+def test_a_pipeline_is_sampled_the_same_whatever_the_batch(evaluate, reference, pipeline, tmp_path):
+    values = []
+    for batch_size in (2, 5):
+        output = tmp_path / f"{batch_size}.json"
+        evaluate(
+            "--images", pipeline, "--reference", reference, "--num_images", 5, "--num_inference_steps", 2,
+            "--guidance_scale", 2, "--labels", "balanced", "--feature_network", "efficientnet_lite0",
+            "--batch_size", batch_size, "--output", output,
+        )  # fmt: skip
+        row = json.loads(output.read_text())["distances"][0]
+        assert row["floor"]["kind"] == "halves" and row["floor"]["sizes"] == [5, 5]
+        values.append(row["value"])
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_saved_samples_give_the_same_numbers_and_say_what_made_them(evaluate, reference, pipeline, tmp_path):
+    common = ("--reference", reference, "--feature_network", "efficientnet_lite0")
+    sampling = ("--num_images", 4, "--num_inference_steps", 2, "--guidance_scale", 2, "--seed", 3)
+    sampling += ("--guidance_channels", 1)
+    folder, first, again = tmp_path / "samples", tmp_path / "first.json", tmp_path / "again.json"
+    evaluate(
+        "--images", pipeline, "--control", "untrained", *common, *sampling, "--save_images", folder, "--output", first
+    )  # fmt: skip
+    evaluate(
+        "--images", folder / "generated.npz", "--control", folder / "control.npz", *common, "--seed", 3,
+        "--output", again,
+    )  # fmt: skip
+    first, again = json.loads(first.read_text()), json.loads(again.read_text())
+    values = [[row["value"] for row in results["distances"]] for results in (first, again)]
+    assert values[0] == pytest.approx(values[1], rel=1e-6) and first["sampling"] == again["sampling"]
+    made, control = first["sampling"]["generated"], first["sampling"]["control"]
+    assert (made["guidance_scale"], made["seed"], made["num_inference_steps"]) == (2, 3, 2)
+    assert made["guidance_channels"] == 1
+    assert made["weights"]["vae"] == control["weights"]["vae"]
+    assert made["weights"]["transformer"] != control["weights"]["transformer"]
+
+
+def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):
+    large = np.repeat(np.repeat(shapes(6, seed=3), 2, axis=1), 2, axis=2)
+    output = tmp_path / "r.json"
+    words = command(
+        "--images", reference, "--reference", save_folder(tmp_path / "large", large), "--num_images", 6,
+        "--feature_network", "efficientnet_lite0", "--output", output,
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "FD-EffLite0" in done.stdout
+    results = json.loads(output.read_text())
+    assert results["image_size"] == [32, 32] and results["counts"]["reference"] == 6
+    assert results["enlarged"] == {"reference": 0} and "enlarged" not in done.stdout
+
+
+def test_a_reference_is_made_once_and_read_back(evaluate, reference, tmp_path):
+    folder = save_folder(tmp_path / "real", shapes(30, seed=0))
+    network = ("--feature-network", "efficientnet-lite0")
+    printed = evaluate(
+        "reference", "--reference", folder, "--resolution", 32, *network, "--output", tmp_path / "r.npz"
+    )
+    assert "statistics of 30 images on efficientnet_lite0 and 30 of the images" in printed
+    with np.load(tmp_path / "r.npz") as file:
+        assert file["mu"].shape == (320,) and file["sigma"].shape == (320, 320) and len(file["arr_0"]) == 30
+        np.savez(tmp_path / "statistics.npz", **{key: file[key] for key in ("mu", "sigma", "settings")})
+        np.savez(tmp_path / "none.npz", mu=file["mu"], sigma=-file["sigma"], settings=file["settings"])
+    images = save_folder(tmp_path / "images", shapes(12, seed=1))
+    results = {}
+    for name in ("real", "r.npz", "statistics.npz"):
+        output = tmp_path / f"{name}.json"
+        words = ("--images", images, "--reference", tmp_path / name, "--num_workers", 2 if name == "real" else 0)
+        printed = evaluate(*words, *network, "--output", output)
+        results[name] = json.loads(output.read_text())
+    assert "no floor: the reference holds statistics only" in printed
+    assert results["real"]["images_sha256"] == results["r.npz"]["images_sha256"], "read by others, or here"
+    (by_folder,), (by_file,), (by_statistics,) = (result["distances"] for result in results.values())
+    assert by_folder["value"] == pytest.approx(by_file["value"], rel=1e-5)
+    assert by_folder["value"] == pytest.approx(by_statistics["value"], rel=1e-5)
+    assert by_folder["spread"]["value"] == pytest.approx(by_file["spread"]["value"], rel=1e-3)
+    assert by_folder["floor"] == by_file["floor"] and by_statistics["floor"] is None
+    for rows in ("kernel_distances", "scores"):
+        assert results["real"][rows] == results["r.npz"][rows] and results["statistics.npz"][rows] == []
+    names = [row["score"] for row in results["real"]["scores"]]
+    assert names == [f"{score} (EffLite0)" for score in ("precision", "recall", "density", "coverage")]
+    assert results["real"]["kernel_distances"][0]["distance"] == "KD-EffLite0"
+    assert "not measured: precision of generated on efficientnet_lite0: the reference holds statistics" in printed
+    with pytest.raises(ValueError, match=r"none.npz: mu and sigma: the covariance holds variances below 0"):
+        evaluate("--images", images, "--reference", tmp_path / "none.npz", *network, "--output", tmp_path / "x.json")
+    with pytest.raises(ValueError, match="statistics of features of efficientnet_lite0 .* feature network is vgg16"):
+        evaluate(
+            "--images", images, "--reference", tmp_path / "r.npz", "--feature_network", "vgg16",
+            "--output", tmp_path / "x.json",
+        )  # fmt: skip
+
+
+def test_images_that_are_there_twice_are_refused(evaluate, reference, tmp_path):
+    images = shapes(8, seed=1)
+    images[6] = images[2]
+    words = ("--images", save_folder(tmp_path / "images", images), "--reference", reference)
+    words += ("--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json")
+    with pytest.raises(
+        ValueError, match=r"1 of the generated images equal an earlier one, the first is 006.png, which equals 002.png"
+    ):
+        evaluate(*words)
+    assert not (tmp_path / "r.json").exists()
+    printed = evaluate(*words, "--allow_duplicates")
+    assert "generated: images that equal an earlier one: 1" in printed
+    assert json.loads((tmp_path / "r.json").read_text())["duplicates"] == {"generated": 1, "reference": 0}
+    assert "are those of the reference" not in printed
+    assert "the generated images are those of the reference" in evaluate("--images", reference, *words[2:])
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_images_of_a_reference_that_are_unreadable_or_too_small_are_counted(
+    in_memory, evaluate, reference, tmp_path, monkeypatch
+):
+    folder = save_folder(tmp_path / "real", shapes(8, seed=0))
+    Image.fromarray(shapes(1, seed=9)[0, :20, :31]).save(folder / "008.png")  # smaller than what is measured
+    (folder / "002.png").write_bytes((folder / "002.png").read_bytes()[:60])
+    if not in_memory:
+        monkeypatch.setattr(vtp_diffusion.data.image_datasets, "IN_MEMORY_BYTES", 0)
+    printed = evaluate(
+        "--images", reference, "--num_images", 5, "--reference", folder, "--data.skip_unreadable", "true",
+        "--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json",
+    )  # fmt: skip
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["distances"][0]["num_reference"] == results["counts"]["reference"] == 8
+    assert results["duplicates"]["reference"] == 0, "no image is measured in the place of another"
+    assert results["skipped"] == {"reference": ["002.png"]}
+    assert "reference: images that cannot be read, left out: 1 (the first is 002.png)" in printed
+    assert results["enlarged"] == {"reference": 1} and "and were enlarged: 1" in printed
+
+
+def test_a_device_that_is_not_there():
+    messages = {"gpu": "cuda:INDEX or mps, got 'gpu'", "cuda:99": "device is cuda:99, but torch .* finds"}
+    for device, message in messages.items():
+        with pytest.raises(ValueError, match=message):
+            FeaturesConfig(reference="real", output="r.json", device=device)
+
+
+def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_path):
+    words = (
+        "--images", pipeline, "--reference", reference, "--num_images", 7, "--num_inference_steps", 1,
+        "--batch_size", 2, "--feature_batch_size", 2, "--feature_network", "efficientnet_lite0",
+    )  # fmt: skip
+    output = tmp_path / "two.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, *command(*words, "--save_images", tmp_path / "two", "--output", output)],
+        capture_output=True, text=True, env=os.environ | variables,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results:") == 1, "not two processes but twice one"
+    evaluate(*words, "--save_images", tmp_path / "one", "--output", tmp_path / "one.json")
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)
+    assert one["images_sha256"] == two["images_sha256"]
+    for rows in ("distances", "kernel_distances", "scores"):
+        assert len(one[rows]) == len(two[rows]) > 0
+        for a, b in zip(one[rows], two[rows], strict=True):
+            assert a["value"] == pytest.approx(b["value"], rel=1e-5, abs=1e-9)
+    kept = [np.load(tmp_path / name / "generated.npz")["arr_0"] for name in ("one", "two")]
+    assert np.array_equal(*kept) and len(kept[0]) == 7
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["generated.npz"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--output", "r.txt"], "output must be a FILE.json, got r.txt"),
+        (["--feature_network", "clip"], "feature network 'clip' is unknown; known: vgg16"),
+        (["--weights", "some.pth"], "weights must be NETWORK=FILE with one of vgg16"),
+        (
+            ["--feature_network", "inception", "--weights", "inception=none.pth"],
+            "6726825d.pth there, or name",
+        ),
+        (["--output", "/dev/null/r.json"], "output /dev/null/r.json cannot be written"),
+        (["--nearest_neighbours", "/dev/null/p.png"], "nearest_neighbours /dev/null/p.png cannot be written"),
+        (["--num_images", "2"], "num_images 3, got 32 and 2"),
+        (["--num_images", "41"], "num_images is 41, but the generated images are 40"),
+        (["--save_images", "samples"], "neither"),
+        (["--control", "untrained"], "resets the network of a pipeline"),
+        (["--images", "missing"], "missing is neither a folder of images, nor an npz"),
+        (["--data.source", "folder"], "data.source and data.resolution are decided by reference"),
+        (["--nearest_neighbours", "pairs"], "nearest_neighbours must be a FILE.png"),
+        (["--feature_batch_size", "0"], "feature_batch_size must be at least 1"),
+        (["--reference", "missing.npz"], "reference missing.npz is not there"),
+        (["--weights", "vgg16=none.safetensors", "--feature_network", "vgg16"], "none.safetensors"),
+    ],
+)
+def test_bad_input(words, message, evaluate, reference, tmp_path):
+    defaults = {"--images": str(reference), "--reference": str(reference), "--output": str(tmp_path / "r.json")}
+    defaults |= {"--feature_network": "efficientnet_lite0"}
+    defaults |= dict(zip(words[::2], words[1::2], strict=True))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(*(word for pair in defaults.items() for word in pair))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipeline_needs_a_number_of_images_and_settings_that_suit_it(evaluate, reference, pipeline, tmp_path):
+    with pytest.raises(ValueError, match="num_images must say how many images to sample"):
+        evaluate("--images", pipeline, "--reference", reference, "--output", tmp_path / "r.json")
+    words = ("--images", pipeline, "--reference", reference, "--num_images", 3, "--guidance_channels", 5)
+    with pytest.raises(ValueError, match="guidance_channels must lie in 1 to 4 or be None, got 5"):
+        evaluate(*words, "--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json")

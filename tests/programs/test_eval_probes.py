@@ -1,0 +1,169 @@
+"""eval/linear_probe.py and eval/zero_shot.py, run as a user runs them, on images whose classes are colours."""
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vtp_diffusion.data.image_datasets
+from vtp_diffusion import VTPModel
+
+ROOT = Path(__file__).parents[2]
+COLOURS = {"blue": (0, 60, 200), "green": (0, 180, 0), "red": (220, 0, 30)}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with images/, split and labelled by folders, and a random VTPModel, vtp/."""
+    folder, generator = tmp_path_factory.mktemp("made"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("validation", 6)):
+        for name, colour in COLOURS.items():
+            (folder / "images" / split / name).mkdir(parents=True)
+            for k in range(count):
+                pixels = np.clip(np.array(colour) + generator.integers(-40, 40, (16, 16, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / "images" / split / name / f"{k}.png")
+    torch.manual_seed(0)
+    parts = ("encoder", "decoder", "text")
+    sizes = {f"{part}_hidden_size": 16 for part in parts} | {f"{part}_num_attention_heads": 2 for part in parts}
+    sizes |= {f"{part}_num_layers": 2 for part in parts}
+    model = VTPModel(sample_size=16, patch_size=8, latent_channels=4, projection_dim=8, **sizes)
+    with torch.no_grad():  # a random encoder whose class token sees the image
+        for parameter in model.autoencoder.encoder.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    model.save_pretrained(folder / "vtp")
+    model.autoencoder.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture
+def evaluate(made, tmp_path, monkeypatch, capsys):
+    """Runs eval/PROGRAM in this process and returns what it printed."""
+
+    def start(program, *words):
+        defaults = {"--device": "cpu", "--data.source": made / "images", "--data.resolution": 16}
+        defaults |= {"--output": tmp_path / "r.json", "--model": made / "vtp"} | dict(
+            zip(words[::2], words[1::2], strict=True)
+        )
+        command = [str(ROOT / "eval" / program)]
+        for option, value in defaults.items():
+            command += [option, *map(str, value)] if isinstance(value, list) else [option, str(value)]
+        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setenv("VTP_DIFFUSION_TRACEBACK", "1")
+        runpy.run_path(command[0], run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+PROBE = ("--num_layers", 2, "--steps", 60, "--learning_rates", [0.01, 0.1], "--neighbours", [3])
+
+
+def test_probe_and_its_cached_features(evaluate, made, tmp_path):
+    printed = evaluate("linear_probe.py", *PROBE)
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["evaluation"] == "linear_probe" and results["counts"] == {"train": 36, "validation": 18}
+    assert results["linear"]["top1"] > 0.9 and results["linear"] == results["heads"][0] and len(results["heads"]) == 8
+    assert all(row["top1"] > 0.6 for row in results["neighbours"]) and len(results["neighbours"]) == 3
+    assert results["chance"]["uniform"] == pytest.approx(1 / 3) and "chance" in printed
+    assert (
+        results["settings"]["steps"] == 60
+        and results["fingerprints"]["train"] != results["fingerprints"]["validation"]
+    )
+    folder = tmp_path / "r-features"
+    changed = (folder / "train" / "class_tokens.npy").stat().st_mtime_ns
+    evaluate("linear_probe.py", *PROBE, "--model", made / "vae", "--features", folder, "--output", tmp_path / "2.json")
+    again = json.loads((tmp_path / "2.json").read_text())
+    assert str(folder) not in (tmp_path / "2.json").read_text(), "where a machine keeps its caches decides no number"
+    assert "cache_dir" not in again["settings"]["data"] and again["settings"]["data"]["holdout"] == 0.1
+    assert again["heads"] == results["heads"], "the autoencoder in a VTPModel is the same one"
+    assert (folder / "train" / "class_tokens.npy").stat().st_mtime_ns == changed
+    with pytest.raises(ValueError, match="num_layers: 2 there, 1 now"):
+        evaluate("linear_probe.py", *PROBE, "--num_layers", 1)
+    with pytest.raises(ValueError, match="num_images: 36 there, 9 now"):
+        evaluate("linear_probe.py", *PROBE, "--data.limit", 9)
+    with pytest.raises(ValueError, match="holds no features"):
+        evaluate("linear_probe.py", *PROBE, "--features", made / "images")
+
+
+def test_zero_shot(evaluate, made, tmp_path):
+    printed = evaluate("zero_shot.py", "--templates", ["a {} square.", "{}"])
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["num_images"] == 18 and results["num_classes"] == 3 and results["chance"] == pytest.approx(1 / 3)
+    assert results["templates"] == ["a {} square.", "{}"] and 0 <= results["top1"] <= 1 == results["top5"]
+    assert "18 images, 3 classes, 2 templates" in printed
+    evaluate("zero_shot.py", "--classes", "imagenet", "--templates", ["{}"])
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["num_classes"] == 1000 and results["templates"] == ["{}"]
+
+
+def test_zero_shot_counts_what_is_unreadable_or_too_small(evaluate, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(vtp_diffusion.data.image_datasets, "IN_MEMORY_BYTES", 0)
+    shutil.copytree(made / "images" / "validation", tmp_path / "images" / "validation")
+    (tmp_path / "images" / "validation" / "green" / "1.png").write_bytes(b"no image")
+    Image.new("RGB", (9, 20), "red").save(tmp_path / "images" / "validation" / "red" / "2.png")
+    printed = evaluate("zero_shot.py", "--data.source", tmp_path / "images", "--data.skip_unreadable", "true")
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert (results["num_images"], results["enlarged"]) == (17, 1)
+    assert results["skipped"] == ["validation/green/1.png"] and "1 more cannot be read and are left out" in printed
+    assert "1 of them are smaller than 16 px and were enlarged" in printed
+
+
+@pytest.mark.parametrize("program", ["linear_probe.py", "zero_shot.py"])
+def test_a_program_that_does_not_share_its_work_is_not_started_several_times(program, evaluate, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=f"2 processes of eval/{program} were launched, expected 1"):
+        evaluate(program)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("linear_probe.py", "--output", "r.txt"), "output must be a FILE.json, got r.txt"),
+        (("linear_probe.py", "--num_layers", 2, "--train_split", "validation"), "are the same images"),
+        (("linear_probe.py", "--num_layers", 3), "num_layers is 3, the encoder has 2"),
+        (
+            ("linear_probe.py", "--num_layers", 2, "--neighbours", [10, 40]),
+            r"neighbours are \[10, 40\], expected at most the 36",
+        ),
+        (("linear_probe.py", "--learning_rates", [0]), "expected positive numbers"),
+        (("zero_shot.py", "--templates", ["a photo"]), "no {} for the name"),
+        (("zero_shot.py", "--batch_size", 0), "batch_size must be at least 1"),
+    ],
+)
+def test_bad_input(words, message, evaluate, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*words)
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
+    with pytest.raises(ValueError, match="without a text tower"):
+        evaluate("zero_shot.py", "--model", made / "vae")
+    with pytest.raises(ValueError, match="holds no model"):
+        evaluate("zero_shot.py", "--model", made / "images")
+    one_class = made / "images" / "train" / "red"
+    for program, more in (("zero_shot.py", ()), ("linear_probe.py", ("--num_layers", 2))):
+        with pytest.raises(ValueError, match="have one class"):
+            evaluate(program, "--data.source", one_class, *more)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ValueError, match="holds a AutoencoderKL, expected AutoencoderVTP or VTPModel"):
+        evaluate("linear_probe.py", "--model", tmp_path)
+
+
+def test_prompts_are_not_made_of_indices(evaluate, made, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    images = [{"bytes": path.read_bytes(), "path": None} for path in (made / "images/train/red").glob("[01].png")]
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "kind": [0, 1]}, features).to_parquet(str(tmp_path / "a.parquet"))
+    more = ("--data.data_files", tmp_path / "a.parquet", "--data.label_column", "kind", "--split", "train")
+    with pytest.raises(ValueError, match="the classes of parquet have indices and no names"):
+        evaluate("zero_shot.py", "--data.source", "parquet", *more)

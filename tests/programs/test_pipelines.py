@@ -1,0 +1,260 @@
+"""The programs of pipelines/, run as a user runs them."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_latent_shards
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file
+
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.models.conversion import convert_lightning_dit_config
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "fixtures" / "golden"
+
+
+def start(program: str, *arguments, cwd: Path) -> str:
+    """Run pipelines/PROGRAM in a process of its own; returns what it printed."""
+    command = [sys.executable, str(ROOT / "pipelines" / program), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def call(program: str, *arguments) -> None:
+    """The same in this process, which saves the seconds of importing torch."""
+    spec = importlib.util.spec_from_file_location(program.removesuffix(".py"), ROOT / "pipelines" / program)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    module.main([str(argument) for argument in arguments])
+
+
+def refused(message: str, program: str, *arguments) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(program, *arguments)
+
+
+def test_at_the_shell_a_refusal_is_one_message_and_status_2(tmp_path):
+    command = [sys.executable, ROOT / "pipelines" / "generate.py", "--pipeline", "absent", "--labels", "1"]
+    done = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    assert "error: expected the folder of a saved pipeline, absent has no model_index.json" in done.stderr
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    parts = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2}
+    pipeline = LightningDiTPipeline(
+        vae=AutoencoderVTP(
+            sample_size=32,
+            patch_size=8,
+            latent_channels=4,
+            **{f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in parts.items()},
+        ),
+        transformer=LightningDiTTransformer2DModel(
+            sample_size=4, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_classes=3
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        id2label={0: "cat", 1: "golden retriever", 2: "bird"},
+    )
+    folder = tmp_path_factory.mktemp("pipeline") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def images(tmp_path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, size in enumerate([(32, 32), (90, 70)]):
+        pixels = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+def test_convert_released_weights_into_a_pipeline(tmp_path):
+    (tmp_path / "statistics.json").write_text(json.dumps({"small": {"mean": [0.5] * 16, "std": [2.0] * 16}}))
+    (tmp_path / "names.json").write_text(json.dumps([f"class {k}" for k in range(10)]))
+    source = ("vtp", "--source", GOLDEN / "vtp_released", "--rope-dtype", "float32")
+    call("convert.py", *source, "--latent-statistics", "statistics.json:small", "--output", "vae")
+    dit = GOLDEN / "lightning_dit_qk_norm"
+    checkpoint = ("lightning-dit", "--checkpoint", dit / "0000100.pt", "--config", dit / "config.json")
+    start("convert.py", *checkpoint, "--output", "dit", cwd=tmp_path)
+    parts = ("pipeline", "--vae", "vae", "--transformer", "dit", "--shift", 3.0, "--id2label", "names.json")
+    call("convert.py", *parts, "--output", "joined")
+    pipeline = DiffusionPipeline.from_pretrained("joined")
+    assert pipeline.scheduler.config.shift == 3.0 and pipeline.labels["class 7"] == 7
+    golden = load_file(dit / "golden.safetensors")
+    with torch.no_grad():
+        velocity = pipeline.transformer(*(golden[f"forward.{name}"] for name in ("sample", "t", "label"))).sample
+        assert torch.allclose(velocity, golden["forward.velocity"], atol=1e-4)
+        x = torch.rand(1, 3, 64, 64) * 2 - 1
+        raw = AutoencoderVTP.from_released(GOLDEN / "vtp_released", rope_dtype="float32")
+        assert torch.allclose(pipeline.vae.encode(x).latent, (raw.encode(x).latent - 0.5) / 2, atol=1e-5)
+
+
+def test_convert_reads_upstream_statistics():
+    torch.save({"mean": torch.arange(16.0).view(1, 16, 1, 1), "std": torch.ones(1, 16, 1, 1)}, "latents_stats.pt")
+    source = ("vtp", "--source", GOLDEN / "vtp_released", "--latent_statistics", "latents_stats.pt")
+    call("convert.py", *source, "--output", "vae")
+    assert AutoencoderVTP.from_pretrained("vae").config.latents_mean == list(range(16))
+
+
+@pytest.mark.parametrize("name", ["lightning_dit_released", "lightning_dit_qk_norm", "lightning_dit_patch2"])
+def test_convert_reads_the_architecture_from_the_weights(name):
+    call("convert.py", "lightning-dit", "--checkpoint", GOLDEN / name / "0000100.pt", "--output", "dit")
+    found = LightningDiTTransformer2DModel.from_pretrained("dit").config
+    upstream = convert_lightning_dit_config(json.loads((GOLDEN / name / "config.json").read_text()))
+    assert {key: found[key] for key in upstream} == upstream
+
+
+def test_convert_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "short.json").write_text(json.dumps({"mean": [0.0] * 3, "std": [1.0] * 3}))
+    vtp = ("convert.py", "vtp", "--source", GOLDEN / "vtp_released", "--output")
+    refused("new or empty folder", *vtp, "full")
+    refused("16", *vtp, "out", "--latent-statistics", "short.json")
+    refused("no entry 'Large', it has mean, std", *vtp, "out", "--latent-statistics", "short.json:Large")
+    dit = ("convert.py", "lightning-dit", "--checkpoint", GOLDEN / "lightning_dit_released" / "0000100.pt", "--output")
+    refused("num_layers 3 instead of 4", *dit, "out", "--num-layers", 4)
+    (tmp_path / "config.json").write_text('{"depth": 3, "use_rope": false, "use_cross": true}')
+    refused("unknown options.*use_cross.*missing.*hidden_size.*use_rope=False", *dit, "out", "--config", "config.json")
+    refused(
+        "full is not the folder", "convert.py", "pipeline", "--vae", "full", "--transformer", "x", "--output", "out"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "full", "short.json"]
+
+
+def test_generate_one_picture(tmp_path, pipeline_folder):
+    options = ("--num-images-per-label", 3, "--num_inference_steps", 2, "--guidance_scale", 2, "--batch_size", 4)
+    interval = ("--guidance_interval", 0.1, 0.9, "--guidance_channels", 3, "--dtype", "bfloat16")
+    labels = ("--labels", 0, "golden retriever")
+    start(
+        "generate.py", "--pipeline", pipeline_folder, *labels, *options, *interval, "--output", "a/b.png", cwd=tmp_path
+    )
+    width, height = Image.open("a/b.png").size
+    assert width >= 3 * 32 and height >= 2 * 32
+
+
+def test_generate_a_folder_that_can_be_continued(tmp_path, pipeline_folder, capsys):
+    common = ("generate.py", "--pipeline", pipeline_folder, "--num_inference_steps", 2, "--num_images_per_label", 3)
+    common += ("--labels", "cat", "2", "--output", "samples")
+    call(*common, "--batch_size", 6)
+    folder, names = tmp_path / "samples", [f"{number:06d}.png" for number in range(6)]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "settings.json"]
+    first = {name: np.array(Image.open(folder / name)).astype(int) for name in names}
+    for name in names[2:4]:
+        (folder / name).unlink()
+    call(*common, "--batch_size", 1)
+    assert "2 images made, 4 were there" in capsys.readouterr().out
+    for name in names:
+        assert np.abs(np.array(Image.open(folder / name)) - first[name]).max() <= 1
+    refused("seed 7 instead of 0", *common, "--seed", 7)
+
+
+def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    common = ("generate.py", "--pipeline", pipeline_folder, "--output")
+    refused("unknown label 'cats'", *common, "out", "--labels", "cats")
+    refused("class index 3 does not exist: expected 0 to 2", *common, "out", "--labels", 3)
+    refused("guidance_interval", *common, "out", "--labels", 1, "--guidance_interval", 0.5, 0.2)
+    refused("files of something else", *common, "full", "--labels", 1)
+    refused("ending in .png or a folder", *common, "out.jpg", "--labels", 1)
+    refused("at least 1, got 1 and 0", *common, "out", "--labels", 1, "--batch_size", 0)
+    refused("model_index.json", "generate.py", "--pipeline", "full", "--labels", 1, "--output", "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_reconstruct_side_by_side(tmp_path, pipeline_folder, images):
+    vae = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images")
+    printed = start(*vae, images, cwd=tmp_path)
+    assert printed.count("dB") == 3 and "0.png" in printed and "mean of 2" in printed
+    assert Image.open("out.png").width >= 4 * 32
+    call(*vae, images / "1.png", "--resolution", 64)
+    assert 2 * 64 <= Image.open("out.png").width < 4 * 64
+    (tmp_path / "out.png").unlink()
+    refused("multiple of the autoencoder's patch 8, got 60", *vae, images, "--resolution", 60)
+    refused("absent.png is neither an image file nor a folder", *vae, "absent.png")
+    test_latent_shards.dc().save_pretrained("dc")
+    test_latent_shards.kl().save_pretrained("kl")
+    other = ("reconstruct.py", "--output", "out.png", "--images", images, "--vae")
+    refused("AutoencoderDC names no image size: --resolution is needed", *other, "dc")
+    refused(r"AutoencoderKL turns images \(1, 3, 31, 31\) into \(1, 3, 30, 30\)", *other, "kl", "--resolution", 31)
+    refused("no config.json", "reconstruct.py", "--vae", images, "--images", images, "--output", "out.png")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_reconstruct_keeps_what_was_done_before_an_unreadable_image(pipeline_folder, images, capsys):
+    (images / "0a.png").write_bytes((images / "0.png").read_bytes()[:200])
+    vae = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images", images)
+    refused("0a.png cannot be read as an image", *vae)
+    one = Image.open("out.png").width
+    capsys.readouterr()
+    call(*vae, "--skip-unreadable")
+    printed = capsys.readouterr().out
+    assert "1 of 3 files can't be read" in printed and "mean of 2" in printed
+    assert Image.open("out.png").width == 2 * one
+
+
+def test_export_as_a_program(tmp_path, pipeline_folder):
+    start("export.py", "--pipeline", pipeline_folder, "--output", "exported", cwd=tmp_path)
+    assert (tmp_path / "exported" / "pipeline.py").is_file()
+
+
+@pytest.mark.parametrize("program", ["convert.py", "export.py", "generate.py", "reconstruct.py"])
+def test_help_holds_the_command(program, capsys):
+    with pytest.raises(SystemExit):
+        call(program, "--help")
+    assert f"python pipelines/{program}" in capsys.readouterr().out
+
+
+def imported_packages(module: str) -> set[str]:
+    """Packages that importing a module of this package needs, following its own imports."""
+    pending, seen, packages = [module], set(), set()
+    while pending:
+        name = pending.pop()
+        path = ROOT / Path(*name.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in seen or not file.is_file():
+            continue
+        seen.add(name)
+        pending.append(name.rpartition(".")[0])
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Import):
+                packages |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = (
+                    ".".join(name.split(".")[: len(name.split(".")) - node.level + path.is_dir()])
+                    if node.level
+                    else ""
+                )
+                target = ".".join(part for part in (base, node.module) if part)
+                packages.add(target.partition(".")[0])
+                pending += [target, *(f"{target}.{alias.name}" for alias in node.names)]
+    return packages
+
+
+@pytest.mark.parametrize("program", ["convert", "export", "generate", "reconstruct"])
+def test_programs_need_core_packages_only(program):
+    core = {"torch", "diffusers", "safetensors", "numpy", "PIL"}
+    with_diffusers = {"huggingface_hub", "tqdm", "yaml"}  # what diffusers and its hub client depend on themselves
+    needed = imported_packages(f"pipelines.{program}") - sys.stdlib_module_names - {"vtp_diffusion"}
+    assert "torch" in needed and needed <= core | with_diffusers

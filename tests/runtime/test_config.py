@@ -1,0 +1,183 @@
+"""Typed configuration: what is accepted, what is refused and how the refusal reads."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from vtp_diffusion.runtime.config import (
+    Settings,
+    build_config,
+    config_to_dict,
+    flatten_config,
+    load_config,
+    parse_config,
+    save_config,
+    setting,
+)
+
+
+@dataclass(kw_only=True)
+class Inner:
+    width: int = field(default=8, metadata={"help": "channels"})
+    ratios: tuple[float, float] = (1.0, 2.0)
+    name: str = "plain"
+
+
+@dataclass(kw_only=True)
+class Outer:
+    output: str
+    rate: float = 1e-3
+    share: float | None = None
+    precision: Literal["no", "bf16"] = "no"
+    limit: int | None = None
+    keep: bool | None = None
+    labels: list[int | str] = field(default_factory=list)
+    fast: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+@dataclass(kw_only=True)
+class Needy:
+    inner: Outer
+
+
+def write(folder, text):
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_defaults_then_file_then_command_line(tmp_path):
+    path = write(tmp_path, "output: here\nrate: 2e-4\ninner:\n  width: 16\n  ratios: [1, 3]\n")
+    config = parse_config(Outer, ["--config", path, "--inner.width", "32", "--labels", "3", "cat"])
+    assert config == Outer(
+        output="here", rate=2e-4, labels=[3, "cat"], inner=Inner(width=32, ratios=(1.0, 3.0), name="plain")
+    )
+
+
+def test_yaml_words_and_numbers_are_not_reinterpreted(tmp_path):
+    """YAML 1.1 would read no as False and 1e-3 as text."""
+    config = parse_config(Outer, ["--config", write(tmp_path, "output: on\nprecision: no\nrate: 1e-3\n")])
+    assert (config.output, config.precision, config.rate) == ("on", "no", 1e-3)
+
+
+def test_command_line_values_follow_the_annotation():
+    words = ["--output=x", "--rate", "-0.01", "--limit", "none", "--fast", "--keep", "false"]
+    config = parse_config(Outer, [*words, "--inner.ratios", "1", "0.5", "--inner.name", "12", "--precision", "bf16"])
+    assert (config.rate, config.limit, config.fast, config.keep) == (-0.01, None, True, False)
+    assert config.inner == Inner(ratios=(1.0, 0.5), name="12") and config.precision == "bf16"
+
+
+def test_option_names_may_be_written_with_dashes():
+    @dataclass
+    class Config:
+        max_steps: int = 1
+
+    assert (
+        parse_config(Config, ["--max-steps=5"]).max_steps == parse_config(Config, ["--max_steps", "5"]).max_steps == 5
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output: x\nrtae: 1\n", r"config.yaml: unknown key rtae; did you mean rate\?"),
+        ("output: x\ninner: {widht: 1}\n", r"unknown key inner.widht; did you mean width\?"),
+        ("output: x\nzzzz: 1\n", r"unknown key zzzz \(known keys: output, rate"),
+        ("output: x\nrate: fast\n", "rate is 'fast', expected float"),
+        ("output: x\nrate: .nan\n", "config.yaml: rate is nan, expected a finite number$"),
+        ("output: x\nshare: -.inf\n", "share is -inf, expected a finite number or none$"),
+        ("output: x\ninner: {ratios: [1, .inf]}\n", r"inner.ratios\[1\] is inf, expected a finite number$"),
+        ("output: x\nlimit: .nan\n", "limit is nan, expected int or none"),
+        ("output: x\nlimit: 1.5\n", "limit is 1.5, expected int or none"),
+        ("output: x\nlimit: true\n", "limit is True, expected int or none"),
+        ("output: x\nfast: 1\n", "fast is 1, expected bool"),
+        ("output: 3\n", "output is 3, expected str"),
+        ("output: x\nprecision: fp8\n", "precision is 'fp8', expected one of no, bf16"),
+        ("output: x\nlabels: cat\n", "labels is 'cat', expected list of int or str"),
+        ("output: x\nlabels: [1.5]\n", r"labels\[0\] is 1.5"),
+        ("output: x\ninner: {ratios: [1]}\n", "ratios is .*, expected list of 2: float, float"),
+        ("output: x\ninner: 3\n", "inner is 3, expected Inner"),
+        ("rate: 1.0\n", "no value for output"),
+        ("output: x\nrate: 1.0\nrate: 2.0\n", "'rate' is given twice"),
+        ("- 1\n", "must hold a mapping"),
+        ("a: [1\n", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(Outer, ["--config", write(tmp_path, text)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ouptut", "x"], r"unknown option --ouptut; did you mean --output\?"),
+        (["--output", "x", "--rate", "fast"], "--rate is 'fast', expected float"),
+        (["--output", "x", "--rate", "1e999"], "--rate is inf, expected a finite number$"),
+        (["--output", "x", "--inner.ratios", "nan", "1"], r"--inner.ratios\[0\] is nan, expected a finite number$"),
+        (["--output", "x", "--share", "nan"], "--share is nan, expected a finite number or none$"),
+        (["--output", "x", "--inner.width", "1.5"], "--inner.width is '1.5', expected int"),
+        (["--rate", "1"], "no value for output"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_by_name(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(Outer, words)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        parse_config(Outer, ["--config", "nowhere.yaml"])
+
+
+def test_a_required_key_of_an_unmentioned_section_is_named():
+    with pytest.raises(ValueError, match="no value for inner.output"):
+        parse_config(Needy, [])
+    assert parse_config(Needy, ["--inner.output", "x"]).inner.output == "x"
+
+
+def test_saved_configurations_read_back_equal(tmp_path):
+    config = Outer(output="no", rate=1e-5, limit=3, labels=["1", 2, "null"], inner=Inner(ratios=(0.5, 1e-7)))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(Outer, tmp_path / "saved.yaml") == config
+    assert flatten_config(config_to_dict(config))["inner.ratios"] == [0.5, 1e-7]
+
+
+def test_help_says_what_fields_mean(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(Outer, ["--help"], "what it does")
+    text = capsys.readouterr().out
+    assert (
+        "what it does" in text and "--inner.width" in text and "channels [int; default: 8]" in " ".join(text.split())
+    )
+
+
+@dataclass(kw_only=True)
+class Bounded(Settings):
+    share: float = setting(0.5, "in [0, 1)", at_least=0, below=1)
+    rate: float | None = setting(None, "positive", above=0)
+    sizes: list[int] = setting(default_factory=list, help="positive", at_least=1)
+    shift: float | Literal["dimensions"] = setting("dimensions", "positive or a word", above=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"share": 1.0}, r"share is 1.0, expected a number in \[0, 1\)"),
+        ({"share": -0.1}, r"share is -0.1, expected a number in \[0, 1\)"),
+        ({"rate": 0.0}, "rate is 0.0, expected a positive number"),
+        ({"rate": math.inf}, "rate is inf, expected"),
+        ({"sizes": [3, 0]}, r"sizes is \[3, 0\], expected a positive number"),
+        ({"shift": -1.0}, "shift is -1.0, expected a positive number"),
+    ],
+)
+def test_numbers_outside_their_bounds_are_refused_wherever_a_configuration_is_made(values, message):
+    with pytest.raises(ValueError, match=message):
+        Bounded(**values)
+    if math.inf not in values.values():
+        with pytest.raises(ValueError, match=message):
+            build_config(Bounded, values, "here")
+    assert Bounded(share=0, rate=1e-9, sizes=[1], shift="dimensions").rate == 1e-9

@@ -1,0 +1,66 @@
+"""The rooms of the library: which may import which, read from the source."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "vtp_diffusion"
+# A room may import those above it; rooms on one line do not know of each other.
+FLOORS = (
+    {"runtime"},
+    {"data"},
+    {"models"},
+    {"metrics", "training"},
+    {"generation", "pretraining"},
+    {"evaluation"},
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, wherever in the file, as dotted names without the package."""
+    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    found = {}
+    for name, path in modules.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        package = [] if name == "__init__" else package
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            base = package[: len(package) - node.level + 1] + (node.module or "").split(".") * bool(node.module)
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                found[name].add(full if full in modules else ".".join(base) or "__init__")
+    return found
+
+
+def test_every_file_lies_in_a_room_and_no_import_leads_upwards():
+    upwards = []
+    for module, targets in imports().items():
+        if module == "__init__":
+            continue
+        room = module.partition(".")[0]
+        assert room in FLOOR, f"{module} lies in no room"
+        for target in targets:
+            other = target.partition(".")[0]
+            if other != room and FLOOR.get(other, len(FLOORS)) >= FLOOR[room]:
+                upwards.append(f"{module} imports {target}")
+    assert upwards == []
+
+
+def test_no_module_imports_itself_through_others():
+    graph, done = imports(), set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for target in graph.get(module, ()):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())

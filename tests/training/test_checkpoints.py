@@ -1,0 +1,182 @@
+"""Checkpoints that were cut short, damaged or could not be written; runs that were killed or asked to stop."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_training import assert_identical, everything, interrupted_copy, log_of, tiny_config, train
+
+from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion.training.checkpoints import export_averaged, find_damage
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """On the CPU, where runs repeat bit for bit, and as in a new process: accelerate keeps its state between runs."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "transformer/diffusion_pytorch_model.safetensors has": (
+        "transformer/diffusion_pytorch_model.safetensors",
+        truncate,
+    ),
+    "optimizer.pt is missing": ("optimizer.pt", Path.unlink),
+    "the content of transformer_ema/diffusion_pytorch_model.safetensors is not": (
+        "transformer_ema/diffusion_pytorch_model.safetensors",
+        flip_a_byte,
+    ),
+    "manifest.json is missing": ("manifest.json", Path.unlink),
+    "manifest.json is not JSON": ("manifest.json", truncate),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, message):
+    config = tiny_config(tmp_path / "run", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=3)
+    straight = everything(train(config))
+    name, damage = DAMAGES[message]
+    damage(tmp_path / "run" / "checkpoint-3" / name)
+    with pytest.warns(UserWarning, match=f"checkpoint-3 is damaged and not used: {message}"):
+        run = train(config)
+    assert run.first_step == 2
+    assert_identical(everything(run), straight)
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+        "damaged-checkpoint-3",
+    ]
+    assert find_damage(tmp_path / "run" / "checkpoint-3") is None
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    train(config)
+    for step in (3, 6):
+        (tmp_path / "run" / f"checkpoint-{step}" / "state.json").write_text("")
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged:\n  checkpoint-6: state.json has 0 bytes"),
+    ):
+        train(config)
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = {4: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))}
+    try:
+        with pytest.raises(
+            OSError, match=r"checkpoint 6 could not be written to .* MiB free\). .*are there: checkpoint-3"
+        ):
+            train(config, at_step=limit)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-3"]
+    resumed = train(config)
+    assert resumed.first_step == 3
+    assert_identical(everything(resumed), everything(train(tiny_config(tmp_path / "straight"))))
+
+
+def test_a_log_and_a_picture_that_the_disk_does_not_take_are_named(tmp_path):
+    run = train(tiny_config(tmp_path / "run", max_train_steps=1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+        with pytest.raises(OSError, match="step-00000001.png could not be written: .*File too large"):
+            run.report(1, {}, Image.new("RGB", (8, 8)))
+        with pytest.raises(OSError, match="log.jsonl could not be written: .*File too large"):
+            run.report(1, {"psnr": 20.0})
+        with pytest.raises(OSError, match="guide could not be written: .*File too large"):
+            export_averaged(run, "guide")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "run" / "guide").exists()
+
+
+def test_several_averages_are_kept_and_resumed(tmp_path):
+    """The first is the one that `average`, validations and pipelines use; decay 0 is the weights themselves."""
+    config = tiny_config(tmp_path / "straight", ema_further_decays=[0.0, 0.5])
+    run = train(config)
+    straight = everything(run)
+    assert list(run.averages) == ["transformer_ema", "transformer_ema_0.0", "transformer_ema_0.5"]
+    path = tmp_path / "straight" / "checkpoint-6"
+    assert_identical(
+        load_file(path / "transformer_ema_0.0" / "diffusion_pytorch_model.safetensors"), run.model.state_dict()
+    )
+    averaged = LightningDiTTransformer2DModel.from_pretrained(path / "transformer_ema_0.5")
+    expected = run.averages["transformer_ema_0.5"].averages
+    assert all(torch.equal(p, a) for p, a in zip(averaged.parameters(), expected, strict=True))
+    interrupted_copy(tmp_path / "straight", tmp_path / "resumed", step=3)
+    config = tiny_config(tmp_path / "resumed", ema_further_decays=[0.0, 0.5])
+    assert_identical(everything(train(config)), straight)
+    with pytest.raises(ValueError, match=r"ema_further_decays is \[0.9\], expected different numbers"):
+        tiny_config("nowhere", ema_further_decays=[0.9])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_program(tmp_path, number):
+    config = tiny_config(tmp_path / "run")
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stopped:
+        train(config, at_step={3: lambda: os.kill(os.getpid(), number)})
+    assert stopped.value.code == 0 and signal.getsignal(number) is handler
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    resumed = train(config)
+    assert resumed.first_step == 4
+    assert_identical(everything(resumed), everything(train(tiny_config(tmp_path / "straight"))))
+
+
+def test_steps_before_a_signal_are_in_the_log(tmp_path):
+    config = tiny_config(tmp_path / "run", log_steps=100, checkpointing_steps=100)
+    with pytest.raises(SystemExit):
+        train(config, at_step={3: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    train(config)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 4, 6]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    """Three steps, a checkpoint, a fourth step, kill -9, and the same command again."""
+    config = {"folder": str(tmp_path / "killed"), "lr_scheduler": "cosine", "gradient_accumulation_steps": 2}
+    config |= {"ema_further_decays": [0.5], "deterministic": True}
+    job = {"config": config, "signal": {"rank": 0, "step": 9, "number": signal.SIGKILL}}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests" / "tiny_training.py", json.dumps([job])]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [p.name for p in (tmp_path / "killed").glob("*checkpoint-*")] == ["checkpoint-3"]
+    resumed = train(tiny_config(**config))
+    assert resumed.first_step == 3
+    straight = train(tiny_config(**config | {"folder": tmp_path / "straight"}))
+    assert_identical(everything(resumed), everything(straight))
+    assert resumed.read == straight.read[6:]
+    lines = [log_of(tmp_path / name) for name in ("killed", "straight")]
+    for name in ("step", "loss", "grad_norm", "learning_rate"):
+        assert [line[name] for line in lines[0]] == [line[name] for line in lines[1]]

@@ -1,0 +1,1 @@
+"""Images, captions and latents: readers, data sets, their order and batches."""

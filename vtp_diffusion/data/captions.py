@@ -1,0 +1,43 @@
+"""Captions to token ids: CLIP's byte-pair encoding, from open_clip."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..runtime.optional_packages import require
+
+Tokenize = Callable[[Sequence[str]], torch.Tensor]
+
+
+def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
+    """CLIP's byte-pair encoding, out of open_clip: texts -> token ids (B, context length) int64, padded with 0.
+
+    Args:
+        truncate: cut texts that are too long, as CLIP's training does with captions, instead of refusing them.
+
+    Raises:
+        ImportError: open_clip is not installed.
+        ValueError: (of what is returned) a text that does not fit, unless `truncate`.
+    """
+    tokenizer = require("open_clip", "eval").SimpleTokenizer(context_length=context_length)
+
+    def tokenize(texts: Sequence[str]) -> torch.Tensor:
+        if not truncate:
+            for text in texts:
+                length = len(tokenizer.encode(text)) + 2  # start and end
+                if length > context_length:
+                    raise ValueError(f"{text!r} is {length} tokens long, the context holds {context_length}")
+        return tokenizer(list(texts))
+
+    return tokenize
+
+
+def tokenize_captions(captions: Sequence[str | None], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions -> token ids (N, context length) int64 and whether there is a caption at all (N,) bool.
+
+    CLIP's byte-pair encoding from open_clip. A caption that is too long is cut and keeps its end token; one that is
+    missing, empty or blank counts as none.
+    """
+    texts = ["" if caption is None else caption.strip() for caption in captions]
+    token_ids = clip_tokenizer(context_length, truncate=True)(texts)
+    return token_ids, torch.tensor([bool(text) for text in texts])

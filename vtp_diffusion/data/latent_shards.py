@@ -1,0 +1,396 @@
+"""Latent shards on disk: what `train_dit/extract_latents.py` writes and `train_dit/train.py` reads.
+
+A shard is a safetensors file with `latents` and `latents_flip` (N, C, h, w), the raw latents of images and of their
+mirror images, and `labels` (N,): what `ImgLatentDataset` of hustvl/LightningDiT reads, which takes the statistics from
+latents_stats.pt beside them. latents.json says which autoencoder made them and how; while it is missing and plan.json
+is there, the extraction has not finished.
+"""
+
+import hashlib
+import io
+import json
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.utils.data import Dataset
+
+from ..runtime import folder_lock
+from ..runtime.disk import replacing, unfinished_name, write_json
+
+METADATA_NAME = "latents.json"
+PLAN_NAME = "plan.json"  # what a begun extraction is about to write
+STATISTICS_NAME = "latents_stats.pt"  # what upstream's loader takes mean and standard deviation from
+STATISTICS_ROWS = 1024  # latents read at a time while they are verified
+LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LABEL_DTYPES = ("I64", "I32")
+
+
+class ChannelStatistics:
+    """Mean and standard deviation of each channel, streamed in float64 (Chan et al. 1979, pairwise update)."""
+
+    def __init__(self):
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    def update(self, latents: torch.Tensor) -> None:
+        """Add latents (B, C, h, w)."""
+        values = latents.double().transpose(0, 1).flatten(1)  # (C, B·h·w)
+        count, mean = values.shape[1], values.mean(1)
+        total, difference = self.count + count, mean - self.mean
+        self.squares = (
+            self.squares + (values - mean[:, None]).square().sum(1) + difference**2 * self.count * count / total
+        )
+        self.mean, self.count = self.mean + difference * count / total, total
+
+    def result(self) -> tuple[list[float], list[float]]:
+        """(mean, population standard deviation), one value a channel."""
+        return self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
+
+
+def write_shard(
+    path: Path,
+    latents: torch.Tensor,
+    latents_flip: torch.Tensor,
+    labels: torch.Tensor,
+    skipped: Sequence[str] = (),
+    first: int | None = None,
+) -> None:
+    """Write one shard under another name, then rename it: a shard that exists is complete.
+
+    Args:
+        skipped: keys of the samples that should have been in this shard but whose images cannot be read.
+        first: number of the shard's first sample, counting over all shards, the skipped ones included; with it
+            `LatentDataset` finds shards that are missing, double or overlapping.
+    Raises: ValueError for values that are not finite (float16 ends at 65504), before anything is written. OSError if
+        the disk does not take it.
+    """
+    for name, values in (("latents", latents), ("latents_flip", latents_flip)):
+        if not values.isfinite().all():
+            raise ValueError(f"{path}: {name} in {values.dtype} hold values that are not finite")
+    tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
+    notes = {"skipped": json.dumps(list(skipped))} | ({} if first is None else {"first": str(first)})
+    with replacing(path, "Shards that are complete stay: the same command goes on after them") as unfinished:
+        save_file(tensors, unfinished, metadata=notes)
+
+
+def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Write latents_stats.pt as upstream's loader wants it: float32 tensors (1, C, 1, 1) `mean` and `std`."""
+    path, content = folder / STATISTICS_NAME, io.BytesIO()
+    torch.save({"mean": torch.tensor(mean).view(1, -1, 1, 1), "std": torch.tensor(std).view(1, -1, 1, 1)}, content)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.getvalue())
+
+
+def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
+    """Take and lock an empty folder, or the one this very extraction began in. `plan`: what decides every shard.
+
+    Raises: ValueError if the folder holds other latents (naming what differs) or other files, or another process is at
+        work in it.
+    """
+    path = folder / PLAN_NAME
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(key for key in begun.keys() | plan.keys() if begun.get(key) != plan.get(key))
+        if differing:
+            lines = [f"  {key}: {begun.get(key)} there, {plan.get(key)} now" for key in differing]
+            raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
+        folder_lock.acquire(folder)
+        return
+    # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
+    ours = {unfinished_name(path), folder / folder_lock.LOCK_NAME}
+    if folder.exists() and set(folder.iterdir()) - ours:
+        raise ValueError(f"{folder} is not empty and holds no {PLAN_NAME}: give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder_lock.acquire(folder)
+    write_json(path, plan)
+
+
+def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
+    """Raises: ValueError if a shard that an earlier attempt wrote is not whole, or not of so many samples."""
+    header, skipped = _read_header(path), len(read_skipped(path))
+    count, found = header["labels"]["shape"][0] + skipped, _SHARD_DTYPES[header["latents"]["dtype"]]
+    if count != samples or found != dtype:
+        raise ValueError(
+            f"{path} holds {count} samples in {found}, expected {samples} in {dtype}: delete it and run again"
+        )
+
+
+def read_skipped(path: Path) -> list[str]:
+    """Keys that `write_shard` noted as skipped."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("skipped", "[]"))
+
+
+def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    """Write latents.json, at once or not at all."""
+    write_json(folder / METADATA_NAME, metadata)
+
+
+class LatentDataset(Dataset):
+    """Shards of a folder as one data set; files are memory-mapped and opened once a process.
+
+    Args:
+        folder: of the shards, ours or upstream's.
+        unfinished: accept a folder whose extraction has not finished: the extraction itself does.
+
+    Attributes:
+        shape: (C, h, w) of one latent.
+        labels: (N,) int64.
+        metadata: content of latents.json; None for shards that upstream's extraction wrote.
+        id2label: class index -> name; without latents.json the indices from 0 to the largest label.
+        num_bytes: of all latents together.
+        fingerprint: identifies the files.
+        weights: None: every latent counts the same.
+
+    Raises:
+        ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
+            together, labels out of range, missing, double or overlapping shards, or other files or counts than
+            latents.json promises.
+    """
+
+    weights = None
+
+    def __init__(self, folder: str | Path, unfinished: bool = False):
+        self.folder = Path(folder)
+        self.files = sorted(self.folder.glob("*.safetensors"))
+        if not self.files:
+            raise ValueError(f"{self.folder} holds no latent shards (*.safetensors): run train_dit/extract_latents.py")
+        metadata = self.folder / METADATA_NAME
+        if not unfinished and not metadata.is_file() and (self.folder / PLAN_NAME).is_file():
+            raise ValueError(f"the extraction of {self.folder} has not finished: run the same command again")
+        self._open: dict[int, dict[str, torch.Tensor]] = {}
+        self._bytes: dict[int, dict[str, np.ndarray]] = {}
+        headers = [_read_header(path) for path in self.files]
+        counts = self._check_headers(headers)
+        self.ends = np.cumsum(counts)
+        self.metadata = _read_metadata(metadata) if metadata.is_file() else None
+        if self.metadata is not None:
+            self._check_promises(counts)
+        samples = [] if unfinished else self._check_order(headers, counts)
+        self.labels = torch.cat([self._shard(index)["labels"].long() for index in range(len(self.files))])
+        self.id2label = self._check_labels()
+        sizes = [f"{path.name}:{path.stat().st_size}:{count}" for path, count in zip(self.files, counts, strict=True)]
+        content = samples if self.metadata is None else self.metadata["mean"]
+        self.fingerprint = hashlib.sha256("\n".join([*sizes, str(content)]).encode()).hexdigest()[:16]
+
+    def _check_headers(self, headers: list[dict[str, Any]]) -> list[int]:
+        """Latents in every shard; sets `shape`, `dtype` and `num_bytes`."""
+        self.shape, dtype = tuple(headers[0]["latents"]["shape"][1:]), headers[0]["latents"]["dtype"]
+        counts = []
+        for path, header in zip(self.files, headers, strict=True):
+            latents, flipped, labels = (header[name] for name in ("latents", "latents_flip", "labels"))
+            count, *shape = latents["shape"]
+            if tuple(shape) != self.shape or latents["dtype"] != dtype:
+                raise ValueError(
+                    f"{path} holds latents {tuple(shape)} in {latents['dtype']}, {self.files[0].name} holds "
+                    f"{self.shape} in {dtype}"
+                )
+            if flipped["shape"] != latents["shape"] or labels["shape"] != [count] or flipped["dtype"] != dtype:
+                raise ValueError(
+                    f"{path}: latents {latents['shape']} in {dtype}, but latents_flip {flipped['shape']} in "
+                    f"{flipped['dtype']} and labels {labels['shape']}"
+                )
+            counts.append(count)
+        self.dtype = _SHARD_DTYPES[dtype]
+        self.num_bytes = 2 * sum(counts) * int(np.prod(self.shape)) * self.dtype.itemsize
+        return counts
+
+    def _check_promises(self, counts: list[int]) -> None:
+        """Compare with latents.json, which names the shards and their sizes (before that, only the sum)."""
+        found = dict(zip((path.name for path in self.files), counts, strict=True))
+        promised = self.metadata.get("shards", found)
+        for words, names in (
+            ("are missing", promised.keys() - found.keys()),
+            (f"are not in {METADATA_NAME}", found.keys() - promised.keys()),
+            (
+                "hold other counts of latents",
+                {name for name in found.keys() & promised if found[name] != promised[name]},
+            ),
+        ):
+            if names:
+                raise ValueError(f"{self.folder}: shards {words}: {', '.join(sorted(names))}")
+        if self.metadata["num_samples"] != len(self):
+            raise ValueError(
+                f"{self.folder} holds {len(self)} latents, {METADATA_NAME} says {self.metadata['num_samples']}"
+            )
+
+    def _check_order(self, headers: list[dict[str, Any]], counts: list[int]) -> list[str]:
+        """Refuse shards that are missing, double or overlapping, as far as they say what they hold.
+
+        Returns: where they do not, as upstream's, a hash for each of its labels and a few of its latents.
+        """
+        notes = [header.get("__metadata__", {}) for header in headers]
+        if all("first" in note for note in notes):
+            expected = 0
+            for path, note, count in zip(self.files, notes, counts, strict=True):
+                first = int(note["first"])
+                if first != expected:
+                    fault = "a shard before it is missing" if first > expected else "a shard is double or overlaps"
+                    raise ValueError(f"{path} begins with sample {first}, expected {expected}: {fault}")
+                expected = first + count + len(json.loads(note["skipped"]))
+            return []
+        _check_upstream_names(dict(zip(self.files, counts, strict=True)))
+        seen: dict[str, Path] = {}
+        for index, path in enumerate(self.files):
+            shard = self._shard(index)
+            ends = shard["latents"][[0, len(shard["labels"]) // 2, -1]]  # a copied file has all in common
+            digest = hashlib.sha256(ends.view(torch.uint8).numpy()).hexdigest() + str(shard["labels"].tolist())
+            other = seen.setdefault(hashlib.sha256(digest.encode()).hexdigest(), path)
+            if other != path:
+                raise ValueError(f"{path} holds the same latents as {other.name}: a shard is there twice")
+        return list(seen)
+
+    def _check_labels(self) -> dict[int, str]:
+        names = None if self.metadata is None else self.metadata["label_names"]
+        lowest, highest = int(self.labels.min()), int(self.labels.max())
+        if lowest < 0 or (names is not None and highest >= len(names)):
+            last = "" if names is None else f" to {len(names) - 1}"
+            raise ValueError(f"{self.folder}: labels go from {lowest} to {highest}, expected 0{last}")
+        return dict(enumerate(names or [str(index) for index in range(highest + 1)]))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Raw `latents` and `latents_flip` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for."""
+        both = [self.read(indices, np.full(len(indices), flip)) for flip in (False, True)]
+        return both[0] | {"latents_flip": both[1]["latents"]}
+
+    def read(self, indices: Sequence[int], mirrored: np.ndarray, pin_memory: bool = False) -> dict[str, torch.Tensor]:
+        """One latent for every index, of the image or of its mirror image: half of the reading of both.
+
+        Args:
+            mirrored: (B,) bool: take the latent of the mirror image.
+            pin_memory: the result lies in pinned memory, from where it travels to a GPU without being waited for.
+
+        Returns: raw `latents` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for.
+        Raises: IndexError for an index out of range.
+        """
+        wanted = np.asarray(indices)
+        if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= len(self):
+            raise IndexError(f"indices {indices} of {len(self)} latents")
+        latents = torch.empty(len(wanted), *self.shape, dtype=self.dtype, pin_memory=pin_memory)
+        # Bytes copied row by row, each read once and written once: gathering a shard at a time needs as many steps,
+        # there being as many shards as samples in a batch, and copies twice.
+        rows = latents.flatten(1).view(torch.uint8).numpy()  # (B, bytes of a latent)
+        shards = np.searchsorted(self.ends, wanted, side="right")
+        starts = np.concatenate([[0], self.ends])[shards]
+        places = zip(shards.tolist(), (wanted - starts).tolist(), mirrored.tolist(), strict=True)
+        for k, (shard, row, flip) in enumerate(places):
+            rows[k] = self._rows(shard)["latents_flip" if flip else "latents"][row]  # lets other threads run
+        return {"latents": latents, "labels": self.labels[torch.from_numpy(wanted)]}
+
+    def _shard(self, index: int) -> dict[str, torch.Tensor]:
+        if index not in self._open:
+            with safe_open(self.files[index], framework="pt") as file:  # tensors are views of the mapped file
+                self._open[index] = {name: file.get_tensor(name) for name in ("latents", "latents_flip", "labels")}
+        return self._open[index]
+
+    def _rows(self, index: int) -> dict[str, np.ndarray]:
+        """The latents of a shard as bytes, (N, bytes of a latent)."""
+        if index not in self._bytes:
+            shard = self._shard(index)
+            names = ("latents", "latents_flip")
+            self._bytes[index] = {name: shard[name].flatten(1).view(torch.uint8).numpy() for name in names}
+        return self._bytes[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": {}, "_bytes": {}}  # mapped files do not travel to worker processes
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """Raises: ValueError if latents.json is damaged or lacks what training needs of it."""
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}. Delete it and run the same extraction again") from error
+    names = ("autoencoder", "num_samples", "label_names", "mean", "std")
+    lacking = names if not isinstance(metadata, dict) else [name for name in names if name not in metadata]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}: expected what train_dit/extract_latents.py writes")
+    return metadata
+
+
+def _check_upstream_names(counts: dict[Path, int]) -> None:
+    """Upstream's extraction (MiniMax-AI/VTP, generation/tools/extract_features_vtp.py) writes, on each of R ranks,
+    latents_rank00_shard000 and so on, equally many samples a rank: gaps and the remains of another run show.
+
+    Raises: ValueError naming the rank.
+    """
+    ranks: dict[int, dict[int, int]] = {}
+    for path, count in counts.items():
+        match = re.fullmatch(r"latents_rank(\d+)_shard(\d+)\.safetensors", path.name)
+        if match is None:
+            return  # another program's names: nothing is known of their order
+        ranks.setdefault(int(match[1]), {})[int(match[2])] = count
+    folder = next(iter(counts)).parent
+    for rank in range(max(ranks) + 1):
+        there = ranks.get(rank, {})
+        gaps = sorted(set(range(max(there, default=0) + 1)) - there.keys())
+        if gaps:
+            raise ValueError(f"{folder}: latents_rank{rank:02d}_shard{gaps[0]:03d}.safetensors is missing")
+    totals = {rank: sum(there.values()) for rank, there in sorted(ranks.items())}
+    if len(set(totals.values())) > 1:
+        raise ValueError(
+            f"{folder}: the ranks hold {totals} latents, expected equally many: shards are missing, or some are left "
+            "from an extraction with another number of processes"
+        )
+
+
+def verify_shards(
+    folder: str | Path, expected_labels: Iterable[int], progress: Callable[[int], Any] = lambda count: None
+) -> ChannelStatistics:
+    """Read every shard once: counts, labels, finite values. Returns the statistics of latents and mirrored latents.
+
+    Args: `expected_labels`: one a sample, in order; `progress`: called with the number of samples just read.
+    Raises: ValueError naming the shard and what is wrong with it.
+    """
+    dataset, expected = LatentDataset(folder, unfinished=True), torch.tensor(list(expected_labels))
+    if len(dataset) != len(expected):
+        raise ValueError(f"{folder} holds {len(dataset)} latents, expected {len(expected)}")
+    statistics, start = ChannelStatistics(), 0
+    for index, path in enumerate(dataset.files):
+        shard, end = dataset._shard(index), int(dataset.ends[index])
+        if not torch.equal(shard["labels"].long(), expected[start:end]):
+            raise ValueError(f"{path} holds other labels than the data set gives")
+        for rows in range(0, end - start, STATISTICS_ROWS):
+            for name in ("latents", "latents_flip"):
+                values = shard[name][rows : rows + STATISTICS_ROWS]
+                if not values.isfinite().all():
+                    raise ValueError(f"{path}: {name} hold values that are not finite")
+                statistics.update(values)
+            progress(len(values))
+        start = end
+    return statistics
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Names, types and shapes of a shard without reading it, checked against its length."""
+    try:
+        with safe_open(path, framework="pt") as file:  # refuses a truncated file
+            names = set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+    missing = {"latents", "latents_flip", "labels"} - names
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it holds {', '.join(sorted(names))}")
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    if header["labels"]["shape"] == [0]:
+        raise ValueError(f"{path} holds no latents")
+    if header["latents"]["dtype"] not in _SHARD_DTYPES or len(header["latents"]["shape"]) != 4:
+        raise ValueError(f"{path}: latents are {header['latents']}, expected (N, C, h, w) in 16 or 32 bits")
+    if header["labels"]["dtype"] not in _LABEL_DTYPES:
+        raise ValueError(f"{path}: labels are {header['labels']['dtype']}, expected {' or '.join(_LABEL_DTYPES)}")
+    return header

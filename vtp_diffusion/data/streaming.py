@@ -1,0 +1,422 @@
+"""Image-text shards that are too large to be indexed: webdataset or parquet files read as a stream by `datasets`.
+
+A stream is what one worker of one process reads. In every epoch the shards are shuffled and dealt to the streams, and
+a stream reads its shards block by block, each block in a random order. `datasets` can shuffle and resume as well, but
+its state does not hold the shuffle buffer: what was in it would be lost. Here a position is a few numbers, the
+beginning of the block and how much of it was delivered, so that nothing is lost or repeated.
+
+A stream never ends: its next epoch begins when its shards are through, so that every process always has a batch,
+however unequal the shards are, and none waits for another that has finished.
+"""
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..runtime.optional_packages import require
+from .batches import PLAIN_BATCH, Columns, leave_stopping_to_parent
+from .image_datasets import DataConfig, ImageDataset, check_caption, open_dataset, split_files
+from .image_files import UnreadableImageError, center_crop, decode_image
+from .images import from_uint8
+
+READ_ROWS = 32  # rows asked of `datasets` at a time
+EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream is given up
+
+Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a stream is: the beginning of its block, how much of the block was delivered, and what samples lacked."""
+
+    epoch: int = 0
+    shard: int = 0  # place in this epoch's list of the stream's shards
+    row: int = 0  # of that shard
+    block: int = 0  # of the epoch
+    taken: int = 0  # samples of the block, those left out included
+    delivered: int = 0  # samples of the epoch
+    unreadable: int = 0  # samples left out since the beginning of the run
+    without_caption: int = 0  # delivered with "", or left out if `skip_empty_captions` says so
+
+
+class StreamingImages:
+    """Shards of images with captions, in the item format of `ImageDataset`; without a length.
+
+    Args:
+        config: with `streaming`; `shuffle_buffer` is the size of a block in samples.
+        split: "train" or "validation" (`validation_files` where given, or the validation or else the test split).
+
+    Attributes: `has_validation`: whether the source has that split.
+
+    Raises:
+        ValueError: a source that `datasets` cannot read as a stream, a split or a column that is not there.
+    """
+
+    def __init__(self, config: DataConfig, split: str = "train"):
+        datasets, files = require("datasets", "train"), split_files(config, split)
+        try:
+            splits = datasets.load_dataset(config.source, config.name, data_files=files, streaming=True)
+        except (datasets.exceptions.DatasetsError, OSError, ValueError, tarfile.TarError) as error:
+            raise ValueError(f"source {config.source!r} cannot be read as a stream: {error}") from error
+        found = [name for name in {"train": ("train",)}.get(split, ("validation", "test")) if name in splits]
+        if not found:
+            raise ValueError(f"{config.source} has no {split} split; it has {', '.join(splits)}")
+        table = splits[found[0]]
+        self.has_validation = config.validation_files is not None or "validation" in splits or "test" in splits
+        known = table.column_names or list(next(iter(table), {}))
+        columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
+        for use, column in columns.items():
+            if column is not None and column not in known:
+                raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {known}")
+        self.config, self.resolution, self.columns = config, config.resolution, columns
+        self.table = table.cast_column(config.image_column, datasets.Image(decode=False))
+        self.num_shards = table.num_shards
+        read = files["validation"] if isinstance(files, dict) else files
+        self._where = "" if read is None else f"{read}: "  # before what is said of a sample
+        feature = (table.features or {}).get(config.label_column) if config.label_column else None
+        self.label_names = list(getattr(feature, "names", None) or [])
+        described = [config.source, config.name, files, found[0], self.resolution, self.num_shards]
+        text = json.dumps([*described, *columns.values()])
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def samples(
+        self, position: StreamPosition, seed: int, stream: int = 0, num_streams: int = 1
+    ) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
+        """Items of a stream from a position on, without end, each with the position after it.
+
+        A sample without a text has the caption "", which the contrastive objective leaves out, unless
+        `skip_empty_captions` leaves it out of all objectives; it is counted either way.
+
+        Raises:
+            UnreadableImageError: unless `skip_unreadable` says to leave such out.
+            ValueError: epoch after epoch holds nothing that can be used.
+        """
+        rows, empty = _Rows(self, seed, stream, num_streams), 0
+        while True:
+            block, after = rows.read_block(position, self.config.shuffle_buffer)
+            key = [seed, stream, position.epoch, position.block]
+            order = np.random.default_rng(key).permutation(len(block)).tolist()
+            for place in order[position.taken :]:
+                position = replace(position, taken=position.taken + 1)
+                item, lacking = self._item(*block[place])
+                if lacking:
+                    position = replace(position, **{lacking: getattr(position, lacking) + 1})
+                if item is not None:
+                    position = replace(position, delivered=position.delivered + 1)
+                    yield item, position
+            counts = {"unreadable": position.unreadable, "without_caption": position.without_caption}
+            same_epoch = after.epoch == position.epoch
+            if not same_epoch:
+                empty = 0 if position.delivered else empty + 1
+            if empty == EMPTY_EPOCHS:
+                raise ValueError(
+                    f"{self.config.source}: {EMPTY_EPOCHS} epochs of stream {stream} of {num_streams} hold no sample "
+                    f"that can be used ({position.unreadable} unreadable, {position.without_caption} without caption)"
+                )
+            position = replace(after, delivered=position.delivered if same_epoch else 0, **counts)
+
+    def _item(self, key: str, row: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """(the item, or None if it is left out; the count of `StreamPosition` for what it lacks, or "")."""
+        config = self.config
+        caption = lacking = ""
+        if config.caption_column:
+            name = f"{self._where}{config.source}: {config.caption_column} of {key}"
+            caption = check_caption(row[config.caption_column], name)
+            lacking = "" if caption else "without_caption"
+        if lacking and config.skip_empty_captions:
+            return None, lacking
+        try:
+            image = decode_image(row[config.image_column], f"{self._where}image {key} of {config.source}")
+            pixels = np.array(center_crop(image, self.resolution))
+        except UnreadableImageError:
+            if not config.skip_unreadable:
+                raise
+            return None, "unreadable"
+        image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, R, R)
+        return {"image": image, "label": self._label(key, row), "caption": caption, "key": key}, lacking
+
+    def _label(self, key: str, row: dict[str, Any]) -> int:
+        if self.config.label_column is None:
+            return 0
+        label = row[self.config.label_column]
+        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+            raise ValueError(
+                f"{self._where}sample {key} of {self.config.source}: {self.config.label_column} is {label!r}, "
+                "expected a class index: the names in a stream are not known beforehand"
+            )
+        return label
+
+    def take(self, count: int) -> ImageDataset:
+        """The first samples of the first epoch that can be used, `count` at most, as a data set in memory."""
+        items = []
+        for item, position in self.samples(StreamPosition(), seed=0):
+            if position.epoch > 0:
+                break
+            items.append(item)
+            if len(items) == count:
+                break
+        highest = max((item["label"] for item in items), default=0)
+        return ImageDataset(
+            references=[Image.fromarray(item["image"].permute(1, 2, 0).numpy()) for item in items],
+            read=_as_it_is,
+            resolution=self.resolution,
+            keys=[item["key"] for item in items],
+            labels=[item["label"] for item in items],
+            captions=[item["caption"] for item in items],
+            label_names=self.label_names or [str(k) for k in range(highest + 1)],
+            weights=torch.ones(len(items)),
+            fingerprint=f"{self.fingerprint}-{len(items)}",
+            classes_named=bool(self.label_names),
+        ).keep_in_memory()
+
+
+def first_batches(
+    images: StreamingImages, count: int, device: torch.device, num_workers: int = 0
+) -> Iterator[torch.Tensor]:
+    """The first `count` images of the first epoch, or all of it, (B, 3, R, R) in [-1, 1]; never held all at once.
+
+    Args: `num_workers`: processes that read, each a stream of its own: with others these are other images.
+    """
+    workers = min(num_workers, images.num_shards)
+    # a generator of its own: else the loader would draw from the global one
+    loader = DataLoader(_FirstEpoch(images), PLAIN_BATCH, num_workers=workers, generator=torch.Generator())
+    for batch in loader:
+        batch = batch[:count]
+        count -= len(batch)
+        yield from_uint8(batch.to(device))
+        if count == 0:
+            return
+
+
+class _FirstEpoch(IterableDataset):
+    """In each worker: the images (3, R, R) uint8 of its stream, once."""
+
+    def __init__(self, images: StreamingImages):
+        self.images = images
+
+    def __iter__(self):
+        info = get_worker_info()
+        stream, num_streams = (0, 1) if info is None else (info.id, info.num_workers)
+        for item, position in self.images.samples(StreamPosition(), 0, stream, num_streams):
+            if position.epoch > 0:
+                return
+            yield item["image"]
+
+
+def check_streaming(config: Any) -> None:
+    """ValueError for settings of a training program that do not go with `data.streaming`."""
+    if config.data.streaming and config.evaluation_images is None:
+        raise ValueError("evaluation_images is none with data.streaming, expected how many are measured")
+    if config.data.streaming and config.keep_on_device:
+        raise ValueError("keep_on_device is true with data.streaming, expected none or false: a stream is never whole")
+
+
+def open_splits(
+    config: DataConfig, evaluation_images: int | None, batch_size: int
+) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
+    """What is trained on, and what is measured: the training images and, where there are any, held-out ones.
+
+    Args:
+        evaluation_images: of a stream, so many of either split are measured.
+        batch_size: images of a step, over all processes.
+
+    Raises:
+        ValueError: there are fewer training images than a step takes; reading shows it of a stream.
+    """
+    if config.streaming:
+        training = StreamingImages(config)
+        measured = {"train": training.take(evaluation_images)}
+        if training.has_validation:
+            measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
+            _number_alike(measured["held_out"], measured["train"].label_names)
+        return training, measured
+    training, held_out = open_dataset(config, "train"), open_dataset(config, "validation")
+    if len(training) < batch_size:
+        raise ValueError(
+            f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
+            "a batch would hold an image twice"
+        )
+    # a plain folder has no validation split: nothing measured on it is held out
+    if held_out.fingerprint == training.fingerprint:
+        return training, {"train": training}
+    _number_alike(held_out, training.label_names)
+    return training, {"train": training, "held_out": held_out}
+
+
+def _number_alike(held_out: ImageDataset, names: list[str]) -> None:
+    """Give held-out images the training images' class numbers: one that lacks a class has numbered its own."""
+    if held_out.label_names != names:
+        every = [*names, *sorted(set(held_out.label_names).difference(names))]
+        numbers = {name: number for number, name in enumerate(every)}
+        held_out.labels = [numbers[held_out.label_names[label]] for label in held_out.labels]
+        held_out.label_names = every
+
+
+def _as_it_is(image: Image.Image) -> Image.Image:
+    return image
+
+
+class _Rows:
+    """Undecoded rows of a stream in reading order; keeps the shard it is in open from block to block."""
+
+    def __init__(self, images: StreamingImages, seed: int, stream: int, num_streams: int):
+        self.images, self.seed, self.stream, self.num_streams = images, seed, stream, num_streams
+        # more streams than shards: several read one shard, every so-manieth row each
+        self.stripes = -(-num_streams // images.num_shards)
+        self._at: tuple[int, int, int] | None = None  # epoch, shard, row that `_open` goes on with
+        self._open: Iterator[dict[str, Any]] = iter(())
+
+    def dealt(self, epoch: int) -> list[tuple[int, int]]:
+        """(shard, stripe) that this stream reads in an epoch."""
+        parts = [(shard, stripe) for shard in range(self.images.num_shards) for stripe in range(self.stripes)]
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(parts))
+        return [parts[k] for k in order[self.stream :: self.num_streams]]
+
+    def read_block(self, start: StreamPosition, size: int) -> tuple[list, StreamPosition]:
+        """Up to `size` (key, row) from the beginning of a block, and the beginning of the next; an epoch ends it."""
+        dealt, shard, row = self.dealt(start.epoch), start.shard, start.row
+        block: list[tuple[str, dict[str, Any]]] = []
+        while shard < len(dealt) and len(block) < size:
+            index, stripe = dealt[shard]
+            if self._at != (start.epoch, shard, row):
+                self._open = self._rows(index, row)
+            for values in self._open:
+                if row % self.stripes == stripe:
+                    name = values.get("__key__")
+                    key = f"{index:05d}/{row:08d}" if name is None else f"{index:05d}/{name}"
+                    block.append((key, values))
+                row += 1
+                if len(block) == size:
+                    break
+            else:
+                shard, row = shard + 1, 0
+            self._at = (start.epoch, shard, row)
+            if row == 0:
+                self._at = None
+        if shard == len(dealt):
+            return block, StreamPosition(epoch=start.epoch + 1)
+        return block, StreamPosition(epoch=start.epoch, shard=shard, row=row, block=start.block + 1)
+
+    def _rows(self, index: int, first: int) -> Iterator[dict[str, Any]]:
+        table = self.images.table.shard(self.images.num_shards, index)
+        # `iter`, since __iter__ would divide the shard among the loader's workers once more
+        for batch in (table.skip(first) if first else table).iter(READ_ROWS):
+            names = list(batch)
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(names, values, strict=True))
+
+
+class StreamBatches:
+    """Batches on the device from the streams of this process, without end; iterate once.
+
+    The workers take turns, each delivering whole batches of its own stream.
+
+    Args:
+        images: the shards.
+        batch_size: images a batch.
+        seed: of the order.
+        device: tensors go there, captions stay lists of strings.
+        collate: items -> columns, in the worker.
+        num_workers: processes that read and decode ahead; 0 does it here.
+        rank, world_size: this process.
+        state: what `state_dict` returned, to go on after the last batch that was delivered.
+
+    Raises:
+        ValueError: `state` is of other processes or workers; while iterating, an epoch of a stream is smaller than a
+            batch, and what `StreamingImages.samples` raises.
+    """
+
+    def __init__(
+        self,
+        images: StreamingImages,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        collate: Collate,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        state: dict[str, Any] | None = None,
+    ):
+        workers = max(1, num_workers)
+        if state is not None and (state["workers"], state["processes"]) != (workers, world_size):
+            raise ValueError(
+                f"the stream was read by {state['processes']} processes with {state['workers']} workers each, now "
+                f"there are {world_size} with {workers}: a stream is resumed with the same numbers"
+            )
+        self.device, self.num_workers, self.workers, self.world_size = device, num_workers, workers, world_size
+        self.next_worker = 0 if state is None else state["next_worker"]
+        given = [{}] * workers if state is None else state["positions"]
+        self.positions = [StreamPosition(**position) for position in given]
+        streams = [rank * workers + worker for worker in range(workers)]
+        self._reader = _BatchReader(images, batch_size, seed, collate, streams, workers * world_size)
+
+    def __iter__(self) -> Iterator[Columns]:
+        self._reader.begin(list(self.positions), self.next_worker)
+        loader = DataLoader(
+            self._reader,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=leave_stopping_to_parent,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else it would draw from the global generator, and resuming differ
+        )
+        for entry in loader:
+            if entry is None:
+                continue
+            columns, worker, position = entry
+            self.positions[worker], self.next_worker = StreamPosition(**position), (worker + 1) % self.workers
+            yield {
+                name: column.to(self.device, non_blocking=True) if isinstance(column, torch.Tensor) else column
+                for name, column in columns.items()
+            }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where every stream of this process is, after the last batch that was delivered; JSON can hold it."""
+        positions = [asdict(position) for position in self.positions]
+        counts = {"workers": self.workers, "processes": self.world_size, "next_worker": self.next_worker}
+        return counts | {"positions": positions}
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many samples of this process could not be read so far, and how many had no caption: those are left out
+        of the contrastive objective alone, unless `skip_empty_captions` is on."""
+        return {name: sum(getattr(p, name) for p in self.positions) for name in ("unreadable", "without_caption")}
+
+
+class _BatchReader(IterableDataset):
+    """In each worker: the batches of its stream, with its number and position."""
+
+    def __init__(self, images, batch_size, seed, collate, streams, num_streams):
+        self.images, self.batch_size, self.seed, self.collate = images, batch_size, seed, collate
+        self.streams, self.num_streams = streams, num_streams
+
+    def begin(self, positions: list[StreamPosition], next_worker: int) -> None:
+        self.positions, self.next_worker = positions, next_worker
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        if worker < self.next_worker:
+            yield None  # the loader begins with worker 0, but it is another one's turn
+        last, items = self.positions[worker], []
+        for item, position in self.images.samples(last, self.seed, self.streams[worker], self.num_streams):
+            if position.epoch > last.epoch and last.delivered < self.batch_size:
+                raise ValueError(
+                    f"{self.images.config.source}: an epoch of stream {self.streams[worker]} of {self.num_streams} "
+                    f"is smaller than a batch of {self.batch_size} images: fewer processes or workers, smaller "
+                    "batches, or more data"
+                )
+            items.append(item)
+            last = position
+            if len(items) == self.batch_size:
+                yield self.collate(items), worker, asdict(position)
+                items = []

@@ -1,0 +1,1 @@
+"""Measuring: image sources, one pass over them, probes, validation, the report."""

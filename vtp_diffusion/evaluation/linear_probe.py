@@ -1,0 +1,143 @@
+"""What frozen features know about classes: weighted nearest neighbours and linear heads, both as DINOv2 measures them
+(Oquab et al., arXiv:2304.07193; its public evaluation code).
+
+Features are read once and kept on disk (`probe_features.py`): there is no augmentation, which DINOv2's own linear
+evaluation has.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..metrics.classification import top_k_accuracy
+from .probe_features import ProbeFeatures
+
+# DINOv2's, for a batch of 256
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """One linear head: what it reads (see `ProbeFeatures.inputs`) and how fast it learns.
+
+    Attributes:
+        learning_rate: of a batch of 256, as DINOv2 states it; the one used is proportional to the batch.
+    """
+
+    layers: int
+    patches: bool
+    learning_rate: float
+
+
+def head_grid(num_layers: int, learning_rates: Sequence[float] = LEARNING_RATES) -> list[HeadSettings]:
+    """DINOv2's grid: the class token of the last layer or of the last `num_layers`, with and without the mean patch
+    token, at every learning rate."""
+    if not learning_rates or min(learning_rates) <= 0:
+        raise ValueError(f"learning_rates are {list(learning_rates)}, expected positive numbers")
+    choices = [(layers, patches) for layers in sorted({1, num_layers}) for patches in (False, True)]
+    return [HeadSettings(*choice, rate) for choice in choices for rate in learning_rates]
+
+
+class LinearHeads:
+    """Linear classifiers on frozen features, all trained at once on the same batches, each as if it were alone.
+
+    DINOv2's recipe: weights from N(0, 0.01), biases 0, cross-entropy, SGD with momentum 0.9 and no weight decay, the
+    learning rate falling to 0 along a cosine. Heads that read the same input are one matrix product.
+
+    Args:
+        settings: one entry a head.
+        num_classes: C.
+    """
+
+    def __init__(self, settings: Sequence[HeadSettings], num_classes: int):
+        self.settings, self.num_classes = list(settings), num_classes
+        self.groups: dict[tuple[int, bool], list[int]] = {}
+        for index, head in enumerate(self.settings):
+            self.groups.setdefault((head.layers, head.patches), []).append(index)
+        self.heads: list[nn.Linear] = []
+
+    def train(
+        self,
+        features: ProbeFeatures,
+        steps: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        progress: Callable[[int], Any] = lambda count: None,
+    ) -> "LinearHeads":
+        """Train all heads; epochs are shuffled, the batch is at most the data set. `progress` is called with 1."""
+        if steps < 1 or batch_size < 1:
+            raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
+        if int(features.labels.max()) >= self.num_classes:
+            raise ValueError(f"labels go to {int(features.labels.max())}, the heads have {self.num_classes} classes")
+        # one for the order alone: more heads don't change what the others see
+        weights, shuffling = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+        self.heads = [self._new_head(head, features, weights).to(device) for head in self.settings]
+        batch_size = min(batch_size, len(features))
+        groups = [
+            {"params": list(head.parameters()), "lr": settings.learning_rate * batch_size / 256}
+            for head, settings in zip(self.heads, self.settings, strict=True)
+        ]
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        order = torch.empty(0, dtype=torch.int64)
+        for _ in range(steps):
+            if len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(len(features), generator=shuffling)])
+            rows, order = order[:batch_size].sort().values, order[batch_size:]
+            labels = features.labels[rows].to(device)
+            # the sum over heads: none of them sees another's gradient
+            loss = sum(
+                F.cross_entropy(scores.flatten(0, 1), labels.repeat(scores.shape[0]), reduction="sum")
+                for _, scores in self._scores(features, rows, device)
+            )
+            optimizer.zero_grad()
+            (loss / batch_size).backward()
+            optimizer.step()
+            schedule.step()
+            progress(1)
+        return self
+
+    def _new_head(self, settings: HeadSettings, features: ProbeFeatures, generator: torch.Generator) -> nn.Linear:
+        width = features.inputs(settings.layers, settings.patches, slice(0, 1)).shape[1]
+        head = nn.Linear(width, self.num_classes)
+        nn.init.normal_(head.weight, std=0.01, generator=generator)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def _scores(
+        self, features: ProbeFeatures, rows: torch.Tensor | slice, device: torch.device | str
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """(heads, their scores (H, n, C)) for every kind of input."""
+        for (layers, patches), indices in self.groups.items():
+            inputs = features.inputs(layers, patches, rows).to(device)
+            weight = torch.cat([self.heads[index].weight for index in indices])  # (H·C, D)
+            bias = torch.cat([self.heads[index].bias for index in indices])
+            scores = F.linear(inputs, weight, bias).unflatten(1, (len(indices), self.num_classes))
+            yield indices, scores.transpose(0, 1)
+
+    @torch.no_grad()
+    def accuracies(
+        self, features: ProbeFeatures, device: torch.device | str = "cpu", k: Sequence[int] = (1, 5), chunk: int = 1024
+    ) -> list[dict[int, float | None]]:
+        """For every head, k -> top-k accuracy; None where training diverged."""
+        counts = torch.zeros(len(self.settings), len(k), dtype=torch.float64)
+        for start in range(0, len(features), chunk):
+            rows = slice(start, start + chunk)
+            labels = features.labels[rows]
+            for indices, scores in self._scores(features, rows, device):
+                for index, of_head in zip(indices, scores.cpu(), strict=True):
+                    for place, number in enumerate(k):
+                        finite = bool(of_head.isfinite().all())
+                        accuracy = top_k_accuracy(of_head, labels, number) if finite else float("nan")
+                        counts[index, place] += accuracy * len(labels)
+        shares = (counts / len(features)).tolist()
+        return [
+            {number: None if math.isnan(share) else share for number, share in zip(k, row, strict=True)}
+            for row in shares
+        ]

@@ -1,0 +1,206 @@
+"""What is measured of generated images on one network: every distance with its floor and spread, and every score."""
+
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from ..metrics.frechet import (
+    JACKKNIFE_GROUPS,
+    Floor,
+    GaussianStatistics,
+    floor_of_halves,
+    floor_of_images,
+    frechet_distance,
+    jackknife_deviation,
+)
+from ..metrics.networks import FeatureNetwork
+from ..metrics.scores import (
+    DENSITY_NEIGHBOURS,
+    INCEPTION_SPLITS,
+    KERNEL_MINIMUM,
+    PRECISION_NEIGHBOURS,
+    SUBSET_RULE,
+    density_coverage,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from ..runtime.precision import exact_float32
+from .records import ImageRecord, Wanted
+from .references import REFERENCE_IMAGES
+
+MEASURED = ("generated", "control")
+FLOOR_SUBSETS = 10  # of the kernel distance, in each of the floor's repetitions
+
+
+def wanted_outputs(network: FeatureNetwork, part: str, all_features: bool = False) -> dict[str, Wanted]:
+    """What is to be remembered of a set of images.
+
+    Args:
+        part: "generated" or "control": everything; "reference": statistics, and features of 10,000 as in ADM's files;
+            "floor": features of 10,000; "variants": all features.
+        all_features: keep all features of the reference, for its neighbours.
+    """
+    if part == "variants":
+        return {"features": Wanted(0, None)}
+    groups = {"reference": 1, "floor": 0}.get(part, JACKKNIFE_GROUPS)
+    limit = None if part in MEASURED or all_features else REFERENCE_IMAGES
+    wanted = {"features": Wanted(groups, limit)}
+    if "spatial" in network.output_dims:
+        wanted["spatial"] = Wanted(groups, REFERENCE_IMAGES)
+    if "logits" in network.output_dims and part in MEASURED:
+        wanted["logits"] = Wanted(0, None)
+    return wanted
+
+
+class Measurement:
+    """Measures one set of generated images on one network.
+
+    Args:
+        network: whose features the records hold.
+        name: "generated" or "control".
+        records: "generated", "control", and where there are images, "reference" and "floor".
+        statistics: of the reference where a file holds them, output -> statistics; else those of its record count.
+        seed: decides random parts.
+        device: to compute on.
+
+    Attributes:
+        distances, kernel_distances, scores: rows for result files.
+        not_measured: what -> why.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        name: str,
+        records: dict[str, ImageRecord],
+        statistics: dict[str, GaussianStatistics],
+        seed: int,
+        device: torch.device | str,
+    ):
+        self.network, self.name, self.records, self.seed, self.device = network, name, records, seed, device
+        self.file_statistics = statistics
+        self.distances: list[dict] = []
+        self.kernel_distances: list[dict] = []
+        self.scores: list[dict] = []
+        self.not_measured: dict[str, str] = {}
+
+    def run(self) -> "Measurement":
+        with exact_float32():
+            self._frechet("features", self.network.distance_name)
+            if "spatial" in self.network.output_dims:
+                self._frechet("spatial", "sFID")
+            self._inception_score()
+            if "reference" in self.records:
+                self._kernel_distance()
+                self._neighbour_scores()
+            else:
+                missing = [self.network.kernel_distance_name, "precision", "recall", "density", "coverage", "floors"]
+                self.not_measured |= dict.fromkeys(missing, "the reference holds statistics but no images")
+        return self
+
+    def _record(self, part: str, output: str):
+        return self.records[part].outputs[self.network.name][output]
+
+    def _features(self, part: str, output: str = "features") -> torch.Tensor:
+        """(N, D) on the device; of the reference 10,000 at most."""
+        features = self._record(part, output).features
+        if part == "reference" and len(features) > REFERENCE_IMAGES:
+            order = torch.randperm(len(features), generator=torch.Generator().manual_seed(self.seed))
+            features = features[order[:REFERENCE_IMAGES]]
+        return features.to(self.device)
+
+    def _reference(self, output: str) -> tuple[GaussianStatistics, int | None]:
+        """Statistics and, where it is known, of how many images."""
+        if output in self.file_statistics:
+            return self.file_statistics[output], None
+        statistics = self._record("reference", output).statistics
+        return statistics, statistics.count
+
+    def _floor(self, output: str, minimum: int = 2, **distance) -> Floor | None:
+        """None where a side of it would hold fewer images than `minimum`."""
+        if "reference" not in self.records:
+            return None
+        features, reference = self._features(self.name, output), self._features("reference", output)
+        if "floor" in self.records:
+            floor = self._features("floor", output)
+            if min(len(features), len(floor)) < minimum:
+                return None
+            return floor_of_images(features, reference, floor, self.seed, **distance)
+        if min(len(features), len(reference) // 2) < minimum:
+            return None
+        return floor_of_halves(features, reference, self.seed, **distance)
+
+    def _frechet(self, output: str, title: str) -> None:
+        record = self._record(self.name, output)
+        if self.file_statistics and output not in self.file_statistics:
+            self.not_measured[title] = "the reference file holds no statistics of these features"
+            return
+        reference, num_reference = self._reference(output)
+        groups = [group for group in record.groups if group.count]
+        prepare = partial(GaussianStatistics.of, device=reference.device)
+        value = frechet_distance(reference, record.statistics)
+        spread = {"kind": f"jackknife of {len(groups)} groups", "value": jackknife_deviation(groups, reference)}
+        self.distances.append(self._row(title, value, spread, num_reference, self._floor(output, prepare=prepare)))
+
+    def _kernel_distance(self) -> None:
+        generated, reference = self._features(self.name), self._features("reference")
+        title = self.network.kernel_distance_name
+        if min(len(generated), len(reference)) < KERNEL_MINIMUM:
+            why = f"{len(generated)} and {len(reference)} images, expected at least {KERNEL_MINIMUM}"
+            self.not_measured[title] = why
+            return
+        found = kernel_distance(generated, reference)
+
+        def distance(x: torch.Tensor, y: torch.Tensor) -> float:
+            return kernel_distance(y, x, subsets=FLOOR_SUBSETS).value
+
+        spread = f"standard deviation of {found.subsets} subsets of {found.subset_size}"
+        floor = self._floor("features", KERNEL_MINIMUM, prepare=lambda features: features, distance=distance)
+        row = self._row(title, found.value, {"kind": spread, "value": found.deviation}, len(reference), floor)
+        subsets = {"subsets": found.subsets, "subset_size": found.subset_size, "subset_rule": SUBSET_RULE}
+        self.kernel_distances.append(row | subsets)
+
+    def _row(self, title: str, value: float, spread: dict, num_reference: int | None, floor: Floor | None) -> dict:
+        return {
+            "distance": title,
+            "network": self.network.name,
+            "images": self.name,
+            "value": value,
+            "spread": spread,
+            "num_images": len(self._record(self.name, "features").kept),
+            "num_reference": num_reference,
+            "floor": None if floor is None else asdict(floor),
+        }
+
+    def _score(self, title: str, value: float, **settings) -> None:
+        count = len(self._record(self.name, "features").kept)
+        row = {"score": title, "network": self.network.name, "images": self.name, "value": value, "num_images": count}
+        self.scores.append(row | settings)
+
+    def _inception_score(self) -> None:
+        if "logits" not in self.network.output_dims:
+            return
+        logits = self._record(self.name, "logits").features.to(self.device)
+        if len(logits) < INCEPTION_SPLITS:
+            self.not_measured["Inception score"] = f"{len(logits)} images are fewer than its {INCEPTION_SPLITS} splits"
+            return
+        score = inception_score(logits)
+        spread = {"kind": f"standard deviation of {score.splits} splits", "value": score.deviation}
+        self._score("Inception score", score.value, spread=spread, **score.settings())
+
+    def _neighbour_scores(self) -> None:
+        generated, reference = self._features(self.name), self._features("reference")
+        pairs = (
+            (("precision", "recall"), precision_recall, PRECISION_NEIGHBOURS),
+            (("density", "coverage"), density_coverage, DENSITY_NEIGHBOURS),
+        )
+        for names, measure, neighbours in pairs:
+            if min(len(generated), len(reference)) <= neighbours:
+                why = f"{len(generated)} and {len(reference)} images, expected more than {neighbours} neighbours"
+                self.not_measured |= dict.fromkeys(names, why)
+                continue
+            for name, value in zip(names, measure(generated, reference), strict=True):
+                title = self.network.score_name(name)
+                self._score(title, value, num_reference=len(reference), neighbours=neighbours)

@@ -1,0 +1,157 @@
+"""Features of a frozen encoder for a whole data set, read once and kept on disk."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.image_datasets import ImageDataset
+from ..data.images import from_uint8
+from ..models.autoencoder_vtp import AutoencoderVTP
+from ..models.latent_space import autoencoder_identity
+
+KEY_NAME = "key.json"  # written last: with it a folder is complete
+ARRAYS = ("class_tokens", "patch_means", "rows")
+
+
+@dataclass
+class ProbeFeatures:
+    """Features of N images.
+
+    Attributes:
+        class_tokens: (N, L, D) float32, of the last L layers, shallow to deep, each normed.
+        patch_means: (N, D) float32, the last layer's patch tokens, averaged over positions.
+        labels: (N,) int64.
+        weights: (N,) how often the data set draws an image, less for variants of others; None = all alike.
+    """
+
+    class_tokens: np.ndarray
+    patch_means: np.ndarray
+    labels: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def without_variants(self) -> "ProbeFeatures":
+        """Those of images that are no variants of others (OpenMoji's skin tones), as in the reference of distances."""
+        if self.weights is None or bool((self.weights == self.weights.max()).all()):
+            return self
+        kept = self.weights == self.weights.max()
+        arrays = (array[kept.numpy()] for array in (self.class_tokens, self.patch_means))
+        return ProbeFeatures(*arrays, self.labels[kept], self.weights[kept])
+
+    def inputs(self, layers: int, patches: bool, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """What DINOv2 gives a linear head: the class tokens of the last `layers` layers, one after the other, and
+        with `patches` the mean patch token of the last layer behind them. (n, layers·D [+ D]) float32."""
+        if not 1 <= layers <= self.class_tokens.shape[1]:
+            raise ValueError(f"layers is {layers}, the features have the last {self.class_tokens.shape[1]}")
+        rows = rows.numpy() if isinstance(rows, torch.Tensor) else rows
+        parts = [self.class_tokens[rows, -layers:].reshape(-1, layers * self.class_tokens.shape[2])]
+        if patches:
+            parts.append(self.patch_means[rows])
+        return torch.from_numpy(np.concatenate(parts, axis=1))
+
+
+def cached_features(
+    folder: str | Path,
+    model: AutoencoderVTP,
+    dataset: ImageDataset,
+    num_layers: int,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> ProbeFeatures:
+    """The features in a folder, mapped into memory; when it does not exist, they are read from the images first.
+
+    Images that cannot be read are left out where the data set allows it. Labels are the data set's, so that one folder
+    serves several ways of labelling the same images.
+
+    Args:
+        folder: of one data set and one model; N·(num_layers + 1)·D·4 bytes.
+        num_layers: last layers whose class tokens are kept.
+        progress: called with the number of images just read.
+
+    Raises:
+        ValueError: the folder holds features of another model or of other images, or something else.
+    """
+    folder = Path(folder)
+    key = {
+        "model": autoencoder_identity(model),
+        "data": dataset.fingerprint,
+        "num_images": len(dataset),
+        "num_layers": num_layers,
+    }
+    if folder.exists():
+        _check_key(folder, key)
+    else:
+        _read(folder, key, model, dataset, batch_size, device, progress)
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    rows = torch.from_numpy(np.array(arrays["rows"]))
+    labels, weights = torch.tensor(dataset.labels)[rows], dataset.weights[rows]
+    return ProbeFeatures(arrays["class_tokens"], arrays["patch_means"], labels, weights)
+
+
+def _check_key(folder: Path, key: dict) -> None:
+    file = folder / KEY_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} is there but holds no features (no {KEY_NAME}): give another folder")
+    there = json.loads(file.read_text(encoding="utf-8"))
+    if differing := [name for name in key if there.get(name) != key[name]]:
+        lines = [f"  {name}: {there.get(name)} there, {key[name]} now" for name in differing]
+        raise ValueError(f"{folder} holds other features, remove it or give another folder:\n" + "\n".join(lines))
+
+
+@torch.inference_mode()
+def _read(
+    folder: Path,
+    key: dict,
+    model: AutoencoderVTP,
+    dataset: ImageDataset,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Callable[[int], Any],
+) -> None:
+    """Read every image once; the arrays grow on disk, so that memory does not depend on their number."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    model, count, width, written = model.to(device), len(dataset), model.config.encoder_hidden_size, 0
+    shapes = {"class_tokens": (count, key["num_layers"], width), "patch_means": (count, width)}
+    arrays = {
+        name: np.lib.format.open_memmap(unfinished / f"{name}.npy", "w+", np.float32, shape)
+        for name, shape in shapes.items()
+    }
+    rows = []
+    for start in range(0, count, batch_size):
+        indices = range(start, min(start + batch_size, count))
+        pairs = zip(indices, dataset.__getitems__(list(indices)), strict=True)
+        # in the place of an image that cannot be read comes another one, which has a row of its own
+        read = [(index, item["image"]) for index, item in pairs if item["key"] == dataset.keys[index]]
+        progress(len(indices))
+        if not read:
+            continue
+        images = from_uint8(torch.stack([image for _, image in read])).to(device, model.dtype)
+        layers = model.encode_features(images, num_layers=key["num_layers"])
+        found = {
+            "class_tokens": torch.stack([layer.cls_token for layer in layers], dim=1),  # (B, L, D)
+            "patch_means": layers[-1].patch_tokens.float().mean(1),  # (B, D)
+        }
+        for name, values in found.items():
+            if not values.isfinite().all():
+                raise ValueError(f"{name} of the images from {dataset.keys[indices[0]]} on are not finite")
+            arrays[name][written : written + len(read)] = values.float().cpu().numpy()
+        rows += [index for index, _ in read]
+        written += len(read)
+    if not rows:
+        raise ValueError(f"none of the {count} images can be read")
+    for name, array in arrays.items():
+        array.flush()
+        if written < count:  # images were left out
+            np.save(unfinished / f"{name}.npy", np.array(array[:written]))
+    np.save(unfinished / "rows.npy", np.array(rows))
+    (unfinished / KEY_NAME).write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
+    unfinished.rename(folder)

@@ -1,0 +1,169 @@
+"""What an evaluation remembers of images that have gone by: statistics of all of them, features of some, their hashes.
+
+Images are never kept. Per image and network that are D float32 numbers where neighbours are looked for (400 MB for
+50,000 images of 2048 features, 200 MB for their logits), and 16 bytes of hash.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..data.batches import to_device
+from ..metrics.extraction import Extractor
+from ..metrics.frechet import GaussianStatistics
+from ..runtime.processes import gather_objects, this_process
+
+
+@dataclass
+class Wanted:
+    """What is to be remembered of one output of a network.
+
+    Attributes:
+        groups: into how many groups the statistics are kept, image k being in group k % groups; 0 is no statistics.
+        kept: features of how many images at most are kept, a random choice; None is all.
+    """
+
+    groups: int
+    kept: int | None
+
+
+class Record:
+    """One output of one network over a set of images.
+
+    Args:
+        dim: width of the output, D.
+        count: number of images that will come.
+        wanted: what to remember.
+        seed: decides whose features are kept.
+        device: of the statistics.
+    """
+
+    def __init__(self, dim: int, count: int, wanted: Wanted, seed: int, device: torch.device | str):
+        self.groups = [GaussianStatistics(dim, device) for _ in range(wanted.groups)]
+        self.kept = np.arange(count)
+        if wanted.kept is not None and wanted.kept < count:
+            self.kept = np.sort(np.random.default_rng(seed).permutation(count)[: wanted.kept])
+        self._chosen = np.zeros(count, dtype=bool)
+        self._chosen[self.kept] = True
+        self._positions: list[np.ndarray] = []
+        # on that device until `gather`: a copy would wait for the network after every batch
+        self._rows: list[torch.Tensor] = [torch.zeros(0, dim, device=device)]
+
+    def add(self, positions: Sequence[int], rows: torch.Tensor) -> None:
+        """Rows (B, D) of the images at these places of the set."""
+        positions = np.asarray(positions)
+        for k, group in enumerate(self.groups):
+            members = np.flatnonzero(positions % len(self.groups) == k)
+            if len(members):
+                group.update(_take(rows, members))
+        kept = np.flatnonzero(self._chosen[positions])
+        self._positions.append(positions[kept])
+        self._rows.append(_take(rows, kept).to(self._rows[0].device))  # mps: to the CPU, as its statistics
+
+    def gather(self) -> None:
+        """Make this the record of all processes' images, on every process."""
+        self.groups = list(map(gathered, self.groups))  # one at a time: 33 MB each of 2048 features
+        mine = np.concatenate([np.zeros(0, dtype=int), *self._positions]), torch.cat(self._rows).cpu()
+        positions, rows = zip(*gather_objects(mine), strict=True)
+        places, features = np.concatenate(positions), rows[0] if len(rows) == 1 else torch.cat(rows)
+        if (np.diff(places) < 0).any():  # processes take turns; one has them in order, and 400 MB need no copy
+            features = features[torch.from_numpy(np.argsort(places, kind="stable"))]
+        self._positions, self._rows = [self.kept], [features]
+
+    @property
+    def features(self) -> torch.Tensor:
+        """(len(kept), D) float32 on the CPU, in the order of the images. After `gather`."""
+        return self._rows[0]
+
+    @property
+    def statistics(self) -> GaussianStatistics:
+        """Of all images."""
+        return GaussianStatistics.merged(self.groups)
+
+
+def gathered(statistics: GaussianStatistics) -> GaussianStatistics:
+    """The statistics of all processes' samples, on every process."""
+    if this_process()[1] == 1:
+        return statistics
+    return GaussianStatistics.merged([part.to(statistics.device) for part in gather_objects(statistics.to("cpu"))])
+
+
+@dataclass
+class ImageRecord:
+    """Everything remembered of a set of images.
+
+    Attributes:
+        outputs: network -> output -> record.
+        duplicates: number of images that equal an earlier one, pixel for pixel.
+        example: places of one such pair, or None.
+        sha256: of the hashes of all images in order: what identifies the set.
+    """
+
+    outputs: dict[str, dict[str, Record]]
+    duplicates: int
+    example: tuple[int, int] | None
+    sha256: str
+
+
+def record_images(
+    batches: Iterable[tuple[Sequence[int], torch.Tensor, list[bytes]]],
+    count: int,
+    extractors: dict[str, Extractor],
+    wanted: dict[str, dict[str, Wanted]],
+    seed: int,
+) -> ImageRecord:
+    """Pass a set of images through all networks once.
+
+    Args:
+        batches: places in the set, uint8 images (B, 3, H, W) and their hashes, of this process; those of all processes
+            are the set.
+        count: size of the set.
+        wanted: network -> output -> what to remember.
+        seed: decides whose features are kept.
+
+    Raises:
+        ValueError: features that are not finite.
+    """
+    outputs = {
+        name: {
+            output: Record(extractor.network.output_dims[output], count, want, seed, _statistics_device(extractor))
+            for output, want in wanted[name].items()
+        }
+        for name, extractor in extractors.items()
+    }
+    hashes: dict[int, bytes] = {}
+    for positions, images, digests in batches:
+        hashes.update(zip(positions, digests, strict=True))
+        for name, records in outputs.items():
+            found = extractors[name](images)
+            for output, record in records.items():
+                record.add(positions, found[output])
+    for record in (record for records in outputs.values() for record in records.values()):
+        record.gather()
+    everyones = {place: digest for part in gather_objects(hashes) for place, digest in part.items()}
+    if len(everyones) != count:
+        raise ValueError(f"{len(everyones)} of {count} images were read")
+    ordered = [everyones[place] for place in range(count)]
+    example = next(_pairs(ordered), None)
+    digest = hashlib.sha256(b"".join(ordered)).hexdigest()
+    return ImageRecord(outputs, count - len(set(ordered)), example, digest)
+
+
+def _statistics_device(extractor: Extractor) -> torch.device:
+    return torch.device("cpu") if extractor.device.type == "mps" else extractor.device  # mps has no float64
+
+
+def _take(rows: torch.Tensor, places: np.ndarray) -> torch.Tensor:
+    """Rows at the places, without waiting for the device to have computed them."""
+    return rows[to_device(torch.from_numpy(places), rows.device)]
+
+
+def _pairs(hashes: list[bytes]) -> Iterator[tuple[int, int]]:
+    first: dict[bytes, int] = {}
+    for place, digest in enumerate(hashes):
+        if digest in first:
+            yield first[digest], place
+        first.setdefault(digest, place)

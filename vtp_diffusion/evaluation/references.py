@@ -1,0 +1,100 @@
+"""Reference statistics in the format of ADM's evaluator.
+
+Arrays `mu, sigma` are of the features of FID, `mu_s, sigma_s` of those of sFID, over all images; `arr_0` holds up to
+10,000 of the images, for precision and recall. A file written here also says, in `settings`, what it is of; ADM's own
+files, which don't, are of Inception.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.npz import IMAGES_KEY, write_npz
+from ..metrics.frechet import GaussianStatistics
+from ..metrics.networks import FeatureNetwork
+from .records import ImageRecord
+from .sources import ImageSource, read_batches
+
+REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and the rest, as in ADM's files
+KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+def _open_npz(path: str | Path):
+    """Raises: ValueError if the file is no npz."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no npz file, or a damaged one: expected {IMAGES_KEY}, or mu and sigma, or both")
+    return np.load(path, allow_pickle=False)
+
+
+def holds_images(path: str | Path) -> bool:
+    """Whether an npz holds images, beside or instead of statistics. Raises: ValueError if it is none."""
+    with _open_npz(path) as file:
+        return IMAGES_KEY in file
+
+
+def read_statistics(
+    path: str | Path, network: FeatureNetwork, device: torch.device | str = "cpu"
+) -> dict[str, GaussianStatistics]:
+    """Statistics of a file, output of the network -> statistics; empty if the file holds images only.
+
+    Raises:
+        ValueError: no npz; statistics of another network, or of another dimension than it has; half of them.
+    """
+    with _open_npz(path) as file:
+        if "mu" not in file:
+            return {}
+        settings = json.loads(str(file["settings"])) if "settings" in file else {}
+        made = settings.get("network", {"name": "inception"})
+        ours = network.describe()
+        for key in ("name", "sha256", "preprocessing"):
+            if key in made and made[key] != ours[key] and not (key == "name" and network.name.startswith("vtp:")):
+                raise ValueError(
+                    f"{path} holds statistics of features of {made['name']} ({key} {made[key]}), the feature network "
+                    f"is {network.name} ({key} {ours[key]}): make others with `eval/generation.py reference`"
+                )
+        found = {}
+        for output, (mean, covariance) in KEYS.items():
+            if output not in network.output_dims or mean not in file:
+                continue
+            dim = network.output_dims[output]
+            if covariance not in file:
+                raise ValueError(f"{path} holds {mean} without {covariance}: expected both")
+            if file[mean].shape != (dim,) or file[covariance].shape != (dim, dim):
+                raise ValueError(
+                    f"{path}: {mean} and {covariance} are {file[mean].shape} and {file[covariance].shape}, expected "
+                    f"statistics of the {dim} features of {network.name}"
+                )
+            moments = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in (mean, covariance))
+            try:
+                found[output] = GaussianStatistics.from_moments(*moments, device=device)
+            except ValueError as error:
+                raise ValueError(f"{path}: {mean} and {covariance}: {error}") from error
+        return found
+
+
+def write_statistics(
+    path: str | Path,
+    network: FeatureNetwork,
+    record: ImageRecord,
+    source: ImageSource,
+    indices: list[int],
+    settings: dict,
+) -> None:
+    """Write what `read_statistics` reads, and the images whose features the record keeps.
+
+    Args:
+        record, source, indices: of the images.
+        settings: beside the network, what the file is of; it goes into the file as JSON.
+    """
+    records = record.outputs[network.name]
+    arrays = {"settings": np.array(json.dumps(settings | {"network": network.describe(), "images": record.sha256}))}
+    for output, keys in KEYS.items():
+        if output in records:
+            statistics = records[output].statistics
+            arrays |= zip(keys, (statistics.mean.cpu().numpy(), statistics.covariance.cpu().numpy()), strict=True)
+    kept = [indices[k] for k in records["features"].kept]
+    batches = (batch.permute(0, 2, 3, 1).numpy() for batch in read_batches(source, kept, batch_size=256))
+    write_npz(path, len(kept), source.size, batches, **arrays)

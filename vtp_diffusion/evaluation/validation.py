@@ -1,0 +1,117 @@
+"""What is looked at while a generator trains: a grid of samples, a quick distance to real images with its floor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.image_datasets import DataConfig, open_dataset
+from ..data.images import image_grid
+from ..generation.pipeline_lightning_dit import LightningDiTPipeline
+from ..generation.sampling import draw_labels
+from ..metrics.extraction import extract_features, feature_network
+from ..metrics.frechet import floor_of_halves
+from ..runtime.processes import gather_objects, this_process
+from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
+
+
+@dataclass(kw_only=True)
+class DistanceConfig:
+    """The quick distance: too few images for a number to publish, enough to see where training goes."""
+
+    num_images: int = field(default=0, metadata={"help": "samples of random classes; 0 is no distance"})
+    network: str = field(default="vgg16", metadata={"help": "feature network: vgg16, efficientnet_lite0, inception"})
+    weights: str | None = field(default=None, metadata={"help": "its weights; none takes the installed package"})
+    reference: DataConfig = field(
+        default_factory=DataConfig, metadata={"help": "real images; their resolution is that of the samples"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "images at once"})
+
+    def __post_init__(self):
+        if self.num_images != 0 and self.num_images < 2 or self.batch_size < 1:
+            raise ValueError(
+                f"distance.num_images is {self.num_images} and distance.batch_size {self.batch_size}: expected 0 or "
+                "at least 2 images, in batches of at least 1"
+            )
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """What is drawn at every validation, with the averaged weights and the same noise each time."""
+
+    labels: list[int | str] = field(default_factory=list, metadata={"help": "class indices or names, one image each"})
+    guidance_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 is none"})
+    num_inference_steps: int = field(default=50, metadata={"help": "Euler steps"})
+    seed: int = field(default=0, metadata={"help": "of the noise; image k uses seed + k"})
+    distance: DistanceConfig = field(default_factory=DistanceConfig)
+
+    @property
+    def sampler(self) -> dict[str, float]:
+        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+
+
+def sample_grid(config: ValidationConfig, pipeline: LightningDiTPipeline, device: torch.device) -> Image.Image:
+    """One labelled image for each validation label, image k from seed + k."""
+    indices = pipeline.get_label_ids(config.labels)
+    generators = [torch.Generator(device).manual_seed(config.seed + k) for k in range(len(indices))]
+    images = pipeline(class_labels=indices, generator=generators, **config.sampler).images
+    names = [pipeline.config.id2label[str(index)].split(",")[0] for index in indices]
+    return image_grid(images, columns=min(8, len(images)), labels=names)
+
+
+class QuickDistance:
+    """Fréchet distance of N samples to N real images, and of N other real images to the same: the floor.
+
+    Both have the same bias, which at such sizes is large, so that they compare with each other and with nothing else.
+    The real images are 2 N random ones of the reference, without variants; samples and features are shared between
+    the processes and do not depend on how many there are.
+
+    Raises:
+        ValueError: a reference of fewer than 2 N images, more processes than images, or an unknown feature network.
+    """
+
+    def __init__(self, config: DistanceConfig, seed: int, resolution: int):
+        self.config, self.seed = config, seed
+        if config.num_images < this_process()[1]:
+            raise ValueError(
+                f"distance.num_images is {config.num_images}, which {this_process()[1]} processes cannot share: "
+                "expected at least one image each"
+            )
+        dataset = open_dataset(replace(config.reference, resolution=resolution), "train")
+        self.network = feature_network(config.network, config.weights)
+        self.reference = DatasetImages(dataset)
+        originals = torch.nonzero(dataset.weights == dataset.weights.max()).flatten().numpy()
+        if len(originals) < 2 * config.num_images:
+            raise ValueError(
+                f"distance.num_images is {config.num_images}: the floor takes twice as many real images, "
+                f"{config.reference.source} has {len(originals)}"
+            )
+        chosen = np.random.default_rng(seed).permutation(originals)[: 2 * config.num_images]
+        self.chosen = sorted(chosen.tolist())
+        self._reference_features: torch.Tensor | None = None
+
+    def measure(self, pipeline: LightningDiTPipeline, device: torch.device, **sampler: float) -> dict[str, float]:
+        """The distance under its name, its floor and the number of images; every process has to call this."""
+        count, classes = self.config.num_images, pipeline.transformer.config.num_classes
+        labels = draw_labels("random", count, classes, self.seed)
+        samples = PipelineImages(pipeline, labels, self.seed, self.config.batch_size, **sampler)
+        generated = self._features(samples, range(count), device)
+        if self._reference_features is None:
+            self._reference_features = self._features(self.reference, self.chosen, device)
+        self.network.cpu()  # training needs the room
+        floor, name = floor_of_halves(generated, self._reference_features, self.seed), self.network.distance_name
+        return {name: floor.generated, f"{name}_floor": floor.real, f"{name}_images": floor.sizes[0]}
+
+    def _features(self, source: ImageSource, indices: Sequence[int], device: torch.device) -> torch.Tensor:
+        """(N, D), on every process; each takes every P-th image."""
+        rank, processes = this_process()
+        mine = list(indices)[rank::processes]
+        parts = gather_objects(
+            extract_features(self.network, read_batches(source, mine, self.config.batch_size), device)
+        )
+        features = torch.empty(len(indices), parts[0].shape[1])
+        for k, part in enumerate(parts):
+            features[k::processes] = part
+        return features

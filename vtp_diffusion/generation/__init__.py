@@ -1,0 +1,1 @@
+"""LightningDiT: the method, its inputs, the pipeline, sampling and export."""

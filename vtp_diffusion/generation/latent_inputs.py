@@ -1,0 +1,206 @@
+"""What a LightningDiT is trained on, raw latents and labels: read from shards, or encoded from images on the way.
+
+Either way half of the samples can be mirror images, and everything random is keyed by the position in the run.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+
+from ..data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
+from ..data.batches import Columns, all_images, fits_on_device, gathered_batches, read_ahead, read_batches
+from ..data.image_datasets import DataConfig, ImageDataset
+from ..data.image_files import CROP
+from ..data.latent_shards import LatentDataset
+from ..data.openmoji import ATTRIBUTION, LICENSE
+from ..data.order import StepBatchSampler, draw_for_positions
+from ..models.latent_space import autoencoder_identity, check_latents_fit, encode_raw, latent_statistics
+from ..runtime.precision import autocast
+
+# streams of `draw_for_positions`, beside the noise's 0
+FLIP_STREAM, AUGMENTATION_STREAM = 1, 2
+
+
+def draw_flips(sampler: StepBatchSampler, step: int, random_flip: bool) -> np.ndarray:
+    """Which samples of a micro-step are mirrored, (B,) bool: half of them, or none.
+
+    Drawn on the CPU, where they decide what is read.
+    """
+    if not random_flip:
+        return np.zeros(sampler.batch_size, dtype=bool)
+    drawn = draw_for_positions(
+        lambda count, generator: {"flip": torch.rand(count, generator=generator)},
+        sampler.positions(step),
+        sampler.seed,
+        FLIP_STREAM,
+    )
+    return (drawn["flip"] < 0.5).numpy()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def micro_steps(sampler: StepBatchSampler) -> range:
+    return range(sampler.start_step, sampler.start_step + len(sampler))
+
+
+def stored_latents(
+    dataset: LatentDataset,
+    sampler: StepBatchSampler,
+    random_flip: bool,
+    device: torch.device,
+    keep_on_device: bool | None = None,
+    num_threads: int = 0,
+) -> Iterator[Columns]:
+    """Batches of raw `latents` (B, C, h, w), as stored, and `labels` (B,) on the device."""
+    steps = micro_steps(sampler)
+    if fits_on_device(dataset.num_bytes, device, keep_on_device):
+        columns = dataset.__getitems__(list(range(len(dataset))))
+        columns = {name: column.to(device) for name, column in columns.items()}
+        for step, batch in zip(steps, gathered_batches(columns, sampler), strict=True):
+            flips = to_device(torch.from_numpy(draw_flips(sampler, step, random_flip)), device)
+            latents = torch.where(flips[:, None, None, None], batch["latents_flip"], batch["latents"])
+            yield {"latents": latents, "labels": batch["labels"]}
+        return
+    pin = device.type == "cuda"
+    jobs = ((indices, draw_flips(sampler, step, random_flip)) for step, indices in zip(steps, sampler, strict=True))
+    for batch in read_ahead(lambda job: dataset.read(*job, pin_memory=pin), jobs, num_threads):
+        yield {"latents": batch["latents"].to(device, non_blocking=True), "labels": to_device(batch["labels"], device)}
+
+
+class OnlineLatents:
+    """Latents of images that are encoded while training: every time an image comes up it can be changed anew.
+
+    Takes the place of a `LatentDataset` as far as training is concerned.
+
+    Args:
+        images: the data set.
+        vae: the autoencoder, frozen.
+        config: of the images.
+        augmentation: changes made to them; mirroring is drawn apart from it.
+
+    Attributes: `shape`, `id2label`, `metadata`, `weights` and `fingerprint`, as those of `LatentDataset`.
+
+    Raises: ValueError if the autoencoder does not take images of this size.
+    """
+
+    def __init__(self, images: ImageDataset, vae: ModelMixin, config: DataConfig, augmentation: AugmentationConfig):
+        self.images, self.vae, self.augmentation = images, vae, augmentation
+        self.shape = latent_shape(vae, config.resolution)
+        self.weights = images.weights
+        self.id2label = dict(enumerate(images.label_names))
+        openmoji = config.source == "openmoji"
+        self.metadata = {
+            "license": LICENSE if openmoji else None,
+            "attribution": ATTRIBUTION.strip() if openmoji else None,
+        }
+        origin = {"images": images.fingerprint, "autoencoder": autoencoder_identity(vae)}
+        self.fingerprint = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(
+        self,
+        sampler: StepBatchSampler,
+        random_flip: bool,
+        device: torch.device,
+        keep_on_device: bool | None = None,
+        num_workers: int = 0,
+        precision: str = "no",
+        encode: Callable[[ModelMixin, torch.Tensor], torch.Tensor] = encode_raw,
+    ) -> Iterator[Columns]:
+        """Batches of raw `latents` (B, C, h, w), float32, and `labels` (B,) on the device, where the autoencoder is.
+
+        Args: `precision`: of the autoencoder, see `autocast`; `encode`: `encode_raw`, or it compiled.
+        """
+        pixels = len(self.images) * 3 * self.images.resolution**2
+        if fits_on_device(pixels, device, keep_on_device):
+            columns = {"image": all_images(self.images), "label": torch.tensor(self.images.labels)}
+            columns = {name: column.to(device) for name, column in columns.items()}
+            batches = gathered_batches(columns, sampler)
+        else:
+            batches = read_batches(self.images, sampler, collate_images, device, num_workers)
+        for step, batch in zip(micro_steps(sampler), batches, strict=True):
+            images = self._changed(batch["image"], sampler, step, random_flip)
+            with torch.no_grad(), autocast(device, precision):
+                latents = encode(self.vae, images)
+            yield {"latents": latents.float(), "labels": batch["label"]}
+
+    def _changed(self, images: torch.Tensor, sampler: StepBatchSampler, step: int, random_flip: bool) -> torch.Tensor:
+        """uint8 images (B, 3, R, R) -> augmented, float32 in [-1, 1]."""
+        drawn = draw_for_positions(
+            lambda count, generator: {"draws": torch.rand(count, NUM_DRAWS, generator=generator)},
+            sampler.positions(step),
+            sampler.seed,
+            AUGMENTATION_STREAM,
+        )
+        changed = augment_images(images, self.augmentation, draws=to_device(drawn["draws"], images.device))
+        flips = to_device(torch.from_numpy(draw_flips(sampler, step, random_flip)), images.device)
+        return torch.where(flips[:, None, None, None], changed.flip(3), changed)
+
+
+def collate_images(items: list[dict]) -> Columns:
+    return {
+        "image": torch.stack([item["image"] for item in items]),
+        "label": torch.tensor([item["label"] for item in items]),
+    }
+
+
+@torch.no_grad()
+def latent_shape(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of square images. Raises: ValueError if the autoencoder does not take that size."""
+    blank = torch.zeros(1, 3, resolution, resolution, device=vae.device)
+    try:
+        return tuple(encode_raw(vae, blank).shape[1:])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{type(vae).__name__} cannot encode images of {resolution} pixels: {error}") from error
+
+
+def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | None) -> None:
+    """Refuse latents that are not square, that another autoencoder made, or from other images than the configuration
+    says.
+
+    Args: `config`: of the images; None says nothing about them.
+    Raises: ValueError naming what was found and what was expected; an autoencoder without the statistics it needs.
+    """
+    channels, height, width = dataset.shape
+    if height != width:
+        raise ValueError(f"the latents in {dataset.folder} are {height}x{width}, expected square ones")
+    expected = getattr(vae.config, "latent_channels", channels)
+    if channels != expected:
+        raise ValueError(f"the latents in {dataset.folder} have {channels} channels, the autoencoder's {expected}")
+    check_latents_fit(dataset.metadata, vae)
+    latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+    if config is None:
+        return
+    for name, wanted in (("resolution", config.resolution), ("crop", CROP)):
+        found = (dataset.metadata or {}).get(name, wanted)  # upstream's shards don't say
+        if found != wanted:
+            raise ValueError(f"the latents in {dataset.folder} have {name} {found}, the configuration says {wanted}")
+    shape = latent_shape(vae, config.resolution)
+    if dataset.shape != shape:
+        raise ValueError(
+            f"the latents in {dataset.folder} are {dataset.shape}, of images of {config.resolution} pixels (the "
+            f"configuration's data.resolution) the autoencoder makes {shape}"
+        )
+
+
+def class_names(dataset: "LatentDataset | OnlineLatents", num_classes: int | None) -> dict[int, str]:
+    """Class index -> name for a generator of `num_classes` classes; None: as many as the data has.
+
+    Raises: ValueError if labels or names of the data go beyond.
+    """
+    names = dataset.id2label
+    if num_classes is None or num_classes == len(names):
+        return names
+    if num_classes < len(names):
+        raise ValueError(
+            f"model.num_classes is {num_classes}, but the labels of the training data go from 0 to {len(names) - 1}"
+        )
+    return {index: names.get(index, str(index)) for index in range(num_classes)}

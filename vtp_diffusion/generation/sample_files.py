@@ -1,0 +1,143 @@
+"""Generated images on disk, by number: written by any number of processes, continued after a kill, packed at the end.
+
+What is there under its final name is complete; the rest is made again. Nothing depends on how many processes wrote it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.images import to_pil
+from ..data.npz import NpzImages, write_npz
+
+SETTINGS_NAME = "settings.json"
+PART_IMAGES = 256  # images a part of an npz: what a kill loses at most, for each process
+
+
+def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
+    """Raises: ValueError naming every setting in which the run whose images are there differs."""
+    there, settings = there or {}, json.loads(json.dumps(settings))
+    if changed := sorted(key for key in settings | there if settings.get(key) != there.get(key)):
+        given = ", ".join(f"{key} {settings.get(key)!r} instead of {there.get(key)!r}" for key in changed)
+        raise ValueError(f"{place} holds another run's images: {given}")
+
+
+def _unfinished(entry: Path) -> bool:
+    """Whether a process was killed while it wrote the settings."""
+    return entry.name.startswith(f".{SETTINGS_NAME}.")
+
+
+class _SampleFiles:
+    """What both kinds share.
+
+    Args:
+        path: where the images are to be.
+        folder: where files of single images or parts lie meanwhile.
+        settings: everything that decides the images, `num_images` included.
+    """
+
+    def __init__(self, path: str | Path, folder: Path, settings: dict):
+        self.path, self.folder, self.settings, self.count = Path(path), folder, settings, settings["num_images"]
+        file = self.folder / SETTINGS_NAME
+        if file.is_file():
+            check_same_run(json.loads(file.read_text(encoding="utf-8")), settings, self.path)
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_unfinished, self.folder.iterdir()))):
+            raise ValueError(
+                f"{self.folder} holds files of something else: expected a new or empty folder, or one of this run"
+            )
+
+    def _claim(self) -> None:
+        """With the first images, so that bad settings leave nothing behind. Several processes may do so at once."""
+        file = self.folder / SETTINGS_NAME
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_name(f".{SETTINGS_NAME}.{os.getpid()}")
+            unfinished.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+            unfinished.rename(file)
+
+
+class SampleFolder(_SampleFiles):
+    """A PNG file an image, 000000.png and so on, and settings.json."""
+
+    def __init__(self, path: str | Path, settings: dict):
+        super().__init__(path, Path(path), settings)
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Numbers that this process has to make. Ask before any process has written."""
+        there = {entry.name for entry in self.folder.iterdir()} if self.folder.is_dir() else set()
+        return [number for number in range(self.count) if f"{number:06d}.png" not in there][rank::world_size]
+
+    def write(self, number: int, image: torch.Tensor) -> None:
+        """One image, uint8 (3, H, W)."""
+        self._claim()
+        unfinished = self.folder / f".{number:06d}.png"  # renamed when complete: a kill leaves no half image
+        to_pil(image[None])[0].save(unfinished)
+        unfinished.rename(self.folder / f"{number:06d}.png")
+
+    def finish(self, labels: list[int]) -> None:
+        """By one process, when all have written. Raises: ValueError if images are missing."""
+        if missing := self.missing():
+            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
+
+
+class SampleNpz(_SampleFiles):
+    """An npz as ADM's evaluator reads it: `arr_0` uint8 (N, H, W, 3), `arr_1` the labels, `settings` JSON text.
+
+    Until all images are there, FILE.npz.parts/ holds them by 256; the npz is put together from them without holding
+    more than one part in memory, and the folder is removed.
+    """
+
+    def __init__(self, path: str | Path, settings: dict):
+        path = Path(path)
+        self.complete = path.exists()
+        if self.complete:
+            check_same_run(NpzImages(path).settings, settings, path)
+        super().__init__(path, path.with_name(f"{path.name}.parts"), settings)
+        self._pending: dict[int, list[torch.Tensor]] = {}
+
+    def _part(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.npy"
+
+    def _numbers(self, index: int) -> range:
+        return range(index * PART_IMAGES, min((index + 1) * PART_IMAGES, self.count))
+
+    def _missing_parts(self) -> list[int]:
+        parts = range(-(-self.count // PART_IMAGES))
+        return [] if self.complete else [index for index in parts if not self._part(index).is_file()]
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """Numbers that this process has to make, in the order `write` expects. Ask before any process has written."""
+        return [number for index in self._missing_parts()[rank::world_size] for number in self._numbers(index)]
+
+    def write(self, number: int, image: torch.Tensor) -> None:
+        """The next image of a part, uint8 (3, H, W)."""
+        index = number // PART_IMAGES
+        part = self._pending.setdefault(index, [])
+        if number != index * PART_IMAGES + len(part):
+            raise ValueError(f"image {number} given, expected {index * PART_IMAGES + len(part)}")
+        part.append(image)
+        if len(part) == len(self._numbers(index)):
+            self._claim()
+            unfinished = self.folder / f".{index:06d}.npy"
+            np.save(unfinished, torch.stack(self._pending.pop(index)).permute(0, 2, 3, 1).contiguous().numpy())
+            unfinished.rename(self._part(index))
+
+    def finish(self, labels: list[int]) -> None:
+        """By one process, when all have written. Raises: ValueError if images are missing."""
+        if missing := self.missing():
+            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
+        if not self.complete:
+            size = np.load(self._part(0), mmap_mode="r").shape[1:3]
+            text = np.array(json.dumps(self.settings))
+            write_npz(self.path, self.count, size, self._parts(), arr_1=np.array(labels), settings=text)
+            self.complete = True
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        for index in range(-(-self.count // PART_IMAGES)):
+            yield np.load(self._part(index))

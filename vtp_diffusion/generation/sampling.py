@@ -1,0 +1,103 @@
+"""Sampling keyed by the global index: noise and label of image k depend on the seed and on k alone, not on how many
+images are made at once or by how many processes."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from ..data.images import finite_to_uint8
+from ..runtime.precision import exact_float32
+
+LabelRule = Literal["random", "balanced", "reference"]
+
+
+def draw_labels(
+    rule: LabelRule, count: int, num_classes: int, seed: int, reference: Sequence[int] | None = None
+) -> list[int]:
+    """Class labels of `count` generated images; label k does not depend on `count`.
+
+    Args:
+        rule: "random" draws classes uniformly (as ADM, DiT, SiT and LightningDiT do), "balanced" goes through them in
+            turn (VAR, MAR, RAE; lowers FID on ImageNet by about 0.1), "reference" draws from `reference`'s labels.
+    """
+    generator = np.random.default_rng(seed)
+    if rule == "random":
+        return generator.integers(0, num_classes, count).tolist()
+    if rule == "balanced":
+        return [k % num_classes for k in range(count)]
+    if rule != "reference":
+        raise ValueError(f"labels {rule!r} is unknown; known: random, balanced, reference")
+    if not reference or not all(0 <= label < num_classes for label in reference):
+        raise ValueError(f"labels 'reference' needs a labelled reference with labels from 0 to {num_classes - 1}")
+    return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
+
+
+def initial_noise(pipe: DiffusionPipeline, numbers: Sequence[int], seed: int) -> torch.Tensor:
+    """Noise (B, C, h, w) float32 of the images with these numbers, on the pipeline's device.
+
+    That of image k is drawn on the CPU from a generator seeded with seed + k: every device starts from the same.
+    """
+    generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
+    return pipe.prepare_latents(len(numbers), generators, None, pipe.device)
+
+
+def sample_numbers(
+    pipe: DiffusionPipeline,
+    labels: Sequence[int],
+    numbers: Sequence[int],
+    seed: int,
+    on_step: Callable[[], None] | None = None,
+    **settings,
+) -> torch.Tensor:
+    """The images with the given numbers of a class-conditional pipeline, at once: uint8 (B, 3, H, W) on the CPU.
+
+    A pipeline in float32 computes without TensorFloat-32: there, and with a float32 rotary embedding, the batch an
+    image is made in moves it by one level at most. `benchmarks/batch_invariance.py` measures other precisions.
+
+    Args:
+        labels: of all images; image k has labels[k].
+        on_step: called after every evaluation of the network.
+        settings: of the sampler: num_inference_steps, guidance_scale, guidance_interval, guidance_channels.
+
+    Raises:
+        ValueError: settings that the pipeline refuses, one without an autoencoder, or images that are not finite.
+    """
+    if pipe.vae is None:
+        raise ValueError("this pipeline has no vae: it makes latents, expected images")
+
+    def callback(pipe, step, timestep, tensors):
+        on_step()
+        return {}
+
+    with exact_float32() if pipe.dtype == torch.float32 else contextlib.nullcontext():
+        latents = pipe(
+            [labels[number] for number in numbers],
+            latents=initial_noise(pipe, numbers, seed),
+            output_type="latent",
+            callback_on_step_end=None if on_step is None else callback,
+            **settings,
+        ).images
+        with torch.inference_mode():
+            images = finite_to_uint8(pipe.decode_latents(latents), numbers)
+    return images.cpu()
+
+
+def pipeline_identity(pipe: DiffusionPipeline) -> dict:
+    """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision."""
+    weights = {}
+    for name in ("vae", "transformer", "guidance_transformer"):
+        if getattr(pipe, name, None) is None:
+            continue
+        digest = hashlib.sha256()
+        for key, tensor in sorted(getattr(pipe, name).state_dict().items()):
+            digest.update(
+                f"{key} {tuple(tensor.shape)}".encode() + tensor.float().cpu().contiguous().numpy().tobytes()
+            )
+        weights[name] = digest.hexdigest()[:16]
+    scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
+    return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype)}

@@ -1,0 +1,1 @@
+"""The networks, their released weights, and the latent space of every autoencoder."""

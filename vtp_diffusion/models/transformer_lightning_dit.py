@@ -1,0 +1,333 @@
+"""LightningDiT: the latent diffusion transformer of "Reconstruction vs. Generation" (Yao et al., arXiv:2501.01423).
+
+DiT (Peebles and Xie, arXiv:2212.09748) with RMSNorm, SwiGLU, rotary position embedding beside the fixed sin-cos one,
+and optional QK-norm. It predicts the velocity data - noise; time runs from 0 (noise) to 1 (data).
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .rotary import lightning_dit_rotary_tables, rotate_interleaved
+from .strict_loading import StrictLoadingMixin
+
+# Published sizes (arXiv:2501.01423 and the VTP repository); patch size and latent shape are chosen beside them.
+LIGHTNING_DIT_SIZES = {
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 130.6 M
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 675.3 M
+    "1p0B": {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64},  # 1029.5 M
+}
+
+
+class LightningDiTTransformer2DModel(
+    StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+):
+    """Class-conditional velocity network v(x_t, t, label).
+
+    Args:
+        sample_size: side of the square latents, in latent pixels.
+        patch_size: side of a patch, in latent pixels; must divide `sample_size`.
+        in_channels: latent channels.
+        num_layers, num_attention_heads, attention_head_dim: the width is heads x head dimension.
+        num_classes: number of classes; the label `num_classes` means "no class".
+        class_dropout_prob: probability with which `forward` replaces a label by "no class" in training mode.
+        qk_norm: RMSNorm on queries and keys of each head, before the rotation.
+    Raises: ValueError if `patch_size` does not divide `sample_size`, the head dimension is not a multiple of 4, or the
+    dropout probability is outside [0, 1].
+    """
+
+    _supports_gradient_checkpointing = True
+    _supports_group_offloading = True
+    _no_split_modules = ["LightningDiTBlock"]
+    _repeated_blocks = ["LightningDiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "class_embed", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        patch_size: int = 1,
+        in_channels: int = 64,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        if patch_size < 1 or sample_size % patch_size:
+            raise ValueError(
+                f"patch_size must divide sample_size, got patch_size {patch_size}, sample_size {sample_size}"
+            )
+        if attention_head_dim % 4:
+            raise ValueError(f"attention_head_dim must be a multiple of 4 (two rotary axes), got {attention_head_dim}")
+        if not 0 <= class_dropout_prob <= 1:
+            raise ValueError(f"class_dropout_prob must lie in [0, 1], got {class_dropout_prob}")
+        width = num_attention_heads * attention_head_dim
+        grid = sample_size // patch_size
+        self.patch_embed = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        # Loaded from checkpoints, never recomputed: the released tables have drifted by rounding in the EMA.
+        self.register_buffer("pos_embed", sincos_position_embedding(width, grid)[None])  # (1, N, D)
+        self.time_embed = LightningDiTTimeEmbedding(width)
+        self.class_embed = nn.Embedding(num_classes + 1, width)
+        self.blocks = nn.ModuleList(
+            [LightningDiTBlock(width, num_attention_heads, attention_head_dim, qk_norm) for _ in range(num_layers)]
+        )
+        self.norm_out = nn.RMSNorm(width, eps=1e-6)
+        self.modulation_out = LightningDiTModulation(width, 2)
+        self.proj_out = nn.Linear(width, patch_size**2 * in_channels)
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_released(cls, checkpoint: str | Path, **architecture) -> "LightningDiTTransformer2DModel":
+        """Load an upstream `.pt` checkpoint `{"model", "ema", "opt", "config"}`, using its EMA weights.
+
+        Args: `checkpoint`: the file; `architecture`: this class's constructor keywords.
+        Raises: ValueError if the file is no such checkpoint, or its weights have missing, extra or mis-shaped keys.
+        """
+        from .conversion import convert_lightning_dit_state_dict, load_strict, read_lightning_dit_checkpoint
+
+        with torch.device("meta"):
+            model = cls(**architecture)
+        released, source = read_lightning_dit_checkpoint(checkpoint), str(checkpoint)
+        state_dict = convert_lightning_dit_state_dict(released, model.config, source)
+        return load_strict(model, state_dict, source).eval()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the velocity data - noise.
+
+        Args:
+            hidden_states: noisy latents x_t (B, C, H, W) with H = W = `sample_size`.
+            timestep: t in [0, 1], 0 = noise and 1 = data; (B,) or a scalar.
+            class_labels: (B,) integers in [0, num_classes]; `num_classes` is "no class".
+        Returns: an output with `.sample` (B, C, H, W), or a tuple of it.
+        Raises: ValueError on latents or labels of another shape or type.
+        """
+        config = self.config
+        expected = (config.in_channels, config.sample_size, config.sample_size)
+        if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != expected:
+            raise ValueError(
+                f"expected latents (B, {', '.join(map(str, expected))}), got {tuple(hidden_states.shape)}"
+            )
+        batch = hidden_states.shape[0]
+        if class_labels.shape != (batch,) or class_labels.is_floating_point():
+            raise ValueError(
+                f"expected integer class_labels ({batch},), got {class_labels.dtype} {tuple(class_labels.shape)}"
+            )
+        if self.training and config.class_dropout_prob > 0:
+            dropped = torch.rand(batch, device=class_labels.device) < config.class_dropout_prob
+            class_labels = torch.where(dropped, config.num_classes, class_labels)
+
+        grid = config.sample_size // config.patch_size
+        tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
+        tokens = tokens + self.pos_embed  # under autocast this makes the residual stream float32, as published
+        timestep = torch.as_tensor(timestep, device=tokens.device).expand(batch)
+        conditioning = self.time_embed(timestep, tokens.dtype) + self.class_embed(class_labels)  # (B, D)
+        rotary = lightning_dit_rotary_tables(grid, config.attention_head_dim, tokens.device)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, rotary)
+            else:
+                tokens = block(tokens, conditioning, rotary)
+        shift, scale = self.modulation_out(conditioning)
+        tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
+        sample = self._unpatchify(tokens, grid)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _unpatchify(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
+        patch, channels = self.config.patch_size, self.config.in_channels
+        tokens = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (grid, grid))  # (B, h, w, p, p, C)
+        return tokens.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+    def initialize_weights(self) -> None:
+        """DiT's published initialisation, to call before training from scratch: xavier, N(0, 0.02) for the class table
+        and the time MLP, and zeros for the modulations and the output, so that every block starts as the identity
+        (arXiv:2212.09748, section 3.2).
+
+        The constructor leaves torch's defaults, as diffusers models do: here the output is zero until the first step.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, LightningDiTAttention):
+                # xavier's bound of the fused (3·D, D) matrix that the published code draws
+                bound = math.sqrt(6 / (4 * module.inner_dim))
+                for projection in (module.to_q, module.to_k, module.to_v):
+                    nn.init.uniform_(projection.weight, -bound, bound)
+            if isinstance(module, LightningDiTModulation):
+                nn.init.zeros_(module.linear.weight)
+        for table in (self.class_embed, self.time_embed.linear_1, self.time_embed.linear_2):
+            nn.init.normal_(table.weight, std=0.02)
+        nn.init.zeros_(self.proj_out.weight)
+
+
+class LightningDiTBlock(nn.Module):
+    """x + gate·attention(modulated norm), then the same with the SwiGLU MLP (adaLN-Zero, arXiv:2212.09748)."""
+
+    def __init__(self, width: int, num_heads: int, head_dim: int, qk_norm: bool):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(width, eps=1e-6)
+        self.attn = LightningDiTAttention(width, num_heads, head_dim, qk_norm)
+        self.norm2 = nn.RMSNorm(width, eps=1e-6)
+        self.mlp = LightningDiTSwiGLU(width, int(2 / 3 * 4 * width))
+        self.modulation = LightningDiTModulation(width, 6)
+
+    def forward(
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(conditioning)
+        normed = modulate(self.norm1(hidden_states), shift_attn, scale_attn)
+        hidden_states = hidden_states + gate_attn * self.attn(normed, rotary=rotary)
+        normed = modulate(self.norm2(hidden_states), shift_mlp, scale_mlp)
+        return hidden_states + gate_mlp * self.mlp(normed)
+
+
+class LightningDiTAttnProcessor:
+    """Self-attention with rotated queries and keys through diffusers' attention backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "LightningDiTAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # (B, N, heads, d)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if rotary is not None:
+            query, key = rotate_interleaved(query, *rotary), rotate_interleaved(key, *rotary)
+        attended = dispatch_attention_fn(
+            query.to(value.dtype),
+            key.to(value.dtype),
+            value,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )  # (B, N, heads, d)
+        hidden_states = attn.to_out[0](attended.flatten(2))
+        return attn.to_out[1](hidden_states)
+
+
+class LightningDiTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention; `to_q`, `to_k`, `to_v` can be fused with `fuse_qkv_projections`."""
+
+    _default_processor_cls = LightningDiTAttnProcessor
+    _available_processors = [LightningDiTAttnProcessor]
+
+    def __init__(self, width: int, num_heads: int, head_dim: int, qk_norm: bool):
+        super().__init__()
+        self.heads = num_heads
+        self.head_dim = head_dim
+        self.inner_dim = num_heads * head_dim
+        self.use_bias = True
+        self.is_cross_attention = False
+        self.cross_attention_dim = None
+        self.added_kv_proj_dim = None
+        self.to_q = nn.Linear(width, self.inner_dim)
+        self.to_k = nn.Linear(width, self.inner_dim)
+        self.to_v = nn.Linear(width, self.inner_dim)
+        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(self.inner_dim, width), nn.Dropout(0.0)])
+        self.set_processor(self._default_processor_cls())
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.processor(self, hidden_states, **kwargs)
+
+
+class LightningDiTSwiGLU(nn.Module):
+    """w3(silu(a)·b) with a, b = w12(x) (Shazeer, arXiv:2002.05202); one fused input projection, as released."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, value = self.w12(hidden_states).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class LightningDiTModulation(nn.Module):
+    """SiLU, then a linear layer to `chunks` vectors of the width: shift, scale and gate, (B, 1, D) each."""
+
+    def __init__(self, width: int, chunks: int):
+        super().__init__()
+        self.chunks = chunks
+        self.linear = nn.Linear(width, chunks * width)
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.linear(F.silu(conditioning))[:, None].chunk(self.chunks, dim=-1)
+
+
+class LightningDiTTimeEmbedding(nn.Module):
+    """Sinusoids of t itself in [0, 1] (not of 1000·t), cosines first, then a two-layer MLP. (B,) -> (B, D).
+
+    They are computed in float32 and cast to the given dtype; that of the weights may be one of storage alone.
+    """
+
+    def __init__(self, width: int, num_frequencies: int = 128):
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.linear_1 = nn.Linear(2 * num_frequencies, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, timestep: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=timestep.device)
+        frequencies = torch.exp(-math.log(10000) * exponents / self.num_frequencies)
+        angles = timestep.float()[:, None] * frequencies  # (B, num_frequencies)
+        embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+        return self.linear_2(F.silu(self.linear_1(embedding)))
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return hidden_states * (1 + scale) + shift
+
+
+def sincos_position_embedding(width: int, grid: int) -> torch.Tensor:
+    """DiT's fixed table (grid², width), as in MAE (arXiv:2111.06377).
+
+    The first half of the width encodes the column, the second the row; sines come before cosines within each.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
+    angles = np.arange(grid, dtype=np.float64)[:, None] * frequencies  # (grid, width / 4)
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, width / 2)
+    rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
+    table = np.concatenate([axis[columns.ravel()], axis[rows.ravel()]], axis=1)
+    return torch.from_numpy(table).float()
+
+
+# FirstBlockCache, MagCache and TaylorSeer need to know what a block returns.
+TransformerBlockRegistry.register(
+    LightningDiTBlock,
+    TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)

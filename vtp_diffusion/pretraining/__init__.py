@@ -1,0 +1,1 @@
+"""Pre-training of VTP: one file an objective, and the joint loss."""

@@ -1,0 +1,291 @@
+"""The decoder's stage: a frozen encoder, and a pixel decoder trained against a discriminator.
+
+Stage 2 of VTP (arXiv:2512.13687) freezes the encoder and fine-tunes the pixel decoder with a GAN loss. The paper names
+neither discriminator nor weights: those here are VQGAN's (arXiv:2012.09841), its losses hinge and adaptive weight.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import nn
+
+from ..models.autoencoder_vtp import AutoencoderVTP
+from ..training.config import TrainingConfig, parameter_groups
+from .discriminators import FeatureDiscriminator, PatchDiscriminator
+from .reconstruction import ReconstructionObjective
+
+ADAPTIVE_EPSILON = 1e-6  # delta of VQGAN's equation 7
+ADAPTIVE_LIMIT = 1e4  # VQGAN's code clamps there
+LECAM_DECAY = 0.99  # of the averaged logits; arXiv:2104.03310
+
+# What counts as a sign of collapse; the numbers are ours.
+COLLAPSE_LINES = 3  # lines of the log in a row
+COLLAPSE_ACCURACY = 0.99  # the discriminator is (almost) never wrong: nothing to learn from it
+COLLAPSE_GUESSING = 0.01  # or it is right as often as a coin, give or take this
+COLLAPSE_WEIGHT = ADAPTIVE_LIMIT / 10  # its gradient at the decoder vanishes
+COLLAPSE_PSNR = 3.0  # dB lost since before training
+GUESSES, PSNR_FALLS = "discriminator guesses", "PSNR falls"
+
+Losses = dict[str, torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class AdversarialConfig:
+    """The discriminator and its part in the loss."""
+
+    discriminator: Literal["patch", "features"] = field(
+        default="patch", metadata={"help": "what it sees: patches of pixels, or features of the frozen encoder"}
+    )
+    weight: float = field(default=0.8, metadata={"help": "times VQGAN's adaptive weight; its configurations say 0.8"})
+    start_step: int = field(
+        default=0, metadata={"help": "its verdict reaches the decoder from this step on; it learns from the first"}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak; the schedule is the decoder's"})
+    adam_beta1: float = field(default=0.5, metadata={"help": "AdamW of the discriminator, first moment (VQGAN's)"})
+    adam_beta2: float = field(default=0.9, metadata={"help": "AdamW of the discriminator, second moment (VQGAN's)"})
+    r1: float = field(default=0.0, metadata={"help": "gamma of the gradient penalty on originals (patch only)"})
+    lecam: float = field(default=0.0, metadata={"help": "weight of LeCam regularisation, for little data"})
+    patch_channels: int = field(default=64, metadata={"help": "patch: channels of the first layer"})
+    patch_layers: int = field(default=3, metadata={"help": "patch: strided layers"})
+
+    def __post_init__(self):
+        for name in ("weight", "start_step", "r1", "lecam"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"adversarial.{name} is {getattr(self, name)}, expected a number that is not negative"
+                )
+        for name in ("learning_rate", "patch_channels", "patch_layers"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"adversarial.{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"adversarial.{name} is {getattr(self, name)}, expected a number in [0, 1)")
+        if self.r1 > 0 and self.discriminator != "patch":
+            raise ValueError(
+                f"adversarial.r1 is {self.r1} with discriminator {self.discriminator!r}, expected 0: attention "
+                "kernels have no second derivative; the heads are spectrally normalised instead"
+            )
+
+
+def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """(mean max(0, 1 - D(x)) + mean max(0, 1 + D(x'))) / 2 (Lim and Ye, arXiv:1705.02894; the half is VQGAN's).
+
+    Args: `real`, `fake`: logits of any shape.
+    """
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def lecam_penalty(real: torch.Tensor, fake: torch.Tensor, mean_real: float, mean_fake: float) -> torch.Tensor:
+    """E[(D(x) - a_fake)^2] + E[(D(x') - a_real)^2], the a being moving averages of the other side's logits (Tseng et
+    al., arXiv:2104.03310, eq. 3)."""
+    return (real - mean_fake).square().mean() + (fake - mean_real).square().mean()
+
+
+def r1_penalty(logits: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """E |grad_x D(x)|^2 / 2 on originals (Mescheder et al., arXiv:1801.04406, eq. 9), D being an image's mean logit.
+
+    Args: `logits`: (B, M), with a graph to `images` (B, 3, H, W).
+    """
+    (gradient,) = torch.autograd.grad(logits.mean(1).sum(), images, create_graph=True)
+    return 0.5 * gradient.square().sum((1, 2, 3)).mean()
+
+
+def adaptive_weight(
+    decoded: torch.Tensor, last_layer: nn.Parameter, reconstruction: torch.Tensor, adversarial: torch.Tensor
+) -> torch.Tensor:
+    """|grad L_rec| / (|grad L_adv| + 1e-6) at the decoder's last layer, at most 1e4 (arXiv:2012.09841, eq. 7).
+
+    The gradients are averaged over processes before their norms are taken: all get the weight that one process with
+    all images would have.
+
+    Args:
+        decoded: (B, 3, H, W), with a graph to `last_layer`, which is kept.
+        reconstruction, adversarial: gradients of the two losses with respect to `decoded`.
+    """
+    norms = []
+    for gradient in (reconstruction, adversarial):
+        (at_layer,) = torch.autograd.grad(decoded, last_layer, gradient.to(decoded.dtype), retain_graph=True)
+        norms.append(mean_over_processes(at_layer.float()).norm())
+    return (norms[0] / (norms[1] + ADAPTIVE_EPSILON)).clamp(max=ADAPTIVE_LIMIT)
+
+
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes; no gradient."""
+    value = value.detach()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
+
+
+class AdversarialDecoding(nn.Module):
+    """Decode latents of the frozen encoder, compare, and let a discriminator judge; both networks learn in one step.
+
+    The decoder minimises reconstruction + weight · adaptive weight · (-E D(x')), the discriminator the hinge loss,
+    with what regularises it. One backward pass serves both: the decoder's gradient is formed at the pixels, where the
+    discriminator's parameters are out of reach, and the discriminator sees pixels without their history.
+
+    Args:
+        autoencoder: everything but its decoder is frozen here.
+        reconstruction: the first stage's objective, for its losses and the noise on latents.
+        config: of the adversarial part.
+    """
+
+    def __init__(
+        self, autoencoder: AutoencoderVTP, reconstruction: ReconstructionObjective, config: AdversarialConfig
+    ):
+        super().__init__()
+        self.autoencoder, self.reconstruction, self.config = autoencoder, reconstruction, config
+        autoencoder.requires_grad_(False)
+        autoencoder.decoder.requires_grad_(True)
+        if config.discriminator == "patch":
+            self.discriminator = PatchDiscriminator(config.patch_channels, config.patch_layers)
+        else:
+            self.discriminator = FeatureDiscriminator(autoencoder)
+        self.register_buffer("mean_real", torch.zeros(()))  # averaged logits
+        self.register_buffer("mean_fake", torch.zeros(()))
+
+    def parameter_groups(self, config: TrainingConfig) -> list[dict[str, Any]]:
+        """Both networks' groups, as `TrainingRun` takes them."""
+        own = {
+            "network": "discriminator",
+            "lr_scale": self.config.learning_rate / config.learning_rate,
+            "betas": (self.config.adam_beta1, self.config.adam_beta2),
+        }
+        groups = parameter_groups(self.autoencoder, config.adam_weight_decay)
+        heads = self.discriminator.heads if self.config.discriminator == "features" else self.discriminator
+        return groups + [group | own for group in parameter_groups(heads, config.adam_weight_decay)]
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        adversarial: bool,
+        noise: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+    ) -> Losses:
+        """Named scalars; "loss" is what is differentiated: its gradients are those of either network's own loss.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            adversarial: whether the verdict reaches the decoder.
+            noise, noise_level: as `ReconstructionObjective.draw` gives them.
+        """
+        with torch.no_grad():
+            latents = self.autoencoder.encode(images).latent.float()
+            if noise is not None:
+                latents = self.reconstruction.disturb(latents, noise, noise_level)
+        decoded = self.autoencoder.decode(latents).sample.float()
+        pixels = decoded.detach().requires_grad_()
+        losses = self.reconstruction.compare(pixels, images)
+        fake = self.discriminator(pixels).float()
+        verdict = -fake.mean()
+        with torch.autocast(images.device.type, enabled=False):  # backward passes run in the types of the forward ones
+            (reconstruction_gradient,) = torch.autograd.grad(losses["loss"], pixels)
+            (adversarial_gradient,) = torch.autograd.grad(verdict, pixels, retain_graph=True)
+            balance = adaptive_weight(
+                decoded, self.autoencoder.decoder.proj_out.weight, reconstruction_gradient, adversarial_gradient
+            )
+        weight = self.config.weight * balance if adversarial else torch.zeros_like(balance)
+        gradient = reconstruction_gradient + weight * adversarial_gradient
+        # zero, and its gradient at the decoder is that of the decoder's loss: the networks above are passed only once
+        carrier = ((decoded - decoded.detach()) * gradient).sum()
+        judged = self._judge(images, fake)
+        total = losses.pop("loss").detach() + weight * verdict.detach()
+        losses = {name: value.detach() for name, value in losses.items()}
+        losses |= {"adversarial": verdict.detach(), "adaptive_weight": balance}
+        losses |= {f"discriminator/{name}": value for name, value in judged.items()}
+        return losses | {"loss": carrier + total + judged["loss"]}
+
+    def _judge(self, images: torch.Tensor, fake: torch.Tensor) -> Losses:
+        """The discriminator's loss on originals and the logits (B, M) of decoded images; how often it is right."""
+        config = self.config
+        images = images.detach().requires_grad_(config.r1 > 0)
+        real = self.discriminator(images).float()
+        judged = {"loss": hinge_loss(real, fake)}
+        if config.lecam > 0:
+            judged["lecam"] = lecam_penalty(real, fake, self.mean_real, self.mean_fake)
+            for average, logits in ((self.mean_real, real), (self.mean_fake, fake)):
+                mean = mean_over_processes(logits.mean())
+                # an average that is NaN once stays so
+                average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - LECAM_DECAY)
+        if config.r1 > 0:
+            with torch.autocast(images.device.type, enabled=False):
+                judged["r1"] = r1_penalty(real, images)
+        judged["loss"] = judged["loss"] + sum(getattr(config, k) * v for k, v in judged.items() if k != "loss")
+        real, fake = real.detach(), fake.detach()
+        accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
+        return judged | {"accuracy": accuracy, "real": real.mean(), "fake": fake.mean()}
+
+
+def find_autoencoder(folder: str | Path) -> Path:
+    """The AutoencoderVTP folder that is meant: the folder itself, or vae/ in the run folder of the first stage.
+
+    Raises:
+        ValueError: it is neither, or the first stage has not finished.
+    """
+    folder = Path(folder)
+    for path in (folder, folder / "vae"):
+        config = path / "config.json"
+        if config.is_file():
+            name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+            if name != AutoencoderVTP.__name__:
+                raise ValueError(f"{path} holds a {name}, expected an AutoencoderVTP")
+            return path
+    if any(folder.glob("checkpoint-*")):
+        raise ValueError(f"{folder} holds checkpoints but no vae/: the same command that began that run finishes it")
+    raise ValueError(f"{folder} holds neither config.json nor vae/: expected an autoencoder or a run of train_vtp")
+
+
+def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) -> list[dict[str, Any]]:
+    """Signs that the two networks have lost each other, from the lines of a run's log; each is named when it begins.
+
+    Over `COLLAPSE_LINES` lines in a row, once the verdict reaches the decoder: an accuracy of the discriminator of at
+    least 0.99 ("discriminator wins"), or within 0.01 of one half ("discriminator guesses"), or a mean adaptive weight
+    of 1000 or more ("adaptive weight explodes"). In any validation: a PSNR 3 dB below the first ("PSNR falls").
+
+    Args:
+        log: lines of log.jsonl in order.
+        start_step: `AdversarialConfig.start_step`.
+        psnr: name of the PSNR in the log; its first value is that before training.
+
+    Returns: {"step", "sign", "value"}, in the order of the steps.
+    """
+    rules = {
+        "discriminator wins": ("discriminator/accuracy", lambda value: value >= COLLAPSE_ACCURACY),
+        GUESSES: ("discriminator/accuracy", lambda value: abs(value - 0.5) <= COLLAPSE_GUESSING),
+        "adaptive weight explodes": ("adaptive_weight", lambda value: value >= COLLAPSE_WEIGHT),
+    }
+    streaks, signs, before, fallen = dict.fromkeys(rules, 0), [], None, False
+    for line in log:
+        if psnr in line:
+            before = line[psnr] if before is None else before
+            was_fallen, fallen = fallen, not line[psnr] > before - COLLAPSE_PSNR  # also where it is NaN
+            if fallen and not was_fallen:
+                signs.append({"step": line["step"], "sign": PSNR_FALLS, "value": line[psnr]})
+        if line["step"] <= start_step:
+            continue
+        for sign, (name, holds) in rules.items():
+            if line.get(name) is not None:  # None: every step of it was left out
+                streaks[sign] = streaks[sign] + 1 if holds(line[name]) else 0
+                if streaks[sign] == COLLAPSE_LINES:
+                    signs.append({"step": line["step"], "sign": sign, "value": line[name]})
+    return signs
+
+
+def harmful(signs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of `collapse_signs` behind which decoders got worse: a discriminator that guesses teaches nothing, which
+    is how it begins."""
+    return [sign for sign in signs if sign["sign"] != GUESSES]
+
+
+def has_fallen(log: Iterable[dict[str, Any]], psnr: str) -> bool:
+    """Whether the last validation has a PSNR 3 dB below the first, or none that is a number."""
+    values = [line[psnr] for line in log if psnr in line]
+    return bool(values) and not values[-1] > values[0] - COLLAPSE_PSNR

@@ -1,0 +1,150 @@
+"""The contrastive objective: images and their captions in one space (CLIP, arXiv:2103.00020; SigLIP,
+arXiv:2303.15343), with the details of OpenCLIP, which the paper (arXiv:2512.13687) names as what it follows."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..models.autoencoder_vtp import AutoencoderVTP
+from ..models.stochastic_depth import check_drop_rate, draw_kept
+from ..models.vtp_model import VTPModel
+from ..runtime.distributed import gather_rows, process_index, total
+
+MAX_LOGIT_SCALE = 100.0  # of OpenCLIP and CLIP
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # initial values of SigLIP
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig:
+    """Images against captions. The weight is the paper's (arXiv:2512.13687), the batch the whole one of a step."""
+
+    weight: float = field(default=1.0, metadata={"help": "of this objective; 1 in the paper"})
+    loss: Literal["clip", "sigmoid"] = field(default="clip", metadata={"help": "softmax (CLIP) or sigmoid (SigLIP)"})
+    stochastic_depth: float = field(
+        default=0.0, metadata={"help": "share of samples a residual branch leaves out; no source states it"}
+    )
+
+    def __post_init__(self):
+        if self.weight <= 0:
+            raise ValueError(
+                f"contrastive.weight is {self.weight}, expected a positive number: what is not to count is left out "
+                "of objectives"
+            )
+        check_drop_rate("contrastive", self.stochastic_depth)
+
+
+def clip_loss(
+    image_features: torch.Tensor, text_features: torch.Tensor, scale: torch.Tensor, paired: torch.Tensor
+) -> torch.Tensor:
+    """Symmetric cross-entropy of scaled cosine similarities, each image's caption among all captions and the reverse.
+
+    With several processes every one compares its own rows with the rows of all; the mean of their losses is the loss
+    of the whole batch, and so are the gradients (see `gather_rows`).
+
+    Args:
+        image_features, text_features: (B, E) of length 1.
+        scale: factor of the similarities, a scalar.
+        paired: (B,) bool; rows without a caption take no part, neither as a pair nor as a negative.
+
+    Returns: a scalar, 0 if no row is paired.
+    """
+    everywhere = gather_rows(paired.float()) > 0  # (W·B,)
+    count = everywhere.sum().clamp(min=1) / (len(everywhere) / len(paired))  # pairs a process, on average
+    own = torch.arange(len(paired), device=paired.device) + process_index() * len(paired)
+    losses = 0.0
+    for rows, columns in ((image_features, text_features), (text_features, image_features)):
+        with torch.autocast(rows.device.type, enabled=False):
+            logits = scale * rows.float() @ gather_rows(columns).float().T  # (B, W·B)
+        # A large negative number and not -inf: where nothing is paired, the difference of two would be NaN.
+        logits = logits.masked_fill(~everywhere, torch.finfo(logits.dtype).min)
+        each = F.cross_entropy(logits, own, reduction="none")
+        losses = losses + torch.where(paired, each, 0.0).sum() / count
+    return losses / 2
+
+
+def sigmoid_loss(
+    image_features: torch.Tensor,
+    text_features: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    paired: torch.Tensor,
+) -> torch.Tensor:
+    """Every image with every caption, a pair or not: -log sigmoid(±(scale · similarity + bias)), summed over captions
+    and averaged over images (arXiv:2303.15343, algorithm 1).
+
+    Args: as of `clip_loss`; `bias`: a scalar added to the similarities.
+    """
+    everywhere = gather_rows(paired.float()) > 0  # (W·B,)
+    count = everywhere.sum().clamp(min=1) / (len(everywhere) / len(paired))
+    with torch.autocast(image_features.device.type, enabled=False):
+        logits = scale * image_features.float() @ gather_rows(text_features).float().T + bias  # (B, W·B)
+    own = torch.arange(len(paired), device=paired.device) + process_index() * len(paired)
+    sign = 2 * F.one_hot(own, len(everywhere)) - 1
+    losses = -F.logsigmoid(sign * logits)
+    return torch.where(paired[:, None] & everywhere, losses, 0.0).sum() / count
+
+
+class ContrastiveObjective(nn.Module):
+    """CLIP's objective on the class token before the bottleneck.
+
+    Args:
+        config: weight, form of the loss, stochastic depth.
+        model: whose autoencoder is trained, with the text tower and the projections. It has no bias: that of the
+            sigmoid loss is in the log, and `logits_per_image` is without it, which changes no order.
+    """
+
+    def __init__(self, config: ContrastiveConfig, model: VTPModel):
+        super().__init__()
+        self.config, self.model = config, model
+        self.logit_bias = None
+        if config.loss == "sigmoid":
+            self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
+            nn.init.constant_(model.logit_scale, math.log(SIGMOID_SCALE))
+
+    def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The random inputs of `forward`: which of `count` samples stochastic depth keeps."""
+        depth = self.model.config.encoder_num_layers
+        kept = draw_kept(count, depth, self.config.stochastic_depth, generator)
+        return {} if kept is None else {"kept": kept}
+
+    def forward(
+        self,
+        autoencoder: AutoencoderVTP,
+        images: torch.Tensor,
+        token_ids: torch.Tensor,
+        paired: torch.Tensor,
+        kept: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Named scalars; "loss" is what is minimised.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            token_ids: (B, context length); any text stands where there is no caption.
+            paired: (B,) bool, False where there is no caption.
+            kept: (layers, 2, K), see `residual_update`.
+        """
+        class_token = autoencoder.encode_tokens(images, kept=kept)[:, 0]
+        image_features = F.normalize(self.model.visual_projection(class_token).float(), dim=-1)
+        text_features = F.normalize(self.model.get_text_features(token_ids, normalize=False).float(), dim=-1)
+        scale = self.model.logit_scale.exp()
+        if self.logit_bias is None:
+            loss = clip_loss(image_features, text_features, scale, paired)
+        else:
+            loss = sigmoid_loss(image_features, text_features, scale, self.logit_bias, paired)
+        captions = total(paired.sum().float())
+        statistics = {"logit_scale": scale.detach(), "captions": captions}
+        if self.logit_bias is not None:
+            statistics["logit_bias"] = self.logit_bias.detach()
+        return {"loss": loss, self.config.loss: loss} | statistics
+
+    @torch.no_grad()
+    def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
+        """Keep the scale of the similarities in [1, 100] after a step of the optimiser, as OpenCLIP does.
+
+        Args: as of `VTPForPreTraining.after_step`; they make no difference.
+        """
+        self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))

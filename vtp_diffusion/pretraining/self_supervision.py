@@ -1,0 +1,370 @@
+"""The self-supervised objective: DINO self-distillation and iBOT's masked patches with an averaged teacher, as DINOv2
+combines them (arXiv:2304.07193; DINO, arXiv:2104.14294; iBOT, arXiv:2111.07832).
+
+The VTP paper (arXiv:2512.13687) says "following DINOv2" and gives the head. Every other default here is DINOv2's
+published one (`ssl_default_config.yaml`), unless its help text says otherwise. DINOv2's layer-wise learning rates and
+its LayerScale are left out: the paper's encoder has no LayerScale.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..models.autoencoder_vtp import AutoencoderVTP, normalize_images
+from ..models.stochastic_depth import check_drop_rate, draw_kept
+from ..models.vtp_blocks import initialise_weights
+from ..runtime.distributed import gather_rows, num_processes, process_index, total
+from .crops import CropConfig, block_mask, recolour_views
+
+STUDENT_TEMPERATURE = 0.1
+CENTER_MOMENTUM = 0.9
+SINKHORN_ITERATIONS = 3
+
+
+@dataclass(kw_only=True)
+class SelfSupervisionConfig:
+    """Self-distillation between views. Weight, share of the batch and the head's sizes are the VTP paper's."""
+
+    weight: float = field(default=1.0, metadata={"help": "of this objective; 1 in the paper"})
+    share: float = field(default=0.25, metadata={"help": "of the batch, at random; the paper's 4k of 16k"})
+    crops: CropConfig = field(default_factory=CropConfig)
+    head_layers: int = field(default=3, metadata={"help": "of the head's MLP; 3 in the paper"})
+    head_hidden_size: int = field(default=2048, metadata={"help": "of the head's MLP; 2048 in the paper"})
+    head_bottleneck: int = field(default=256, metadata={"help": "width before the prototypes; 256 in the paper"})
+    prototypes: int = field(default=65536, metadata={"help": "outputs of the head"})
+    centering: Literal["centering", "sinkhorn_knopp"] = field(
+        default="centering", metadata={"help": "what keeps the teacher's targets apart"}
+    )
+    dino_weight: float = field(default=1.0, metadata={"help": "of the loss on class tokens"})
+    ibot_weight: float = field(default=1.0, metadata={"help": "of the loss on masked patches"})
+    koleo_weight: float = field(default=0.1, metadata={"help": "of the loss that spreads class tokens out; 0 is off"})
+    masked_crops: float = field(default=0.5, metadata={"help": "share of every image's global crops with a mask"})
+    mask_ratio: tuple[float, float] = field(default=(0.1, 0.5), metadata={"help": "share of their patches it hides"})
+    stochastic_depth: float = field(default=0.3, metadata={"help": "share of samples a branch leaves out (student)"})
+    teacher_momentum: tuple[float, float] = field(default=(0.992, 1.0), metadata={"help": "first and last; cosine"})
+    teacher_temperature: tuple[float, float] = field(default=(0.04, 0.07), metadata={"help": "first, after warm-up"})
+    temperature_warmup: float = field(default=0.3, metadata={"help": "share of training; DINOv2: 30 of 100 epochs"})
+    freeze_last_layer: float = field(default=0.01, metadata={"help": "share of training; DINOv2: 1 of 100 epochs"})
+
+    def __post_init__(self):
+        if self.weight <= 0:
+            raise ValueError(
+                f"self_supervision.weight is {self.weight}, expected a positive number: what is not to count is left "
+                "out of objectives"
+            )
+        for name in ("head_hidden_size", "head_bottleneck", "prototypes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"self_supervision.{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"self_supervision.{name} is {getattr(self, name)}, expected one that is not negative"
+                )
+        if self.dino_weight + self.ibot_weight == 0:
+            raise ValueError("self_supervision: dino_weight or ibot_weight must be positive")
+        if self.head_layers < 2:
+            raise ValueError(f"self_supervision.head_layers is {self.head_layers}, expected at least 2")
+        for name in ("share", "masked_crops"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"self_supervision.{name} is {getattr(self, name)}, expected a share in (0, 1]")
+        masked = self.masked_crops * self.crops.global_crops
+        if masked != round(masked):
+            raise ValueError(
+                f"self_supervision.masked_crops is {self.masked_crops} of {self.crops.global_crops} global crops, "
+                "expected a whole number of them"
+            )
+        low, high = self.mask_ratio
+        if not 0 < low <= high < 1:
+            raise ValueError(f"self_supervision.mask_ratio is {low} to {high}, expected shares in (0, 1)")
+        for name in ("teacher_momentum", "temperature_warmup", "freeze_last_layer"):
+            values = np.atleast_1d(getattr(self, name))
+            if not ((values >= 0) & (values <= 1)).all():
+                raise ValueError(f"self_supervision.{name} is {getattr(self, name)}, expected numbers in [0, 1]")
+        if min(self.teacher_temperature) <= 0:
+            raise ValueError(f"self_supervision.teacher_temperature is {self.teacher_temperature}, expected positive")
+        check_drop_rate("self_supervision", self.stochastic_depth)
+
+    def momentum_at(self, done: float) -> float:
+        """The teacher's momentum after a share of training: a cosine from the first value to the last."""
+        first, last = self.teacher_momentum
+        return last - (last - first) * (math.cos(math.pi * done) + 1) / 2
+
+    def temperature_at(self, done: float) -> float:
+        """The teacher's temperature after a share of training: linear up to the end of the warm-up, then constant."""
+        first, last = self.teacher_temperature
+        return last if done >= self.temperature_warmup else first + (last - first) * done / self.temperature_warmup
+
+
+class DINOHead(nn.Module):
+    """MLP, unit length, then cosines with the prototypes: DINO's last layer with weight norm of fixed length 1."""
+
+    def __init__(self, hidden_size: int, config: SelfSupervisionConfig):
+        super().__init__()
+        inner = [config.head_hidden_size] * (config.head_layers - 1)
+        widths, layers = [hidden_size, *inner, config.head_bottleneck], []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.prototypes = nn.Linear(config.head_bottleneck, config.prototypes, bias=False)
+        self.apply(initialise_weights)
+
+    def forward(self, x: torch.Tensor, learning: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """Tokens (N, D) -> cosines (N, K) with the prototypes.
+
+        Args: `learning`: factor on the gradient of the prototypes; 0 freezes them. (Weight decay changes only their
+            lengths, which do not count.)
+        """
+        x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
+        weight = self.prototypes.weight
+        weight = weight.detach() + learning * (weight - weight.detach())
+        return F.linear(x, F.normalize(weight, dim=-1).to(x.dtype))
+
+
+def sinkhorn_knopp(logits: torch.Tensor, temperature: float | torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Targets whose prototypes are used equally often (SwAV, arXiv:2006.09882): exp(logits / temperature), normalised
+    in turns so that prototypes have equal mass and every sample sums to 1, over the samples of all processes.
+
+    Args: `logits`: (N, K); `valid`: (N,) 1 or 0, rows that are only padding are 0 and stay 0.
+    Returns: (N, K) float32.
+    """
+    # The greatest logit is taken off, which no normalisation notices: exp would overflow where they are no cosines.
+    top = logits.float().masked_fill(valid[:, None] == 0, -torch.inf).max()
+    if num_processes() > 1:
+        top = gather_rows(top[None]).max()
+    top = top.masked_fill(top == -torch.inf, 0.0)  # no row is valid
+    q = torch.exp((logits.float() - top) / temperature) * valid[:, None]
+    count = total(valid.sum()).clamp(min=1)
+    q = q / total(q.sum()).clamp(min=1e-30)
+    for _ in range(SINKHORN_ITERATIONS):
+        q = q / total(q.sum(0)).clamp(min=1e-30) / q.shape[1]
+        q = q / q.sum(1, keepdim=True).clamp(min=1e-30) / count
+    return q * count
+
+
+def cross_entropy(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """-sum_k targets · log softmax(logits / student temperature): (..., K) and (..., K) -> (...), float32."""
+    return -(targets * (logits.float() / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
+
+
+def dino_loss(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Mean over images and over all pairs of a teacher's global view and another view of the student.
+
+    Args:
+        targets: (G, B, K) of the teacher's global views.
+        logits: (V, B, K) of the student's views, the same global ones first.
+    """
+    # log softmax = logits - their logsumexp, so that one product of views serves every pair
+    scaled = logits.float() / STUDENT_TEMPERATURE
+    log_sum = scaled.logsumexp(-1)  # (V, B)
+    with torch.autocast(logits.device.type, enabled=False):
+        products = torch.einsum("gbk,vbk->gvb", targets, scaled)
+    pairs = log_sum[None] * targets.sum(-1)[:, None] - products
+    different = ~torch.eye(*pairs.shape[:2], dtype=torch.bool, device=pairs.device)
+    return (pairs.mean(-1) * different).sum() / different.sum()
+
+
+def ibot_loss(targets: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, num_crops: int) -> torch.Tensor:
+    """Cross-entropy of masked patches, averaged over the patches of a crop, then over all global crops, those without
+    a mask included (DINOv2's normalisation).
+
+    Args: `targets`, `logits`: (M, K); `weights`: (M,) 1 / (masked patches of the crop), 0 for padding.
+    """
+    return (cross_entropy(targets, logits) * weights).sum() / num_crops
+
+
+def koleo_loss(features: torch.Tensor) -> torch.Tensor:
+    """Kozachenko-Leonenko estimator of minus the entropy (arXiv:1806.03198): mean of -log distance to the nearest
+    other feature, on the unit sphere. The neighbours are those of all processes.
+
+    Args: `features`: (B, D).
+    """
+    own = F.normalize(features.float(), dim=-1, eps=1e-8)
+    every = gather_rows(own)
+    with torch.no_grad(), torch.autocast(own.device.type, enabled=False):
+        similarity = own @ every.T
+        similarity.diagonal(process_index() * len(own)).fill_(-2.0)
+        nearest = similarity.argmax(1)
+    distance = F.pairwise_distance(own, every[nearest], eps=1e-8)
+    return -(distance + 1e-8).log().mean()
+
+
+class SelfSupervisionObjective(nn.Module):
+    """Student, teacher and their heads.
+
+    Args:
+        config: losses, views, schedules.
+        autoencoder: whose encoder is the student; the teacher is a copy of it.
+    """
+
+    def __init__(self, config: SelfSupervisionConfig, autoencoder: AutoencoderVTP):
+        super().__init__()
+        self.config, self.depth = config, autoencoder.config.encoder_num_layers
+        self.recolour_views = recolour_views  # for `make_crops`; `compile_parts` compiles it
+        self.head = DINOHead(autoencoder.config.encoder_hidden_size, config)
+        self.teacher_encoder = copy.deepcopy(autoencoder.encoder).requires_grad_(False)
+        self.teacher_encoder.gradient_checkpointing = False
+        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
+        for name in ("dino_center", "ibot_center"):
+            if config.centering == "centering":
+                self.register_buffer(name, torch.zeros(config.prototypes))
+        self._student_encoder = [autoencoder.encoder]  # in a list: the encoder is no part of this module
+        self._centers_before: dict[str, torch.Tensor] = {}  # as they were before the step, once one has moved them
+
+    def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Which crops of `count` images stochastic depth keeps: "kept_global" and "kept_local"."""
+        rate, crops = self.config.stochastic_depth, self.config.crops
+        views = {"kept_global": crops.global_crops, "kept_local": crops.local_crops}
+        return {
+            name: draw_kept(count * number, self.depth, rate, generator)
+            for name, number in views.items()
+            if rate > 0 and number > 0
+        }
+
+    def draw_masks(self, grid: tuple[int, int], position: int, seed: int) -> np.ndarray:
+        """Masks (G, rows, columns) of one image's global crops: which crops, what share and which blocks depend on the
+        seed and the image's position in the run."""
+        config, random = self.config, np.random.default_rng([seed, position, 1])
+        number = config.crops.global_crops
+        masks = np.zeros((number, *grid), dtype=bool)
+        for crop in random.permutation(number)[: round(config.masked_crops * number)]:
+            count = int(random.uniform(*config.mask_ratio) * masks[crop].size)
+            masks[crop] = block_mask(grid, count, random)
+        return masks
+
+    def mask_inputs(self, masks: np.ndarray) -> dict[str, torch.Tensor]:
+        """Masks (B, G, rows, columns) as the inputs "masks" (G·B, N) bool, "masked" (M,) indices into the G·B·N
+        patches and "mask_weights" (M,) of `forward`. M depends on the sizes only: the rest is padding of weight 0."""
+        flat = masks.swapaxes(0, 1).reshape(masks.shape[0] * masks.shape[1], -1)  # (G·B, N)
+        most = round(self.config.masked_crops * len(flat)) * max(1, int(self.config.mask_ratio[1] * flat.shape[1]))
+        masked = np.flatnonzero(flat)
+        weights = (1 / np.maximum(flat.sum(1), 1)).repeat(flat.shape[1])[masked]
+        padding = (0, most - len(masked))
+        return {
+            "masks": torch.from_numpy(flat),
+            "masked": torch.from_numpy(np.pad(masked, padding)),
+            "mask_weights": torch.from_numpy(np.pad(weights, padding).astype(np.float32)),
+        }
+
+    def targets(self, logits: torch.Tensor, temperature: torch.Tensor, name: str, valid: torch.Tensor) -> torch.Tensor:
+        """The teacher's distributions (N, K) float32, the centre kept up to date.
+
+        Args: `logits`: (N, K) of the teacher; `name`: dino or ibot; `valid`: (N,) 1 or 0 for padding.
+        """
+        if self.config.centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(logits, temperature, valid)
+        center = getattr(self, f"{name}_center")
+        targets, summed = self.centred(logits, center, temperature, valid)
+        mean = total(summed) / total(valid.sum()).clamp(min=1)
+        if self.training:
+            if name not in self._centers_before:
+                self._centers_before[name] = center.clone()
+            # a centre that is NaN would make the targets of the next micro-step so
+            mean = torch.where(mean.isfinite(), mean, center)
+            center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))
+        return targets
+
+    def centred(self, logits, center, temperature, valid) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distributions (N, K) of the logits without the centre (K,), and the sum (K,) of the valid logits, float32.
+
+        Apart for the reason `compare` is.
+        """
+        targets = ((logits.float() - center) / temperature).softmax(-1)
+        return targets, (logits.float() * valid[:, None]).sum(0)
+
+    @torch.no_grad()
+    def teach(self, global_crops, masked, mask_weights, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets (G, B, K) of class tokens and (M, K) of masked patches, from unmasked global crops."""
+        tokens = self.teacher_encoder(normalize_images(global_crops))[0]
+        patches = tokens[:, 1:].flatten(0, 1).index_select(0, masked)
+        class_tokens = tokens[:, 0]
+        logits = self.teacher_head(torch.cat([class_tokens, patches]))
+        class_logits, patch_logits = logits.split([len(class_tokens), len(patches)])
+        every = mask_weights.new_ones(len(class_tokens))
+        dino = self.targets(class_logits, temperature, "dino", every)
+        ibot = self.targets(patch_logits, temperature, "ibot", (mask_weights > 0).float())
+        return dino.unflatten(0, (self.config.crops.global_crops, -1)), ibot
+
+    def compare(self, views, patches, dino_targets, ibot_targets, mask_weights, prototypes_learn) -> dict:
+        """The losses "dino" and "ibot" of class tokens (V·B, D) and masked patches (M, D) against their targets.
+
+        Apart, since `compile_parts` compiles it: the logits are large, and what is done to them is bound by memory.
+        """
+        # One pass of the shared head for class tokens and patches.
+        logits = self.head(torch.cat([views, patches]), prototypes_learn)
+        view_logits, patch_logits = logits.split([len(views), len(patches)])
+        crops, count = dino_targets.shape[:2]
+        return {
+            "dino": dino_loss(dino_targets, view_logits.unflatten(0, (-1, count))),
+            "ibot": ibot_loss(ibot_targets, patch_logits, mask_weights, crops * count),
+        }
+
+    def forward(
+        self,
+        autoencoder: AutoencoderVTP,
+        global_crops: torch.Tensor,
+        local_crops: torch.Tensor,
+        masks: torch.Tensor,
+        masked: torch.Tensor,
+        mask_weights: torch.Tensor,
+        temperature: torch.Tensor,
+        prototypes_learn: torch.Tensor,
+        kept_global: torch.Tensor | None = None,
+        kept_local: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Named scalars; "loss" is what is minimised.
+
+        Args:
+            global_crops: (G·B, 3, S, S), local_crops: (L·B, 3, s, s) in [-1, 1], see `make_crops`.
+            masks, masked, mask_weights: see `mask_inputs`.
+            temperature: of the teacher, a scalar tensor; prototypes_learn: 1, or 0 while the last layer is frozen.
+            kept_global, kept_local: see `draw_kept`.
+        """
+        config, number = self.config, self.config.crops.global_crops
+        dino_targets, ibot_targets = self.teach(global_crops, masked, mask_weights, temperature)
+        tokens = autoencoder.encode_tokens(global_crops, masks=masks, kept=kept_global)  # (G·B, 1 + N, D)
+        class_tokens = views = tokens[:, 0]
+        if len(local_crops):
+            views = torch.cat([views, autoencoder.encode_tokens(local_crops, kept=kept_local)[:, 0]])
+        patches = tokens[:, 1:].flatten(0, 1).index_select(0, masked)
+        losses = self.compare(views, patches, dino_targets, ibot_targets, mask_weights, prototypes_learn)
+        loss = config.dino_weight * losses["dino"] + config.ibot_weight * losses["ibot"]
+        if config.koleo_weight > 0:
+            losses["koleo"] = sum(koleo_loss(part) for part in class_tokens.chunk(number)) / number
+            loss = loss + config.koleo_weight * number * losses["koleo"]  # DINOv2 adds the crops up
+        return losses | {"loss": loss} | entropies(dino_targets.flatten(0, 1))
+
+    @torch.no_grad()
+    def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
+        """teacher = momentum · teacher + (1 - momentum) · student, after a step of the optimiser; the centres of a
+        step that was left out become again what they were.
+
+        The teacher follows in such a step too: its momentum goes by steps, and the student is as it was, and finite.
+        Centres are of outputs on inputs that led to no finite gradient: they may have moved in some places only.
+
+        Args: as of `VTPForPreTraining.after_step`; the momentum depends on `done`.
+        """
+        for name, before in self._centers_before.items():
+            center = getattr(self, f"{name}_center")
+            if counted is not None:
+                center.copy_(torch.where(counted > 0, center, before))
+            before.copy_(center)  # in place, and here: a replayed forward pass runs no Python that could keep them
+        student = [*self._student_encoder[0].parameters(), *self.head.parameters()]
+        teacher = [*self.teacher_encoder.parameters(), *self.teacher_head.parameters()]
+        torch._foreach_lerp_(teacher, [p.detach() for p in student], 1 - self.config.momentum_at(done))
+
+
+def entropies(targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Whether the teacher collapses, in nats: the mean entropy of its distributions (N, K), 0 when all are sure, log K
+    when all are flat; and that of their mean, 0 when all choose the same prototype. N are those of all processes."""
+    count = total(targets.new_full((), len(targets)))
+    mean = total(targets.sum(0)) / count
+    return {
+        "teacher_entropy": total(torch.special.entr(targets).sum()) / count,
+        "mean_target_entropy": torch.special.entr(mean).sum(),
+    }

@@ -1,0 +1,37 @@
+"""How the programs end when their input is at fault: one message, exit status 2, and no traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from .optional_packages import MissingExtraError
+
+TRACEBACK_VARIABLE = "VTP_DIFFUSION_TRACEBACK"
+# What this package, and what it calls, raise about input: values and files. Anything else is a fault of the program.
+INPUT_ERRORS = (ValueError, OSError, MissingExtraError)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call the `main` of a program.
+
+    A `ValueError`, an `OSError` or a missing extra is printed as `error: ...` with the place that raised it, and the
+    program exits with status 2, as for a wrong option. With VTP_DIFFUSION_TRACEBACK=1 in the environment, and for
+    every other exception, Python prints its traceback.
+    """
+    try:
+        main()
+    except INPUT_ERRORS as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename}:{frame.lineno}"
+        print(f"error: {_message(error)}\n({place}; {TRACEBACK_VARIABLE}=1 shows the traceback)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _message(error: BaseException) -> str:
+    text = str(error)
+    if "\nOriginal Traceback" in text:  # torch puts the traceback of a data loader's process into the message
+        text = text.rstrip().rpartition("\n")[2]
+    return text

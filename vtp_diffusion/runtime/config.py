@@ -1,0 +1,427 @@
+"""Typed configuration: a dataclass, filled from a YAML file and then from the command line.
+
+Defaults live in the dataclass and nowhere else. A key that the dataclass does not have, a value of another type than
+its annotation, a number that is not finite and a required key that was given nowhere are errors; the resolved
+configuration is saved with the run.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import math
+import operator
+import re
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+Config = TypeVar("Config")
+BOUNDS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata, see `setting`
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    default_factory: Any = dataclasses.MISSING,
+    may_change: bool = False,
+    **bounds: float,
+) -> Any:
+    """A field of a configuration: its help text and the numbers it takes.
+
+    Args:
+        default, default_factory: as of `dataclasses.field`; without either the setting is required.
+        may_change: a resumed run may set it differently: it decides no result, or is the way out of a run that cannot
+            go on as it was.
+        bounds: at_least, above, at_most, below: for the number, or for every number of a list. None and words pass.
+    """
+    if unknown := bounds.keys() - set(BOUNDS):
+        raise TypeError(f"unknown bounds {sorted(unknown)}, known: {', '.join(BOUNDS)}")
+    metadata = {"help": help, "may_change": may_change} | bounds
+    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings:
+    """Base of every configuration: numbers outside the bounds of their `setting` are refused, wherever it is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_bounds(field, getattr(self, field.name), field.name)
+
+
+def check_bounds(field: dataclasses.Field, value: Any, name: str) -> None:
+    """Raises: ValueError naming the setting, its value and the numbers it takes."""
+    bounds = {key: field.metadata[key] for key in BOUNDS if key in field.metadata}
+    numbers = [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int | float)]
+    for number in numbers if bounds else ():
+        inside = (
+            bounds.get("at_least", -math.inf) <= number <= bounds.get("at_most", math.inf)
+            and bounds.get("above", -math.inf) < number < bounds.get("below", math.inf)
+            and math.isfinite(number)
+        )
+        if not inside:
+            raise ValueError(f"{name} is {value}, expected {_bounds_text(bounds)}")
+
+
+def _bounds_text(bounds: dict[str, float]) -> str:
+    low = bounds.get("at_least", bounds.get("above"))
+    high = bounds.get("at_most", bounds.get("below"))
+    if low is None:
+        return f"a number {'below' if 'below' in bounds else 'of at most'} {high}"
+    if high is not None:
+        return f"a number in {'[' if 'at_least' in bounds else '('}{low}, {high}{']' if 'at_most' in bounds else ')'}"
+    if "above" in bounds:
+        return "a positive number" if low == 0 else f"a number above {low}"
+    return {0: "0 or a positive number", 1: "a positive number"}.get(low, f"{low} or more")
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2 scalars: `no` is a word (mixed_precision: no) and `1e-3` is a number; a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"the key {key!r} is given twice, the second time before{node.end_mark}")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes yes/no/on/off for truth values and 1e-3 for text: both would be silent here.
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not valid YAML, or holds something else than a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the configuration file {path} does not exist")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values, it holds a {type(values).__name__}")
+    return values
+
+
+def _optional(annotation: Any) -> tuple[Any, bool]:
+    """`Optional[T]` and `T | None` -> (T, True); anything else -> (itself, False)."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        rest = tuple(a for a in typing.get_args(annotation) if a is not type(None))
+        optional = len(rest) < len(typing.get_args(annotation))
+        return functools.reduce(operator.or_, rest), optional
+    return annotation, False
+
+
+def _describe(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else _describe(a) for a in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in arguments)
+    if origin is list:
+        return f"list of {_describe(arguments[0])}"
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_describe(arguments[0])}"
+        return "list of " + str(len(arguments)) + ": " + ", ".join(_describe(a) for a in arguments)
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _refusal(value: Any, annotation: Any, name: str, where: str) -> ValueError:
+    expected = _describe(annotation)
+    if isinstance(value, float) and not math.isfinite(value):
+        expected = expected.replace("float", "a finite number")
+    return ValueError(f"{where}: {name} is {value!r}, expected {expected}")
+
+
+def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
+    """`value` as the annotation wants it, or a ValueError naming key, place, value and expected type."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        if isinstance(value, annotation):
+            return value
+        if isinstance(value, dict):
+            return build_config(annotation, value, where, name + ".")
+    elif origin in (Union, types.UnionType):
+        return _check_union(value, annotation, name, where)
+    elif origin is Literal:
+        for choice in arguments:
+            if value == choice and type(value) is type(choice):
+                return choice
+    elif origin is list and isinstance(value, list | tuple):
+        return [_check(item, arguments[0], f"{name}[{i}]", where) for i, item in enumerate(value)]
+    elif origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(arguments) == len(value):
+            pairs = enumerate(zip(value, arguments, strict=True))
+            return tuple(_check(item, kind, f"{name}[{i}]", where) for i, (item, kind) in pairs)
+    elif annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):  # nan passes comparisons, and no setting means anything by inf that none does not
+            return float(value)
+    elif annotation in (int, str, bool) and type(value) is annotation:
+        return value
+    raise _refusal(value, annotation, name, where)
+
+
+def _check_union(value: Any, annotation: Any, name: str, where: str) -> Any:
+    inner, optional = _optional(annotation)
+    if optional and value is None:
+        return None
+    kinds = typing.get_args(inner) if typing.get_origin(inner) in (Union, types.UnionType) else (inner,)
+    if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]):
+        return _check(value, kinds[0], name, where)  # keeps the message about the key inside the section
+    for kind in kinds:
+        try:
+            return _check(value, kind, name, where)
+        except ValueError:
+            continue
+    raise _refusal(value, annotation, name, where)
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_keys(config_class: type, values: dict[str, Any], where: str, prefix: str) -> dict[str, Any]:
+    """The annotations of a dataclass by key, once every key of `values` is known to be one of them."""
+    annotations = typing.get_type_hints(config_class)
+    known = [f.name for f in dataclasses.fields(config_class) if f.init]
+    for key in values:
+        if key not in known:
+            hint = _suggest(str(key), known)
+            raise ValueError(f"{where}: unknown key {prefix}{key}{hint} (known keys: {', '.join(known)})")
+    return annotations
+
+
+def _check_partial(config_class: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Check the keys and types of a mapping that need not be complete: a file that the command line adds to."""
+    annotations = _check_keys(config_class, values, where, prefix)
+    for key, value in values.items():
+        inner, optional = _optional(annotations[key])
+        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
+            _check_partial(inner, value, where, f"{prefix}{key}.")
+        elif not (optional and value is None):
+            _check(value, annotations[key], prefix + key, where)
+
+
+def build_config(config_class: type[Config], values: dict[str, Any], where: str, prefix: str = "") -> Config:
+    """An instance of a dataclass from a mapping, nested mappings becoming nested dataclasses.
+
+    Args:
+        config_class: the dataclass.
+        values: key -> value, as YAML gives them (lists for tuples, integers for floats are accepted).
+        where: what the error messages call the place the values came from, such as a file name.
+        prefix: the section, with its dot, that the keys belong to.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a value of another type, a number that is not finite,
+            a missing required key.
+    """
+    annotations = _check_keys(config_class, values, where, prefix)
+    fields = [f for f in dataclasses.fields(config_class) if f.init]
+    required = [f.name for f in fields if f.default is dataclasses.MISSING is f.default_factory]
+    # a section nobody mentioned is opened, so that what it lacks is named by its key
+    sections = {name: {} for name in required if dataclasses.is_dataclass(annotations[name])}
+    values = sections | values
+    missing = [prefix + name for name in required if name not in values]
+    if missing:
+        raise ValueError(f"{where}: no value for {', '.join(missing)}: set it in the YAML file or as --{missing[0]}")
+    checked = {k: _check(v, annotations[k], prefix + k, where) for k, v in values.items()}
+    for field in fields:  # here, where the whole name is known
+        if field.name in checked:
+            check_bounds(field, checked[field.name], prefix + field.name)
+    return config_class(**checked)
+
+
+def check_sizes(config: Any, section: str) -> None:
+    """ValueError unless all whole numbers in a dataclass are positive. Args: `section`: its name in options."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) is int and value < 1:
+            raise ValueError(f"{section}.{field.name} is {value}, expected a positive number")
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dictionaries, lists and scalars: what YAML and JSON can hold."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(config)
+
+
+def flatten_config(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> {"section.field": value}."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten_config(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved configuration as YAML; `load_config` reads it back equal."""
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False, width=119, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def load_config(config_class: type[Config], path: str | Path) -> Config:
+    """The configuration in a YAML file, checked as `build_config` says."""
+    return build_config(config_class, read_yaml(path), str(path))
+
+
+def _leaves(config_class: type, prefix: str = "") -> list[tuple[str, Any, dataclasses.Field]]:
+    """(dotted name, annotation, field) of everything that can be set, sections opened."""
+    annotations, leaves = typing.get_type_hints(config_class), []
+    for field in dataclasses.fields(config_class):
+        if not field.init:
+            continue
+        inner, _ = _optional(annotations[field.name])
+        if dataclasses.is_dataclass(inner):
+            leaves += _leaves(inner, f"{prefix}{field.name}.")
+        else:
+            leaves.append((prefix + field.name, annotations[field.name], field))
+    return leaves
+
+
+def _parse_text(text: str, annotation: Any) -> Any:
+    """One command-line word as the annotation reads it; a word it cannot read is returned as it is, to be refused."""
+    inner, optional = _optional(annotation)
+    if optional and text in ("none", "null", "None"):
+        return None
+    kinds = typing.get_args(inner) if typing.get_origin(inner) in (Union, types.UnionType) else (inner,)
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            for choice in typing.get_args(kind):
+                if text == str(choice):
+                    return choice
+        elif kind is bool and text in ("true", "True", "false", "False"):
+            return text in ("true", "True")
+        elif kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _sequence_of(annotation: Any) -> Any | None:
+    """The item annotation when a field takes several words on the command line, else None."""
+    inner, _ = _optional(annotation)
+    kinds = typing.get_args(inner) if typing.get_origin(inner) in (Union, types.UnionType) else (inner,)
+    for kind in kinds:
+        if typing.get_origin(kind) in (list, tuple):
+            return typing.get_args(kind)[0]
+    return None
+
+
+def _parser(config_class: type, leaves: list, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",  # else one screen of names before what it is about
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; options on the command line come after it")
+    for name, annotation, field in leaves:
+        text = field.metadata.get("help", "")
+        if field.default is not dataclasses.MISSING:
+            text += f" [{_describe(annotation)}; default: {field.default}]"
+        elif field.default_factory is not dataclasses.MISSING:
+            text += f" [{_describe(annotation)}; default: {field.default_factory()}]"
+        else:
+            text += f" [{_describe(annotation)}; required]"
+        options = {"default": argparse.SUPPRESS, "dest": name, "help": text.strip().replace("%", "%%")}
+        if _sequence_of(annotation) is not None:
+            options |= {"nargs": "*", "metavar": "VALUE"}
+        elif _optional(annotation)[0] is bool:
+            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+        else:
+            options |= {"metavar": "VALUE"}
+        parser.add_argument(f"--{name}", **options)
+    return parser
+
+
+def _normalise(argument: str) -> str:
+    """--max-train-steps=5 -> --max_train_steps=5: option names may be written either way."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[key] = value
+
+
+def parse_config(config_class: type[Config], argv: list[str] | None = None, description: str | None = None) -> Config:
+    """The configuration of a program: dataclass defaults, then `--config FILE.yaml`, then the command line.
+
+    Every field is an option, `--field value`, and those of a nested dataclass are `--section.field value`; lists take
+    several words, truth values take true or false (nothing means true), optional fields take none.
+
+    Args:
+        config_class: the dataclass; `field(metadata={"help": ...})` is the text of `--help`.
+        argv: the words of the command line, without the program's name; None means those of this process.
+        description: what `--help` says first.
+
+    Raises:
+        ValueError: an unknown key or option, a value of another type, a missing required value.
+        FileNotFoundError: the YAML file does not exist.
+    """
+    leaves = _leaves(config_class)
+    parser = _parser(config_class, leaves, description)
+    words = sys.argv[1:] if argv is None else argv
+    given, unknown = parser.parse_known_args([_normalise(word) for word in words])
+    if unknown:
+        names = ["--" + name for name, _, _ in leaves] + ["--config"]
+        hint = _suggest(unknown[0].partition("=")[0], names)
+        raise ValueError(f"command line: unknown option {unknown[0]}{hint} (--help lists the options)")
+    values, where = ({}, "command line") if given.config is None else (read_yaml(given.config), given.config)
+    _check_partial(config_class, values, where)
+    for name, annotation, _ in leaves:
+        if not hasattr(given, name):
+            continue
+        text, item = getattr(given, name), _sequence_of(annotation)
+        if item is None:
+            value = _parse_text(text, annotation)
+        elif len(text) == 1 and text[0] in ("none", "null", "None") and _optional(annotation)[1]:
+            value = None
+        else:
+            value = [_parse_text(word, item) for word in text]
+        _check(value, annotation, "--" + name, "command line")
+        _set(values, name, value)
+    return build_config(config_class, values, where)

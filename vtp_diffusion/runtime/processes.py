@@ -1,0 +1,67 @@
+"""Several processes that share one work: who they are, and what each of them has, gathered."""
+
+import os
+from typing import Any
+
+import torch
+
+from .optional_packages import require
+
+
+def join_processes(**settings: Any) -> Any:
+    """The accelerator of this process, once it is sure that all processes share the work.
+
+    Args: `settings`: of accelerate.Accelerator.
+
+    Raises:
+        ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
+        ImportError: accelerate is not installed.
+    """
+    accelerator, launched = require("accelerate", "train").Accelerator(**settings), this_process()[1]
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: where there is no "
+            "accelerator, torchrun needs ACCELERATE_USE_CPU=true in the environment"
+        )
+    return accelerator
+
+
+def check_alone(program: str) -> None:
+    """Raises: ValueError if several processes were launched of a program that does not share its work."""
+    if (launched := this_process()[1]) > 1:
+        raise ValueError(
+            f"{launched} processes of {program} were launched, expected 1: it does not share its work, each would do "
+            "all of it and write the same file. Start it with python"
+        )
+
+
+def check_device(name: str) -> None:
+    """Raises: ValueError if a device is none of torch's, or one that this machine lacks. Nothing is put on it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be cpu, cuda, cuda:INDEX or mps, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"device is {name}, but torch {torch.__version__} finds {found} CUDA GPUs")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device is {name}, but torch {torch.__version__} finds no such GPU")
+
+
+def reading_processes(limit: int = 32) -> int:
+    """How many processes should read images beside this one: its share of the CPUs that it may run on, of which it
+    keeps one for itself; at least 1 and at most `limit`, since each takes some 30 ms to start."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(limit, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every process, in the order of their ranks, on every process. Tensors must lie on the CPU."""
+    if this_process()[1] == 1:
+        return [value]
+    return require("accelerate.utils", "train").gather_object([value])
+
+
+def this_process() -> tuple[int, int]:
+    """Rank of this process, and how many there are, as the launcher says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,162 @@
+"""What accelerate gives a training run: processes, weights whole or in shards; and the signals that stop it."""
+
+import importlib.util
+import os
+import signal
+import threading
+import uuid
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..runtime.optional_packages import require
+from ..runtime.processes import join_processes
+from .config import TrainingConfig
+
+# Others wait while one process evaluates, writes or reads a data set; NCCL would give that up after ten minutes. Where
+# one dies, launchers end the others long before.
+PATIENCE = timedelta(hours=1)
+
+
+def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: list[str], in_parts: bool = False) -> Any:
+    """The accelerate.Accelerator of a run. Processes, DDP and FSDP2 are what `accelerate launch` says they are.
+
+    Under FSDP2 the shards stay float32 and products run under autocast, as without it: accelerate's own policy would
+    round the times that the network is conditioned on to bfloat16.
+
+    Args:
+        block_names: classes whose instances FSDP2 shards one by one, unless the launcher names others.
+        in_parts: the backward passes of a step do not all reach the same parameters, see `TrainingRun`.
+
+    Raises:
+        ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, fp8 where
+            accelerate has nothing that gives it, a batch that the processes cannot share.
+    """
+    accelerate = require("accelerate", "train")
+    # DDP sums gradients up in the last backward pass of a step: also those of parameters which only others reached,
+    # if it is told to look for them
+    ddp = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=in_parts)
+    handlers = [ddp, accelerate.InitProcessGroupKwargs(timeout=PATIENCE)]
+    if config.mixed_precision == "fp8":
+        handlers.append(_fp8_recipe(accelerate))
+    tracker = None if config.report_to == "none" else config.report_to
+    if tracker is not None:
+        require(tracker, "wandb" if tracker == "wandb" else "train")
+    accelerator = join_processes(
+        mixed_precision=config.mixed_precision,
+        log_with=tracker,
+        project_dir=str(project_dir),
+        kwargs_handlers=handlers,
+        # else a number in the launcher's environment would divide the losses once more
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
+    )
+    _set_up_sharding(accelerate, accelerator, block_names)
+    config.micro_batch_size(accelerator.num_processes)  # for its ValueError
+    return accelerator
+
+
+def _fp8_recipe(accelerate: Any) -> Any:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+    installed = importlib.util.find_spec("torchao") is not None
+    if not (capable and installed):
+        raise ValueError(
+            "mixed_precision is fp8, which accelerate gives through torchao on a GPU of compute capability 8.9 or "
+            f"more; here: {device}, torchao {'' if installed else 'not '}installed"
+        )
+    return accelerate.utils.AORecipeKwargs()  # torchao keeps the names of the weights, so that checkpoints fit
+
+
+def sharding_asked() -> bool:
+    """Whether the launcher asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _set_up_sharding(accelerate: Any, accelerator: Any, block_names: list[str]) -> None:
+    if not sharding_asked():
+        return
+    if accelerator.distributed_type != accelerate.DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP was asked for, but accelerate runs {accelerator.distributed_type.value} on "
+            f"{accelerator.num_processes} x {accelerator.device.type}: it shards over two or more accelerators only"
+        )
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP version {plugin.fsdp_version} was asked for, expected 2: --fsdp_version 2")
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    plugin.cpu_ram_efficient_loading = False  # every process has the whole weights already
+    if plugin.auto_wrap_policy is None:
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = block_names
+
+
+def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict[str, str]) -> dict[str, Any]:
+    """What `init_trackers` of accelerate is called with: accelerate's one name is wandb's project, but tensorboard's
+    folder, where a resumed run has to find it.
+
+    Resumed, tensorboard forgets what a killed run logged after its checkpoint, and has the configuration already.
+    wandb goes on with the run whose id lies in the folder; of steps that it has it keeps what it has.
+
+    Args: `report_to`: the tracker; `folder`: of the run, whose name the run has in wandb; `first_step`: steps done.
+    """
+    if report_to == "wandb":
+        file = folder / "wandb_id.txt"
+        if not file.is_file():
+            file.write_text(uuid.uuid4().hex, encoding="utf-8")
+        settings = {"name": folder.resolve().name, "dir": str(folder), "resume": "allow"}
+        settings["id"] = file.read_text(encoding="utf-8")
+        return {"project_name": "vtp-diffusion", "config": config, "init_kwargs": {"wandb": settings}}
+    settings = {"purge_step": first_step + 1 if first_step else 0}
+    known = {"config": config} if first_step == 0 else {}
+    return {"project_name": "logs", "init_kwargs": {"tensorboard": settings}} | known
+
+
+def is_sharded(parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether every process holds a part of each weight only (FSDP2)."""
+    return any(isinstance(parameter, DTensor) for parameter in parameters)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, put together from its shards if it is sharded: then every process has to call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole `value`, which every process has, on the device of `like` and sharded as it is."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+
+class StopRequest:
+    """Within its context SIGTERM and SIGINT are remembered instead of ending the process.
+
+    Launchers and schedulers send a signal several times and to every process, so that repeating it changes nothing;
+    SIGQUIT (Ctrl-\\) and SIGKILL stop at once. Other threads than the main one cannot handle signals: there nothing
+    is remembered.
+    """
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.signal = signal.Signals(number)
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

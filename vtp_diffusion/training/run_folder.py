@@ -1,0 +1,189 @@
+"""The folder of a training run: whose it is, its log, its pictures and its checkpoints."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from ..runtime import folder_lock
+from ..runtime.config import config_to_dict, flatten_config, read_yaml, save_config
+from ..runtime.disk import writing
+from ..runtime.processes import this_process
+
+PATIENCE = 60.0  # seconds: what NFS remembers of a folder at most, unless it is mounted otherwise
+UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
+
+
+class RunFolder:
+    """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/. What begins with
+    .unfinished- was being written or deleted; damaged-checkpoint-N/ was found so, and is left for you to look at.
+
+    Creating the object only looks; `claim` writes, from then on the folder is locked until `release` or the end of the
+    process (see folder_lock.py). `config.changeable_keys()` names what may differ on resuming.
+
+    A start that failed before its first step leaves a configuration, and what was measured before training, but
+    nothing to lose: another configuration may take its place.
+
+    Raises:
+        ValueError: another process trains in the folder (the main process of a run looks), or it holds the run of
+            another configuration (the differing keys are named), a run that has gone on longer than this one is to,
+            or files that no run wrote.
+    """
+
+    def __init__(self, path: str | Path, config: Any):
+        self.path, self.config = Path(path), config
+        if this_process()[0] == 0:
+            folder_lock.check_free(self.path)
+        self._check_content()
+
+    def _check_content(self) -> None:
+        if (self.path / "config.yaml").is_file():
+            if self._has_trained():
+                self._compare()
+                self._compare_steps()
+        elif self.path.exists() and (not self.path.is_dir() or self._holds_files()):
+            raise ValueError(f"{self.path} exists and holds no run (no config.yaml): give a new or an empty folder")
+
+    def _holds_files(self) -> bool:
+        names = {path.name for path in self.path.iterdir()} - {folder_lock.LOCK_NAME}
+        return any(not name.startswith(UNFINISHED) for name in names)
+
+    def _has_trained(self) -> bool:
+        if any(self.path.glob("*checkpoint-*")):
+            return True
+        return (self.path / "log.jsonl").is_file() and any(record["step"] > 0 for record in self.read_log())
+
+    def _differences(self) -> list[str]:
+        """A line for every key of the saved configuration that differs and may not."""
+        old = flatten_config(read_yaml(self.path / "config.yaml"))
+        new, free = flatten_config(config_to_dict(self.config)), self.config.changeable_keys()
+        keys = sorted(k for k in old.keys() | new.keys() if k not in free and k.partition(".")[0] not in free)
+        pairs = {k: (old.get(k, "(absent)"), new.get(k, "(absent)")) for k in keys}
+        return [f"  {k}: {there} there, {now} now" for k, (there, now) in pairs.items() if there != now]
+
+    def _compare(self) -> None:
+        if lines := self._differences():
+            raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
+
+    def _compare_steps(self) -> None:
+        newest, wanted = max((step for step, _ in self.checkpoints()), default=0), self.config.max_train_steps
+        if newest > wanted:
+            raise ValueError(
+                f"max_train_steps is {wanted}, but {self.path} has trained for {newest} steps: expected at least as "
+                "many, or another output_dir"
+            )
+
+    def claim(self) -> None:
+        """Create and lock the folder, write the resolved configuration, remove what interrupted writing left behind.
+
+        To be called by one process of a run. Raises: ValueError if another one was faster.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        folder_lock.acquire(self.path)
+        self._check_content()  # another run may have come and gone since this one looked
+        unfinished = self.path / f"{UNFINISHED}config.yaml"
+        save_config(self.config, unfinished)
+        unfinished.rename(self.path / "config.yaml")  # a kill must not leave half of what tells whose the folder is
+        for unfinished in self.path.glob(f"{UNFINISHED}*"):
+            unfinished.unlink() if unfinished.is_file() else shutil.rmtree(unfinished)
+
+    def check_shared(self, patience: float = PATIENCE) -> None:
+        """For every process, once one has claimed the folder.
+
+        Args: `patience`: seconds that a network file system may take to show it.
+        Raises: ValueError if it is not there for this process, which runs on another machine, or holds the
+            configuration of a start that failed there.
+        """
+        last = time.monotonic() + patience
+        while not (self.path / "config.yaml").is_file() or self._differences():
+            if time.monotonic() > last:
+                raise ValueError(
+                    f"{self.path}, which the main process has made, is not there for process {this_process()[0]} on "
+                    f"{socket.gethostname()}: expected a folder that all machines share"
+                )
+            time.sleep(0.5)
+
+    def release(self) -> None:
+        """Let another process work in the folder."""
+        folder_lock.release(self.path)
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of every complete checkpoint, oldest first."""
+        found = []
+        for entry in self.path.glob("checkpoint-*"):
+            match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+            if match and entry.is_dir():
+                found.append((int(match[1]), entry))
+        return sorted(found)
+
+    def unfinished(self, step: int) -> Path:
+        """Where a checkpoint is written until `finish` renames it: a name that resuming never looks at."""
+        return self.path / f"{UNFINISHED}checkpoint-{step}"
+
+    def finish(self, step: int, limit: int | None) -> None:
+        """Give a completely written checkpoint its name and delete the oldest beyond `limit`."""
+        self.unfinished(step).rename(self.path / f"checkpoint-{step}")
+        folder = os.open(self.path, os.O_RDONLY)
+        os.fsync(folder)  # the new name is on the disk before anything older is deleted
+        os.close(folder)
+        if limit is not None:
+            for old_step, oldest in self.checkpoints()[:-limit]:
+                doomed = self.unfinished(old_step)
+                oldest.rename(doomed)  # half deleted it must not look like a checkpoint
+                shutil.rmtree(doomed)
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints after a step, which were found damaged, to damaged-checkpoint-N: so they take no
+        place among those that are kept, nor the place of one that is written again."""
+        for later, path in self.checkpoints():
+            if later > step:
+                aside = path.with_name(f"damaged-{path.name}")
+                if aside.exists():
+                    shutil.rmtree(aside)
+                path.rename(aside)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        path = self.path / "log.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _log_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Lines of log.jsonl and what they say; the half line that a killed process may leave at its end is left out.
+
+        Raises: ValueError naming the line that is no record of a step.
+        """
+        path, found = self.path / "log.jsonl", []
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or "step" not in record:
+                raise ValueError(f"{path}, line {number}, is no record of a step: {line[:80]!r}. Delete or mend it")
+            found.append((line, record))
+        return found
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl, in order. Raises: ValueError naming a line that is damaged."""
+        return [record for _, record in self._log_lines()]
+
+    def truncate_log(self, step: int) -> None:
+        """Forget the lines after a step: they will be written again. Raises: as `read_log`."""
+        path = self.path / "log.jsonl"
+        if path.is_file():
+            kept = b"".join(line for line, record in self._log_lines() if record["step"] <= step)
+            unfinished = self.path / f"{UNFINISHED}log.jsonl"  # in its place a kill would lose all of it
+            unfinished.write_bytes(kept)
+            unfinished.rename(path)
+
+    def samples(self, step: int, name: str = "step") -> Path:
+        """Path of the picture made at a step."""
+        (self.path / "samples").mkdir(exist_ok=True)
+        return self.path / "samples" / f"{name}-{step:08d}.png"
