@@ -79,8 +79,6 @@ def load_pipeline(config: GenerateConfig, device: torch.device | str) -> Lightni
     from diffusers import DiffusionPipeline
     from diffusers.utils import is_accelerate_available
 
-    import vtp_diffusion  # noqa: F401 (registers the classes with diffusers)
-
     if not (Path(config.pipeline) / "model_index.json").is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed

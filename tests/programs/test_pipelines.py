@@ -12,14 +12,13 @@ import pytest
 import test_latent_shards
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from golden import GOLDEN, lightning_dit_architecture
 from PIL import Image
 from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.models.conversion import convert_lightning_dit_config
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 
 
 def start(program: str, *arguments, cwd: Path) -> str:
@@ -94,7 +93,7 @@ def test_convert_released_weights_into_a_pipeline(tmp_path):
     source = ("vtp", "--source", GOLDEN / "vtp_released", "--rope-dtype", "float32")
     call("convert.py", *source, "--latent-statistics", "statistics.json:small", "--output", "vae")
     dit = GOLDEN / "lightning_dit_qk_norm"
-    checkpoint = ("lightning-dit", "--checkpoint", dit / "0000100.pt", "--config", dit / "config.json")
+    checkpoint = ("lightning-dit", "--checkpoint", dit / "0000100.pt")
     start("convert.py", *checkpoint, "--output", "dit", cwd=tmp_path)
     parts = ("pipeline", "--vae", "vae", "--transformer", "dit", "--shift", 3.0, "--id2label", "names.json")
     call("convert.py", *parts, "--output", "joined")
@@ -120,7 +119,7 @@ def test_convert_reads_upstream_statistics():
 def test_convert_reads_the_architecture_from_the_weights(name):
     call("convert.py", "lightning-dit", "--checkpoint", GOLDEN / name / "0000100.pt", "--output", "dit")
     found = LightningDiTTransformer2DModel.from_pretrained("dit").config
-    upstream = convert_lightning_dit_config(json.loads((GOLDEN / name / "config.json").read_text()))
+    upstream = lightning_dit_architecture(name)
     assert {key: found[key] for key in upstream} == upstream
 
 
@@ -133,13 +132,13 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
     refused("16", *vtp, "out", "--latent-statistics", "short.json")
     refused("no entry 'Large', it has mean, std", *vtp, "out", "--latent-statistics", "short.json:Large")
     dit = ("convert.py", "lightning-dit", "--checkpoint", GOLDEN / "lightning_dit_released" / "0000100.pt", "--output")
-    refused("num_layers 3 instead of 4", *dit, "out", "--num-layers", 4)
-    (tmp_path / "config.json").write_text('{"depth": 3, "use_rope": false, "use_cross": true}')
-    refused("unknown options.*use_cross.*missing.*hidden_size.*use_rope=False", *dit, "out", "--config", "config.json")
+    state = {"ema": torch.load(dit[3], weights_only=True)["ema"] | {"cross": torch.zeros(1)}}
+    torch.save(state, tmp_path / "cross.pt")
+    refused(r"unexpected keys \['cross'\]", *dit[:3], "cross.pt", "--output", "out")
     refused(
         "full is not the folder", "convert.py", "pipeline", "--vae", "full", "--transformer", "x", "--output", "out"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "full", "short.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cross.pt", "full", "short.json"]
 
 
 def test_generate_one_picture(tmp_path, pipeline_folder):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..data.images import from_uint8
-from ..models.vtp_folders import load_encoder
+from ..models.vtp_model import load_encoder
 from ..runtime.optional_packages import require
 from .network_weights import file_sha256, package_file
 from .trunks import ConvolutionalTrunk

@@ -170,7 +170,8 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             ValueError: for a file that is missing or truncated, an option that is not supported, or a checkpoint
                 whose keys or shapes differ from what its configuration asks for.
         """
-        from .conversion import autoencoder_part, load_strict, read_released_vtp
+        from .conversion import load_strict
+        from .conversion_vtp import autoencoder_part, read_released_vtp
 
         config, state = autoencoder_part(*read_released_vtp(folder_or_hub_id, rope_dtype))
         with torch.device("meta"):
