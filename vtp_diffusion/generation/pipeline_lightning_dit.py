@@ -337,8 +337,8 @@ def _check_components(
         if ours != theirs:
             raise ValueError(f"the guidance transformer has {key} {theirs}, the transformer {ours}")
     num_classes = transformer.config.num_classes
-    wrong = [index for index in id2label or {} if str(index) not in map(str, range(num_classes))]
-    if wrong:
+    expected = {str(index) for index in range(num_classes)}
+    if wrong := [index for index in id2label or {} if str(index) not in expected]:
         raise ValueError(f"id2label has {wrong[:5]}, expected class indices from 0 to {num_classes - 1}")
 
 
