@@ -76,11 +76,11 @@ class GenerateConfig(SamplerConfig):
 
 def load_pipeline(config: GenerateConfig, device: torch.device | str) -> LightningDiTPipeline:
     """The pipeline in its precision, on the device. Raises: ValueError if there is none."""
+    if not (Path(config.pipeline) / "model_index.json").is_file():
+        raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     from diffusers import DiffusionPipeline
     from diffusers.utils import is_accelerate_available
 
-    if not (Path(config.pipeline) / "model_index.json").is_file():
-        raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed
     options = {"dtype": getattr(torch, config.dtype), "low_cpu_mem_usage": is_accelerate_available()}
     pipe = DiffusionPipeline.from_pretrained(config.pipeline, **options)

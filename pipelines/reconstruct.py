@@ -57,11 +57,11 @@ class ReconstructConfig(Settings):
 
 def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     """The autoencoder and the side of the images it is to get."""
+    if not (Path(config.vae) / "config.json").is_file():
+        raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
     from diffusers import AutoModel
     from diffusers.utils import is_accelerate_available
 
-    if not (Path(config.vae) / "config.json").is_file():
-        raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed
     vae = AutoModel.from_pretrained(config.vae, low_cpu_mem_usage=is_accelerate_available())
     # AutoencoderRAE calls it image_size; AutoencoderDC has neither

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,39 @@ from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTran
 ROOT = Path(__file__).parents[2]
 
 
-def start(program: str, *arguments, cwd: Path) -> str:
-    """Run pipelines/PROGRAM in a process of its own; returns what it printed."""
-    command = [sys.executable, str(ROOT / "pipelines" / program), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+# Starting Python and importing torch takes longer than what the programs do here, so that one process runs them all.
+RUN_ALL = """
+import contextlib, io, json, runpy, sys
+printed = {}
+for program, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [program, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        runpy.run_path(program, run_name="__main__")
+    printed[program.rpartition("/")[2]] = output.getvalue()
+print(json.dumps(printed))
+"""
+
+
+@pytest.fixture(scope="module")
+def started(pipeline_folder, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A folder outside the repository where every program was run as a user runs it, and what each printed."""
+    folder = tmp_path_factory.mktemp("started")
+    write_images(folder / "images")
+    options = "--num-images-per-label 3 --num_inference_steps 2 --guidance_scale 2 --batch_size 4"
+    options += " --guidance_interval 0.1 0.9 --guidance_channels 3 --dtype bfloat16 --output a/b.png"
+    checkpoint = GOLDEN / "lightning_dit_qk_norm" / "0000100.pt"
+    words = [
+        ["generate.py", "--pipeline", pipeline_folder, "--labels", "0", "golden retriever", *options.split()],
+        ["convert.py", "lightning-dit", "--checkpoint", checkpoint, "--output", "dit"],
+        ["reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images", "images"],
+        ["export.py", "--pipeline", pipeline_folder, "--output", "exported"],
+    ]
+    words = [[str(ROOT / "pipelines" / program), *map(str, arguments)] for program, *arguments in words]
+    command = [sys.executable, "-c", RUN_ALL, json.dumps(words)]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return folder, json.loads(done.stdout.splitlines()[-1])
 
 
 def call(program: str, *arguments) -> None:
@@ -45,7 +73,8 @@ def refused(message: str, program: str, *arguments) -> None:
 
 def test_at_the_shell_a_refusal_is_one_message_and_status_2(tmp_path):
     command = [sys.executable, ROOT / "pipelines" / "generate.py", "--pipeline", "absent", "--labels", "1"]
-    done = subprocess.run([*command, "--output", "out"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command += ["--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     assert "error: expected the folder of a saved pipeline, absent has no model_index.json" in done.stderr
 
@@ -79,7 +108,11 @@ def pipeline_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture()
 def images(tmp_path) -> Path:
-    folder = tmp_path / "images"
+    return write_images(tmp_path / "images")
+
+
+def write_images(folder: Path) -> Path:
+    """Two pictures of different sizes."""
     folder.mkdir()
     for index, size in enumerate([(32, 32), (90, 70)]):
         pixels = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -87,15 +120,23 @@ def images(tmp_path) -> Path:
     return folder
 
 
-def test_convert_released_weights_into_a_pipeline(tmp_path):
+def test_convert_released_weights_into_a_pipeline(started, tmp_path):
     (tmp_path / "statistics.json").write_text(json.dumps({"small": {"mean": [0.5] * 16, "std": [2.0] * 16}}))
     (tmp_path / "names.json").write_text(json.dumps([f"class {k}" for k in range(10)]))
     source = ("vtp", "--source", GOLDEN / "vtp_released", "--rope-dtype", "float32")
     call("convert.py", *source, "--latent-statistics", "statistics.json:small", "--output", "vae")
     dit = GOLDEN / "lightning_dit_qk_norm"
-    checkpoint = ("lightning-dit", "--checkpoint", dit / "0000100.pt")
-    start("convert.py", *checkpoint, "--output", "dit", cwd=tmp_path)
-    parts = ("pipeline", "--vae", "vae", "--transformer", "dit", "--shift", 3.0, "--id2label", "names.json")
+    parts = (
+        "pipeline",
+        "--vae",
+        "vae",
+        "--transformer",
+        started[0] / "dit",
+        "--shift",
+        3.0,
+        "--id2label",
+        "names.json",
+    )
     call("convert.py", *parts, "--output", "joined")
     pipeline = DiffusionPipeline.from_pretrained("joined")
     assert pipeline.scheduler.config.shift == 3.0 and pipeline.labels["class 7"] == 7
@@ -141,15 +182,9 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cross.pt", "full", "short.json"]
 
 
-def test_generate_one_picture(tmp_path, pipeline_folder):
-    options = ("--num-images-per-label", 3, "--num_inference_steps", 2, "--guidance_scale", 2, "--batch_size", 4)
-    interval = ("--guidance_interval", 0.1, 0.9, "--guidance_channels", 3, "--dtype", "bfloat16")
-    labels = ("--labels", 0, "golden retriever")
-    start(
-        "generate.py", "--pipeline", pipeline_folder, *labels, *options, *interval, "--output", "a/b.png", cwd=tmp_path
-    )
-    width, height = Image.open("a/b.png").size
-    assert width >= 3 * 32 and height >= 2 * 32
+def test_generate_one_picture(started):
+    width, height = Image.open(started[0] / "a" / "b.png").size
+    assert width >= 3 * 32 and height >= 2 * 32 and "6 images: a/b.png" in started[1]["generate.py"]
 
 
 def test_generate_a_folder_that_can_be_continued(tmp_path, pipeline_folder, capsys):
@@ -182,11 +217,11 @@ def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_reconstruct_side_by_side(tmp_path, pipeline_folder, images):
-    vae = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images")
-    printed = start(*vae, images, cwd=tmp_path)
+def test_reconstruct_side_by_side(started, tmp_path, pipeline_folder, images):
+    printed = started[1]["reconstruct.py"]
     assert printed.count("dB") == 3 and "0.png" in printed and "mean of 2" in printed
-    assert Image.open("out.png").width >= 4 * 32
+    assert Image.open(started[0] / "out.png").width >= 4 * 32
+    vae = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images")
     call(*vae, images / "1.png", "--resolution", 64)
     assert 2 * 64 <= Image.open("out.png").width < 4 * 64
     (tmp_path / "out.png").unlink()
@@ -213,9 +248,9 @@ def test_reconstruct_keeps_what_was_done_before_an_unreadable_image(pipeline_fol
     assert Image.open("out.png").width == 2 * one
 
 
-def test_export_as_a_program(tmp_path, pipeline_folder):
-    start("export.py", "--pipeline", pipeline_folder, "--output", "exported", cwd=tmp_path)
-    assert (tmp_path / "exported" / "pipeline.py").is_file()
+def test_export_as_a_program(started):
+    assert (started[0] / "exported" / "pipeline.py").is_file()
+    assert started[1]["export.py"] == "self-contained pipeline: exported\n"
 
 
 @pytest.mark.parametrize("program", ["convert.py", "export.py", "generate.py", "reconstruct.py"])
@@ -226,7 +261,7 @@ def test_help_holds_the_command(program, capsys):
 
 
 def imported_packages(module: str) -> set[str]:
-    """Packages that importing a module of this package needs, following its own imports."""
+    """Packages that a module needs, following its own imports, those inside functions of the programs included."""
     pending, seen, packages = [module], set(), set()
     while pending:
         name = pending.pop()
@@ -236,7 +271,8 @@ def imported_packages(module: str) -> set[str]:
             continue
         seen.add(name)
         pending.append(name.rpartition(".")[0])
-        for node in ast.parse(file.read_text()).body:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree) if name.startswith("pipelines.") else tree.body:
             if isinstance(node, ast.Import):
                 packages |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

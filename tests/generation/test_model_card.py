@@ -1,0 +1,35 @@
+from types import SimpleNamespace
+
+import jinja2
+import pytest
+
+from vtp_diffusion.generation.model_card import write_model_card
+
+VALUES = {"parameters": "9.8 M", "data": "30 latents", "batch": 4, "speed": "9 s", "times": "uniform"}
+CONFIG = SimpleNamespace(
+    model=SimpleNamespace(num_layers=2, num_attention_heads=4, attention_head_dim=16, patch_size=1),
+    validation=SimpleNamespace(guidance_scale=2.0, num_inference_steps=50),
+    guide=SimpleNamespace(text="classifier-free"),
+    max_train_steps=6,
+    learning_rate=1e-3,
+    lr_scheduler="cosine",
+    ema_decay=0.9,
+    class_dropout_prob=0.1,
+    time_shift=1.0,
+    shift=0.3,
+)
+
+
+def test_names_beyond_ten_are_counted(tmp_path):
+    names = [f"class {k}" for k in range(12)]
+    write_model_card(tmp_path / "README.md", CONFIG, "AutoencoderVTP", names=names, **VALUES)
+    card = (tmp_path / "README.md").read_text()
+    assert "12 classes: class 0, class 1, " in card and "class 9, ...." in card and "class 10" not in card
+    assert '{"guidance_scale": 2.0, "num_inference_steps": 50}' in card
+    assert "2 layers, 4 heads of 16, patch 1." in card and "Training images" not in card
+
+
+def test_a_gap_is_refused(tmp_path):
+    with pytest.raises(jinja2.UndefinedError, match="names"):
+        write_model_card(tmp_path / "README.md", CONFIG, "AutoencoderKL", **VALUES)
+    assert not (tmp_path / "README.md").exists()

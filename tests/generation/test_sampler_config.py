@@ -1,0 +1,30 @@
+import pytest
+
+from vtp_diffusion.generation.sampler_config import SamplerConfig
+
+
+def test_its_arguments_are_those_of_the_pipeline():
+    config = SamplerConfig(guidance_scale=2.0, guidance_channels=3)
+    assert config.sampler == {
+        "num_inference_steps": 50,
+        "guidance_scale": 2.0,
+        "guidance_interval": (0.0, 1.0),
+        "guidance_channels": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("num_inference_steps", 0, "a positive number"),
+        ("guidance_scale", -0.5, "0 or a positive number"),
+        ("guidance_interval", (0.0, 1.5), r"a number in \[0, 1\]"),
+        ("guidance_interval", (0.5, 0.2), "the lower time first"),
+        ("guidance_channels", 0, "a positive number"),
+        ("seed", -1, "0 or a positive number"),
+        ("batch_size", 0, "a positive number"),
+    ],
+)
+def test_what_cannot_be_is_refused(option, value, expected):
+    with pytest.raises(ValueError, match=f"{option} is .*, expected {expected}"):
+        SamplerConfig(**{option: value})
