@@ -3,9 +3,9 @@
     python benchmarks/batch_invariance.py --pipeline weights/openmoji-128 --num_images 16 --batch_sizes 4 16 \\
         --dtypes float32 bfloat16 --output batch_invariance.json
 
-Noise and labels are the same bit for bit (tests/test_generate_at_scale.py); what remains is how matrix products of
-other shapes round. In float32 with a float32 rotary embedding one level of 255 is the limit, elsewhere this measures.
-Several processes change nothing but the batches. The control compares images of other noise.
+Noise and labels are the same bit for bit (tests/programs/test_generate_at_scale.py); what remains is how matrix
+products of other shapes round. In float32 with a float32 rotary embedding one level of 255 is the limit, elsewhere
+this measures. Several processes change nothing but the batches. The control compares images of other noise.
 """
 
 import argparse

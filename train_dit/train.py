@@ -14,7 +14,7 @@ weights, for models that do not fit otherwise:
 
     accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 train_dit/train.py --config ...
 
-Autoguidance (arXiv:2406.02507): with --guide.step 20000 the averaged weights of that step, with --guide.transformer
+Autoguidance (arXiv:2406.02507): with --guide.step 20000 the EMA weights of that step, with --guide.transformer
 FOLDER a smaller transformer trained on the same latents becomes the pipeline's guidance_transformer.
 """
 

@@ -133,7 +133,7 @@ def plain_loss(w: dict, inputs: dict, heads: int) -> torch.Tensor:
 
 
 def plain_training(w: dict, batches, steps: int, heads: int, rate: float, decay: float) -> tuple[list, list, dict]:
-    """AdamW (betas 0.9, 0.95, no decay), gradients clipped to 1, averaged weights: losses, norms, averages."""
+    """AdamW (betas 0.9, 0.95, no decay), gradients clipped to 1, EMA weights: losses, norms, averages."""
     trained = [name for name in w if name != "pos_embed"]
     first, second = ({name: torch.zeros_like(w[name]) for name in trained} for _ in range(2))
     average, losses, norms = {name: w[name].clone() for name in trained}, [], []

@@ -118,7 +118,7 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path, made):
     assert list((tmp_path / "run" / "logs").glob("events*"))
 
 
-def test_the_pipeline_holds_the_averaged_weights_and_a_card(tmp_path, made):
+def test_the_pipeline_holds_the_ema_weights_and_a_card(tmp_path, made):
     load_program("train_dit").main(arguments(tmp_path / "run", made, "--shift=0.5"))
     saved = weights(tmp_path / "run" / "pipeline")
     averaged = load_file(tmp_path / "run/checkpoint-6/transformer_ema/diffusion_pytorch_model.safetensors")
@@ -282,7 +282,7 @@ def test_an_early_average_becomes_the_guide_of_the_pipeline(tmp_path, made):
     assert early.keys() == guide.keys() and all(torch.equal(early[name], guide[name]) for name in early)
     pipeline = LightningDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipeline.guidance_transformer is not None
-    assert "averaged weights of step 3 (autoguidance" in (tmp_path / "run/pipeline/README.md").read_text()
+    assert "EMA weights of step 3 (autoguidance" in (tmp_path / "run/pipeline/README.md").read_text()
     shutil.rmtree(tmp_path / "run" / "guidance_transformer")
     with pytest.raises(ValueError, match="guide.step is 3, but the run goes on after step 6"):
         program.main(arguments(tmp_path / "run", made, "--guide.step=3"))

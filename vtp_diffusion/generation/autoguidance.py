@@ -33,7 +33,7 @@ class GuideConfig(Settings):
     def text(self) -> str:
         """How the pipeline is guided, for the model card."""
         if self.step is not None:
-            return f"by its own averaged weights of step {self.step} (autoguidance, arXiv:2406.02507)"
+            return f"by its own EMA weights of step {self.step} (autoguidance, arXiv:2406.02507)"
         if self.transformer is not None:
             return "by a weaker transformer (autoguidance, arXiv:2406.02507)"
         return "classifier-free"

@@ -184,9 +184,9 @@ class _Module:
         return ".".join([*self.room[: len(self.room) - above], node.module])
 
     def body(self, wanted: set[ast.stmt]) -> str:
-        """The text of the wanted statements, each with the comment above it, after the docstring as a comment."""
+        """The text of the wanted statements, each with the comment above it, after what the file is."""
         kept, end = [f"\n\n# ---- from {self.path.parent.name}/{self.path.name}"], 0
-        kept += [f"# {line}".rstrip() for line in (self.docstring or "").splitlines()]
+        kept += [f"# {line}" for line in (self.docstring or "").partition("\n\n")[0].splitlines()]
         for node in self.tree.body:
             segment, end = self.lines[end : node.end_lineno], node.end_lineno
             if node in wanted:

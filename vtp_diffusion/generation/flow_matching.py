@@ -1,4 +1,4 @@
-"""The method: rectified-flow / flow-matching training with time running from noise (t = 0) to data (t = 1).
+"""Flow matching (rectified flow): path, velocity, loss and times, time running from noise (t = 0) to data (t = 1).
 
 Equations follow "Flow Straight and Fast" (Liu et al., arXiv:2209.03003) and "Flow Matching" (Lipman et al.,
 arXiv:2210.02747) in LightningDiT's orientation (Yao et al., arXiv:2501.01423). Nothing here knows about networks.
@@ -10,6 +10,7 @@ import torch
 
 
 def _per_sample(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One time a sample, so that it broadcasts over the rest of its shape."""
     return t.reshape(-1, *([1] * (like.ndim - 1)))  # (B,) -> (B, 1, ..., 1)
 
 

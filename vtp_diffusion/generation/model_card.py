@@ -42,7 +42,7 @@ images = pipeline(class_labels=[0], **settings).images
   model.attention_head_dim }}, patch {{ model.patch_size }}.
 - {{ data }}; {{ max_train_steps }} steps of {{ batch }} latents,
   {{ speed }}.
-- AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); averaged weights with decay {{ ema_decay }}.
+- AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
 - Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}.
 - Sampling with time shift {{ shift }}; guidance: {{ guide.text }}.
 

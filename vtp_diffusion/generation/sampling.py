@@ -1,17 +1,21 @@
-"""Sampling keyed by the global index: noise and label of image k depend on the seed and on k alone, not on how many
-images are made at once or by how many processes."""
+"""Sampling by image number: noise and label of image k depend on the seed and on k alone, not on how many images are
+made at once or by how many processes."""
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from ..data.images import finite_to_uint8
 from ..runtime.precision import exact_float32
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 LabelRule = Literal["random", "balanced", "reference"]
 

@@ -1,4 +1,4 @@
-"""Upstream's LightningDiT checkpoints -> architecture and state dict of `LightningDiTTransformer2DModel`."""
+"""Released LightningDiT checkpoints -> architecture and state dict of `LightningDiTTransformer2DModel`."""
 
 import math
 import pickle

@@ -1,5 +1,4 @@
-"""Which samples stochastic depth (arXiv:1603.09382) keeps, drawn before the forward pass; `residual_update` in
-vtp_blocks.py uses them."""
+"""Stochastic depth (drop path, arXiv:1603.09382): samples that each branch keeps, drawn before the forward pass."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Loading a saved model that refuses weights which do not fit; diffusers itself only warns of them."""
+"""`from_pretrained` that refuses weights which do not fit; diffusers itself only warns of them."""
 
 from typing import Any
 

@@ -311,6 +311,7 @@ class LightningDiTTimeEmbedding(nn.Module):
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """adaLN: (B, N, D) scaled by 1 + scale and shifted, both (B, 1, D)."""
     return hidden_states * (1 + scale) + shift
 
 

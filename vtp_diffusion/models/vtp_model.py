@@ -4,6 +4,7 @@
 import json
 import math
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -85,25 +86,8 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
                 f"text_hidden_size={text_hidden_size} is not a multiple of "
                 f"text_num_attention_heads={text_num_attention_heads}."
             )
-        self.autoencoder = AutoencoderVTP(
-            in_channels=in_channels,
-            sample_size=sample_size,
-            patch_size=patch_size,
-            latent_channels=latent_channels,
-            encoder_hidden_size=encoder_hidden_size,
-            encoder_num_layers=encoder_num_layers,
-            encoder_num_attention_heads=encoder_num_attention_heads,
-            decoder_hidden_size=decoder_hidden_size,
-            decoder_num_layers=decoder_num_layers,
-            decoder_num_attention_heads=decoder_num_attention_heads,
-            encoder_qk_norm=encoder_qk_norm,
-            decoder_qk_norm=decoder_qk_norm,
-            rope_dtype=rope_dtype,
-            latents_mean=latents_mean,
-            latents_std=latents_std,
-            scaling_factor=scaling_factor,
-            block_out_channels=block_out_channels,
-        )
+        # the configuration is registered already, by the decorator
+        self.autoencoder = AutoencoderVTP(**{name: self.config[name] for name in signature(AutoencoderVTP).parameters})
         self.visual_projection = nn.Linear(encoder_hidden_size, projection_dim, bias=False)
         initialise_weights(self.visual_projection)
         self.text_model = VTPTextModel(
