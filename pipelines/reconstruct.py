@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
 from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
-from vtp_diffusion.metrics.pixels import psnr, reconstruct
+from vtp_diffusion.metrics.pixels import psnr
+from vtp_diffusion.models.latent_space import reconstruct
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.processes import check_device

@@ -40,8 +40,8 @@ from vtp_diffusion.pretraining.reconstruction import (
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import check_sizes, config_to_dict, parse_config
+from vtp_diffusion.runtime.disk import numbers_line
 from vtp_diffusion.runtime.processes import this_process
-from vtp_diffusion.runtime.results import numbers_line
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.config import TrainingConfig, weight_decay_at
 from vtp_diffusion.training.loop import TrainingRun

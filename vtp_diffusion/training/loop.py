@@ -17,10 +17,9 @@ from torch import nn
 
 from ..data.order import StepBatchSampler, draw_for_positions, step_generator
 from ..runtime.config import config_to_dict, flatten_config
-from ..runtime.disk import writing
+from ..runtime.disk import numbers_line, writing
 from ..runtime.precision import use_deterministic_algorithms
 from ..runtime.processes import gather_objects
-from ..runtime.results import numbers_line
 from .accelerator import StopRequest, is_sharded, make_accelerator, tracker_settings, whole
 from .checkpoints import averaged_state, resume, save_checkpoint
 from .config import TrainingConfig, learning_rate_at, parameter_groups
