@@ -31,8 +31,8 @@ from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks
 from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.disk import write_json
-from vtp_diffusion.training.config import parameter_groups
 from vtp_diffusion.training.cuda_graphs import WARM_UP, GraphedPasses
+from vtp_diffusion.training.optimisation import parameter_groups
 from vtp_diffusion.training.rates import peak_memory_bytes
 
 PEAK = 989e12  # FLOP/s

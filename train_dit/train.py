@@ -324,7 +324,7 @@ def card_text(config: Config, run: TrainingRun, dataset, autoencoder: str) -> st
     model, sampling = config.model, config.validation
     names = list(dataset.id2label.values())
     classes = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    parameters = sum(p.numel() for p in run.parameters) / 1e6
+    parameters = sum(p.numel() for p in run.optimisation.parameters) / 1e6
     source = "latents of training images" if config.latents else "training images, encoded in every step"
     times = (
         "uniform" if config.time_distribution == "uniform" else f"logit-normal ({config.time_mu}, {config.time_sigma})"
@@ -359,7 +359,7 @@ images = pipeline(class_labels=[0], **settings).images
 - `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423), {tokenizer}.
 - {model.num_layers} layers, {model.num_attention_heads} heads of {model.attention_head_dim}, patch {model.patch_size}.
 - {len(dataset)} {source}; {config.max_train_steps} steps of {run.images_per_step} latents,
-  {run.seconds:.0f} s ({run.median_rate():.0f} a second){run.skipped_note}.
+  {run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}.
 - AdamW, learning rate {config.learning_rate} ({config.lr_scheduler}); averaged weights with decay {config.ema_decay}.
 - Times: {times}, shift {time_shift(config.time_shift, dataset):.4g}; class dropout {config.class_dropout_prob}.
 - Sampling with time shift {time_shift(config.shift, dataset):.4g}; guidance: {guide}.
@@ -407,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in run.steps():
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide
-            export_averaged(run, GUIDE)
+            export_averaged(run.model, run.optimisation.average, run.folder.path / GUIDE)
         if watched and run.due(step, config.validation_steps):
             run.save_due(step)
             validate(config, run, vae, dataset, distance, step + 1)

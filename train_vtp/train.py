@@ -48,8 +48,9 @@ from vtp_diffusion.runtime.config import check_sizes, config_to_dict, parse_conf
 from vtp_diffusion.runtime.disk import numbers_line
 from vtp_diffusion.runtime.processes import this_process
 from vtp_diffusion.training.accelerator import sharding_asked
-from vtp_diffusion.training.config import TrainingConfig, weight_decay_at
+from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.optimisation import weight_decay_at
 from vtp_diffusion.training.run_folder import RunFolder
 
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
@@ -365,8 +366,7 @@ def main(argv: list[str] | None = None) -> None:
         done = step / config.max_train_steps
         if config.adam_weight_decay_end is not None:
             decay = weight_decay_at(done, config.adam_weight_decay, config.adam_weight_decay_end)
-            for group in run.optimizer.param_groups[:1]:  # of the matrices; see parameter_groups
-                group["weight_decay"] = decay
+            run.optimisation.set_weight_decay(decay)
         counted = run.optimise(step, inputs)
         objective.after_step(done, counted)
         validation_due = run.due(step, config.validation_steps)

@@ -35,7 +35,7 @@ from vtp_diffusion.pretraining.joint import (
 from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.training.config import weight_decay_at
+from vtp_diffusion.training.optimisation import weight_decay_at
 
 TINY = {
     f"{part}_{key}": value

@@ -56,7 +56,7 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
     Raises:
         ValueError: the run is resumed with other numbers of processes or workers.
     """
-    if run.first_step > 0 and run.resumed_data_state is None:
+    if run.first_step > 0 and run.state.resumed_data_state is None:
         raise ValueError(
             f"{run.folder.path}: the checkpoint of step {run.first_step} holds no stream position for process "
             f"{run.rank}: a stream is resumed with the same number of processes"
@@ -70,9 +70,9 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
         num_workers,
         run.rank,
         run.world_size,
-        run.resumed_data_state,
+        run.state.resumed_data_state,
     )
-    run.data_state = batches.state_dict
+    run.state.data_state = batches.state_dict
     return batches
 
 
