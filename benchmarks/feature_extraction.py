@@ -7,8 +7,7 @@
         --num_workers 0 --seconds 600
 
 Both sides run on the same machine and images in one process after each other, with TensorFloat-32 off ("exact" and the
-peer); exact mode's convolutions are three products on tensor cores with about the precision of float32, see
-`metrics/convolution.py`, and "fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its
+peer); "fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its
 loader of four processes, its batch size of 64. A row is one pass over the number of images that stands beside it, from
 the start of its reading processes to the last feature on the CPU; cuDNN's choice of algorithms and the compiler's work
 come before it and are rows of their own. The rows:
@@ -17,7 +16,6 @@ come before it and are rows of their own. The rows:
     exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
     ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
     reading                   files to batches in pinned memory: no network can be faster
-    exact, cuDNN              exact mode with cuDNN's convolutions instead
 
 After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
 when it is measured: what ends early keeps what it has.
@@ -46,9 +44,9 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_diffusion.evaluation.measurement import wanted_outputs
-from vtp_diffusion.evaluation.records import record_images
+from vtp_diffusion.evaluation.one_pass import record_images
 from vtp_diffusion.evaluation.sources import FolderImages, ImageSource, read_batches
-from vtp_diffusion.metrics.extraction import Extractor, can_split
+from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
 from vtp_diffusion.metrics.inception import InceptionFeatures, save_random_inception
 from vtp_diffusion.runtime.disk import write_json
@@ -138,8 +136,6 @@ class Benchmark:
             "reading": self.measure_reading,
             "ceiling": self.measure_ceiling,
         }
-        if can_split(self.device):  # else there was nothing else
-            groups["exact, cuDNN"] = self.measure_library
         for name, measure in groups.items():
             if time.perf_counter() - self.start > self.arguments.seconds:
                 self.results["not_run"].append(name)
@@ -215,13 +211,6 @@ class Benchmark:
             difference = ((found[: len(features)] - features).norm() / spread).item()
             self.results.setdefault(f"difference_to_{other}_by_spread", {})[name] = difference
 
-    def measure_library(self) -> None:
-        extractor = self.extractor("exact, cuDNN", "exact", compile=self.arguments.compile, split=False)
-        seconds, found = timed(lambda: extract(extractor, self.batches(self.first)))
-        self.row("tensors, exact, cuDNN", len(self.first), seconds)
-        self.compare("exact, cuDNN", found)
-        self.write()
-
     def measure_reading(self) -> None:
         for name, hashed in (("png, reading", False), ("png, reading and hashing", True)):
             seconds, _ = timed(lambda h=hashed: [None for _ in self.batches(self.files, h)])
@@ -235,13 +224,11 @@ class Benchmark:
         flops = counter.get_total_flops()
         ceiling: dict[str, Any] = {"flops_an_image": flops}
         side = PRODUCT_SIDE if self.cuda else 1024
-        kinds = [("float32", torch.float32, 1)]
-        if can_split(self.device):
-            kinds.append(("three TensorFloat-32 products", torch.float32, 3))
+        kinds = [("float32", torch.float32)]
         if self.cuda:  # no CPU program is made for float16
-            kinds.append(("float16", torch.float16, 1))
-        for name, dtype, products in kinds:
-            rate = product_flops(side, dtype, self.device, products > 1) / products
+            kinds.append(("float16", torch.float16))
+        for name, dtype in kinds:
+            rate = product_flops(side, dtype, self.device)
             ceiling[name] = {"flops_a_second": rate, "images_per_second": round(rate / flops, 1)}
         self.results["ceiling"] = ceiling
         print(f"ceiling: {json.dumps(ceiling)}", flush=True)
@@ -305,9 +292,7 @@ def timed(call: Callable) -> tuple[float, Any]:
     return time.perf_counter() - start, found
 
 
-def product_flops(
-    side: int, dtype: torch.dtype, device: torch.device, tensorfloat32: bool, repeats: int = 10
-) -> float:
+def product_flops(side: int, dtype: torch.dtype, device: torch.device, repeats: int = 10) -> float:
     """FLOP/s of square matrix products."""
     x = torch.randn(side, side, device=device).to(dtype)
 
@@ -317,7 +302,6 @@ def product_flops(
         y[0, 0].item()  # waits
 
     with exact_float32():
-        torch.backends.cuda.matmul.allow_tf32 = tensorfloat32
         multiply(2)
         seconds, _ = timed(lambda: multiply(repeats))
     return 2 * side**3 * repeats / seconds

@@ -5,7 +5,7 @@ r"""Speed and memory of one step of joint VTP pre-training: all objectives, then
 
 Large at 256 pixels, local batches 256 / 64 / 32, two global crops of 256 and eight local ones of 96 pixels. A step is:
 crops, masks, forward, backward, clipping, AdamW, the teacher. MFU counts useful operations only
-(vtp_diffusion/pretraining/flops.py) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The objectives' shares
+(`VTPForPreTraining.flops`) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The objectives' shares
 are of the time of forward and backward passes made alone.
 
 What is recomputed counts as no useful operation. On a GPU the time of a step is also divided among its kernels: their
@@ -27,13 +27,12 @@ from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
-from vtp_diffusion.pretraining.flops import training_flops
-from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks, compile_parts, one_by_one
+from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks, compile_parts
 from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.disk import write_json
-from vtp_diffusion.training.config import parameter_groups
 from vtp_diffusion.training.cuda_graphs import WARM_UP, GraphedPasses
+from vtp_diffusion.training.optimisation import parameter_groups
 from vtp_diffusion.training.rates import peak_memory_bytes
 
 PEAK = 989e12  # FLOP/s
@@ -156,7 +155,7 @@ def main():
     graphed = GraphedPasses(passes, trained) if arguments.cuda_graphs else None
 
     def step(number: int) -> None:
-        parts = one_by_one(step_inputs(objective, images, token_ids, number))  # as the program does it
+        parts = objective.one_by_one(step_inputs(objective, images, token_ids, number))  # as the program does it
         if graphed is not None:
             graphed(parts)
         else:
@@ -173,7 +172,7 @@ def main():
     if graphed is not None:
         graphed = None  # what it keeps has to go: objectives alone take memory of their own
         torch.cuda.empty_cache()
-    flops = training_flops(objective, resolution)
+    flops = objective.flops(resolution)
     inputs, alone, kernels_alone = step_inputs(objective, images, token_ids, 0), {}, {}
     for name in objective.objectives:
 

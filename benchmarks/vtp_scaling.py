@@ -43,7 +43,7 @@ import torch
 from launching import ROOT, device_name, end_by_exception, program_environment, read_log, run_until, torchrun
 
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.runtime.results import check_output, write_results
+from vtp_diffusion.runtime.disk import check_output, write_results
 
 PROGRAM = ROOT / "train_vtp" / "train.py"
 NEVER = 1_000_000  # steps

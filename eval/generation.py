@@ -47,35 +47,34 @@ from diffusers import DiffusionPipeline
 
 from vtp_diffusion.data.npz import ImageSpool, NpzImages
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
-from vtp_diffusion.evaluation.passes import (
+from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
-    chosen_images,
-    image_faults,
+    ImageRecord,
     open_networks,
-    open_reference,
     record_source,
     settings_of,
     split_rule,
-    subset_rule,
 )
-from vtp_diffusion.evaluation.records import ImageRecord
 from vtp_diffusion.evaluation.references import read_statistics, write_statistics
 from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     FolderImages,
     ImageSource,
     PipelineImages,
+    chosen_images,
+    image_faults,
+    open_reference,
     pipeline_image_size,
+    subset_rule,
 )
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels
-from vtp_diffusion.metrics.extraction import Extractor
+from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
-from vtp_diffusion.metrics.network_weights import file_sha256
-from vtp_diffusion.metrics.scores import ADM_PART, SMALL_SPLIT
+from vtp_diffusion.metrics.scores import SMALL_SPLIT
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
-from vtp_diffusion.runtime.results import check_output, write_results
 
 NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"
@@ -87,7 +86,6 @@ PAIRS = 24
 class GenerationConfig(FeaturesConfig):
     images: str = field(metadata={"help": "folder of images, npz, or folder of a pipeline to sample"})
     floor_images: str | None = field(default=None, metadata={"help": "real images outside the reference, as it"})
-    floor_split: str = field(default="validation", metadata={"help": "split of the floor images"})
     control: str | None = field(
         default=None,
         metadata={
@@ -224,12 +222,12 @@ def collect_images(config: GenerationConfig) -> Sources:
         raise ValueError(f"control images are {sizes['control']}, the generated ones are {size}")
     real: Sources = {}
     if config.floor_images is not None:
-        floor = open_reference(config.data, config.floor_images, config.floor_split, size)
+        floor = open_reference(config.data, config.floor_images, "validation", size)
         if floor is None:
             raise ValueError(f"floor_images {config.floor_images} holds statistics, expected images")
         real["floor"] = floor[0], floor[1]
     labels = None
-    reference = open_reference(config.data, config.reference, config.reference_split, size)
+    reference = open_reference(config.data, config.reference, "train", size)
     if reference is not None:
         source, base, variants = reference
         real["reference"] = source, base
@@ -368,15 +366,14 @@ def print_results(results: dict) -> None:
         )
     for row in results["scores"]:
         spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
-        order = f"  {row['order']}" if row.get("order", "as given") != "as given" else ""
-        print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}{order}")
+        print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}")
         if row.get("images_per_split", SMALL_SPLIT) < SMALL_SPLIT:
             print(
                 f"  its {row['splits']} parts hold {row['images_per_split']} images, which no score exceeds: "
                 "compare it at this size only (papers': 5,000)"
             )
-        if row.get("images_per_split", ADM_PART) != ADM_PART:
-            print(f"  in parts of {ADM_PART:,}, as ADM's evaluator takes them: {row['adm_value']:.4f}")
+        if "adm_value" in row:
+            print(f"  in the order of the files, as ADM's evaluator takes them: {row['adm_value']:.4f}")
     if results["settings"]["feature_mode"] != "exact":
         print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
     for row in results["not_measured"]:
@@ -415,7 +412,7 @@ def make_reference(config: ReferenceConfig) -> None:
     """Statistics of a data set in ADM's format."""
     (name,) = config.feature_network
     extractors = open_networks(config, [name])
-    opened = open_reference(config.data, config.reference, config.reference_split, (config.resolution,) * 2)
+    opened = open_reference(config.data, config.reference, "train", (config.resolution,) * 2)
     if opened is None:
         raise ValueError(f"{config.reference} holds statistics already")
     source, base, _ = opened

@@ -32,8 +32,8 @@ from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.models.vtp_model import load_encoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.processes import check_alone, check_device
-from vtp_diffusion.runtime.results import check_output, write_results
 
 
 @dataclass(kw_only=True)

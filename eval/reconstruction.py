@@ -25,27 +25,31 @@ from tqdm.auto import tqdm
 import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.images import from_uint8, image_grid, to_pil
-from vtp_diffusion.evaluation.passes import batches_of_this_process, chosen_images, fault_lines, subset_rule
-from vtp_diffusion.evaluation.records import gathered
-from vtp_diffusion.evaluation.sources import DatasetImages, open_measured, read_batches
-from vtp_diffusion.metrics.extraction import (
+from vtp_diffusion.evaluation.one_pass import batches_of_this_process, gathered
+from vtp_diffusion.evaluation.sources import (
+    DatasetImages,
+    chosen_images,
+    fault_lines,
+    open_measured,
+    read_batches,
+    subset_rule,
+)
+from vtp_diffusion.metrics.features import extract_features
+from vtp_diffusion.metrics.frechet import JACKKNIFE_GROUPS, GaussianStatistics, frechet_distance, jackknife_deviation
+from vtp_diffusion.metrics.lpips import LPIPS
+from vtp_diffusion.metrics.networks import (
     FEATURE_NETWORKS,
-    extract_features,
+    FeatureNetwork,
     feature_network,
     network_name,
     weight_files,
 )
-from vtp_diffusion.metrics.frechet import JACKKNIFE_GROUPS, GaussianStatistics, frechet_distance, jackknife_deviation
-from vtp_diffusion.metrics.lpips import LPIPS
-from vtp_diffusion.metrics.network_weights import file_sha256
-from vtp_diffusion.metrics.networks import FeatureNetwork
-from vtp_diffusion.metrics.pixels import psnr, reconstruct
-from vtp_diffusion.metrics.ssim import SSIM_SETTINGS, ssim
-from vtp_diffusion.models.latent_space import autoencoder_identity
+from vtp_diffusion.metrics.pixels import SSIM_SETTINGS, psnr, ssim
+from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
 from vtp_diffusion.runtime.processes import check_device, gather_objects, join_processes, this_process
-from vtp_diffusion.runtime.results import check_output, write_results
 
 WORST = 16
 

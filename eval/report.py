@@ -26,7 +26,7 @@ from vtp_diffusion.evaluation.report import (
 )
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.runtime.results import check_output
+from vtp_diffusion.runtime.disk import check_output
 
 
 @dataclass

@@ -22,16 +22,15 @@ from vtp_diffusion import VTPModel
 from vtp_diffusion.data.captions import clip_tokenizer
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
 from vtp_diffusion.data.images import from_uint8
-from vtp_diffusion.evaluation.passes import fault_lines
-from vtp_diffusion.evaluation.sources import open_measured, read_batches
+from vtp_diffusion.evaluation.sources import fault_lines, open_measured, read_batches
 from vtp_diffusion.metrics.classification import top_k_accuracy
 from vtp_diffusion.metrics.zero_shot import IMAGENET_CLASSES, class_embeddings, imagenet_prompts, zero_shot_scores
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.models.vtp_model import load_vtp
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.processes import check_alone, check_device
-from vtp_diffusion.runtime.results import check_output, write_results
 
 
 @dataclass(kw_only=True)

@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(ReconstructConfig, argv, __doc__)
     from tqdm.auto import tqdm
 
-    from vtp_diffusion.metrics.pixels import psnr, reconstruct
+    from vtp_diffusion.metrics.pixels import psnr
+    from vtp_diffusion.models.latent_space import reconstruct
 
     files = config.files()
     vae, resolution = load_autoencoder(config)

@@ -75,10 +75,10 @@ def train(config, broken_steps=(), fingerprint="data", at_step=None):
 
 def everything(run):
     state = {name: value.clone() for name, value in run.bare.state_dict().items()}
-    for name, average in run.averages.items():
+    for name, average in run.optimisation.averages.items():
         state |= {f"{name}.{i}": value for i, value in enumerate(average.averages)}
-    for i, parameter in enumerate(run.trained):
-        state |= {f"adam.{i}.{k}": v for k, v in run.optimizer.state[parameter].items()}
+    for i, parameter in enumerate(run.optimisation.trained):
+        state |= {f"adam.{i}.{k}": v for k, v in run.optimisation.optimizer.state[parameter].items()}
     return state | {"random": torch.get_rng_state()}
 
 

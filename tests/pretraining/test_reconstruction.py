@@ -105,7 +105,7 @@ def test_objectives_are_named_and_weighted():
     [
         ({"lpips": 1.0}, "LPIPS needs a trunk"),
         ({"lpips": 0.0, "lpips_trunk": "torchvision"}, "a trunk needs a positive weight"),
-        ({"l1": -1.0, "lpips": 0.0}, "reconstruction.l1 is -1.0"),
+        ({"l1": -1.0, "lpips": 0.0}, "l1 is -1.0"),
         ({"l1": 0.0, "lpips": 0.0}, "one of l1, l2 and lpips"),
     ],
 )

@@ -303,7 +303,7 @@ def test_blur_keeps_constants_and_spreads_a_point_as_a_gaussian():
         ({"mask_ratio": (0.5, 0.1)}, "mask_ratio is 0.5 to 0.1"),
         ({"dino_weight": 0.0, "ibot_weight": 0.0}, "dino_weight or ibot_weight"),
         ({"teacher_temperature": (0.0, 0.07)}, "teacher_temperature"),
-        ({"stochastic_depth": 1.0}, "self_supervision.stochastic_depth is 1.0"),
+        ({"stochastic_depth": 1.0}, "stochastic_depth is 1.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

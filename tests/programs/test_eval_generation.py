@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.evaluation.passes import FeaturesConfig
+from vtp_diffusion.evaluation.one_pass import FeaturesConfig
 
 ROOT = Path(__file__).parents[2]
 

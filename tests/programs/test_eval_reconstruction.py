@@ -15,7 +15,7 @@ from scipy import ndimage
 
 import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP
-from vtp_diffusion.metrics.ssim import ssim
+from vtp_diffusion.metrics.pixels import ssim
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "reconstruction.py"
 

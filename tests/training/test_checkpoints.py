@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_training import assert_identical, everything, interrupted_copy, log_of, tiny_config, train
+from tiny_training import assert_identical, everything, interrupted_copy, log_of, make_run, tiny_config, train
 
 from vtp_diffusion import LightningDiTTransformer2DModel
-from vtp_diffusion.training.checkpoints import export_averaged, find_damage
+from vtp_diffusion.training.checkpoints import TrainingState, export_averaged, find_damage
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,6 +105,35 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     assert_identical(everything(resumed), everything(train(tiny_config(tmp_path / "straight"))))
 
 
+def test_a_device_out_of_memory_is_no_full_disk(tmp_path, monkeypatch):
+    def out_of_memory(state):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(TrainingState, "moments", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        train(tiny_config(tmp_path / "run"))
+    assert list((tmp_path / "run").glob("*checkpoint-*")) == []
+
+
+def test_an_export_replaces_the_one_before_only_when_it_is_whole(tmp_path):
+    run = make_run(tiny_config(tmp_path / "run"))
+    guide = run.folder.path / "guide"
+    export_averaged(run.model, run.optimisation.average, guide)
+    before = guide.joinpath("diffusion_pytorch_model.safetensors").read_bytes()
+    run.optimisation.average.averages[0].add_(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+        with pytest.raises(OSError, match="guide could not be written"):
+            export_averaged(run.model, run.optimisation.average, guide)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert guide.joinpath("diffusion_pytorch_model.safetensors").read_bytes() == before
+    export_averaged(run.model, run.optimisation.average, guide)
+    assert guide.joinpath("diffusion_pytorch_model.safetensors").read_bytes() != before
+    assert not list(run.folder.path.glob(".unfinished*guide"))
+
+
 def test_a_log_and_a_picture_that_the_disk_does_not_take_are_named(tmp_path):
     run = train(tiny_config(tmp_path / "run", max_train_steps=1))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -115,7 +144,7 @@ def test_a_log_and_a_picture_that_the_disk_does_not_take_are_named(tmp_path):
         with pytest.raises(OSError, match="log.jsonl could not be written: .*File too large"):
             run.report(1, {"psnr": 20.0})
         with pytest.raises(OSError, match="guide could not be written: .*File too large"):
-            export_averaged(run, "guide")
+            export_averaged(run.model, run.optimisation.average, run.folder.path / "guide")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "run" / "guide").exists()
@@ -126,13 +155,13 @@ def test_several_averages_are_kept_and_resumed(tmp_path):
     config = tiny_config(tmp_path / "straight", ema_further_decays=[0.0, 0.5])
     run = train(config)
     straight = everything(run)
-    assert list(run.averages) == ["transformer_ema", "transformer_ema_0.0", "transformer_ema_0.5"]
+    assert list(run.optimisation.averages) == ["transformer_ema", "transformer_ema_0.0", "transformer_ema_0.5"]
     path = tmp_path / "straight" / "checkpoint-6"
     assert_identical(
         load_file(path / "transformer_ema_0.0" / "diffusion_pytorch_model.safetensors"), run.model.state_dict()
     )
     averaged = LightningDiTTransformer2DModel.from_pretrained(path / "transformer_ema_0.5")
-    expected = run.averages["transformer_ema_0.5"].averages
+    expected = run.optimisation.averages["transformer_ema_0.5"].averages
     assert all(torch.equal(p, a) for p, a in zip(averaged.parameters(), expected, strict=True))
     interrupted_copy(tmp_path / "straight", tmp_path / "resumed", step=3)
     config = tiny_config(tmp_path / "resumed", ema_further_decays=[0.0, 0.5])

@@ -10,7 +10,7 @@ from test_train_vtp import fresh_accelerate  # noqa: F401
 from tiny_training import assert_identical, log_of
 from torch import nn
 
-from vtp_diffusion.pretraining.joint import checkpoint_blocks, one_by_one
+from vtp_diffusion.pretraining.joint import checkpoint_blocks
 from vtp_diffusion.training.cuda_graphs import WARM_UP, CUDARecorder, GraphedPasses, why_not_recorded
 from vtp_diffusion.training.loop import TrainingRun
 
@@ -74,7 +74,7 @@ def trained(objective, passes_of_step, steps, device="cpu"):
     """Losses of every step, the fifth being left out."""
     optimizer, seen = torch.optim.SGD(objective.parameters(), lr=0.1, momentum=0.9), []
     for step in range(steps):
-        seen.append(passes_of_step(one_by_one(inputs_of(objective, step, device))))
+        seen.append(passes_of_step(objective.one_by_one(inputs_of(objective, step, device))))
         counts = step != 4
         if counts:
             optimizer.step()

@@ -23,9 +23,9 @@ from torch import nn
 from vtp_diffusion import LightningDiTTransformer2DModel
 from vtp_diffusion.data.order import step_generator
 from vtp_diffusion.training.accelerator import tracker_settings
-from vtp_diffusion.training.config import learning_rate_at, parameter_groups
 from vtp_diffusion.training.ema import AveragedWeights
 from vtp_diffusion.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
+from vtp_diffusion.training.optimisation import learning_rate_at, parameter_groups
 from vtp_diffusion.training.run_folder import RunFolder
 
 
@@ -94,7 +94,7 @@ def test_checkpoints_hold_the_model_and_its_average_for_from_pretrained(tmp_path
     model = LightningDiTTransformer2DModel.from_pretrained(path / "transformer")
     assert_identical(model.state_dict(), run.model.state_dict())
     averaged = LightningDiTTransformer2DModel.from_pretrained(path / "transformer_ema")
-    for parameter, average in zip(averaged.parameters(), run.average.averages, strict=True):
+    for parameter, average in zip(averaged.parameters(), run.optimisation.average.averages, strict=True):
         assert torch.equal(parameter, average)
     assert set(load_file(path / "objective.safetensors")) == {"head.weight", "head.bias", "calls"}
 
@@ -117,7 +117,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
         assert run.images_per_step == 4 and run.micro_steps == range(count)
         run.optimise(0, iter([{"latents": part, "broken": False} for part in latents.chunk(count)]))
         runs.append(run)
-    for first, second in zip(runs[0].trained, runs[1].trained, strict=True):
+    for first, second in zip(runs[0].optimisation.trained, runs[1].optimisation.trained, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
 
 
@@ -131,9 +131,9 @@ def test_what_the_launcher_says_of_accumulation_divides_no_loss(tmp_path, monkey
 
 def test_steps_with_gradients_that_are_not_finite_are_left_out(tmp_path):
     run = train(tiny_config(tmp_path / "run"), broken_steps={2, 3})
-    assert run.skipped.tolist() == [0, 2]
-    assert all(torch.isfinite(p).all() for p in run.trained)
-    assert run.optimizer.state[run.trained[0]]["step"].item() == 4
+    assert run.optimisation.skipped.tolist() == [0, 2]
+    assert all(torch.isfinite(p).all() for p in run.optimisation.trained)
+    assert run.optimisation.optimizer.state[run.optimisation.trained[0]]["step"].item() == 4
     lines = log_of(tmp_path / "run")
     assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 2, 2, 2]
 
@@ -144,11 +144,15 @@ def test_averages_go_by_steps_those_left_out_too(tmp_path):
     run = make_run(tiny_config(tmp_path / "run", ema_decay=decay, ema_bias_correction=True))
     latents, counted = torch.randn(4, 4, 2, 2, generator=torch.Generator().manual_seed(1)), []
     for step, broken in enumerate((False, False, True)):
-        weights, averages = ([t.detach().clone() for t in ts] for ts in (run.parameters, run.average.averages))
+        weights, averages = (
+            [t.detach().clone() for t in ts] for ts in (run.optimisation.parameters, run.optimisation.average.averages)
+        )
         counted.append(run.optimise(step, iter([{"latents": latents, "broken": broken}])).item())
     assert counted == [1, 1, 0]
     weight = (1 - decay) / (1 - decay**3)
-    for parameter, before, old, new in zip(run.parameters, weights, averages, run.average.averages, strict=True):
+    for parameter, before, old, new in zip(
+        run.optimisation.parameters, weights, averages, run.optimisation.average.averages, strict=True
+    ):
         assert torch.equal(parameter, before)
         torch.testing.assert_close(new, old + weight * (before - old))
 
@@ -416,3 +420,25 @@ def test_only_matrices_decay():
     decayed, others = parameter_groups(module, 0.1)
     assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3)] and decayed["weight_decay"] == 0.1
     assert len(others["params"]) == 4 and others["weight_decay"] == 0.0
+
+
+def test_a_changing_weight_decay_reaches_what_decays_wherever_its_group_stands(tmp_path):
+    run = make_run(tiny_config(tmp_path / "run", adam_weight_decay=0.1))
+    run.optimisation.optimizer.param_groups.reverse()
+    run.optimisation.set_weight_decay(0.3)
+    assert {group["decayed"]: group["weight_decay"] for group in run.optimisation.optimizer.param_groups} == {
+        True: 0.3,
+        False: 0.0,
+    }
+
+
+def test_an_error_within_an_evaluation_leaves_the_model_training(tmp_path):
+    run = make_run(tiny_config(tmp_path / "run"))
+    run.model.train()
+    before = [p.detach().clone() for p in run.optimisation.parameters]
+    run.optimisation.average.averages[0].add_(1)
+    with pytest.raises(ZeroDivisionError), run.averaged_weights():
+        assert not run.model.training
+        1 / 0  # noqa: B018
+    assert run.model.training
+    assert all(torch.equal(p, b) for p, b in zip(run.optimisation.parameters, before, strict=True))

@@ -1,4 +1,4 @@
-"""Image files and bytes -> RGB images, cropped as ADM does; what cannot be decoded is named."""
+"""The one reader of images: files and bytes to RGB, cropped as ADM does; what cannot be decoded is named."""
 
 import io
 import struct
@@ -11,11 +11,36 @@ from PIL import Image
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # what Pillow raises for files that are damaged, are no images, or would fill the memory
 DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
+# 32-bit integers and floats have no agreed range that could be brought to 8 bits
+REFUSED_MODES = ("I", "F")
 CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
 
 
 class UnreadableImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files of a folder by name, hidden ones left out; folders in it are not looked into."""
+    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
+def read_header(path: Path) -> tuple[int, int, str]:
+    """Height, width and mode of an image file, without decoding it. Pillow has no RGB of 16 bits, it gives their upper
+    8: that is "RGB;16" here. Raises: UnreadableImageError naming the file."""
+    try:
+        with Image.open(path) as image:
+            _check_mode(image)
+            deep = image.mode == "RGB" and any(";16" in str(tile[3]) for tile in image.tile)  # only the layout tells
+            return image.height, image.width, "RGB;16" if deep else image.mode
+    except DECODING_ERRORS as error:
+        raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
+
+
+def _check_mode(image: Image.Image) -> None:
+    if image.mode in REFUSED_MODES:
+        raise ValueError(f"its pixels are of mode {image.mode!r}, expected 8 or 16 bits")
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -43,8 +68,12 @@ def decode_image(value: dict[str, Any] | None, name: str) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode, decoded; transparent pixels become white, 16-bit greys are scaled to 8 bits. An image that is
-    RGB already is given back itself: a copy would take a tenth of the time of decoding."""
+    """RGB from any mode, decoded: greys and palettes to RGB, transparency onto white; of 16 bits the upper 8 are kept.
+    An image that is RGB already is given back itself: a copy would take a tenth of the time of decoding.
+
+    Raises: ValueError for 32-bit integers and floats.
+    """
+    _check_mode(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:

@@ -19,6 +19,13 @@ READ_BYTES = 1 << 24
 LOCAL_HEADER_BYTES = 30  # of a zip entry, without its name and extra field
 
 
+def open_npz(path: str | Path):
+    """numpy's file of arrays. Raises: ValueError if the file is no npz."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no npz file, or a damaged one: expected {IMAGES_KEY}, or mu and sigma, or both")
+    return np.load(path, allow_pickle=False)
+
+
 def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of the npy file that an open file stands at the beginning of.
 

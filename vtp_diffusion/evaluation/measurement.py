@@ -1,10 +1,12 @@
-"""What is measured of generated images on one network: every distance with its floor and spread, and every score."""
+"""What is measured of generated images on one network: every distance with its real-vs-real baseline ("floor") and
+spread, and every score."""
 
 from dataclasses import asdict
 from functools import partial
 
 import torch
 
+from ..metrics.features import FeatureNetwork
 from ..metrics.frechet import (
     JACKKNIFE_GROUPS,
     Floor,
@@ -14,7 +16,6 @@ from ..metrics.frechet import (
     frechet_distance,
     jackknife_deviation,
 )
-from ..metrics.networks import FeatureNetwork
 from ..metrics.scores import (
     DENSITY_NEIGHBOURS,
     INCEPTION_SPLITS,
@@ -27,10 +28,10 @@ from ..metrics.scores import (
     precision_recall,
 )
 from ..runtime.precision import exact_float32
-from .records import ImageRecord, Wanted
-from .references import REFERENCE_IMAGES
+from .one_pass import ImageRecord, Wanted
 
 MEASURED = ("generated", "control")
+REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and the rest, as in ADM's files
 FLOOR_SUBSETS = 10  # of the kernel distance, in each of the floor's repetitions
 
 

@@ -6,33 +6,18 @@ files, which don't, are of Inception.
 """
 
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..data.npz import IMAGES_KEY, write_npz
+from ..data.npz import open_npz, write_npz
 from ..metrics.frechet import GaussianStatistics
 from ..metrics.networks import FeatureNetwork
-from .records import ImageRecord
+from .one_pass import ImageRecord
 from .sources import ImageSource, read_batches
 
-REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and the rest, as in ADM's files
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-
-
-def _open_npz(path: str | Path):
-    """Raises: ValueError if the file is no npz."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no npz file, or a damaged one: expected {IMAGES_KEY}, or mu and sigma, or both")
-    return np.load(path, allow_pickle=False)
-
-
-def holds_images(path: str | Path) -> bool:
-    """Whether an npz holds images, beside or instead of statistics. Raises: ValueError if it is none."""
-    with _open_npz(path) as file:
-        return IMAGES_KEY in file
 
 
 def read_statistics(
@@ -43,7 +28,7 @@ def read_statistics(
     Raises:
         ValueError: no npz; statistics of another network, or of another dimension than it has; half of them.
     """
-    with _open_npz(path) as file:
+    with open_npz(path) as file:
         if "mu" not in file:
             return {}
         settings = json.loads(str(file["settings"])) if "settings" in file else {}

@@ -16,7 +16,6 @@ from typing import Any
 from PIL import Image
 
 from ..data.image_files import read_image
-from ..metrics.scores import ADM_PART
 from .report_style import STYLE
 
 # What a complete file of each evaluation holds; eval/generation.py says what it is by its keys alone.
@@ -151,7 +150,7 @@ def _parts(row: dict[str, Any]) -> list[str]:
         return []
     found = [f"{row['splits']} parts of {row['images_per_split']} images, {row['order']}"]
     if "adm_value" in row:
-        found.append(f"in parts of {ADM_PART:,}, as ADM's evaluator takes them: {_number(row['adm_value'])}")
+        found.append(f"in the order of the files, as ADM's evaluator takes them: {_number(row['adm_value'])}")
     return found
 
 

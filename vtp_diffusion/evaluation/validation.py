@@ -11,8 +11,9 @@ from ..data.image_datasets import DataConfig, open_dataset
 from ..data.images import image_grid
 from ..generation.pipeline_lightning_dit import LightningDiTPipeline
 from ..generation.sampling import draw_labels
-from ..metrics.extraction import extract_features, feature_network
+from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
+from ..metrics.networks import feature_network
 from ..runtime.processes import gather_objects, this_process
 from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
 

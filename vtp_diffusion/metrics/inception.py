@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ..runtime.disk import file_sha256
 from ..runtime.optional_packages import require
-from .network_weights import INCEPTION_FILE, INCEPTION_SHA256_PREFIX, file_sha256
-from .networks import FeatureNetwork
+from .features import FeatureNetwork
 
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256_PREFIX = "6726825d"
 SIDE = 299
 BLOCKS = (
     "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
@@ -64,7 +66,7 @@ class InceptionFeatures(FeatureNetwork):
         file: its state dict. `feature_network` checks the hash, this class doesn't: tests use random weights.
     """
 
-    name, distance_name, dim, splittable = "inception", "FID", 2048, True
+    name, distance_name, dim = "inception", "FID", 2048
     preprocessing = "bilinear as TensorFlow 1 resizes, to 299x299; (x - 128) / 128 (torch-fidelity)"
 
     def __init__(self, file: str | Path):
@@ -77,9 +79,8 @@ class InceptionFeatures(FeatureNetwork):
             )
         except RuntimeError as error:
             raise ValueError(f"{file} does not hold torch-fidelity's Inception network: {error}") from error
-        self._block = module.BasicConv2d  # convolution, batch norm, ReLU
         for block in self.model.modules():
-            if isinstance(block, self._block):
+            if isinstance(block, module.BasicConv2d):
                 _fold_batch_norm(block)
         self.requires_grad_(False).eval()
         self._spatial: torch.Tensor | None = None
@@ -91,16 +92,6 @@ class InceptionFeatures(FeatureNetwork):
 
     def _keep_spatial(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self._spatial = output
-
-    def split_convolutions(self) -> None:
-        from .convolution import SplitConvolution
-
-        blocks = [name for name, block in self.model.named_modules() if isinstance(block, self._block)]
-        for name in blocks:
-            self.model.set_submodule(name, SplitConvolution(self.model.get_submodule(name).conv))
-        if not self.is_split:
-            self.model.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-        self.is_split = True
 
     def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = (resize_like_tensorflow1(images.float()) - 128) / 128

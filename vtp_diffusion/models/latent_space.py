@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
+from ..data.images import finite_to_uint8, from_uint8
+
 
 def encode_raw(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
     """Raw latents (B, C, h, w) in float32, before the statistics or the scaling of the autoencoder.
@@ -88,3 +90,22 @@ def check_latents_fit(metadata: dict[str, Any] | None, vae: ModelMixin) -> None:
             f"the latents were made by the autoencoder {made}, the one given is {given}: extract them again or give "
             "the autoencoder that made them"
         )
+
+
+@torch.inference_mode()
+def reconstruct(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8.
+
+    Raises: ValueError if what comes back is not finite, or has another size, as from sides that are no multiple of the
+        autoencoder's.
+    """
+    x = from_uint8(images).to(vae.device, vae.dtype)
+    if type(vae).__name__ == "AutoencoderRAE":  # the one of diffusers whose images are in [0, 1]
+        x = vae((x + 1) / 2).sample * 2 - 1
+    else:
+        x = vae(x).sample
+    if x.shape != images.shape:
+        raise ValueError(
+            f"{type(vae).__name__} turns images {tuple(images.shape)} into {tuple(x.shape)}, expected the same size"
+        )
+    return finite_to_uint8(x).to(images.device)

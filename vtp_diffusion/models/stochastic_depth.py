@@ -3,12 +3,6 @@
 import torch
 
 
-def check_drop_rate(section: str, rate: float) -> None:
-    """ValueError unless a rate of stochastic depth lies in [0, 1)."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"{section}.stochastic_depth is {rate}, expected a share in [0, 1)")
-
-
 def num_kept(count: int, rate: float) -> int:
     """Samples of `count` whose branch is computed at a drop rate, at least one (DINOv2's rule)."""
     return max(int(count * (1 - rate)), 1)

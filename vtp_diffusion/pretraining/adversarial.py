@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..models.autoencoder_vtp import AutoencoderVTP
-from ..training.config import TrainingConfig, parameter_groups
+from ..training.config import TrainingConfig
+from ..training.optimisation import parameter_groups
 from .discriminators import FeatureDiscriminator, PatchDiscriminator
 from .reconstruction import ReconstructionObjective
 

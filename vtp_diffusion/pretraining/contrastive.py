@@ -2,39 +2,36 @@
 arXiv:2303.15343), with the details of OpenCLIP, which the paper (arXiv:2512.13687) names as what it follows."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models.autoencoder_vtp import AutoencoderVTP
-from ..models.stochastic_depth import check_drop_rate, draw_kept
-from ..models.vtp_model import VTPModel
+from ..models.stochastic_depth import draw_kept, num_kept
+from ..runtime.config import Settings, setting
 from ..runtime.distributed import gather_rows, process_index, total
+from .flops import encoder_flops, transformer_flops
+from .joint import MicroBatch, Objective
+
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
+    from ..models.vtp_model import VTPModel
 
 MAX_LOGIT_SCALE = 100.0  # of OpenCLIP and CLIP
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # initial values of SigLIP
 
 
 @dataclass(kw_only=True)
-class ContrastiveConfig:
+class ContrastiveConfig(Settings):
     """Images against captions. The weight is the paper's (arXiv:2512.13687), the batch the whole one of a step."""
 
-    weight: float = field(default=1.0, metadata={"help": "of this objective; 1 in the paper"})
-    loss: Literal["clip", "sigmoid"] = field(default="clip", metadata={"help": "softmax (CLIP) or sigmoid (SigLIP)"})
-    stochastic_depth: float = field(
-        default=0.0, metadata={"help": "share of samples a residual branch leaves out; no source states it"}
+    weight: float = setting(1.0, "of this objective; 1 in the paper", above=0)
+    loss: Literal["clip", "sigmoid"] = setting("clip", "softmax (CLIP) or sigmoid (SigLIP)")
+    stochastic_depth: float = setting(
+        0.0, "drop path: share of samples a residual branch leaves out; no source states it", at_least=0, below=1
     )
-
-    def __post_init__(self):
-        if self.weight <= 0:
-            raise ValueError(
-                f"contrastive.weight is {self.weight}, expected a positive number: what is not to count is left out "
-                "of objectives"
-            )
-        check_drop_rate("contrastive", self.stochastic_depth)
 
 
 def clip_loss(
@@ -88,7 +85,7 @@ def sigmoid_loss(
     return torch.where(paired[:, None] & everywhere, losses, 0.0).sum() / count
 
 
-class ContrastiveObjective(nn.Module):
+class ContrastiveObjective(Objective):
     """CLIP's objective on the class token before the bottleneck.
 
     Args:
@@ -97,13 +94,26 @@ class ContrastiveObjective(nn.Module):
             sigmoid loss is in the log, and `logits_per_image` is without it, which changes no order.
     """
 
-    def __init__(self, config: ContrastiveConfig, model: VTPModel):
+    def __init__(self, config: ContrastiveConfig, model: "VTPModel"):
         super().__init__()
         self.config, self.model = config, model
         self.logit_bias = None
         if config.loss == "sigmoid":
             self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS))
             nn.init.constant_(model.logit_scale, math.log(SIGMOID_SCALE))
+
+    def draw_inputs(self, batch: MicroBatch, autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
+        texts = {name: batch.columns[name] for name in ("token_ids", "paired")}
+        return {"images": batch.augmented} | texts | self.draw_kept(len(batch.images), batch.generator)
+
+    def flops(self, autoencoder: "AutoencoderVTP", resolution: int) -> float:
+        """Images and captions through their towers; a pass with its gradients counts as three forward passes."""
+        text = self.model.text_model
+        length, width = text.positional_embedding.shape
+        tower = transformer_flops(text, length, width) + 2 * text.text_projection.numel()
+        project = 2 * self.model.visual_projection.weight.numel()
+        kept = num_kept(10_000, self.config.stochastic_depth) / 10_000
+        return 3 * (encoder_flops(autoencoder, resolution, kept) + tower + project)
 
     def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The random inputs of `forward`: which of `count` samples stochastic depth keeps."""
@@ -113,7 +123,7 @@ class ContrastiveObjective(nn.Module):
 
     def forward(
         self,
-        autoencoder: AutoencoderVTP,
+        autoencoder: "AutoencoderVTP",
         images: torch.Tensor,
         token_ids: torch.Tensor,
         paired: torch.Tensor,
@@ -143,8 +153,5 @@ class ContrastiveObjective(nn.Module):
 
     @torch.no_grad()
     def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
-        """Keep the scale of the similarities in [1, 100] after a step of the optimiser, as OpenCLIP does.
-
-        Args: as of `VTPForPreTraining.after_step`; they make no difference.
-        """
+        """Keep the scale of the similarities in [1, 100], as OpenCLIP does."""
         self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))

@@ -1,26 +1,147 @@
-"""Training a VTP tokenizer: the autoencoder and its objectives (arXiv:2512.13687).
+"""Training a VTP tokenizer for several objectives at once (arXiv:2512.13687).
 
-An objective is a module that takes the autoencoder and its own inputs and returns named losses. `VTPForPreTraining`
-runs those it was given and adds them up, so that another objective is one more entry.
+An objective is a module in a file of its own. It owns its configuration (`config`, with a `weight`), draws its inputs
+from a micro-batch (`draw_inputs`), turns the autoencoder and them into named losses (`forward`), counts its operations
+(`flops`) and compiles its parts (`compile_parts`). What is here loops over objectives and knows nothing inside them.
 """
 
+from collections.abc import Callable
+from fractions import Fraction
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 import torch
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models.autoencoder_vtp import AutoencoderVTP
-from ..models.vtp_blocks import use_large_products
-from ..models.vtp_model import VTPModel
+from ..data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
+from ..data.batches import Columns
+from ..data.order import draw_for_positions
 from ..runtime.processes import this_process
 from ..training.compilation import compile_modules, keep_rows_unpadded
-from .reconstruction import ReconstructionObjective
-from .self_supervision import SelfSupervisionObjective
+
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
+    from ..models.vtp_model import VTPModel
+    from ..training.loop import TrainingRun
 
 COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients
 STACKS = ("VTPEncoder", "VTPTextModel", "ReconstructionObjective")
-# Reconstruction's many small kernels run faster than they are launched: before it the GPU needs work in its queue, and
-# the long kernels of the contrastive objective are the most.
-ORDER = ("contrastive", "reconstruction", "self_supervision")
+MAX_BLOCK = 1024  # samples of which a share is a whole number
+# Streams of random numbers: see `draw_for_positions` and `step_generator`.
+AUGMENTATION, NOISE, CROPS, SHARES, KEPT = range(5)
+# Parts of the autoencoder that only some objectives train. Distributed training stops at a parameter without gradient.
+OPTIONAL_PARTS = ("encoder.embeddings.mask_token", "bottleneck", "decoder")
+
+
+class Objective(nn.Module):
+    """What `VTPForPreTraining` asks of an objective; `forward(autoencoder, **inputs)` returns named scalars, "loss"
+    among them.
+
+    Attributes:
+        config: with `weight`, and `share` where only a part of the batch is taken.
+        place: in the order in which objectives are passed backwards. Reconstruction's many small kernels run faster
+            than they are launched: before it the GPU needs work in its queue, and the contrastive kernels are longest.
+        trains: which of `OPTIONAL_PARTS` get a gradient from it.
+        compiled_alone: whether all of it is one program where it is the only objective of one process.
+    """
+
+    place = 0
+    trains: tuple[str, ...] = ()
+    compiled_alone = False
+
+    def draw_inputs(self, batch: "MicroBatch", autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
+        """The inputs of `forward` from a micro-batch, everything random in them keyed by the samples' positions."""
+        raise NotImplementedError
+
+    def flops(self, autoencoder: "AutoencoderVTP", resolution: int) -> float:
+        """Useful floating-point operations of a step, divided by the images of its batch: what the objective asks for,
+        not what is recomputed, padded or done for the sake of speed."""
+        raise NotImplementedError
+
+    def compile_parts(self, stacks: bool) -> None:
+        """Compile what is no block and takes time. Args: `stacks`: whole encoders are compiled, see there."""
+
+    def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
+        """After a step of the optimiser: clamp a scale, move the teacher, take centres back.
+
+        Args: `done`: share of training that was done before this step; `counted`: as `TrainingRun.optimise` returns
+            it, None where no step is left out.
+        """
+
+
+class MicroBatch:
+    """A batch on the device, and the random numbers that its objectives draw. What happens to a sample depends on the
+    seed and its position in the run alone, so that a resumed run goes on bit for bit and several processes do what one
+    does; only stochastic depth is drawn for a process's whole batch.
+
+    Args:
+        columns: "image" uint8 (B, 3, R, R) and, with captions, "token_ids" (B, L) and "paired" (B,) bool.
+        augmentation: of `augmented`; self-supervision has its own.
+    """
+
+    def __init__(self, run: "TrainingRun", micro_step: int, columns: Columns, augmentation: AugmentationConfig):
+        self.run, self.micro_step, self.columns, self.augmentation = run, micro_step, columns, augmentation
+        self.images: torch.Tensor = columns["image"]
+        self.positions, self.device = run.positions(micro_step), run.device
+        self.generator = run.generator(micro_step, KEPT)
+
+    @cached_property
+    def augmented(self) -> torch.Tensor:
+        """Images (B, 3, R, R) in [-1, 1], changed as the configuration says."""
+        draws = self.draw(lambda n, g: {"draws": torch.rand(n, NUM_DRAWS, generator=g, device=g.device)}, AUGMENTATION)
+        return augment_images(self.images, self.augmentation, draws=draws["draws"])
+
+    @property
+    def done(self) -> float:
+        """Share of training that was done before this step."""
+        config = self.run.config
+        return self.micro_step // config.gradient_accumulation_steps / config.max_train_steps
+
+    def draw(self, draw: Callable, stream: int) -> dict[str, torch.Tensor]:
+        """As `TrainingRun.draw`, for every sample of the batch."""
+        return self.run.draw(self.micro_step, draw, stream)
+
+    def chosen(self, share: float, which: int) -> torch.Tensor:
+        """Indices on the CPU of a random share of the batch. Args: `which`: choice, 0 or 1."""
+        if share == 1:
+            return torch.arange(len(self.positions))
+        # On the CPU: masks, which are drawn there, need to know the samples too, and nobody waits for the device.
+        draw = draw_for_positions(
+            lambda n, generator: {"scores": torch.rand(n, 2, generator=generator)},
+            self.positions,
+            self.run.config.seed,
+            SHARES,
+        )
+        return choose_share(draw["scores"][:, which], share)
+
+
+def share_block(share: float) -> tuple[int, int]:
+    """(k, n): of every n consecutive samples k belong to a share of the batch, n as small as possible."""
+    fraction = Fraction(share).limit_denominator(MAX_BLOCK)
+    return fraction.numerator, fraction.denominator
+
+
+def check_share(name: str, share: float, batch_size: int) -> None:
+    """ValueError unless a share of a batch, or of what a process has of it in a micro-step, is a whole number of
+    samples in every block of it."""
+    k, n = share_block(share)
+    if k == 0:
+        raise ValueError(f"{name}.share is {share}, expected at least 1 sample in {MAX_BLOCK}")
+    if batch_size % n:
+        raise ValueError(
+            f"{name}.share is {share} ({k} of {n}) of a batch of {batch_size} images a process and micro-step, "
+            f"expected a multiple of {n}, so that each has as many of them"
+        )
+
+
+def choose_share(scores: torch.Tensor, share: float) -> torch.Tensor:
+    """Indices of a random share of the samples, in order: in every block those with the least scores (N,)."""
+    k, n = share_block(share)
+    blocks = rearrange(scores, "(blocks n) -> blocks n", n=n)
+    chosen = blocks.argsort(dim=1, stable=True)[:, :k].sort(dim=1).values  # (N/n, k)
+    return (chosen + torch.arange(0, len(scores), n)[:, None]).flatten()
 
 
 class VTPForPreTraining(nn.Module):
@@ -28,22 +149,19 @@ class VTPForPreTraining(nn.Module):
 
     Args:
         autoencoder: the tokenizer.
-        objectives: name -> module, called as `module(autoencoder, **inputs[name])`, returning named scalar losses with
-            "loss" among them; its `config.weight` says how much it counts.
+        objectives: name -> `Objective`, in the order in which they draw random numbers.
     """
 
-    def __init__(self, autoencoder: AutoencoderVTP, objectives: dict[str, nn.Module]):
+    def __init__(self, autoencoder: "AutoencoderVTP", objectives: dict[str, Objective]):
         super().__init__()
         if not objectives:
             raise ValueError("pre-training needs at least one objective")
         self.autoencoder = autoencoder
         self.objectives = nn.ModuleDict(objectives)
-        # Distributed training stops at a parameter that gets no gradient.
-        if "self_supervision" not in objectives:
-            autoencoder.encoder.embeddings.mask_token.requires_grad_(False)
-        if "reconstruction" not in objectives:
-            autoencoder.bottleneck.requires_grad_(False)
-            autoencoder.decoder.requires_grad_(False)
+        trained = {name for objective in objectives.values() for name in objective.trains}
+        for name in set(OPTIONAL_PARTS) - trained:
+            parent, _, attribute = name.rpartition(".")
+            getattr(autoencoder.get_submodule(parent), attribute).requires_grad_(False)
 
     def forward(self, **inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`<objective>/<loss>` -> scalar, and "loss": the weighted sum over objectives (arXiv:2512.13687).
@@ -62,21 +180,23 @@ class VTPForPreTraining(nn.Module):
             losses |= {f"{name}/{key}": value for key, value in parts.items() if key != "loss"}
         return losses | {"loss": total}
 
+    def draw_inputs(self, batch: MicroBatch) -> dict[str, dict[str, torch.Tensor]]:
+        """Inputs of every objective from a batch on the device."""
+        return {name: part.draw_inputs(batch, self.autoencoder) for name, part in self.objectives.items()}
+
+    def one_by_one(self, inputs: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, dict[str, torch.Tensor]]]:
+        """Inputs of `forward` as those of every objective alone, in the order of passing them backwards. The memory of
+        a step is then that of the largest, not of all."""
+        return [{name: inputs[name]} for name in sorted(inputs, key=lambda name: self.objectives[name].place)]
+
+    def flops(self, resolution: int) -> dict[str, float]:
+        """Objective -> useful floating-point operations of a step, divided by the images of its batch."""
+        return {name: part.flops(self.autoencoder, resolution) for name, part in self.objectives.items()}
+
     def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
-        """What objectives do after a step of the optimiser: clamp a scale, move the teacher, take centres back.
-
-        Args: `done`: share of training that was done before this step; `counted`: as `TrainingRun.optimise` returns
-            it, None where no step is left out.
-        """
+        """`Objective.after_step` of every objective."""
         for objective in self.objectives.values():
-            if hasattr(objective, "after_step"):
-                objective.after_step(done, counted)
-
-
-def one_by_one(inputs: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, dict[str, torch.Tensor]]]:
-    """Inputs of `VTPForPreTraining` as those of every objective alone, in the order of passing them backwards. The
-    memory of a step is then that of the largest, not of all."""
-    return [{name: inputs[name]} for name in sorted(inputs, key=ORDER.index)]
+            objective.after_step(done, counted)
 
 
 def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
@@ -86,20 +206,19 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
 
     Args: `stacks`: whole encoders, text towers and reconstructions instead of blocks.
     """
+    from ..models.vtp_blocks import use_large_products
+    from ..models.vtp_model import VTPModel
+
     use_large_products(objective)
-    if list(objective.objectives) == ["reconstruction"] and this_process()[1] == 1:
+    parts = list(objective.objectives.values())
+    if len(parts) == 1 and parts[0].compiled_alone and this_process()[1] == 1:
         keep_rows_unpadded()
         objective.losses = torch.compile(objective.losses)
         return
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     compile_modules(objective, STACKS if stacks else VTPModel._repeated_blocks)
-    for part in objective.objectives.values():
-        if isinstance(part, SelfSupervisionObjective):
-            part.compare = torch.compile(part.compare, dynamic=False)
-            part.centred = torch.compile(part.centred, dynamic=False)
-            part.recolour_views = torch.compile(part.recolour_views, dynamic=False)
-        elif isinstance(part, ReconstructionObjective) and part.perceptual is not None and not stacks:
-            part.perceptual.compile(dynamic=False)
+    for part in parts:
+        part.compile_parts(stacks)
 
 
 def _recomputed(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -108,7 +227,7 @@ def _recomputed(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def checkpoint_blocks(model: AutoencoderVTP | VTPModel, share: float) -> None:
+def checkpoint_blocks(model: "AutoencoderVTP | VTPModel", share: float) -> None:
     """Recompute the activations of a share of the blocks of every stack in the backward pass: less memory, and as much
     more of the forward pass. Raises: ValueError if that is no block of any stack."""
     model.enable_gradient_checkpointing(_recomputed)

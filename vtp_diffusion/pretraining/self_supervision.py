@@ -8,19 +8,25 @@ its LayerScale are left out: the paper's encoder has no LayerScale.
 
 import copy
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
-from ..models.autoencoder_vtp import AutoencoderVTP, normalize_images
-from ..models.stochastic_depth import check_drop_rate, draw_kept
-from ..models.vtp_blocks import initialise_weights
+from ..data.batches import to_device
+from ..models.stochastic_depth import draw_kept, num_kept
+from ..runtime.config import Settings, setting
 from ..runtime.distributed import gather_rows, num_processes, process_index, total
-from .crops import CropConfig, block_mask, recolour_views
+from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
+from .flops import encoder_flops, linear_parameters
+from .joint import CROPS, MicroBatch, Objective
+
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
 
 STUDENT_TEMPERATURE = 0.1
 CENTER_MOMENTUM = 0.9
@@ -28,51 +34,34 @@ SINKHORN_ITERATIONS = 3
 
 
 @dataclass(kw_only=True)
-class SelfSupervisionConfig:
+class SelfSupervisionConfig(Settings):
     """Self-distillation between views. Weight, share of the batch and the head's sizes are the VTP paper's."""
 
-    weight: float = field(default=1.0, metadata={"help": "of this objective; 1 in the paper"})
-    share: float = field(default=0.25, metadata={"help": "of the batch, at random; the paper's 4k of 16k"})
-    crops: CropConfig = field(default_factory=CropConfig)
-    head_layers: int = field(default=3, metadata={"help": "of the head's MLP; 3 in the paper"})
-    head_hidden_size: int = field(default=2048, metadata={"help": "of the head's MLP; 2048 in the paper"})
-    head_bottleneck: int = field(default=256, metadata={"help": "width before the prototypes; 256 in the paper"})
-    prototypes: int = field(default=65536, metadata={"help": "outputs of the head"})
-    centering: Literal["centering", "sinkhorn_knopp"] = field(
-        default="centering", metadata={"help": "what keeps the teacher's targets apart"}
+    weight: float = setting(1.0, "of this objective; 1 in the paper", above=0)
+    share: float = setting(0.25, "of the batch, at random; the paper's 4k of 16k", above=0, at_most=1)
+    crops: CropConfig = setting(default_factory=CropConfig)
+    head_layers: int = setting(3, "of the head's MLP; 3 in the paper", at_least=2)
+    head_hidden_size: int = setting(2048, "of the head's MLP; 2048 in the paper", at_least=1)
+    head_bottleneck: int = setting(256, "width before the prototypes; 256 in the paper", at_least=1)
+    prototypes: int = setting(65536, "outputs of the head", at_least=1)
+    centering: Literal["centering", "sinkhorn_knopp"] = setting("centering", "what keeps the teacher's targets apart")
+    dino_weight: float = setting(1.0, "of the loss on class tokens", at_least=0)
+    ibot_weight: float = setting(1.0, "of the loss on masked patches", at_least=0)
+    koleo_weight: float = setting(0.1, "of the loss that spreads class tokens out; 0 is off", at_least=0)
+    masked_crops: float = setting(0.5, "share of every image's global crops with a mask", above=0, at_most=1)
+    mask_ratio: tuple[float, float] = setting((0.1, 0.5), "share of their patches it hides", above=0, below=1)
+    stochastic_depth: float = setting(
+        0.3, "drop path: share of samples a residual branch leaves out (student)", at_least=0, below=1
     )
-    dino_weight: float = field(default=1.0, metadata={"help": "of the loss on class tokens"})
-    ibot_weight: float = field(default=1.0, metadata={"help": "of the loss on masked patches"})
-    koleo_weight: float = field(default=0.1, metadata={"help": "of the loss that spreads class tokens out; 0 is off"})
-    masked_crops: float = field(default=0.5, metadata={"help": "share of every image's global crops with a mask"})
-    mask_ratio: tuple[float, float] = field(default=(0.1, 0.5), metadata={"help": "share of their patches it hides"})
-    stochastic_depth: float = field(default=0.3, metadata={"help": "share of samples a branch leaves out (student)"})
-    teacher_momentum: tuple[float, float] = field(default=(0.992, 1.0), metadata={"help": "first and last; cosine"})
-    teacher_temperature: tuple[float, float] = field(default=(0.04, 0.07), metadata={"help": "first, after warm-up"})
-    temperature_warmup: float = field(default=0.3, metadata={"help": "share of training; DINOv2: 30 of 100 epochs"})
-    freeze_last_layer: float = field(default=0.01, metadata={"help": "share of training; DINOv2: 1 of 100 epochs"})
+    teacher_momentum: tuple[float, float] = setting((0.992, 1.0), "first and last; cosine", at_least=0, at_most=1)
+    teacher_temperature: tuple[float, float] = setting((0.04, 0.07), "first, after warm-up", above=0)
+    temperature_warmup: float = setting(0.3, "share of training; DINOv2: 30 of 100 epochs", at_least=0, at_most=1)
+    freeze_last_layer: float = setting(0.01, "share of training; DINOv2: 1 of 100 epochs", at_least=0, at_most=1)
 
     def __post_init__(self):
-        if self.weight <= 0:
-            raise ValueError(
-                f"self_supervision.weight is {self.weight}, expected a positive number: what is not to count is left "
-                "out of objectives"
-            )
-        for name in ("head_hidden_size", "head_bottleneck", "prototypes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"self_supervision.{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"self_supervision.{name} is {getattr(self, name)}, expected one that is not negative"
-                )
+        super().__post_init__()
         if self.dino_weight + self.ibot_weight == 0:
             raise ValueError("self_supervision: dino_weight or ibot_weight must be positive")
-        if self.head_layers < 2:
-            raise ValueError(f"self_supervision.head_layers is {self.head_layers}, expected at least 2")
-        for name in ("share", "masked_crops"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"self_supervision.{name} is {getattr(self, name)}, expected a share in (0, 1]")
         masked = self.masked_crops * self.crops.global_crops
         if masked != round(masked):
             raise ValueError(
@@ -80,15 +69,8 @@ class SelfSupervisionConfig:
                 "expected a whole number of them"
             )
         low, high = self.mask_ratio
-        if not 0 < low <= high < 1:
-            raise ValueError(f"self_supervision.mask_ratio is {low} to {high}, expected shares in (0, 1)")
-        for name in ("teacher_momentum", "temperature_warmup", "freeze_last_layer"):
-            values = np.atleast_1d(getattr(self, name))
-            if not ((values >= 0) & (values <= 1)).all():
-                raise ValueError(f"self_supervision.{name} is {getattr(self, name)}, expected numbers in [0, 1]")
-        if min(self.teacher_temperature) <= 0:
-            raise ValueError(f"self_supervision.teacher_temperature is {self.teacher_temperature}, expected positive")
-        check_drop_rate("self_supervision", self.stochastic_depth)
+        if low > high:
+            raise ValueError(f"self_supervision.mask_ratio is {low} to {high}, expected the smaller share first")
 
     def momentum_at(self, done: float) -> float:
         """The teacher's momentum after a share of training: a cosine from the first value to the last."""
@@ -112,6 +94,8 @@ class DINOHead(nn.Module):
             layers += [nn.Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = nn.Linear(config.head_bottleneck, config.prototypes, bias=False)
+        from ..models.vtp_blocks import initialise_weights  # brings diffusers, which a configuration does without
+
         self.apply(initialise_weights)
 
     def forward(self, x: torch.Tensor, learning: torch.Tensor | float = 1.0) -> torch.Tensor:
@@ -194,7 +178,7 @@ def koleo_loss(features: torch.Tensor) -> torch.Tensor:
     return -(distance + 1e-8).log().mean()
 
 
-class SelfSupervisionObjective(nn.Module):
+class SelfSupervisionObjective(Objective):
     """Student, teacher and their heads.
 
     Args:
@@ -202,10 +186,12 @@ class SelfSupervisionObjective(nn.Module):
         autoencoder: whose encoder is the student; the teacher is a copy of it.
     """
 
-    def __init__(self, config: SelfSupervisionConfig, autoencoder: AutoencoderVTP):
+    place, trains = 2, ("encoder.embeddings.mask_token",)
+
+    def __init__(self, config: SelfSupervisionConfig, autoencoder: "AutoencoderVTP"):
         super().__init__()
         self.config, self.depth = config, autoencoder.config.encoder_num_layers
-        self.recolour_views = recolour_views  # for `make_crops`; `compile_parts` compiles it
+        self.recolour_views = recolour_views  # for `make_crops`
         self.head = DINOHead(autoencoder.config.encoder_hidden_size, config)
         self.teacher_encoder = copy.deepcopy(autoencoder.encoder).requires_grad_(False)
         self.teacher_encoder.gradient_checkpointing = False
@@ -215,6 +201,40 @@ class SelfSupervisionObjective(nn.Module):
                 self.register_buffer(name, torch.zeros(config.prototypes))
         self._student_encoder = [autoencoder.encoder]  # in a list: the encoder is no part of this module
         self._centers_before: dict[str, torch.Tensor] = {}  # as they were before the step, once one has moved them
+
+    def draw_inputs(self, batch: MicroBatch, autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
+        config, device = self.config, batch.device
+        chosen = batch.chosen(config.share, which=0)
+        rows = to_device(chosen, device)
+        draws = batch.draw(lambda n, g: draw_crops(config.crops, n, g), CROPS)["crops"]
+        global_crops, local_crops = make_crops(batch.images[rows], config.crops, draws[rows], self.recolour_views)
+        side, seed = global_crops.shape[-1] // autoencoder.spatial_compression_ratio, batch.run.config.seed
+        masks = np.stack([self.draw_masks((side, side), batch.positions[k], seed) for k in chosen.tolist()])
+        inputs = {name: to_device(value, device) for name, value in self.mask_inputs(masks).items()}
+        inputs["temperature"] = torch.full((), config.temperature_at(batch.done), device=device)
+        inputs["prototypes_learn"] = torch.full((), float(batch.done >= config.freeze_last_layer), device=device)
+        inputs |= self.draw_kept(len(chosen), batch.generator)
+        return inputs | {"global_crops": global_crops, "local_crops": local_crops}
+
+    def flops(self, autoencoder: "AutoencoderVTP", resolution: int) -> float:
+        """The student's passes with gradients count three times, the teacher's once; masked patches are counted at the
+        mean of the ratio."""
+        config, crops = self.config, self.config.crops
+        size = crops.global_size or resolution
+        patches = (size // autoencoder.config.patch_size) ** 2
+        masked = config.masked_crops * crops.global_crops * sum(config.mask_ratio) / 2 * patches
+        kept, head = num_kept(10_000, config.stochastic_depth) / 10_000, 2 * linear_parameters(self.head)
+        student = crops.global_crops * encoder_flops(autoencoder, size, kept)
+        student += crops.local_crops * encoder_flops(autoencoder, crops.local_size, kept)
+        student += head * (crops.global_crops + crops.local_crops + masked)
+        teacher = crops.global_crops * (encoder_flops(autoencoder, size) + head) + head * masked
+        return config.share * (3 * student + teacher)
+
+    def compile_parts(self, stacks: bool) -> None:
+        """The losses over prototypes, whose logits are large, and the colours of crops: all bound by memory."""
+        self.compare = torch.compile(self.compare, dynamic=False)
+        self.centred = torch.compile(self.centred, dynamic=False)
+        self.recolour_views = torch.compile(self.recolour_views, dynamic=False)
 
     def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Which crops of `count` images stochastic depth keeps: "kept_global" and "kept_local"."""
@@ -240,7 +260,7 @@ class SelfSupervisionObjective(nn.Module):
     def mask_inputs(self, masks: np.ndarray) -> dict[str, torch.Tensor]:
         """Masks (B, G, rows, columns) as the inputs "masks" (G·B, N) bool, "masked" (M,) indices into the G·B·N
         patches and "mask_weights" (M,) of `forward`. M depends on the sizes only: the rest is padding of weight 0."""
-        flat = masks.swapaxes(0, 1).reshape(masks.shape[0] * masks.shape[1], -1)  # (G·B, N)
+        flat = rearrange(masks, "b g rows columns -> (g b) (rows columns)")  # (G·B, N)
         most = round(self.config.masked_crops * len(flat)) * max(1, int(self.config.mask_ratio[1] * flat.shape[1]))
         masked = np.flatnonzero(flat)
         weights = (1 / np.maximum(flat.sum(1), 1)).repeat(flat.shape[1])[masked]
@@ -272,7 +292,7 @@ class SelfSupervisionObjective(nn.Module):
     def centred(self, logits, center, temperature, valid) -> tuple[torch.Tensor, torch.Tensor]:
         """Distributions (N, K) of the logits without the centre (K,), and the sum (K,) of the valid logits, float32.
 
-        Apart for the reason `compare` is.
+        Apart, since it is compiled.
         """
         targets = ((logits.float() - center) / temperature).softmax(-1)
         return targets, (logits.float() * valid[:, None]).sum(0)
@@ -280,6 +300,8 @@ class SelfSupervisionObjective(nn.Module):
     @torch.no_grad()
     def teach(self, global_crops, masked, mask_weights, temperature) -> tuple[torch.Tensor, torch.Tensor]:
         """Targets (G, B, K) of class tokens and (M, K) of masked patches, from unmasked global crops."""
+        from ..models.autoencoder_vtp import normalize_images  # brings diffusers, which a configuration does without
+
         tokens = self.teacher_encoder(normalize_images(global_crops))[0]
         patches = tokens[:, 1:].flatten(0, 1).index_select(0, masked)
         class_tokens = tokens[:, 0]
@@ -293,7 +315,7 @@ class SelfSupervisionObjective(nn.Module):
     def compare(self, views, patches, dino_targets, ibot_targets, mask_weights, prototypes_learn) -> dict:
         """The losses "dino" and "ibot" of class tokens (V·B, D) and masked patches (M, D) against their targets.
 
-        Apart, since `compile_parts` compiles it: the logits are large, and what is done to them is bound by memory.
+        Apart, since it is compiled.
         """
         # One pass of the shared head for class tokens and patches.
         logits = self.head(torch.cat([views, patches]), prototypes_learn)
@@ -306,7 +328,7 @@ class SelfSupervisionObjective(nn.Module):
 
     def forward(
         self,
-        autoencoder: AutoencoderVTP,
+        autoencoder: "AutoencoderVTP",
         global_crops: torch.Tensor,
         local_crops: torch.Tensor,
         masks: torch.Tensor,

@@ -4,15 +4,17 @@ however many processes it is spread over. Without torch.distributed every functi
 import torch
 import torch.distributed as dist
 
+from .processes import this_process
+
 
 def num_processes() -> int:
-    """Processes that train together; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Processes that train together; 1 without torch.distributed, whatever the launcher says."""
+    return this_process()[1] if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_index() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if num_processes() > 1 else 0
+    return this_process()[0] if num_processes() > 1 else 0
 
 
 @torch.compiler.disable

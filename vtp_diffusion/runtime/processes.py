@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .optional_packages import require
 
@@ -63,5 +64,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def this_process() -> tuple[int, int]:
-    """Rank of this process, and how many there are, as the launcher says."""
+    """Rank of this process, and how many there are: those that joined, before that as the launcher says."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_everyone() -> None:
+    """Until every process that joined has come here."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -17,7 +17,9 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..runtime.disk import writing
+from ..runtime.processes import this_process, wait_for_everyone
 from .accelerator import laid_out_like, whole
 from .ema import AveragedWeights
 from .run_folder import UNFINISHED, RunFolder
@@ -125,10 +128,68 @@ def newest_whole_checkpoint(folder: RunFolder) -> tuple[int, Path] | None:
     return None
 
 
-def averaged_state(run: Any, average: AveragedWeights) -> dict[str, torch.Tensor]:
+@dataclass
+class TrainingState:
+    """What a checkpoint holds: everything that decides how a run goes on.
+
+    Attributes:
+        model: diffusers model, held as `<model_name>`.
+        averages: name -> averages of the model's parameters.
+        objective: what is trained, with the model inside it.
+        not_saved: prefixes of state-dict keys of `objective` that are rebuilt from elsewhere.
+        optimizer, scaler: AdamW, and the loss scaler of fp16.
+        fingerprint: of the training data; `fingerprint_of` names its parts, which have "-" between them.
+        skipped: (2,) steps left out, in a row and altogether.
+        step, seconds: done, and of training.
+        data_state: where data are read as a stream, gives the position of this process for a checkpoint.
+        resumed_data_state: that of the checkpoint that was resumed.
+    """
+
+    model: Any
+    model_name: str
+    averages: dict[str, AveragedWeights]
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    fingerprint: str
+    fingerprint_of: tuple[str, ...]
+    not_saved: tuple[str, ...]
+    skipped: torch.Tensor
+    step: int = 0
+    seconds: float = 0.0
+    data_state: Callable[[], dict[str, Any]] | None = None
+    resumed_data_state: dict[str, Any] | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.skipped.device
+
+    def beside_model(self) -> dict[str, torch.Tensor]:
+        """State of the objective that is not the model's."""
+        inside = {id(t) for t in self.model.state_dict(keep_vars=True).values()}
+        state = self.objective.state_dict(keep_vars=True).items()
+        return {k: v.detach() for k, v in state if id(v) not in inside and not k.startswith(self.not_saved or "\0")}
+
+    def trained_by_name(self) -> dict[str, nn.Parameter]:
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return {name: p for name, p in self.objective.named_parameters() if id(p) in trained}
+
+    def moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """AdamW's moments by the name of the parameter, whole and on the CPU of the main process; every process has to
+        call it."""
+        states, is_main = {}, this_process()[0] == 0
+        for name, parameter in self.trained_by_name().items():
+            moments = {key: whole(value) for key, value in self.optimizer.state[parameter].items()}
+            if is_main:
+                states[name] = {key: value.cpu() for key, value in moments.items()}
+        return states
+
+
+def averaged_state(model: Any, average: AveragedWeights) -> dict[str, torch.Tensor]:
     """State of the model with averages for its parameters; whole, so that every process has to call this."""
-    averages = {id(p): value for p, value in zip(run.parameters, average.averages, strict=True)}
-    state = run.model.state_dict(keep_vars=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    averages = {id(p): value for p, value in zip(parameters, average.averages, strict=True)}
+    state = model.state_dict(keep_vars=True)
     return {name: whole(averages.get(id(value), value)) for name, value in state.items()}
 
 
@@ -140,174 +201,159 @@ def write_model(model: Any, state: dict[str, torch.Tensor], folder: Path) -> Non
     )
 
 
-def export_averaged(run: Any, name: str) -> None:
-    """Write the averaged weights as a diffusers folder of the run folder, whole or not at all; every process has to
-    call this."""
-    state = averaged_state(run, run.average)
-    if run.is_main:
-        unfinished, path = run.folder.path / f"{UNFINISHED}{name}", run.folder.path / name
+def export_averaged(model: Any, average: AveragedWeights, path: Path) -> None:
+    """Write averaged weights as a diffusers folder, whole or not at all; one that is there is replaced. Every process
+    has to call this."""
+    state = averaged_state(model, average)
+    if this_process()[0] == 0:
+        unfinished, before = (path.with_name(f"{UNFINISHED}{kind}{path.name}") for kind in ("", "old-"))
         with writing(path):
-            write_model(run.model, state, unfinished)
+            write_model(model, state, unfinished)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(before)  # not removed before the new one is there
         unfinished.rename(path)
-    run.accelerator.wait_for_everyone()
+        shutil.rmtree(before, ignore_errors=True)
+    wait_for_everyone()
 
 
-def _beside_model(run: Any) -> dict[str, torch.Tensor]:
-    """State of the objective that is not the model's."""
-    inside = {id(t) for t in run.model.state_dict(keep_vars=True).values()}
-    state = run.bare.state_dict(keep_vars=True).items()
-    return {k: v.detach() for k, v in state if id(v) not in inside and not k.startswith(run.not_saved or "\0")}
-
-
-def _trained_by_name(run: Any) -> dict[str, nn.Parameter]:
-    trained = {id(p) for p in run.trained}
-    return {name: p for name, p in run.bare.named_parameters() if id(p) in trained}
-
-
-def _optimizer_state(run: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Moments by the name of the parameter, whole and on the CPU of the main process; every process has to call it."""
-    states = {}
-    for name, parameter in _trained_by_name(run).items():
-        moments = {key: whole(value) for key, value in run.optimizer.state[parameter].items()}
-        if run.is_main:
-            states[name] = {key: value.cpu() for key, value in moments.items()}
-    return states
-
-
-def save_checkpoint(run: Any, step: int) -> None:
+def save_checkpoint(state: TrainingState, folder: RunFolder, limit: int | None) -> None:
     """Write checkpoint-<step>; the ones before survive whatever happens meanwhile, and steps being left out.
 
+    Args: `limit`: how many to keep.
     Raises:
         OSError: it could not be written, for example because the disk is full. What was written of it is removed; if
             it was another process than the main one that failed, by the next start.
     """
-    path = run.folder.unfinished(step)
+    path, is_main = folder.unfinished(state.step), this_process()[0] == 0
     try:
         with Manifest(path) as manifest:
-            _write_checkpoint(run, step, path, manifest)
-            if run.is_main:
+            _write_checkpoint(state, path, manifest)
+            if is_main:
                 manifest.write()
-        if run.is_main:
+        if is_main:
             # while steps are left out, what leads to that must not take the place of what came before
-            limit = None if run.skipped[0] > 0 else run.config.checkpoints_total_limit
-            run.folder.finish(step, limit)
-    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
-        free = shutil.disk_usage(run.folder.path).free / 2**20  # torch.save does not say that there was no room
-        if run.is_main:
+            folder.finish(state.step, None if state.skipped[0] > 0 else limit)
+    except torch.OutOfMemoryError:  # a RuntimeError too, but of the device
+        if is_main:
             shutil.rmtree(path, ignore_errors=True)
-        kept = [p.name for _, p in run.folder.checkpoints()]
+        raise
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
+        free = shutil.disk_usage(folder.path).free / 2**20  # torch.save does not say that there was no room
+        if is_main:
+            shutil.rmtree(path, ignore_errors=True)
+        kept = [p.name for _, p in folder.checkpoints()]
         raise OSError(
-            f"checkpoint {step} could not be written to {run.folder.path}: {error} ({free:,.0f} MiB free). "
+            f"checkpoint {state.step} could not be written to {folder.path}: {error} ({free:,.0f} MiB free). "
             f"Checkpoints that are there: {', '.join(kept) or 'none'}"
         ) from error
-    run.accelerator.wait_for_everyone()
+    wait_for_everyone()
 
 
-def _write_checkpoint(run: Any, step: int, path: Path, manifest: Manifest) -> None:
-    if run.is_main:
+def _write_checkpoint(state: TrainingState, path: Path, manifest: Manifest) -> None:
+    rank, processes = this_process()
+    if rank == 0:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()
-    run.accelerator.wait_for_everyone()
+    wait_for_everyone()
     random = {"cpu": torch.get_rng_state()}
-    if run.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(run.device)
-    torch.save(random, path / f"random_state_{run.rank}.pt")
-    if run.data_state is not None:
-        (path / f"data_state_{run.rank}.json").write_text(json.dumps(run.data_state()), encoding="utf-8")
-    optimizer = _optimizer_state(run)
-    if run.is_main:  # first, as it takes longest to hash
-        scaler = None if run.accelerator.scaler is None else run.accelerator.scaler.state_dict()
-        torch.save({"optimizer": optimizer, "scaler": scaler}, path / "optimizer.pt")
+    if state.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(state.device)
+    torch.save(random, path / f"random_state_{rank}.pt")
+    if state.data_state is not None:
+        (path / f"data_state_{rank}.json").write_text(json.dumps(state.data_state()), encoding="utf-8")
+    moments = state.moments()
+    if rank == 0:  # first, as it takes longest to hash
+        scaler = None if state.scaler is None else state.scaler.state_dict()
+        torch.save({"optimizer": moments, "scaler": scaler}, path / "optimizer.pt")
         manifest.add(path / "optimizer.pt")
-    del optimizer
-    states = {run.model_name: lambda: {n: whole(v) for n, v in run.model.state_dict().items()}}
-    for name, average in run.averages.items():
-        states[name] = lambda average=average: averaged_state(run, average)
-    for name, gather in states.items():  # one after the other: each may be gigabytes
-        state = gather()
-        if run.is_main:
-            write_model(run.model, state, path / name)
+    del moments
+    models = {state.model_name: lambda: {n: whole(v) for n, v in state.model.state_dict().items()}}
+    for name, average in state.averages.items():
+        models[name] = lambda average=average: averaged_state(state.model, average)
+    for name, gather in models.items():  # one after the other: each may be gigabytes
+        weights = gather()
+        if rank == 0:
+            write_model(state.model, weights, path / name)
             manifest.add(path / name)
-        del state
-    beside = {name: whole(value).contiguous() for name, value in _beside_model(run).items()}
-    if run.is_main:
+        del weights
+    beside = {name: whole(value).contiguous() for name, value in state.beside_model().items()}
+    if rank == 0:
         save_file(beside, path / "objective.safetensors")
-        state = {"step": step, "fingerprint": run.fingerprint, "seconds": run.seconds}
-        state |= {"skipped": run.skipped.tolist(), "average_step": run.average.step, "processes": run.world_size}
-        (path / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    run.accelerator.wait_for_everyone()
+        average_step = next(iter(state.averages.values())).step
+        record = {"step": state.step, "fingerprint": state.fingerprint, "seconds": state.seconds}
+        record |= {"skipped": state.skipped.tolist(), "average_step": average_step, "processes": processes}
+        (path / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    wait_for_everyone()
 
 
-def resume(run: Any) -> None:
+def resume(state: TrainingState, folder: RunFolder) -> None:
     """Continue from the newest checkpoint that is not damaged, with whatever number of processes it was written.
 
     Raises:
         ValueError: all are damaged, or it has another fingerprint.
     """
-    found = [newest_whole_checkpoint(run.folder) if run.is_main else None]
-    if run.world_size > 1:
+    rank, processes = this_process()
+    found = [newest_whole_checkpoint(folder) if rank == 0 else None]
+    if processes > 1:
         torch.distributed.broadcast_object_list(found)
     if found[0] is None:
-        if run.is_main:
-            run.folder.truncate_log(-1)  # nor is what was measured before training
+        if rank == 0:
+            folder.truncate_log(-1)  # nor is what was measured before training
         return
     step, path = found[0]
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    cuts = len(run.fingerprint_of) - 1
-    there, now = (fingerprint.rsplit("-", cuts) for fingerprint in (state["fingerprint"], run.fingerprint))
-    for name, old, new in zip(run.fingerprint_of, there, now, strict=True):
+    record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    cuts = len(state.fingerprint_of) - 1
+    there, now = (fingerprint.rsplit("-", cuts) for fingerprint in (record["fingerprint"], state.fingerprint))
+    for name, old, new in zip(state.fingerprint_of, there, now, strict=True):
         if old != new:
             raise ValueError(
                 f"{path} was trained with {name} of fingerprint {old}, what is given now has {new}: a run is resumed "
                 f"with the same {name} only"
             )
-    _load_weights(run, path, state)
-    _load_optimizer(run, path)
-    random_state = path / f"random_state_{run.rank}.pt"
+    _load_weights(state, path, record["average_step"])
+    _load_optimizer(state, path)
+    random_state = path / f"random_state_{rank}.pt"
     if random_state.is_file():  # else there are more processes than before; all that training draws is keyed anyway
         random = torch.load(random_state, weights_only=True)
         torch.set_rng_state(random["cpu"])
-        if run.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], run.device)
-    data_state = path / f"data_state_{run.rank}.json"
+        if state.device.type == "cuda" and "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], state.device)
+    data_state = path / f"data_state_{rank}.json"
     if data_state.is_file():
-        run.resumed_data_state = json.loads(data_state.read_text(encoding="utf-8"))
-    run.skipped = torch.tensor(state["skipped"], device=run.device)
-    run.first_step, run.seconds = step, state["seconds"]
-    if run.is_main:
-        run.folder.set_aside_after(step)
-        run.folder.truncate_log(step)
+        state.resumed_data_state = json.loads(data_state.read_text(encoding="utf-8"))
+    state.skipped.copy_(torch.tensor(record["skipped"]))
+    state.step, state.seconds = step, record["seconds"]
+    if rank == 0:
+        folder.set_aside_after(step)
+        folder.truncate_log(step)
 
 
-def _load_weights(run: Any, path: Path, state: dict[str, Any]) -> None:
-    names = [name for name, p in run.model.named_parameters() if p.requires_grad]
-    for name, average in run.averages.items():
+def _load_weights(state: TrainingState, path: Path, average_step: int) -> None:
+    trained = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
+    for name, average in state.averages.items():
         averaged = load_file(path / name / WEIGHTS_NAME)
-        averages = [averaged[key].float() for key in names]
-        average.averages = [laid_out_like(v, p) for v, p in zip(averages, run.parameters, strict=True)]
-        average.step = state["average_step"]
+        average.averages = [laid_out_like(averaged[key].float(), p) for key, p in trained.items()]
+        average.step = average_step
     with torch.no_grad():
-        saved = load_file(path / run.model_name / WEIGHTS_NAME)
-        current = run.model.state_dict()
+        saved = load_file(path / state.model_name / WEIGHTS_NAME)
+        current = state.model.state_dict()
         if saved.keys() != current.keys():
             raise ValueError(
-                f"{path / run.model_name} and the model differ in {sorted(saved.keys() ^ current.keys())}"
+                f"{path / state.model_name} and the model differ in {sorted(saved.keys() ^ current.keys())}"
             )
-        beside = _beside_model(run)
-        for target, values in ((current, saved), (beside, load_file(path / "objective.safetensors"))):
+        beside = load_file(path / "objective.safetensors")
+        for target, values in ((current, saved), (state.beside_model(), beside)):
             for name, value in values.items():
                 target[name].copy_(laid_out_like(value, target[name]))
 
 
-def _load_optimizer(run: Any, path: Path) -> None:
+def _load_optimizer(state: TrainingState, path: Path) -> None:
     # mapped: else the moments would take room in the host's memory once for every process
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    for name, parameter in _trained_by_name(run).items():
-        run.optimizer.state[parameter] = {
-            key: laid_out_like(value, parameter) if value.shape == parameter.shape else value.to(run.device)
+    for name, parameter in state.trained_by_name().items():
+        state.optimizer.state[parameter] = {
+            key: laid_out_like(value, parameter) if value.shape == parameter.shape else value.to(state.device)
             for key, value in saved["optimizer"][name].items()
         }
     if saved["scaler"] is not None:
-        run.accelerator.scaler.load_state_dict(saved["scaler"])
+        state.scaler.load_state_dict(saved["scaler"])

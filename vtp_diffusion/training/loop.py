@@ -1,41 +1,29 @@
-"""The loop of both training programs: precision, processes, optimisation, averaged weights, log, resuming.
+"""The loop of the training programs: processes, steps, resuming; what else a step takes is in the files beside.
 
 Everything random is keyed by the seed and the position in the run, never by what was drawn before. That is what makes
 ten steps, a restart and ten more steps the same as twenty, bit for bit on a CPU.
 """
 
 import contextlib
-import math
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..data.order import StepBatchSampler, draw_for_positions, step_generator
-from ..runtime.config import config_to_dict, flatten_config
-from ..runtime.disk import writing
 from ..runtime.precision import use_deterministic_algorithms
 from ..runtime.processes import gather_objects
-from ..runtime.results import numbers_line
-from .accelerator import StopRequest, is_sharded, make_accelerator, tracker_settings, whole
-from .checkpoints import averaged_state, resume, save_checkpoint
-from .config import TrainingConfig, learning_rate_at, parameter_groups
+from .accelerator import StopRequest, is_sharded, make_accelerator
+from .checkpoints import TrainingState, averaged_state, resume, save_checkpoint
+from .config import TrainingConfig
 from .cuda_graphs import GraphedPasses, why_not_recorded
-from .ema import AveragedWeights
-from .rates import peak_flops, peak_memory_bytes
+from .log import TrainingLog
+from .optimisation import Optimisation, learning_rate_at, parameter_groups
 from .run_folder import RunFolder
 
 MAX_SKIPPED_IN_A_ROW = 50  # steps with non-finite gradients before training is given up
 STOP_STEPS = 10  # several processes agree on stopping every so many steps: agreeing makes them wait for the device
-
-
-def _means(table: torch.Tensor) -> list[float | None]:
-    """Means from sums and counts (K, 2); None where nothing was counted, which JSON has and NaN is not."""
-    return [total / count if count else None for total, count in table.tolist()]
 
 
 class TrainingRun:
@@ -61,16 +49,12 @@ class TrainingRun:
         fingerprint: identifies the training data; a checkpoint is only resumed on the same.
         fingerprint_of: what the parts of `fingerprint`, with "-" between them, are of, as errors call it.
         not_saved: prefixes of state-dict keys of `objective` that are rebuilt from elsewhere, never saved.
-        groups: parameter groups of AdamW where not everything is trained alike; None is what `parameter_groups` gives.
-            Beside AdamW's settings a group may have `lr_scale`, a factor on the learning rate, and `network`, a name:
-            the gradients of a network are clipped by themselves. A step is left out for all networks or for none.
+        groups: parameter groups where not everything is trained alike, see `Optimisation`; None is what
+            `parameter_groups` gives.
         flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
         in_parts: micro-batches are lists, and what a set of arguments leads to does not use every parameter.
         cuda_graphs: record the passes of a step and replay them, see `GraphedPasses`; arguments are then dictionaries
             of tensors. Where that cannot be, why is printed, and the passes are made as ever.
-
-    A loss of the objective that is a table (K, 2) of sums and counts, as `flow_matching.sums_by_time` makes them, is
-    logged as the K means.
 
     Raises:
         ValueError: processes or precision that accelerate does not give here, a batch that cannot be divided among
@@ -92,55 +76,42 @@ class TrainingRun:
         cuda_graphs: bool = False,
         fingerprint_of: tuple[str, ...] = ("data",),
     ):
-        self.config, self.folder, self.model, self.model_name = config, folder, model, model_name
-        self.fingerprint, self.fingerprint_of = fingerprint, fingerprint_of
-        self.not_saved, self.bare = not_saved, objective
+        self.config, self.folder, self.model, self.bare = config, folder, model, objective
         if config.deterministic:
             use_deterministic_algorithms()
         block_names = getattr(model, "_no_split_modules", None) or []
         self.accelerator = make_accelerator(config, folder.path, block_names, in_parts)
-        self.micro_batch_size = config.micro_batch_size(self.accelerator.num_processes)
-        if self.accelerator.is_main_process:
+        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
+        self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.micro_batch_size = config.micro_batch_size(self.world_size)
+        if self.is_main:
             folder.claim()
         self.accelerator.wait_for_everyone()
         folder.check_shared()
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(objective, config.adam_weight_decay) if groups is None else groups,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            fused=True,  # besides speed: it can be told on the device to leave a step out (see _update)
-        )
-        self.objective, self.prepared_optimizer = self.accelerator.prepare(objective, self.optimizer)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.networks: dict[str, list[nn.Parameter]] = {}
-        for group in self.optimizer.param_groups:
-            self.networks.setdefault(group.get("network", ""), []).extend(group["params"])
-        self.sharded = is_sharded(self.parameters)
-        self.average = AveragedWeights(self.parameters, config.ema_decay, config.ema_bias_correction)
-        self.averages = {f"{model_name}_ema": self.average}  # as checkpoints call them
-        for decay in config.ema_further_decays:
-            further = AveragedWeights(self.parameters, decay, config.ema_bias_correction)
-            self.averages[f"{model_name}_ema_{decay}"] = further
-        self.device, self.rank = self.accelerator.device, self.accelerator.process_index
-        self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
-        self.skipped = torch.zeros(2, device=self.device)  # in a row, altogether
-        self.first_step, self.seconds = 0, 0.0
+        groups = parameter_groups(objective, config.adam_weight_decay) if groups is None else groups
+        average_name = f"{model_name}_ema"  # as checkpoints call it
+        self.optimisation = Optimisation(config, groups, self.accelerator, objective, model, average_name)
+        self.sharded = is_sharded(self.optimisation.parameters)
         self.graphed = self._graphed() if cuda_graphs else None
-        self.data_state: Callable[[], dict[str, Any]] | None = None  # of data read as a stream, for checkpoints
-        self.resumed_data_state: dict[str, Any] | None = None
-        self._sums: dict[str, torch.Tensor] | None = None  # of the losses over the steps that count
-        self._summed = 0
-        peak = peak_flops(self.device, config.mixed_precision, config.peak_flops)
-        known = peak is not None and flops_per_image is not None
-        self._mfu_per_rate = flops_per_image / (peak * self.world_size) if known else None
-        self._bar, self._mark, self._saved = None, time.perf_counter(), None
-        resume(self)
-        if config.report_to != "none" and self.is_main:
-            scalars = {k: str(v) for k, v in flatten_config(config_to_dict(config)).items()}
-            settings = tracker_settings(config.report_to, folder.path, self.first_step, scalars)
-            self.accelerator.init_trackers(**settings)
+        self.state = TrainingState(
+            model=model,
+            model_name=model_name,
+            averages=self.optimisation.averages,
+            objective=objective,
+            optimizer=self.optimisation.optimizer,
+            scaler=self.accelerator.scaler,
+            fingerprint=fingerprint,
+            fingerprint_of=fingerprint_of,
+            not_saved=not_saved,
+            skipped=self.optimisation.skipped,
+        )
+        resume(self.state, folder)
+        self.first_step, self._saved = self.state.step, None
+        self.log = TrainingLog(config, folder, self.accelerator, flops_per_image, self.first_step, self.state.seconds)
+
+    def report(self, step: int, values: dict[str, float], picture: Any = None) -> None:
+        """See `TrainingLog.report`."""
+        self.log.report(step, values, picture)
 
     @property
     def images_per_step(self) -> int:
@@ -201,16 +172,8 @@ class TrainingRun:
         the same command resumes. Launchers may give less time than saving takes (torchrun: 30 seconds); a checkpoint
         that a kill interrupts leaves the one before.
         """
-        from tqdm.auto import tqdm
-
         last, config = self.config.max_train_steps, self.config
-        self._bar = bar = tqdm(
-            initial=self.first_step, total=last, desc="steps", disable=not self.is_main, smoothing=0.05
-        )
-        if config.compile:
-            bar.set_postfix_str("the first step compiles")
-        self._mark = time.perf_counter()
-        with contextlib.closing(bar), StopRequest() as request:
+        with contextlib.closing(self.log.progress_bar()) as bar, StopRequest() as request:
             for step in range(self.first_step, last):
                 yield step
                 bar.update()
@@ -218,15 +181,15 @@ class TrainingRun:
                 self.save_due(step)
                 if step + 1 < last and self._stop_agreed(step, request):
                     if not pause:
-                        if self._summed:
-                            self._log(step + 1, learning_rate_at(step, config))
+                        if self.log.summed:
+                            self._write_log(step)
                         self.save(step + 1)
                     bar.close()
                     self.accelerator.print(f"stopped by a signal after step {step + 1}: the same command resumes")
                     self.end()
                     raise SystemExit(0)
                 if pause or self.due(step, config.validation_steps) or self._log_due(step):
-                    self._mark = time.perf_counter()  # what was done besides training does not count as training time
+                    self.log.restart_clock()
         if self.skipped_steps >= last:
             raise RuntimeError(
                 f"not one of the {last} steps counted, their gradients were not finite: nothing was trained, and "
@@ -236,7 +199,7 @@ class TrainingRun:
     @property
     def skipped_steps(self) -> int:
         """Steps so far, in earlier sessions too, that were left out since their gradients were not finite."""
-        return int(self.skipped[1])
+        return int(self.state.skipped[1])
 
     @property
     def skipped_note(self) -> str:
@@ -301,17 +264,23 @@ class TrainingRun:
                 passed = [self._pass(part, sync=k == last and part is parts[-1]) for part in parts]
             for losses in passed:
                 means = means | {name: means.get(name, 0) + value for name, value in losses.items()}
-        rate = learning_rate_at(step, self.config)
-        norms, finite = self._update(rate)
-        means |= norms | {"finite": finite}
-        # a step that was left out does not enter the averages
-        means = {name: torch.where(finite > 0, value, 0.0) for name, value in means.items()}
-        if self._sums is not None:
-            means = {name: self._sums[name] + value for name, value in means.items()}
-        self._sums, self._summed = means, self._summed + 1
+        norms, finite = self.optimisation.step(learning_rate_at(step, self.config))
+        self.log.add(means | norms, finite)
         if self._log_due(step):
-            self._log(step + 1, rate)
+            self._write_log(step)
         return finite
+
+    def _write_log(self, step: int) -> None:
+        """A line of the log. Raises: RuntimeError if too many steps in a row were left out."""
+        in_a_row, skipped = (int(n) for n in self.state.skipped.tolist())
+        self.log.write(step + 1, learning_rate_at(step, self.config), skipped)
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            before = [path.name for saved, path in self.folder.checkpoints() if saved <= step + 1 - in_a_row]
+            raise RuntimeError(
+                f"the gradients of the last {in_a_row} steps up to step {step + 1} were not finite. Last checkpoint "
+                f"from before: {before[-1] if before else 'none'}. The command that resumes it may give a lower "
+                f"max_grad_norm than {self.config.max_grad_norm}"
+            )
 
     def _pass(self, arguments: dict[str, Any], sync: bool = True) -> dict[str, torch.Tensor]:
         """One set of arguments forwards and backwards: its losses, detached, float32, as they count in a step.
@@ -319,9 +288,9 @@ class TrainingRun:
         Args: `sync`: processes are to have the sum of their gradients then.
         """
         count = self.config.gradient_accumulation_steps
-        with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.objective):
+        with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.optimisation.objective):
             with self.accelerator.autocast() if self.sharded else contextlib.nullcontext():
-                losses = self.objective(**arguments)
+                losses = self.optimisation.objective(**arguments)
             self.accelerator.backward(losses["loss"] / count)
         return {name: value.detach().float() / count for name, value in losses.items()}
 
@@ -335,90 +304,10 @@ class TrainingRun:
         self.accelerator.print(f"cuda_graphs is true, but the passes of a step are not recorded: {reason}")
         return None
 
-    def _update(self, rate: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Clip, step, average: (gradient norms, 1 or 0). A step whose gradients are not finite is left out, and that
-        (the 0) is decided on the device: asking it would make it wait at every step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
-        self.accelerator.unscale_gradients(self.prepared_optimizer)
-        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
-        norms = {
-            f"{network}/grad_norm".lstrip("/"): whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
-            for network, parameters in self.networks.items()
-        }
-        bad = (~torch.isfinite(sum(norms.values()))).float()
-        if self.accelerator.scaler is None:  # with fp16 the loss scaler does the same, in the same way
-            self.optimizer.found_inf = bad
-        self.prepared_optimizer.step()
-        self.prepared_optimizer.zero_grad(set_to_none=True)
-        for average in self.averages.values():
-            # Also where the step is left out: averages, like the learning rate, go by steps, and the weights, which
-            # are as they were and finite, count for this one once more. One pass over the weights is enough so.
-            average.update(self.parameters)
-        self.skipped = torch.stack([(self.skipped[0] + bad) * bad, self.skipped[1] + bad])
-        return norms, 1 - bad
-
-    def _log(self, step: int, rate: float) -> None:
-        names, values = list(self._sums), list(self._sums.values())
-        flat = self.accelerator.reduce(torch.cat([v.flatten() for v in values]), reduction="mean")
-        sums = dict(zip(names, flat.cpu().split([v.numel() for v in values]), strict=True))  # waits for the device
-        in_a_row, skipped = (int(n) for n in self.skipped.tolist())
-        elapsed = time.perf_counter() - self._mark
-        images = self.images_per_step * self._summed
-        self.seconds += elapsed
-        counted = sums.pop("finite")
-        record = {n: _means(torch.cat([v, counted])[None])[0] for n, v in sums.items() if v.numel() == 1}
-        record |= {"learning_rate": rate, "images_per_second": images / elapsed}
-        if self._mfu_per_rate is not None:
-            record["mfu"] = self._mfu_per_rate * images / elapsed
-        record["peak_memory_gib"] = peak_memory_bytes(self.device) / 2**30
-        tables = {name: _means(value.view(-1, 2)) for name, value in sums.items() if value.numel() > 1}
-        scalars = record | {f"{name}/{k}": value for name, row in tables.items() for k, value in enumerate(row)}
-        self._sums, self._summed = None, 0
-        if self.is_main:
-            counters = {"skipped_steps": skipped, "seconds": self.seconds}
-            self.folder.log({"step": step} | record | tables | counters)
-            self.accelerator.log({name: value for name, value in scalars.items() if value is not None}, step=step)
-            if self._bar is not None:
-                loss = math.nan if record["loss"] is None else record["loss"]
-                self._bar.set_postfix(loss=f"{loss:.4g}", images=f"{record['images_per_second']:.0f}/s")
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            before = [path.name for saved, path in self.folder.checkpoints() if saved <= step - in_a_row]
-            raise RuntimeError(
-                f"the gradients of the last {in_a_row} steps up to step {step} were not finite. Last checkpoint from "
-                f"before: {before[-1] if before else 'none'}. The command that resumes it may give a lower "
-                f"max_grad_norm than {self.config.max_grad_norm}"
-            )
-
-    def median_rate(self) -> float:
-        """Images a second: the median of the log, the sessions before this one included; the first line of it, which
-        compilation is in, only where there is no other."""
-        rates = [line["images_per_second"] for line in self.folder.read_log() if "images_per_second" in line]
-        return statistics.median(rates[1:] or rates)
-
     def summary(self) -> dict[str, float]:
         """What results.json says of a run of any kind."""
-        counts = {"images_per_step": self.images_per_step, "seconds": self.seconds}
-        return counts | {"images_per_second": self.median_rate(), "skipped_steps": self.skipped_steps}
-
-    def report(self, step: int, values: dict[str, float], picture: Any = None, name: str = "validation") -> None:
-        """Log and print what a validation measured; log its picture (PIL), which is also written into samples/. The
-        values come last: where log.jsonl has them, all of it was done."""
-        if not self.is_main:
-            return
-        if picture is not None:
-            path = self.folder.samples(step)
-            with writing(path):
-                picture.save(path)
-            for tracker in self.accelerator.trackers:
-                if self.config.report_to == "tensorboard":
-                    tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-                else:
-                    tracker.log_images({name: [picture]}, step=step)
-        if values:
-            self.accelerator.log(values, step=step)
-            self.folder.log({"step": step} | values)
-            (print if self._bar is None else self._bar.write)(f"step {step}: {numbers_line(values)}")
+        counts = {"images_per_step": self.images_per_step, "seconds": self.log.seconds}
+        return counts | {"images_per_second": self.log.median_rate(), "skipped_steps": self.skipped_steps}
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -429,11 +318,14 @@ class TrainingRun:
         """
         if self.sharded:
             raise ValueError("the weights are sharded over the processes: this evaluation needs whole ones (no FSDP)")
-        training = self.model.training
+        training, optimisation = self.model.training, self.optimisation
         self.model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.average.swapped_into(self.parameters):
-            yield
-        self.model.train(training)
+        averaged = optimisation.average.swapped_into(optimisation.parameters)
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), averaged:
+                yield
+        finally:
+            self.model.train(training)
 
     @contextlib.contextmanager
     def averaged_model(self) -> Iterator[Any]:
@@ -446,14 +338,15 @@ class TrainingRun:
                 yield self.model
             return
         model = type(self.model).from_config(self.model.config)
-        model.load_state_dict(averaged_state(self, self.average))
+        model.load_state_dict(averaged_state(self.model, self.optimisation.average))
         with torch.no_grad():
             yield model.to(self.device).eval()
 
     def save(self, step: int) -> None:
         """Write checkpoint-<step>, unless that was just done; see checkpoints.py."""
         if step != self._saved:
-            save_checkpoint(self, step)
+            self.state.step, self.state.seconds = step, self.log.seconds
+            save_checkpoint(self.state, self.folder, self.config.checkpoints_total_limit)
             self._saved = step
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation remembers of images that have gone by: statistics of all of them, features of some, their hashes.
+"""One pass of a set of images through feature networks, and the record of it that metrics are computed from.
 
 Images are never kept. Per image and network that are D float32 numbers where neighbours are looked for (400 MB for
 50,000 images of 2048 features, 200 MB for their logits), and 16 bytes of hash.
@@ -6,15 +6,107 @@ Images are never kept. Per image and network that are D float32 numbers where ne
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from ..data.batches import to_device
-from ..metrics.extraction import Extractor
-from ..metrics.frechet import GaussianStatistics
-from ..runtime.processes import gather_objects, this_process
+from ..data.image_datasets import DataConfig
+from ..data.npz import ImageSpool
+from ..metrics.features import Extractor, FeatureMode
+from ..metrics.frechet import (
+    GaussianStatistics,
+)
+from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
+from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
+from .sources import ImageSource, PipelineImages, read_batches
+
+ON_CUDA = torch.cuda.is_available()
+
+
+@dataclass(kw_only=True)
+class FeaturesConfig:
+    """What both commands have: a reference, feature networks, and how they run."""
+
+    reference: str = field(metadata={"help": "real images: npz, folder, openmoji or a `datasets` collection"})
+    data: DataConfig = field(
+        default_factory=DataConfig,
+        metadata={"help": "columns, hold-out and cache of data sets; reference and floor_images set the source"},
+    )
+    feature_network: list[str] = field(
+        default_factory=lambda: ["vgg16", "efficientnet_lite0"],
+        metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"},
+    )
+    weights: list[str] = field(
+        default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network; FILE if there is one"}
+    )
+    output: str = field(metadata={"help": "FILE for the results"})
+    seed: int = field(default=0, metadata={"help": "of samples, labels and random subsets"})
+    feature_mode: FeatureMode = field(
+        default="exact",
+        metadata={"help": "exact: float32; fast: float16 inside the network"},
+    )
+    feature_batch_size: int = field(default=256 if ON_CUDA else 32, metadata={"help": "images a network sees at once"})
+    compile: bool = field(default=ON_CUDA, metadata={"help": "torch.compile the feature networks"})
+    num_workers: int = field(
+        default=reading_processes() if ON_CUDA else 0, metadata={"help": "processes that read image files"}
+    )
+    device: str = field(default="cuda" if ON_CUDA else "cpu", metadata={"help": "torch device to run on"})
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        if (self.data.source, self.data.resolution) != (DataConfig.source, DataConfig.resolution):
+            raise ValueError(
+                "data.source and data.resolution are decided by reference, floor_images and the size of the images: "
+                f"got {self.data.source} and {self.data.resolution}"
+            )
+        if not self.feature_network:
+            raise ValueError(f"feature_network is empty, expected one or more of {', '.join(FEATURE_NETWORKS)}")
+        self.feature_network = [network_name(name) for name in self.feature_network]
+        weight_files(self.weights, self.feature_network)
+        if self.feature_batch_size < 1 or self.num_workers < 0:
+            raise ValueError(
+                "feature_batch_size must be at least 1 and num_workers 0, "
+                f"got {self.feature_batch_size} and {self.num_workers}"
+            )
+
+
+def open_networks(config: FeaturesConfig, names: list[str]) -> dict[str, Extractor]:
+    """Network -> extractor, ready on the device. Raises what `feature_network` raises."""
+    files = weight_files(config.weights, config.feature_network)
+    networks = {name: feature_network(name, files.get(name)) for name in names}
+    return {
+        name: Extractor(network, config.device, config.feature_mode, config.compile, config.feature_batch_size)
+        for name, network in networks.items()
+    }
+
+
+def settings_of(config: FeaturesConfig) -> dict:
+    """The settings that result files record."""
+    settings = asdict(config)
+    for decided_elsewhere in ("source", "resolution"):
+        del settings["data"][decided_elsewhere]
+    return settings | {"processes": this_process()[1]}
+
+
+def split_rule(config: FeaturesConfig) -> str:
+    """How the images of the reference's split were told from the others."""
+    if config.reference.endswith(".npz"):
+        return "the file as it is"
+    if config.reference == "openmoji":
+        return (
+            f"train: by base emoji, a hash of its code and seed {config.data.holdout_seed} holds "
+            f"{config.data.holdout:g} of them out"
+        )
+    return "train: the data set's own"
+
+
+def batches_of_this_process(count: int, batch_size: int) -> list[range]:
+    """Places of `count` images in batches, which the processes take in turns: those of this one."""
+    rank, processes = this_process()
+    return [range(k, min(k + batch_size, count)) for k in range(rank * batch_size, count, processes * batch_size)]
 
 
 @dataclass
@@ -167,3 +259,39 @@ def _pairs(hashes: list[bytes]) -> Iterator[tuple[int, int]]:
         if digest in first:
             yield first[digest], place
         first.setdefault(digest, place)
+
+
+def record_source(
+    config: FeaturesConfig,
+    name: str,
+    source: ImageSource,
+    kept: list[int],
+    extractors: dict[str, Extractor],
+    wanted: dict[str, dict[str, Wanted]],
+    spool: ImageSpool | None = None,
+) -> ImageRecord:
+    """Pass a set of images through networks once, every process its batches of them.
+
+    Args:
+        name: what the progress bar calls it.
+        source, kept: images, and the indices of those that count.
+        extractors: network -> extractor.
+        wanted: network -> output -> what to remember; a network that is not in it sees nothing.
+        spool: where the images are written to on the way.
+    """
+    rank, step = this_process()[0], config.feature_batch_size
+    places = batches_of_this_process(len(kept), step)
+    indices = [kept[place] for batch in places for place in batch]
+    pin = config.device.startswith("cuda")
+    batches = read_batches(source, indices, step, config.num_workers, pin_memory=pin, hashed=True)
+    verb = "sampling" if isinstance(source, PipelineImages) else "reading"
+
+    def passing():
+        with tqdm(total=len(indices), desc=f"{verb} {name}", unit="image", disable=rank > 0) as progress:
+            for batch, (images, hashes) in zip(places, batches, strict=True):
+                if spool is not None:
+                    spool.write(batch, images.permute(0, 2, 3, 1).numpy())
+                yield batch, images, hashes
+                progress.update(len(batch))
+
+    return record_images(passing(), len(kept), {n: extractors[n] for n in wanted}, wanted, config.seed)

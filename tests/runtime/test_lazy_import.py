@@ -1,0 +1,48 @@
+"""What importing the package brings in, and how its classes reach diffusers, in fresh processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "weights" / "openmoji-128"
+
+OURS_FIRST = f"""
+import sys
+import vtp_diffusion
+assert "torch" not in sys.modules and "diffusers" not in sys.modules
+from diffusers import AutoModel, DiffusionPipeline
+assert "vtp_diffusion.models.vtp_model" not in sys.modules
+pipeline = DiffusionPipeline.from_pretrained({str(SHIPPED)!r})
+assert type(pipeline) is vtp_diffusion.LightningDiTPipeline
+assert type(AutoModel.from_pretrained({str(SHIPPED)!r}, subfolder="vae")) is vtp_diffusion.AutoencoderVTP
+import diffusers
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+assert "vtp_diffusion" in LOADABLE_CLASSES and diffusers.VTPModel is vtp_diffusion.VTPModel
+assert not hasattr(diffusers, "SomethingElse") and not hasattr(vtp_diffusion, "SomethingElse")
+"""
+THEIRS_FIRST = """
+import diffusers
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+diffusers.VTPModel = "a class of that name in a later diffusers"
+from vtp_diffusion.generation.pipeline_lightning_dit import LightningDiTPipeline
+import vtp_diffusion
+assert "vtp_diffusion" in LOADABLE_CLASSES
+assert diffusers.LightningDiTPipeline is vtp_diffusion.LightningDiTPipeline is LightningDiTPipeline
+assert diffusers.VTPModel.startswith("a class") and vtp_diffusion.ModelMixin is diffusers.ModelMixin
+"""
+A_MODULE_FIRST = """
+from vtp_diffusion.models.autoencoder_vtp import AutoencoderVTP
+import diffusers
+assert diffusers.AutoencoderVTP is AutoencoderVTP
+"""
+
+
+@pytest.mark.parametrize("script", [OURS_FIRST, THEIRS_FIRST, A_MODULE_FIRST], ids=["ours", "theirs", "a module"])
+def test_classes_reach_diffusers_whatever_is_imported_first(script):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,135 @@
+"""Feature networks as metrics see them: their interface, and running one on a device."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..runtime.disk import file_sha256
+from ..runtime.precision import exact_float32
+
+FeatureMode = Literal["exact", "fast"]
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network that turns uint8 images (B, 3, H, W) into float32 features (B, D).
+
+    Attributes:
+        name: as `feature_network` takes it.
+        distance_name: what a Fréchet distance of its features is called. Only Inception's is an FID.
+        dim: number of features D.
+        output_dims: widths of what `outputs` gives; "features" is among them.
+        preprocessing: what happens to the pixels first, in words.
+        file: where the weights came from.
+        memory_format: layout of activations, which an `Extractor` chooses.
+    """
+
+    memory_format = torch.channels_last
+    name: str
+    distance_name: str
+    dim: int
+    preprocessing: str
+    file: Path
+
+    @property
+    def output_dims(self) -> dict[str, int]:
+        return {"features": self.dim}
+
+    def outputs(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """All that metrics read from one forward pass, name -> float32 (B, D_name)."""
+        return {"features": self(images)}
+
+    @property
+    def kernel_distance_name(self) -> str:
+        """What a kernel distance of its features is called: KID for the FID's network, else KD."""
+        return "KID" if self.distance_name == "FID" else self.distance_name.replace("FD", "KD", 1)
+
+    def score_name(self, score: str) -> str:
+        """Precision, recall, density and coverage are those of Inception's features unless their name says else."""
+        return score if self.name == "inception" else f"{score} ({self.distance_name.removeprefix('FD-')})"
+
+    def weights_sha256(self) -> str:
+        """SHA-256 of the file of the weights."""
+        return file_sha256(self.file)
+
+    def describe(self) -> dict:
+        """What decides the numbers, for result files."""
+        return {
+            "name": self.name,
+            "distance": self.distance_name,
+            "features": self.dim,
+            "preprocessing": self.preprocessing,
+            "file": self.file.name,
+            "sha256": self.weights_sha256(),
+        }
+
+
+class Extractor:
+    """A feature network ready to run on a device.
+
+    Args:
+        network: is moved there, its weights to the layout.
+        mode: "exact" computes with the precision of float32; "fast" computes convolutions and products in float16
+            (resizing, averages over positions and all statistics stay float32 or better). What that does to an FID is
+            what `benchmarks/feature_extraction.py` prints. float16 and not bfloat16, because its rounding is 8 times
+            finer; features that overflow it are an error, as all that are not finite are.
+        compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
+        batch_size: what to fill up to.
+
+    Raises:
+        ValueError: an unknown mode; a compiled network without batch_size.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        device: torch.device | str,
+        mode: FeatureMode = "exact",
+        compile: bool = False,
+        batch_size: int | None = None,
+    ):
+        if mode not in ("exact", "fast"):
+            raise ValueError(f"feature mode {mode!r} is unknown; known: exact, fast")
+        if compile and batch_size is None:
+            raise ValueError("a compiled network needs the batch_size that smaller batches are filled up to")
+        self.network, self.device, self.mode = network, torch.device(device), mode
+        # cuDNN's convolutions in float32 without TensorFloat-32 are faster in contiguous memory, all others are not
+        channels_last = mode == "fast" or self.device.type != "cuda"
+        network.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        network.to(self.device, memory_format=network.memory_format)
+        self.batch_size = batch_size if compile else None
+        # else the compiler chooses a layout of its own
+        options = None if channels_last else {"layout_optimization": False}
+        self._compiled = torch.compile(network.outputs, dynamic=False, options=options) if compile else None
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 images (B, 3, H, W), anywhere, to the network's outputs (B, D_name), float32 on the device."""
+        count = len(images)
+        images = images.to(self.device, non_blocking=True)
+        if self.batch_size is not None and count < self.batch_size:
+            filling = images[-1:].expand(self.batch_size - count, -1, -1, -1)
+            images = torch.cat([images, filling])
+        # one layout whatever the source's and the filling's: another one would be compiled anew
+        images = images.contiguous(memory_format=self.network.memory_format)
+        fast = torch.autocast(self.device.type, dtype=torch.float16, enabled=self.mode == "fast")
+        outputs = self._compiled or self.network.outputs
+        with exact_float32(benchmark=True), fast:
+            return {name: output[:count].float() for name, output in outputs(images).items()}
+
+
+def extract_features(
+    network: FeatureNetwork, batches: Iterable[torch.Tensor], device: torch.device | str
+) -> torch.Tensor:
+    """Features (N, D) float32 on the CPU of uint8 image batches (B, 3, H, W). TensorFloat-32 is off meanwhile.
+
+    Raises:
+        ValueError: no images.
+    """
+    extractor = Extractor(network, device)
+    features = [extractor(batch)["features"].cpu() for batch in batches]
+    if not features:
+        raise ValueError("no images were given, expected at least one")
+    return torch.cat(features)

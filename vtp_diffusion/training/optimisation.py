@@ -1,0 +1,117 @@
+"""One step of the optimiser: learning rate, weight decay, clipping, steps left out, averaged weights."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .accelerator import whole
+from .config import TrainingConfig
+from .ema import AveragedWeights
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Learning rate of a step (counted from 0): linear warm-up, then constant or down to 0 at `max_train_steps`."""
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    done = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.learning_rate * factor[config.lr_scheduler]
+
+
+def weight_decay_at(done: float, first: float, last: float) -> float:
+    """Weight decay after a share of training, along a cosine from the first value to the last (DINO)."""
+    return last - (last - first) * (math.cos(math.pi * done) + 1) / 2
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters for AdamW: matrices decay; biases, norm scales and single tokens do not.
+
+    Returns: groups with "decayed", whether `Optimisation.set_weight_decay` is meant for them.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.squeeze().ndim >= 2]
+    others = [p for p in trained if p.squeeze().ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay, "decayed": True},
+        {"params": others, "weight_decay": 0.0, "decayed": False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Optimisation:
+    """AdamW, and averages (EMA) of the model that it trains.
+
+    Args:
+        groups: parameter groups of AdamW. Beside its settings a group may have `lr_scale`, a factor on the learning
+            rate, and `network`, a name: the gradients of a network are clipped by themselves.
+        accelerator: of the run; it prepares the objective and the optimiser.
+        objective: what holds the trained parameters.
+        model: the model inside it of which averages are kept, in checkpoints under `name`.
+
+    Attributes:
+        objective: as accelerate prepared it, to be called.
+        optimizer: AdamW itself.
+        parameters, trained: trainable ones of the model; all that are trained.
+        average: with the decay of the configuration; `averages` holds it and those of further decays by name.
+        skipped: (2,) on the device, steps left out since their gradients were not finite: in a row, altogether.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        groups: list[dict[str, Any]],
+        accelerator: Any,
+        objective: nn.Module,
+        model: nn.Module,
+        name: str,
+    ):
+        self.config, self.accelerator = config, accelerator
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            fused=True,  # besides speed: it can be told on the device to leave a step out (see `step`)
+        )
+        self.objective, self._prepared = accelerator.prepare(objective, self.optimizer)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.networks: dict[str, list[nn.Parameter]] = {}
+        for group in self.optimizer.param_groups:
+            self.networks.setdefault(group.get("network", ""), []).extend(group["params"])
+        self.average = AveragedWeights(self.parameters, config.ema_decay, config.ema_bias_correction)
+        self.averages = {name: self.average}
+        for decay in config.ema_further_decays:
+            self.averages[f"{name}_{decay}"] = AveragedWeights(self.parameters, decay, config.ema_bias_correction)
+        self.skipped = torch.zeros(2, device=accelerator.device)
+
+    def set_weight_decay(self, weight_decay: float) -> None:
+        """Of the groups that decay."""
+        for group in self.optimizer.param_groups:
+            if group["decayed"]:
+                group["weight_decay"] = weight_decay
+
+    def step(self, learning_rate: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Clip, step, average: (gradient norms, 1 or 0). A step whose gradients are not finite is left out, for all
+        networks, and that (the 0) is decided on the device: asking it would make it wait at every step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        self.accelerator.unscale_gradients(self._prepared)
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
+        norms = {
+            f"{network}/grad_norm".lstrip("/"): whole(torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
+            for network, parameters in self.networks.items()
+        }
+        bad = (~torch.isfinite(sum(norms.values()))).float()
+        if self.accelerator.scaler is None:  # with fp16 the loss scaler does the same, in the same way
+            self.optimizer.found_inf = bad
+        self._prepared.step()
+        self._prepared.zero_grad(set_to_none=True)
+        for average in self.averages.values():
+            # Also where the step is left out: averages, like the learning rate, go by steps, and the weights, which
+            # are as they were and finite, count for this one once more. One pass over the weights is enough so.
+            average.update(self.parameters)
+        self.skipped.copy_(torch.stack([(self.skipped[0] + bad) * bad, self.skipped[1] + bad]))
+        return norms, 1 - bad
