@@ -29,7 +29,7 @@ from vtp_diffusion.evaluation.linear_probe import LEARNING_RATES, LinearHeads, h
 from vtp_diffusion.evaluation.probe_features import ProbeFeatures, cached_features
 from vtp_diffusion.metrics.classification import KNN_NEIGHBOURS, knn_accuracy
 from vtp_diffusion.models.latent_space import autoencoder_identity
-from vtp_diffusion.models.vtp_folders import load_encoder
+from vtp_diffusion.models.vtp_model import load_encoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output, write_results

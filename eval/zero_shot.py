@@ -26,7 +26,7 @@ from vtp_diffusion.evaluation.sources import fault_lines, open_measured, read_ba
 from vtp_diffusion.metrics.classification import top_k_accuracy
 from vtp_diffusion.metrics.zero_shot import IMAGENET_CLASSES, class_embeddings, imagenet_prompts, zero_shot_scores
 from vtp_diffusion.models.latent_space import autoencoder_identity
-from vtp_diffusion.models.vtp_folders import load_vtp
+from vtp_diffusion.models.vtp_model import load_vtp
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output, write_results

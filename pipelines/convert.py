@@ -5,44 +5,28 @@
     python pipelines/convert.py pipeline --vae vtp-large --transformer dit-xl --shift 13.333 --output pipeline
 
 `vtp` writes the autoencoder; the text tower stays in the released folder, for `VTPModel.from_released`.
-`lightning-dit` takes the EMA weights; their shapes tell the architecture, and what is said of it must be so.
+`lightning-dit` takes the EMA weights; their shapes tell the architecture.
 `pipeline` joins the two. The output must be a new or empty folder; an error leaves nothing behind.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
-import pickle
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
-from tqdm.auto import tqdm
-
-from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.models.conversion import (
-    convert_lightning_dit_config,
-    convert_lightning_dit_state_dict,
-    lightning_dit_architecture,
-    load_strict,
-    read_lightning_dit_checkpoint,
-)
 from vtp_diffusion.runtime.cli import run
 
-ARCHITECTURE = {
-    "sample_size": int,
-    "patch_size": int,
-    "in_channels": int,
-    "num_layers": int,
-    "num_attention_heads": int,
-    "attention_head_dim": int,
-    "num_classes": int,
-}
+if TYPE_CHECKING:
+    from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command and its options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -65,9 +49,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     dit = command("lightning-dit", "an upstream LightningDiT checkpoint -> LightningDiTTransformer2DModel")
     dit.add_argument("--checkpoint", required=True, metavar="FILE", help="upstream .pt file with 'ema'")
-    dit.add_argument("--config", metavar="FILE", help="upstream's constructor keywords as JSON, to be checked")
-    for name, kind in ARCHITECTURE.items():
-        dit.add_argument(f"--{name.replace('_', '-')}", f"--{name}", type=kind, help="to be checked")
 
     pipeline = command("pipeline", "autoencoder + transformer -> LightningDiTPipeline")
     pipeline.add_argument("--vae", required=True, metavar="DIR", help="folder of a diffusers autoencoder")
@@ -78,6 +59,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_json(path: str) -> dict | list:
+    """The content of a JSON file. Raises: ValueError if there is none."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist")
     try:
@@ -88,6 +70,10 @@ def read_json(path: str) -> dict | list:
 
 def read_latent_statistics(file: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel from FILE.json, FILE.json:NAME or upstream's FILE.pt."""
+    import pickle
+
+    import torch
+
     path, _, name = file.rpartition(":") if not Path(file).exists() and ":" in file else (file, "", "")
     if path.endswith(".pt"):
         try:
@@ -120,33 +106,37 @@ def new_folder(output: str) -> Iterator[Path]:
 
 
 def convert_vtp(arguments: argparse.Namespace) -> AutoencoderVTP:
+    """The autoencoder of a released checkpoint, with latent statistics if they are given."""
+    from vtp_diffusion import AutoencoderVTP
+
     statistics = arguments.latent_statistics and read_latent_statistics(arguments.latent_statistics)
     vae = AutoencoderVTP.from_released(arguments.source, rope_dtype=arguments.rope_dtype)
-    if not statistics:
-        return vae
-    # built anew, so that the constructor checks the statistics against the latent channels
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
-    with torch.device("meta"):
-        with_statistics = AutoencoderVTP(**{**config, "latents_mean": statistics[0], "latents_std": statistics[1]})
-    return load_strict(with_statistics, vae.state_dict(), source=arguments.source)
+    return vae.with_latent_statistics(*statistics) if statistics else vae
 
 
 def convert_lightning_dit(arguments: argparse.Namespace) -> LightningDiTTransformer2DModel:
-    expected = {name: getattr(arguments, name) for name in ARCHITECTURE if getattr(arguments, name) is not None}
-    if arguments.config is not None:
-        expected |= convert_lightning_dit_config(read_json(arguments.config), source=arguments.config)
-    checkpoint = arguments.checkpoint
-    released = read_lightning_dit_checkpoint(checkpoint)
-    found = lightning_dit_architecture(released, source=checkpoint)
-    if wrong := [name for name, value in expected.items() if found[name] != value]:
-        differences = ", ".join(f"{name} {found[name]} instead of {expected[name]}" for name in wrong)
-        raise ValueError(f"{checkpoint} has {differences}")
+    """The transformer of an upstream checkpoint, its architecture read from the shapes of the weights."""
+    import torch
+
+    from vtp_diffusion import LightningDiTTransformer2DModel
+    from vtp_diffusion.models import conversion_lightning_dit
+    from vtp_diffusion.models.conversion import load_strict
+
+    source = arguments.checkpoint
+    released = conversion_lightning_dit.read_lightning_dit_checkpoint(source)
+    architecture = conversion_lightning_dit.lightning_dit_architecture(released, source)
     with torch.device("meta"):
-        model = LightningDiTTransformer2DModel(**found)
-    return load_strict(model, convert_lightning_dit_state_dict(released, found, checkpoint), source=checkpoint)
+        model = LightningDiTTransformer2DModel(**architecture)
+    state = conversion_lightning_dit.convert_lightning_dit_state_dict(released, architecture, source)
+    return load_strict(model, state, source)
 
 
 def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
+    """The pipeline of a saved autoencoder and a saved transformer."""
+    from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
+
+    from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
+
     for folder in (arguments.vae, arguments.transformer):
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"{folder} is not the folder of a diffusers model: it has no config.json")
@@ -167,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(arguments.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"the output must be a new or empty folder, {output} is not")
+    from tqdm.auto import tqdm
+
     with tqdm(total=2, desc="reading") as progress:
         result = CONVERSIONS[arguments.command](arguments)
         progress.update()

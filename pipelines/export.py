@@ -7,21 +7,24 @@ and anywhere with diffusers
     DiffusionPipeline.from_pretrained("exported", custom_pipeline="pipeline", trust_remote_code=True)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from vtp_diffusion.generation.export import export_pipeline
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import Settings, parse_config, setting
 
 
-@dataclass
-class ExportConfig:
-    pipeline: str = field(metadata={"help": "folder of a saved LightningDiTPipeline"})
-    output: str = field(metadata={"help": "new or empty folder to write"})
+@dataclass(kw_only=True)
+class ExportConfig(Settings):
+    """Options of this program."""
+
+    pipeline: str = setting(help="folder of a saved LightningDiTPipeline")
+    output: str = setting(help="new or empty folder to write")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(ExportConfig, argv, __doc__)
+    from vtp_diffusion.generation.export import export_pipeline
+
     folder = export_pipeline(config.pipeline, config.output)
     print(f"self-contained pipeline: {folder}")
 

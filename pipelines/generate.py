@@ -16,71 +16,54 @@ interrupted; what holds another run is refused. `eval/generation.py` measures fo
 pipeline itself without writing anything.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import is_accelerate_available
-from tqdm.auto import tqdm
 
-from vtp_diffusion import LightningDiTPipeline
-from vtp_diffusion.data.images import image_grid, to_pil
-from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
-from vtp_diffusion.generation.sampling import draw_labels, pipeline_identity, sample_numbers
+from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.processes import check_device, join_processes, this_process
+
+if TYPE_CHECKING:
+    from vtp_diffusion import LightningDiTPipeline
 
 PICTURE_IMAGES = 1024
 
 
-@dataclass
-class GenerateConfig:
-    pipeline: str = field(metadata={"help": "folder of a saved pipeline"})
-    output: str = field(metadata={"help": "FILE.png for one labelled picture, FILE.npz, or a folder of files"})
-    labels: list[str] = field(default_factory=list, metadata={"help": "class indices or names"})
-    num_images_per_label: int = field(default=1, metadata={"help": "images of each of the labels"})
-    num_images: int | None = field(default=None, metadata={"help": "so many images of drawn labels"})
-    label_rule: Literal["random", "balanced"] = field(
-        default="random", metadata={"help": "how num_images labels are drawn: at random, or each class in turn"}
+@dataclass(kw_only=True)
+class GenerateConfig(SamplerConfig):
+    """Options of this program."""
+
+    pipeline: str = setting(help="folder of a saved pipeline")
+    output: str = setting(help="FILE.png for one labelled picture, FILE.npz, or a folder of files")
+    labels: list[str] = setting(default_factory=list, help="class indices or names")
+    num_images_per_label: int = setting(1, "images of each of the labels", at_least=1)
+    num_images: int | None = setting(None, "so many images of drawn labels", at_least=1)
+    label_rule: Literal["random", "balanced"] = setting(
+        "random", "how num_images labels are drawn: at random, or each class in turn"
     )
-    num_inference_steps: int = field(default=50, metadata={"help": "evaluations of the network an image"})
-    guidance_scale: float = field(default=1.0, metadata={"help": "1 is no guidance"})
-    guidance_interval: tuple[float, float] = field(
-        default=(0.0, 1.0), metadata={"help": "times between which guidance is on, 0 is noise and 1 is data"}
-    )
-    guidance_channels: int | None = field(
-        default=None, metadata={"help": "guide only the first so many latent channels; 3 is upstream's rule"}
-    )
-    seed: int = field(default=0, metadata={"help": "image k uses seed + k"})
-    batch_size: int = field(default=8, metadata={"help": "images at once, in each process"})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "precision"})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        metadata={"help": "torch device of a single process; several get theirs from accelerate"},
+    device: str = setting(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        "torch device of a single process; several get theirs from accelerate",
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
         if Path(self.output).suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".bmp"):
-            raise ValueError(f"output must be a file ending in .png or a folder or FILE.npz, got {self.output}")
-        if self.num_images_per_label < 1 or self.batch_size < 1:
-            raise ValueError(
-                "num_images_per_label and batch_size must be at least 1, "
-                f"got {self.num_images_per_label} and {self.batch_size}"
-            )
+            raise ValueError(f"output is {self.output}, expected a file ending in .png or .npz, or a folder")
         if (self.num_images is None) == (not self.labels):
             raise ValueError("give either labels, or num_images for labels that are drawn")
-        if self.num_images is not None and (self.num_images < 1 or self.num_images_per_label != 1):
-            raise ValueError(
-                "num_images must be at least 1 and goes without num_images_per_label, "
-                f"got {self.num_images} and {self.num_images_per_label}"
-            )
+        if self.num_images is not None and self.num_images_per_label != 1:
+            raise ValueError(f"num_images_per_label is {self.num_images_per_label}, expected 1 beside num_images")
         if self.kind == ".png" and (self.num_images or len(self.labels) * self.num_images_per_label) > PICTURE_IMAGES:
             raise ValueError(f"one picture holds {PICTURE_IMAGES} images at most: give FILE.npz or a folder as output")
 
@@ -90,13 +73,12 @@ class GenerateConfig:
         suffix = Path(self.output).suffix.lower()
         return suffix if suffix in (".png", ".npz") else ""
 
-    @property
-    def sampler(self) -> dict:
-        names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels")
-        return {name: getattr(self, name) for name in names}
-
 
 def load_pipeline(config: GenerateConfig, device: torch.device | str) -> LightningDiTPipeline:
+    """The pipeline in its precision, on the device. Raises: ValueError if there is none."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import is_accelerate_available
+
     if not (Path(config.pipeline) / "model_index.json").is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed
@@ -108,6 +90,8 @@ def load_pipeline(config: GenerateConfig, device: torch.device | str) -> Lightni
 
 def image_labels(config: GenerateConfig, pipe: LightningDiTPipeline) -> tuple[list[int], dict]:
     """The label of every image, and the settings that say so."""
+    from vtp_diffusion.generation.sampling import draw_labels
+
     if config.num_images is not None:
         labels = draw_labels(config.label_rule, config.num_images, pipe.transformer.config.num_classes, config.seed)
         return labels, {"labels": config.label_rule}
@@ -125,6 +109,10 @@ def generate(
     receive: Callable[[int, torch.Tensor], None],
 ) -> None:
     """Make the images with these numbers and hand each to `receive(number, image)`, uint8 (3, H, W), in order."""
+    from tqdm.auto import tqdm
+
+    from vtp_diffusion.generation.sampling import sample_numbers
+
     total, quiet = len(numbers) * config.num_inference_steps, this_process()[0] > 0
     with tqdm(total=total, desc="network evaluations", unit_scale=True, disable=quiet) as progress:
         for start in range(0, len(numbers), config.batch_size):
@@ -136,6 +124,9 @@ def generate(
 
 
 def write_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int]) -> None:
+    """One labelled picture of all images."""
+    from vtp_diffusion.data.images import image_grid, to_pil
+
     images: dict[int, torch.Tensor] = {}
     generate(config, pipe, labels, list(range(len(labels))), images.__setitem__)
     known = pipe.config.id2label or {}
@@ -156,6 +147,9 @@ def write_files(
     wait: Callable[[], None],
 ) -> None:
     """A folder or an npz, by all processes together; `wait` for all of them."""
+    from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
+    from vtp_diffusion.generation.sampling import pipeline_identity
+
     settings = config.sampler | {"seed": config.seed, "num_images": len(labels)}
     settings |= pipeline_identity(pipe) | label_settings
     files = (SampleNpz if config.kind == ".npz" else SampleFolder)(config.output, settings)

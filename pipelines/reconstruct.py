@@ -7,48 +7,42 @@ Images are cropped to squares as ADM does. A file that can't be read stops the p
 those before it; with --skip-unreadable such files are counted and left out.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoModel
-from diffusers.utils import is_accelerate_available
 from PIL import Image
-from tqdm.auto import tqdm
 
-from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
+from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, list_images, read_image
 from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
-from vtp_diffusion.metrics.pixels import psnr
-from vtp_diffusion.models.latent_space import reconstruct
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.processes import check_device
 
 
-@dataclass
-class ReconstructConfig:
-    vae: str = field(metadata={"help": "folder of a diffusers autoencoder"})
-    images: list[str] = field(metadata={"help": "image files, and folders of them"})
-    output: str = field(metadata={"help": "FILE.png to write"})
-    resolution: int | None = field(default=None, metadata={"help": "side in pixels; none = as the autoencoder's"})
-    skip_unreadable: bool = field(default=False, metadata={"help": "count and leave out files that can't be read"})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
-    )
+@dataclass(kw_only=True)
+class ReconstructConfig(Settings):
+    """Options of this program."""
+
+    vae: str = setting(help="folder of a diffusers autoencoder")
+    images: list[str] = setting(help="image files, and folders of them")
+    output: str = setting(help="FILE.png to write")
+    resolution: int | None = setting(None, "side in pixels; none: as the autoencoder's", at_least=1)
+    skip_unreadable: bool = setting(False, "count and leave out files that can't be read")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
         if Path(self.output).suffix.lower() != ".png":
-            raise ValueError(f"output must be a FILE.png, got {self.output}")
-        if self.resolution is not None and self.resolution < 1:
-            raise ValueError(f"resolution must be a positive number of pixels, got {self.resolution}")
+            raise ValueError(f"output is {self.output}, expected a FILE.png")
 
     def files(self) -> list[Path]:
+        """The image files. Raises: ValueError if a path is none, or a folder holds none."""
         files = []
         for path in map(Path, self.images):
             if path.is_dir():
-                found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-                if not found:
+                if not (found := list_images(path)):
                     raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
                 files += found
             elif path.is_file():
@@ -62,6 +56,9 @@ class ReconstructConfig:
 
 def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     """The autoencoder and the side of the images it is to get."""
+    from diffusers import AutoModel
+    from diffusers.utils import is_accelerate_available
+
     if not (Path(config.vae) / "config.json").is_file():
         raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed
@@ -88,6 +85,11 @@ def write_picture(output: str, images: list[Image.Image], ratios: list[float]) -
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(ReconstructConfig, argv, __doc__)
+    from tqdm.auto import tqdm
+
+    from vtp_diffusion.metrics.pixels import psnr
+    from vtp_diffusion.models.latent_space import reconstruct
+
     files = config.files()
     vae, resolution = load_autoencoder(config)
     images, ratios, skipped = [], [], []

@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -158,13 +159,31 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "saved"]
 
 
+def test_the_code_is_what_a_pipeline_uses(tmp_path):
+    source = self_contained_source()
+    assert len(source.encode()) < 80_000
+    for absent in ("from_released", "load_strict", "initialize_weights", "VTP_SIZES", "image_grid", "load_file"):
+        assert absent not in source
+    file = tmp_path / "pipeline.py"
+    file.write_text(source)
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", str(file)]
+    done = subprocess.run(ruff, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout  # no name without its definition, no import without its use
+
+
 def write_package(folder: Path, **files: str) -> Path:
     names = ("autoencoder_vtp", "transformer_lightning_dit", "pipeline_lightning_dit")
     classes = ("AutoencoderVTP", "LightningDiTTransformer2DModel", "LightningDiTPipeline")
     rooms = (folder / "models", folder / "models", folder / "generation")
     for room, name, class_name in zip(rooms, names, classes, strict=True):
         room.mkdir(exist_ok=True)
-        (room / f"{name}.py").write_text(files.pop(name, "") + f"\nclass {class_name}:\n    pass\n")
+        text = files.pop(name, "")
+        used = [
+            word for word in ("SIX", "SEVEN", "ALSO", "NN", "late", "m", "TEXT") if re.search(rf"\b{word}\b", text)
+        ]
+        (room / f"{name}.py").write_text(
+            f"{text}\nclass {class_name}:\n    uses = ({''.join(f'{u}, ' for u in used)})\n"
+        )
     for name, text in files.items():
         (folder / "models" / f"{name}.py").write_text(text)
     return folder
@@ -178,7 +197,8 @@ def test_files_become_one_in_the_order_of_dependence(tmp_path):
         ),
         pipeline_lightning_dit="from ..models.helpers import answer\n\nALSO = answer()\n",
         transformer_lightning_dit=(
-            "from torch import nn\n\nSIX = 6\n\n\ndef late():\n    from .later import (\n        value,\n    )\n\n"
+            "from fractions import Fraction\n\nfrom torch import nn\n\nHALF = Fraction(1, 2)  # spare\nNN = nn\n"
+            "SIX = 6\n\n\ndef late():\n    from .later import (\n        value,\n    )\n\n"
             "    return value\n"
         ),
         helpers="def answer():\n    return 42  # known\n",
@@ -190,6 +210,7 @@ def test_files_become_one_in_the_order_of_dependence(tmp_path):
     source = self_contained_source(package)
     assert source.count("from torch import nn") == source.count("SIX = 6") == 1
     assert "# known" in source and "# Doc." in source
+    assert "# spare" not in source and "Fraction" not in source  # nothing uses it
     scope = {"__name__": "pipeline", "__file__": __file__}
     body = source.partition("# Components in model_index.json")[0]
     exec(body, scope)

@@ -144,16 +144,21 @@ def test_bfloat16_rotation_is_plain_bfloat16_arithmetic_for_every_input_dtype(dt
     assert torch.equal(unrotated.float(), x.bfloat16().float())
 
 
-def test_compiled_rotary_tables_are_still_rounded_at_every_step():
-    compiled = torch.compile(rotary_tables, fullgraph=True)(7, 16, 24, torch.bfloat16)
-    for table, eager in zip(compiled, rotary_tables(7, 16, 24, torch.bfloat16), strict=True):
-        assert torch.equal(table, eager)
+def test_a_compiled_rotary_embedding_is_still_rounded_at_every_step():
+    def rotate(x):
+        tables = rotary_tables(7, 16, 24, torch.bfloat16)
+        return *tables, apply_rotary(x, *tables)
+
+    x = torch.randn(1, 7 * 16, 1, 24, generator=torch.Generator().manual_seed(0))
+    for compiled, eager in zip(torch.compile(rotate, fullgraph=True)(x), rotate(x), strict=True):
+        assert torch.equal(compiled, eager)
 
 
-def test_compiled_model_equals_eager():
-    model, images = tiny_model(encoder_num_layers=1, decoder_num_layers=1), tiny_images(batch=1)
+def test_a_compiled_model_equals_eager():
+    """One graph; what machine code makes of it is tested on its rotary embedding, which is all that is rounded."""
+    model, images = tiny_model(encoder_num_layers=1, decoder_num_layers=1, **STATISTICS), tiny_images(batch=1)
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(images).sample
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images).sample
         assert relative_error(compiled, model(images).sample) < 5e-3
 
 
@@ -201,6 +206,27 @@ def test_latent_statistics():
     assert torch.equal(plain.normalize_latents(raw), model.normalize_latents(raw))
     assert AutoencoderVTP.from_config(plain.config).config.latents_std == std.flatten().tolist()
     assert plain.normalize_latents(raw.bfloat16()).dtype == torch.bfloat16
+
+
+def test_latent_statistics_that_are_set_later_are_part_of_the_configuration():
+    for model in (tiny_model().with_latent_statistics(*STATISTICS.values()), tiny_model()):
+        model.register_to_config(**STATISTICS)  # as pre-training does at its end
+        again = AutoencoderVTP.from_config(model.config)
+        assert {name: again.config[name] for name in STATISTICS} == STATISTICS
+        assert "block_out_channels" in model.config["_use_default_values"]  # follows the patch size
+
+
+def test_latent_statistics_are_copied_to_a_device_once():
+    model, latents = tiny_model(**STATISTICS).to(torch.bfloat16), torch.ones(1, 6, 2, 2, requires_grad=True)
+    with torch.inference_mode():
+        first = model.normalize_latents(latents)
+    held = model._statistics_on(latents.device)
+    assert all(a is b for a, b in zip(held, model._statistics_on(latents.device), strict=True))
+    assert torch.equal(held[1].flatten(), torch.tensor(STATISTICS["latents_std"])), "float32 in a bfloat16 model too"
+    model.normalize_latents(latents).sum().backward()
+    assert torch.allclose(latents.grad[0, :, 0, 0], 1 / torch.tensor(STATISTICS["latents_std"]))
+    model.with_latent_statistics([0.0] * 6, [1.0] * 6)
+    assert torch.equal(model.normalize_latents(latents), latents) and not torch.equal(first, latents)
 
 
 def test_image_normalisation_is_inverted():

@@ -11,7 +11,8 @@ from test_autoencoder_vtp import public_config
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
-from vtp_diffusion.models.conversion import convert_vtp_config, convert_vtp_state_dict, load_strict
+from vtp_diffusion.models.conversion import load_strict
+from vtp_diffusion.models.conversion_vtp import convert_vtp_config, convert_vtp_state_dict
 from vtp_diffusion.models.rotary import rotary_periods
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

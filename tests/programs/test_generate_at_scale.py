@@ -149,7 +149,7 @@ def test_balanced_labels_and_a_folder_that_is_not_complete(generate, tmp_path):
     [
         ((), "give either labels, or num_images"),
         (("--labels", 1, "--num_images", 4), "give either labels, or num_images"),
-        (("--num_images", 0), "num_images must be at least 1"),
+        (("--num_images", 0), "num_images is 0, expected a positive number"),
         (("--num_images", 2000, "--output", "grid.png"), "one picture holds 1024 images at most"),
     ],
 )

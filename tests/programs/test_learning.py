@@ -9,7 +9,13 @@ from learning_curve import CURVE, NUM_CLASSES, SHAPE, learning_curve, load_progr
 from safetensors.torch import load_file
 from test_train_dit import fresh_accelerate  # noqa: F401
 
-from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion import AutoencoderVTP, LightningDiTTransformer2DModel
+from vtp_diffusion.data.latent_shards import LatentDataset
+from vtp_diffusion.generation.objective import FlowMatchingObjective, training_inputs
+from vtp_diffusion.generation.transformer_config import build_transformer
+from vtp_diffusion.models.latent_space import latent_statistics
+from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.run_folder import RunFolder
 
 # --- initial weights ---
 
@@ -153,14 +159,14 @@ def test_the_first_steps_are_those_of_a_second_implementation(tmp_path):
     program, steps = load_program(), 8
     program.main(words(tmp_path, "run", max_train_steps=steps))
     config = program.parse_config(program.Config, words(tmp_path, "inputs", max_train_steps=steps))
-    vae = program.AutoModel.from_pretrained(config.vae)
+    vae = AutoencoderVTP.from_pretrained(config.vae)
     dataset = program.open_training_data(config, vae)
     torch.manual_seed(config.seed)
-    transformer = program.build_transformer(config, dataset)
-    objective = program.FlowMatchingObjective(transformer, config.cosine_loss)
-    folder = program.RunFolder(config.output_dir, config)
-    run = program.TrainingRun(config, folder, objective, transformer, "transformer", dataset.fingerprint)
-    inputs = program.training_inputs(run, config, dataset, vae, NUM_CLASSES)
+    transformer = build_transformer(config.model, dataset.shape, NUM_CLASSES, config.class_dropout_prob)
+    objective, folder = FlowMatchingObjective(transformer, config.cosine_loss), RunFolder(config.output_dir, config)
+    run = TrainingRun(config, folder, objective, transformer, "transformer", dataset.fingerprint)
+    batches = program.latent_batches(run, config, dataset)
+    inputs = training_inputs(run, config, batches, vae, dataset.shape, NUM_CLASSES)
     start = {name: value.detach().clone() for name, value in transformer.state_dict().items()}
     losses, norms, average = plain_training(start, inputs, steps, 4, config.learning_rate, config.ema_decay)
     log = [line for line in read_log(tmp_path / "run") if "loss" in line]
@@ -191,9 +197,8 @@ def test_the_curve_starts_where_a_zero_output_must(tmp_path):
     write_data(tmp_path)
     program = load_program()
     config = program.parse_config(program.Config, words(tmp_path, "run"))
-    vae = program.AutoModel.from_pretrained(config.vae)
-    stored = program.LatentDataset(config.latents).__getitems__(range(256))["latents"]
-    mean, std = program.latent_statistics(vae)
+    stored = LatentDataset(config.latents).__getitems__(range(256))["latents"]
+    mean, std = latent_statistics(AutoencoderVTP.from_pretrained(config.vae))
     size = ((stored - mean) / std).square().mean()
     first = json.loads(CURVE.read_text(encoding="utf-8"))["loss"][0]
     assert SHAPE == stored.shape[1:] and first == pytest.approx(1 + size.item() + 1, rel=0.05)

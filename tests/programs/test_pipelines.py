@@ -12,14 +12,14 @@ import pytest
 import test_latent_shards
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from golden import GOLDEN, lightning_dit_architecture
 from PIL import Image
 from safetensors.torch import load_file
 
+import vtp_diffusion
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.models.conversion import convert_lightning_dit_config
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "fixtures" / "golden"
 
 
 def start(program: str, *arguments, cwd: Path) -> str:
@@ -94,7 +94,7 @@ def test_convert_released_weights_into_a_pipeline(tmp_path):
     source = ("vtp", "--source", GOLDEN / "vtp_released", "--rope-dtype", "float32")
     call("convert.py", *source, "--latent-statistics", "statistics.json:small", "--output", "vae")
     dit = GOLDEN / "lightning_dit_qk_norm"
-    checkpoint = ("lightning-dit", "--checkpoint", dit / "0000100.pt", "--config", dit / "config.json")
+    checkpoint = ("lightning-dit", "--checkpoint", dit / "0000100.pt")
     start("convert.py", *checkpoint, "--output", "dit", cwd=tmp_path)
     parts = ("pipeline", "--vae", "vae", "--transformer", "dit", "--shift", 3.0, "--id2label", "names.json")
     call("convert.py", *parts, "--output", "joined")
@@ -120,7 +120,7 @@ def test_convert_reads_upstream_statistics():
 def test_convert_reads_the_architecture_from_the_weights(name):
     call("convert.py", "lightning-dit", "--checkpoint", GOLDEN / name / "0000100.pt", "--output", "dit")
     found = LightningDiTTransformer2DModel.from_pretrained("dit").config
-    upstream = convert_lightning_dit_config(json.loads((GOLDEN / name / "config.json").read_text()))
+    upstream = lightning_dit_architecture(name)
     assert {key: found[key] for key in upstream} == upstream
 
 
@@ -133,13 +133,13 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
     refused("16", *vtp, "out", "--latent-statistics", "short.json")
     refused("no entry 'Large', it has mean, std", *vtp, "out", "--latent-statistics", "short.json:Large")
     dit = ("convert.py", "lightning-dit", "--checkpoint", GOLDEN / "lightning_dit_released" / "0000100.pt", "--output")
-    refused("num_layers 3 instead of 4", *dit, "out", "--num-layers", 4)
-    (tmp_path / "config.json").write_text('{"depth": 3, "use_rope": false, "use_cross": true}')
-    refused("unknown options.*use_cross.*missing.*hidden_size.*use_rope=False", *dit, "out", "--config", "config.json")
+    state = {"ema": torch.load(dit[3], weights_only=True)["ema"] | {"cross": torch.zeros(1)}}
+    torch.save(state, tmp_path / "cross.pt")
+    refused(r"unexpected keys \['cross'\]", *dit[:3], "cross.pt", "--output", "out")
     refused(
         "full is not the folder", "convert.py", "pipeline", "--vae", "full", "--transformer", "x", "--output", "out"
     )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "full", "short.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cross.pt", "full", "short.json"]
 
 
 def test_generate_one_picture(tmp_path, pipeline_folder):
@@ -177,8 +177,8 @@ def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
     refused("class index 3 does not exist: expected 0 to 2", *common, "out", "--labels", 3)
     refused("guidance_interval", *common, "out", "--labels", 1, "--guidance_interval", 0.5, 0.2)
     refused("files of something else", *common, "full", "--labels", 1)
-    refused("ending in .png or a folder", *common, "out.jpg", "--labels", 1)
-    refused("at least 1, got 1 and 0", *common, "out", "--labels", 1, "--batch_size", 0)
+    refused("ending in .png or .npz", *common, "out.jpg", "--labels", 1)
+    refused("batch_size is 0, expected a positive number", *common, "out", "--labels", 1, "--batch_size", 0)
     refused("model_index.json", "generate.py", "--pipeline", "full", "--labels", 1, "--output", "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
@@ -227,7 +227,7 @@ def test_help_holds_the_command(program, capsys):
 
 
 def imported_packages(module: str) -> set[str]:
-    """Packages that importing a module of this package needs, following its own imports."""
+    """Packages that a program needs: those it imports anywhere, and what its modules of ours import at the top."""
     pending, seen, packages = [module], set(), set()
     while pending:
         name = pending.pop()
@@ -237,7 +237,8 @@ def imported_packages(module: str) -> set[str]:
             continue
         seen.add(name)
         pending.append(name.rpartition(".")[0])
-        for node in ast.parse(file.read_text()).body:
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree) if name == module else tree.body:
             if isinstance(node, ast.Import):
                 packages |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -249,6 +250,8 @@ def imported_packages(module: str) -> set[str]:
                 target = ".".join(part for part in (base, node.module) if part)
                 packages.add(target.partition(".")[0])
                 pending += [target, *(f"{target}.{alias.name}" for alias in node.names)]
+                lazy = [vtp_diffusion._CLASSES.get(alias.name) for alias in node.names if target == "vtp_diffusion"]
+                pending += [target + found for found in lazy if found]
     return packages
 
 

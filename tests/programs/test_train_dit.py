@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline
 from vtp_diffusion.data.latent_shards import write_metadata, write_shard
+from vtp_diffusion.evaluation import validation
+from vtp_diffusion.generation.objective import FlowMatchingObjective, training_inputs
+from vtp_diffusion.generation.transformer_config import build_transformer
 from vtp_diffusion.metrics.networks import FeatureNetwork
 from vtp_diffusion.models.latent_space import autoencoder_identity
 
@@ -181,7 +184,7 @@ def test_what_ends_a_validation_costs_no_step_and_resuming_makes_up_for_it(tmp_p
         raise OSError("no room")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
-        patch.setattr(program, "sample_grid", full)
+        patch.setattr(validation, "sample_grid", full)
         program.main(arguments(tmp_path / "ended", made, *more))
     assert [path.name for path in (tmp_path / "ended").glob("checkpoint-*")] == ["checkpoint-3"]
     program.main(arguments(tmp_path / "ended", made, *more))
@@ -226,18 +229,26 @@ def test_where_the_latents_lie_changes_nothing(tmp_path, made):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def open_inputs(output, made, *more):
+    """What the program trains on, up to the first step: configuration, data, autoencoder, run and its inputs."""
+    from vtp_diffusion.training.loop import TrainingRun
+    from vtp_diffusion.training.run_folder import RunFolder
+
+    program = load_program("train_dit")
+    config = program.parse_config(program.Config, arguments(output, made, *more))
+    vae = AutoencoderVTP.from_pretrained(config.vae)
+    dataset = program.open_training_data(config, vae)
+    transformer = build_transformer(config.model, dataset.shape, 3, config.class_dropout_prob)
+    objective = FlowMatchingObjective(transformer, config.cosine_loss)
+    run = TrainingRun(config, RunFolder(output, config), objective, transformer, "transformer", "data")
+    batches = program.latent_batches(run, config, dataset)
+    return program, config, dataset, vae, run, training_inputs(run, config, batches, vae, dataset.shape, null=3)
+
+
 def test_inputs_are_normalised_dropped_and_flipped(tmp_path, made):
     """What the network sees: (raw - mean) / std of either the image or its mirror image, with its label or none."""
-    program = load_program("train_dit")
-    config = program.parse_config(program.Config, arguments(tmp_path / "run", made, "--train_batch_size=30"))
-    dataset, vae = program.LatentDataset(config.latents), AutoencoderVTP.from_pretrained(config.vae)
-
-    transformer = program.build_transformer(config, dataset)
-    objective = program.FlowMatchingObjective(transformer, cosine_loss=True)
-    run = program.TrainingRun(
-        config, program.RunFolder(config.output_dir, config), objective, transformer, "transformer", "data"
-    )
-    inputs = next(program.training_inputs(run, config, dataset, vae, null=3))
+    _, _, dataset, vae, _, inputs = open_inputs(tmp_path / "run", made, "--train_batch_size=30")
+    inputs = next(inputs)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     raw = inputs["latents"] * std + mean
     stored = dataset.__getitems__(list(range(30)))
@@ -253,19 +264,14 @@ def test_inputs_are_normalised_dropped_and_flipped(tmp_path, made):
 
 def test_times_can_be_uniform_and_shifted_by_the_size_of_the_latents(tmp_path, made):
     """s = sqrt(4096 / (3 x 4 x 4)) = 9.24 moves the median of the times from 0.5 to 0.9."""
-    program = load_program("train_dit")
     settings = ("--time_distribution=uniform", "--time_shift=dimensions", "--shift=dimensions")
-    config = program.parse_config(program.Config, arguments(tmp_path / "run", made, *settings))
-    vae = AutoencoderVTP.from_pretrained(config.vae)
-    dataset = program.open_training_data(config, vae)
-    transformer = program.build_transformer(config, dataset)
-    objective, folder = program.FlowMatchingObjective(transformer, True), program.RunFolder(config.output_dir, config)
-    run = program.TrainingRun(config, folder, objective, transformer, "transformer", "data")
-    times = next(program.training_inputs(run, config, dataset, vae, null=3))["times"]
+    program, config, dataset, vae, run, inputs = open_inputs(tmp_path / "run", made, *settings)
+    times = next(inputs)["times"]
     drawn = run.draw(0, lambda n, g: {"noise": torch.randn(n, 3, 4, 4, generator=g), "u": torch.rand(n, generator=g)})
     u, s = drawn["u"], (4096 / 48) ** 0.5
     torch.testing.assert_close(times, s * u / (1 + (s - 1) * u))
-    assert program.build_pipeline(config, vae, transformer, dataset).scheduler.config.shift == pytest.approx(1 / s)
+    pipeline = program.build_pipeline(config, vae, run.bare.transformer, dataset)
+    assert pipeline.scheduler.config.shift == pytest.approx(1 / s)
 
 
 def test_an_early_average_becomes_the_guide_of_the_pipeline(tmp_path, made):
@@ -299,8 +305,6 @@ def test_a_smaller_transformer_becomes_the_guide_of_the_pipeline(tmp_path, made)
 def test_the_log_has_losses_by_time_and_a_distance_with_its_floor(tmp_path, made, monkeypatch):
     """The distance of a network of ours, which needs no weights: red and green of the mean colour."""
     from PIL import Image
-
-    from vtp_diffusion.evaluation import validation
 
     (tmp_path / "images" / "grey").mkdir(parents=True)
     for k in range(10):

@@ -1,12 +1,13 @@
 """Every configuration of train_dit/configs/ is valid and builds the network it names, on the meta device."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train_dit import ROOT, load_program
 
+from vtp_diffusion.generation.objective import resolve_shift
+from vtp_diffusion.generation.transformer_config import build_transformer
 from vtp_diffusion.models.transformer_lightning_dit import LIGHTNING_DIT_SIZES
 from vtp_diffusion.runtime.config import read_yaml
 
@@ -34,7 +35,7 @@ RECIPE = {
 
 def load(name):
     program = load_program("train_dit")
-    return program, program.parse_config(program.Config, ["--config", str(FOLDER / f"{name}.yaml")])
+    return program.parse_config(program.Config, ["--config", str(FOLDER / f"{name}.yaml")])
 
 
 def test_every_configuration_is_expected():
@@ -43,11 +44,11 @@ def test_every_configuration_is_expected():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_configuration_builds_its_network(name):
-    program, config = load(name)
+    config = load(name)
     shape, millions = EXPECTED[name]
     classes = config.model.num_classes or 100
     with torch.device("meta"):
-        model = program.build_transformer(config, SimpleNamespace(shape=shape, id2label=dict.fromkeys(range(classes))))
+        model = build_transformer(config.model, shape, classes, config.class_dropout_prob)
     count = sum(p.numel() for p in model.parameters()) + model.pos_embed.numel()
     assert count / 1e6 == pytest.approx(millions, abs=0.06 if millions > 1 else 5e-4)
     assert model.config.sample_size == shape[1] and model.config.in_channels == shape[0]
@@ -56,7 +57,7 @@ def test_a_configuration_builds_its_network(name):
 
 @pytest.mark.parametrize("name", [name for name in EXPECTED if EXPECTED[name][1] > 100])
 def test_imagenet_configurations_share_the_published_recipe(name):
-    program, config = load(name)
+    config = load(name)
     assert {key: getattr(config, key) for key in RECIPE} == RECIPE
     assert config.data.resolution == 256 and config.model.num_classes == 1000 and not config.model.qk_norm
     tokenizer, _, size = name.rpartition("_")
@@ -64,7 +65,7 @@ def test_imagenet_configurations_share_the_published_recipe(name):
     assert {key: getattr(config.model, key) for key in architecture} == architecture
     times = {"vtp_small": (-0.5, 1.25), "vtp_base": (-0.5, 1.25), "vtp_large": (-0.75, 1.0), "sd_vae": (0.0, 1.0)}
     times["rae"] = (0.0, 1.0)
-    shift = program.time_shift(config.time_shift, SimpleNamespace(shape=EXPECTED[name][0]))
+    shift = resolve_shift(config.time_shift, EXPECTED[name][0])
     assert shift == pytest.approx(math.sqrt(4096 / (768 * 16 * 16)) if tokenizer == "rae" else 1.0)
     assert (config.time_mu, config.time_sigma) == times[tokenizer]
     first = read_yaml(FOLDER / "vtp_large_xl.yaml")

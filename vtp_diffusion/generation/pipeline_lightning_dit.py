@@ -235,39 +235,32 @@ class LightningDiTPipeline(DiffusionPipeline):
             latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0)
         return self.vae.decode(latents).sample.float()
 
-    def _check_inputs(
-        self,
-        num_inference_steps: int,
-        guidance_scale: float,
-        guidance_interval: tuple[float, float],
-        guidance_channels: int | None,
-        num_images_per_label: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str] | None,
-    ) -> None:
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        if num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
-        if guidance_scale < 0:
-            raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
-        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-            raise ValueError(
-                f"guidance_interval must be (low, high) with 0 <= low <= high <= 1, got {guidance_interval}"
-            )
-        channels = self.transformer.config.in_channels
-        if guidance_channels is not None and not 1 <= guidance_channels <= channels:
-            raise ValueError(f"guidance_channels must lie in 1 to {channels} or be None, got {guidance_channels}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        if self.vae is None and output_type != "latent":
-            raise ValueError(f"this pipeline has no vae: expected output_type 'latent', got {output_type!r}")
-        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                "callback_on_step_end_tensor_inputs must be among "
-                f"{self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
+    def _check_inputs(self, steps, scale, interval, channels, images_per_label, output_type, tensor_inputs) -> None:
+        """Raises: ValueError naming the first argument of a call that does not fit."""
+        all_channels, known_inputs = self.transformer.config.in_channels, self._callback_tensor_inputs
+        interval_fits = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
+        for name, value, fits, expected in (
+            ("num_inference_steps", steps, steps >= 1, "1 or more"),
+            ("num_images_per_label", images_per_label, images_per_label >= 1, "1 or more"),
+            ("guidance_scale", scale, not scale < 0, "0 or a positive number"),
+            ("guidance_interval", interval, interval_fits, "(low, high) with 0 <= low <= high <= 1"),
+            ("guidance_channels", channels, channels is None or 1 <= channels <= all_channels, f"1 to {all_channels}"),
+            ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+            (
+                "output_type",
+                output_type,
+                self.vae is not None or output_type == "latent",
+                "latent: this pipeline has no vae",
+            ),
+            (
+                "callback_on_step_end_tensor_inputs",
+                tensor_inputs,
+                set(tensor_inputs or ()) <= set(known_inputs),
+                f"some of {known_inputs}",
+            ),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {value!r}, expected {expected}")
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> torch.Tensor:
         # Left to itself the scheduler builds the grid between already shifted ends and shifts it once more.
@@ -319,27 +312,21 @@ class LightningDiTPipeline(DiffusionPipeline):
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _check_components(
-    vae: torch.nn.Module | None,
-    transformer: torch.nn.Module | None,
-    guidance_transformer: torch.nn.Module | None,
-    id2label: dict[Any, str] | None,
-) -> None:
+def _check_components(vae, transformer, guidance_transformer, id2label: dict[Any, str] | None) -> None:
+    """Raises: ValueError if the components are made for other latents or classes."""
     if transformer is None:  # diffusers allows pipelines that lack components
         return
+    config = transformer.config
     channels = getattr(getattr(vae, "config", None), "latent_channels", None)  # AutoencoderRAE has no such entry
-    if channels is not None and channels != transformer.config.in_channels:
-        raise ValueError(
-            f"the autoencoder has {channels} latent channels, the transformer {transformer.config.in_channels}"
-        )
+    if channels is not None and channels != config.in_channels:
+        raise ValueError(f"the autoencoder has {channels} latent channels, the transformer {config.in_channels}")
     for key in ("in_channels", "sample_size", "num_classes") if guidance_transformer is not None else ():
-        ours, theirs = transformer.config[key], guidance_transformer.config[key]
-        if ours != theirs:
-            raise ValueError(f"the guidance transformer has {key} {theirs}, the transformer {ours}")
-    num_classes = transformer.config.num_classes
-    wrong = [index for index in id2label or {} if str(index) not in map(str, range(num_classes))]
-    if wrong:
-        raise ValueError(f"id2label has {wrong[:5]}, expected class indices from 0 to {num_classes - 1}")
+        theirs = guidance_transformer.config[key]
+        if theirs != config[key]:
+            raise ValueError(f"the guidance transformer has {key} {theirs}, the transformer {config[key]}")
+    expected = {str(index) for index in range(config.num_classes)}
+    if wrong := [index for index in id2label or {} if str(index) not in expected]:
+        raise ValueError(f"id2label has {wrong[:5]}, expected class indices from 0 to {config.num_classes - 1}")
 
 
 def write_self_contained(folder: str | Path, source: str) -> None:

@@ -4,14 +4,16 @@ images are made at once or by how many processes."""
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from ..data.images import finite_to_uint8
 from ..runtime.precision import exact_float32
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 LabelRule = Literal["random", "balanced", "reference"]
 
@@ -37,7 +39,7 @@ def draw_labels(
     return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
 
 
-def initial_noise(pipe: DiffusionPipeline, numbers: Sequence[int], seed: int) -> torch.Tensor:
+def initial_noise(pipe: "DiffusionPipeline", numbers: Sequence[int], seed: int) -> torch.Tensor:
     """Noise (B, C, h, w) float32 of the images with these numbers, on the pipeline's device.
 
     That of image k is drawn on the CPU from a generator seeded with seed + k: every device starts from the same.
@@ -47,7 +49,7 @@ def initial_noise(pipe: DiffusionPipeline, numbers: Sequence[int], seed: int) ->
 
 
 def sample_numbers(
-    pipe: DiffusionPipeline,
+    pipe: "DiffusionPipeline",
     labels: Sequence[int],
     numbers: Sequence[int],
     seed: int,
@@ -87,7 +89,7 @@ def sample_numbers(
     return images.cpu()
 
 
-def pipeline_identity(pipe: DiffusionPipeline) -> dict:
+def pipeline_identity(pipe: "DiffusionPipeline") -> dict:
     """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision."""
     weights = {}
     for name in ("vae", "transformer", "guidance_transformer"):

@@ -131,7 +131,7 @@ class VTPFeatures(FeatureNetwork):
 
     def __init__(self, folder: str | Path):
         super().__init__()
-        from ..models.vtp_folders import load_encoder  # brings diffusers, which other networks do without
+        from ..models.vtp_model import load_encoder  # brings diffusers, which other networks do without
 
         folder = Path(folder)
         self.autoencoder = load_encoder(folder)

@@ -170,7 +170,8 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             ValueError: for a file that is missing or truncated, an option that is not supported, or a checkpoint
                 whose keys or shapes differ from what its configuration asks for.
         """
-        from .conversion import autoencoder_part, load_strict, read_released_vtp
+        from .conversion import load_strict
+        from .conversion_vtp import autoencoder_part, read_released_vtp
 
         config, state = autoencoder_part(*read_released_vtp(folder_or_hub_id, rope_dtype))
         with torch.device("meta"):
@@ -262,23 +263,30 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             ValueError: for a wrong number of values, or values that are not finite with a positive deviation.
         """
         mean, std = _latent_statistics(mean, std, self.latent_channels)
-        # What was built with a default is left out of `from_config(model.config)` unless it leaves this list.
-        defaults = set(self.config.get("_use_default_values", ())) - {"latents_mean", "latents_std"}
-        self.register_to_config(latents_mean=mean, latents_std=std, _use_default_values=sorted(defaults))
+        self.register_to_config(latents_mean=mean, latents_std=std)
         return self
+
+    def register_to_config(self, **values) -> None:
+        """As diffusers' own, also for latent statistics that are set once the model is built."""
+        given = {name for name in ("latents_mean", "latents_std") if values.get(name) is not None}
+        if given:  # `from_config(model.config)` leaves out what this list names: built with a default
+            known = {**getattr(self, "_internal_dict", {}), **values}
+            values["_use_default_values"] = sorted(set(known.get("_use_default_values", ())) - given)
+        super().register_to_config(**values)
+        self._statistics = {}
 
     def normalize_latents(self, raw: torch.Tensor) -> torch.Tensor:
         """(raw - mean) / std per channel, (B, C, h, w); the identity without statistics."""
         if self.config.latents_mean is None:
             return raw
-        mean, std = self._statistics_like(raw)
+        mean, std = self._statistics_on(raw.device)
         return ((raw.float() - mean) / std).to(raw.dtype)
 
     def denormalize_latents(self, z: torch.Tensor) -> torch.Tensor:
         """z · std + mean per channel, (B, C, h, w): the raw latents; the identity without statistics."""
         if self.config.latents_mean is None:
             return z
-        mean, std = self._statistics_like(z)
+        mean, std = self._statistics_on(z.device)
         return (z.float() * std + mean).to(z.dtype)
 
     def forward(
@@ -329,13 +337,18 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         if height % patch or width % patch or not height or not width:
             raise ValueError(f"Images are {height}x{width} (height x width), expected multiples of the patch {patch}.")
 
-    def _statistics_like(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # Made from the configuration at each call: a non-persistent buffer would stay uninitialised in a model that
-        # was built on the meta device, a persistent one would be a second copy of the configuration.
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=latents.device).view(1, -1, 1, 1)
-            for values in (self.config.latents_mean, self.config.latents_std)
-        )
+    def _statistics_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (1, C, 1, 1), float32, copied to a device once: a copy makes it wait."""
+        # No buffers: those outside the state dict are lost on the meta device and rounded with the weights.
+        if device in self._statistics:
+            return self._statistics[device]
+        with torch.inference_mode(False):  # they may be used in training later
+            mean, std = (
+                torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
+                for values in (self.config.latents_mean, self.config.latents_std)
+            )
+        if not torch.compiler.is_compiling():
+            self._statistics[device] = mean, std
         return mean, std
 
 

@@ -98,7 +98,8 @@ class LightningDiTTransformer2DModel(
         Args: `checkpoint`: the file; `architecture`: this class's constructor keywords.
         Raises: ValueError if the file is no such checkpoint, or its weights have missing, extra or mis-shaped keys.
         """
-        from .conversion import convert_lightning_dit_state_dict, load_strict, read_lightning_dit_checkpoint
+        from .conversion import load_strict
+        from .conversion_lightning_dit import convert_lightning_dit_state_dict, read_lightning_dit_checkpoint
 
         with torch.device("meta"):
             model = cls(**architecture)

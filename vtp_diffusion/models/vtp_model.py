@@ -1,8 +1,10 @@
 """VTPModel: the autoencoder, the text tower and the CLIP projections, as released checkpoints hold them
 (arXiv:2512.13687, section 3; text tower as OpenCLIP's)."""
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +131,8 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
             ValueError: for a file that is missing or truncated, an option that is not supported, or a checkpoint
                 whose keys or shapes differ from what its configuration asks for.
         """
-        from .conversion import load_strict, read_released_vtp
+        from .conversion import load_strict
+        from .conversion_vtp import read_released_vtp
 
         config, state = read_released_vtp(folder_or_hub_id, rope_dtype)
         with torch.device("meta"):
@@ -238,3 +241,32 @@ class VTPTextBlock(nn.Module):
         """Tokens (B, L, D) -> tokens (B, L, D)."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
         return hidden_states + self.fc2(F.gelu(self.fc1(self.norm2(hidden_states))))
+
+
+def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
+    """A saved `AutoencoderVTP` or `VTPModel`, or the `VTPModel` of a released checkpoint, in eval mode.
+
+    Raises:
+        ValueError: the folder holds something else, or weights that do not fit.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel (config.json)"
+        )
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not the configuration of a model: {error}") from error
+    if name is None:
+        return VTPModel.from_released(str(folder))
+    saved_classes = {"AutoencoderVTP": AutoencoderVTP, "VTPModel": VTPModel}
+    if name not in saved_classes:
+        raise ValueError(f"{folder} holds a {name}, expected {' or '.join(saved_classes)}")
+    return saved_classes[name].from_pretrained(folder).eval()
+
+
+def load_encoder(folder: str | Path) -> AutoencoderVTP:
+    """The autoencoder of what `load_vtp` finds."""
+    model = load_vtp(folder)
+    return model.autoencoder if isinstance(model, VTPModel) else model

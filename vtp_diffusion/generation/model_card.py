@@ -1,0 +1,83 @@
+"""The model card (README.md) of a trained pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData
+
+# diffusers' load_or_create_model_card wants a Hub repository and a network, and its template leaves gaps.
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# LightningDiT on {{ "VTP" if vtp else autoencoder }} latents
+
+Class labels to images: a LightningDiT ({{ parameters }} parameters) on the latents of the autoencoder in `vae/`.
+{{ names | length }} classes: {{ names[:10] | join(", ") }}{{ ", ..." if names | length > 10 }}.
+
+## Use
+
+```python
+import vtp_diffusion  # registers the classes with diffusers
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this folder")
+settings = {"guidance_scale": {{ validation.guidance_scale }}, "num_inference_steps": {{
+  validation.num_inference_steps }}}
+images = pipeline(class_labels=[0], **settings).images
+```
+
+## Training
+
+- `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423),
+{%- if vtp %} the tokenizer after VTP
+  (arXiv:2512.13687).
+{%- else %} the latents are of
+  {{ autoencoder }}.
+{%- endif %}
+- {{ model.num_layers }} layers, {{ model.num_attention_heads }} heads of {{
+  model.attention_head_dim }}, patch {{ model.patch_size }}.
+- {{ data }}; {{ max_train_steps }} steps of {{ batch }} latents,
+  {{ speed }}.
+- AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); averaged weights with decay {{ ema_decay }}.
+- Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}.
+- Sampling with time shift {{ shift }}; guidance: {{ guide.text }}.
+
+## Limits
+
+It draws the classes it was trained on, at the resolution it was trained at, and may repeat training images.
+{% if attribution %}
+## Training images
+
+{{ attribution }}
+{% endif %}"""
+
+
+def write_model_card(
+    file: Path,
+    config: Any,
+    autoencoder: str,
+    license: str | None = None,
+    attribution: str | None = None,
+    **values: Any,
+) -> None:
+    """Write what a pipeline is, how it is used, how it was trained and what it can draw.
+
+    Args:
+        file: README.md in the pipeline's folder.
+        config: the run's configuration; its settings are fields of `TEMPLATE`.
+        autoencoder: class of the pipeline's autoencoder.
+        license, attribution: of the training images, if known.
+        values: the other fields, and those settings that are to be read otherwise.
+
+    Raises: jinja2.UndefinedError if one is missing.
+    """
+    vtp = autoencoder == "AutoencoderVTP"
+    data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
+    fields = vars(config) | values | {"autoencoder": autoencoder, "vtp": vtp, "attribution": attribution}
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
+    card = ModelCard(template.render(card_data=data.to_yaml(), **fields), ignore_metadata_errors=False)
+    populate_model_card(card, tags=["class-to-image", "lightning-dit"] + ["vtp"] * vtp).save(file)

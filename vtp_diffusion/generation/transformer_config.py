@@ -1,0 +1,60 @@
+"""The transformer of a training run, from its configuration and the latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..runtime.config import Settings, setting
+
+if TYPE_CHECKING:
+    from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Settings):
+    """Architecture of the transformer; what the latents decide (channels, size) is taken from them."""
+
+    num_classes: int | None = setting(None, "classes; none: as many as the training data names", at_least=1)
+    patch_size: int = setting(1, "latent pixels a side of a token", at_least=1)
+    num_layers: int = setting(28, "blocks", at_least=1)
+    num_attention_heads: int = setting(16, "heads; the width is heads x head dimension", at_least=1)
+    attention_head_dim: int = setting(72, "channels of a head", at_least=1)
+    qk_norm: bool = setting(False, "RMSNorm on queries and keys")
+
+
+def build_transformer(
+    config: ModelConfig,
+    latent_shape: tuple[int, int, int],
+    num_classes: int,
+    class_dropout_prob: float,
+    initial_transformer: str | None = None,
+) -> LightningDiTTransformer2DModel:
+    """A transformer with the published initialisation, or a saved one to start from.
+
+    Args:
+        latent_shape: (C, h, w) of the latents.
+        num_classes: classes, without the null class.
+        class_dropout_prob: what the transformer's own configuration says.
+        initial_transformer: folder of the saved one.
+
+    Raises: ValueError if the saved one has another architecture than the configuration and the latents ask for.
+    """
+    from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
+
+    architecture = {"sample_size": latent_shape[-1], "in_channels": latent_shape[0]}
+    architecture |= vars(config) | {"num_classes": num_classes}
+    if initial_transformer is None:
+        transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=class_dropout_prob)
+        transformer.initialize_weights()
+        return transformer
+    transformer = LightningDiTTransformer2DModel.from_pretrained(initial_transformer)
+    if different := different_settings(transformer.config, architecture):
+        raise ValueError(f"initial_transformer {initial_transformer} does not fit: {different}")
+    transformer.register_to_config(class_dropout_prob=class_dropout_prob)
+    return transformer
+
+
+def different_settings(found: dict, expected: dict) -> str:
+    """What differs, as "NAME found instead of expected, ..."; empty if nothing does."""
+    return ", ".join(f"{k} {found.get(k)} instead of {v}" for k, v in expected.items() if found.get(k) != v)
