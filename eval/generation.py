@@ -37,13 +37,12 @@ be read (--data.skip_unreadable) are left out and counted, smaller ones are enla
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from vtp_diffusion.data.npz import ImageSpool, NpzImages
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
@@ -67,14 +66,18 @@ from vtp_diffusion.evaluation.sources import (
     pipeline_image_size,
     subset_rule,
 )
+from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
 from vtp_diffusion.metrics.scores import SMALL_SPLIT
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"
@@ -83,49 +86,30 @@ PAIRS = 24
 
 
 @dataclass(kw_only=True)
-class GenerationConfig(FeaturesConfig):
-    images: str = field(metadata={"help": "folder of images, npz, or folder of a pipeline to sample"})
-    floor_images: str | None = field(default=None, metadata={"help": "real images outside the reference, as it"})
-    control: str | None = field(
-        default=None,
-        metadata={
-            "help": "images or pipeline of an untrained network; untrained = the pipeline, its transformer reset"
-        },
+class GenerationConfig(FeaturesConfig, SamplerConfig):
+    """Settings of the measurement."""
+
+    images: str = setting(help="folder of images, npz, or folder of a pipeline to sample")
+    floor_images: str | None = setting(None, "real images outside the reference, as it")
+    control: str | None = setting(
+        None, "images or pipeline of an untrained network; untrained = the pipeline, its transformer reset"
     )
-    nearest_neighbours: str | None = field(
-        default=None, metadata={"help": "FILE.png: count near-duplicates and show the nearest pairs"}
+    nearest_neighbours: str | None = setting(None, "FILE.png: count near-duplicates and show the nearest pairs")
+    allow_duplicates: bool = setting(False, "measure files that hold an image twice")
+    save_images: str | None = setting(
+        None, "folder for what is sampled, generated.npz and control.npz, to measure again"
     )
-    allow_duplicates: bool = field(default=False, metadata={"help": "measure files that hold an image twice"})
-    save_images: str | None = field(
-        default=None, metadata={"help": "folder for what is sampled, generated.npz and control.npz, to measure again"}
+    num_images: int | None = setting(
+        None, "images to sample, or of those there at random; none = all there", at_least=3
     )
-    num_images: int | None = field(
-        default=None,
-        metadata={"help": "images to sample, or of those there at random; none = all there"},
-    )
-    labels: LabelRule = field(default="random", metadata={"help": "classes of sampled images"})
-    num_inference_steps: int = field(default=50, metadata={"help": "evaluations of the network an image"})
-    guidance_scale: float = field(default=1.0, metadata={"help": "1 is no guidance"})
-    guidance_interval: tuple[float, float] = field(
-        default=(0.0, 1.0), metadata={"help": "times between which guidance is on, 0 is noise and 1 is data"}
-    )
-    guidance_channels: int | None = field(
-        default=None, metadata={"help": "guide only the first so many latent channels; 3 is upstream's rule"}
-    )
-    batch_size: int = field(default=32, metadata={"help": "images sampled at once"})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "precision in which a pipeline is sampled"}
-    )
+    labels: LabelRule = setting("random", "classes of sampled images")
+    batch_size: int = setting(32, "images sampled at once", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output)
         if self.nearest_neighbours is not None:
             check_output(self.nearest_neighbours, ".png", "nearest_neighbours")
-        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 3):
-            raise ValueError(
-                f"batch_size must be at least 1 and num_images 3, got {self.batch_size} and {self.num_images}"
-            )
         if self.control == UNTRAINED and not is_pipeline(self.images):
             raise ValueError(f"control {UNTRAINED} resets the network of a pipeline, images {self.images} is none")
         if self.save_images is not None and not any(is_pipeline(s) for s in (self.images, self.control or "")):
@@ -144,7 +128,7 @@ class GenerationConfig(FeaturesConfig):
 
 @dataclass(kw_only=True)
 class ReferenceConfig(FeaturesConfig):
-    resolution: int = field(default=256, metadata={"help": "side that the images are cropped to"})
+    resolution: int = setting(256, "side that the images are cropped to", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,8 +150,10 @@ def open_images(source: str) -> ImageSource:
     raise ValueError(f"{source} is neither a folder of images, nor an npz file, nor a folder of a pipeline")
 
 
-def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) -> DiffusionPipeline:
+def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) -> "DiffusionPipeline":
     """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
+    from diffusers import DiffusionPipeline
+
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, config.dtype)).to(config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
@@ -179,13 +165,13 @@ def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) ->
     return pipe
 
 
-def open_wanted(config: GenerationConfig, source: str) -> ImageSource | DiffusionPipeline:
+def open_wanted(config: GenerationConfig, source: str) -> "ImageSource | DiffusionPipeline":
     if source == UNTRAINED:
         return load_pipeline(config, config.images, reset=True)
     return load_pipeline(config, source) if is_pipeline(source) else open_images(source)
 
 
-def sampled(config: GenerationConfig, pipe: DiffusionPipeline, reference_labels: list[int] | None) -> PipelineImages:
+def sampled(config: GenerationConfig, pipe: "DiffusionPipeline", reference_labels: list[int] | None) -> PipelineImages:
     """The images that a pipeline will make."""
     num_classes = pipe.transformer.config.num_classes
     labels = draw_labels(config.labels, config.num_images, num_classes, config.seed, reference_labels)
@@ -194,10 +180,7 @@ def sampled(config: GenerationConfig, pipe: DiffusionPipeline, reference_labels:
         labels,
         config.seed,
         config.batch_size,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        guidance_interval=config.guidance_interval,
-        guidance_channels=config.guidance_channels,
+        **config.sampler,
     )
     images.settings["labels"] = config.labels
     return images
@@ -211,6 +194,8 @@ def collect_images(config: GenerationConfig) -> Sources:
 
     Everything is opened and compared before a pipeline makes the first image.
     """
+    from diffusers import DiffusionPipeline
+
     wanted = {"generated": config.images} | ({"control": config.control} if config.control is not None else {})
     opened = {name: open_wanted(config, source) for name, source in wanted.items()}
     sizes = {

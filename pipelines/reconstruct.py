@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, read_image
+from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, list_images, read_image
 from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
@@ -42,8 +42,7 @@ class ReconstructConfig(Settings):
         files = []
         for path in map(Path, self.images):
             if path.is_dir():
-                found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-                if not found:
+                if not (found := list_images(path)):
                     raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
                 files += found
             elif path.is_file():

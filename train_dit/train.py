@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in run.steps():
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide
-            export_averaged(run.model, run.optimisation.average, run.folder.path / GUIDE)
+            export_averaged(run.model, run.optimisation.average, folder.path / GUIDE)
         if watched and run.due(step, config.validation_steps):
             run.save_due(step)
             validate(config, run, vae, dataset, distance, step + 1)

@@ -17,6 +17,7 @@ from golden import GOLDEN, lightning_dit_architecture
 from PIL import Image
 from safetensors.torch import load_file
 
+import vtp_diffusion
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 
 ROOT = Path(__file__).parents[2]
@@ -261,7 +262,7 @@ def test_help_holds_the_command(program, capsys):
 
 
 def imported_packages(module: str) -> set[str]:
-    """Packages that a module needs, following its own imports, those inside functions of the programs included."""
+    """Packages that a program needs: those it imports anywhere, and what its modules of ours import at the top."""
     pending, seen, packages = [module], set(), set()
     while pending:
         name = pending.pop()
@@ -272,7 +273,7 @@ def imported_packages(module: str) -> set[str]:
         seen.add(name)
         pending.append(name.rpartition(".")[0])
         tree = ast.parse(file.read_text())
-        for node in ast.walk(tree) if name.startswith("pipelines.") else tree.body:
+        for node in ast.walk(tree) if name == module else tree.body:
             if isinstance(node, ast.Import):
                 packages |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -284,6 +285,8 @@ def imported_packages(module: str) -> set[str]:
                 target = ".".join(part for part in (base, node.module) if part)
                 packages.add(target.partition(".")[0])
                 pending += [target, *(f"{target}.{alias.name}" for alias in node.names)]
+                lazy = [vtp_diffusion._CLASSES.get(alias.name) for alias in node.names if target == "vtp_diffusion"]
+                pending += [target + found for found in lazy if found]
     return packages
 
 

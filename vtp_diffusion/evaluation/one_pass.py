@@ -6,7 +6,7 @@ Images are never kept. Per image and network that are D float32 numbers where ne
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..metrics.frechet import (
     GaussianStatistics,
 )
 from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
+from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
 from .sources import ImageSource, PipelineImages, read_batches
 
@@ -27,35 +28,31 @@ ON_CUDA = torch.cuda.is_available()
 
 
 @dataclass(kw_only=True)
-class FeaturesConfig:
-    """What both commands have: a reference, feature networks, and how they run."""
+class FeaturesConfig(Settings):
+    """What programs that measure distances have: a reference, feature networks, and how they run."""
 
-    reference: str = field(metadata={"help": "real images: npz, folder, openmoji or a `datasets` collection"})
-    data: DataConfig = field(
+    reference: str = setting(help="real images: npz, folder, openmoji or a `datasets` collection")
+    data: DataConfig = setting(
         default_factory=DataConfig,
-        metadata={"help": "columns, hold-out and cache of data sets; reference and floor_images set the source"},
+        help="columns, hold-out and cache of data sets; reference and floor_images set the source",
     )
-    feature_network: list[str] = field(
+    feature_network: list[str] = setting(
         default_factory=lambda: ["vgg16", "efficientnet_lite0"],
-        metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"},
+        help=f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER",
     )
-    weights: list[str] = field(
-        default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network; FILE if there is one"}
+    weights: list[str] = setting(
+        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE if there is one"
     )
-    output: str = field(metadata={"help": "FILE for the results"})
-    seed: int = field(default=0, metadata={"help": "of samples, labels and random subsets"})
-    feature_mode: FeatureMode = field(
-        default="exact",
-        metadata={"help": "exact: float32; fast: float16 inside the network"},
-    )
-    feature_batch_size: int = field(default=256 if ON_CUDA else 32, metadata={"help": "images a network sees at once"})
-    compile: bool = field(default=ON_CUDA, metadata={"help": "torch.compile the feature networks"})
-    num_workers: int = field(
-        default=reading_processes() if ON_CUDA else 0, metadata={"help": "processes that read image files"}
-    )
-    device: str = field(default="cuda" if ON_CUDA else "cpu", metadata={"help": "torch device to run on"})
+    output: str = setting(help="FILE for the results")
+    seed: int = setting(0, "of samples, labels and random subsets", at_least=0)
+    feature_mode: FeatureMode = setting("exact", "exact: float32; fast: float16 inside the network")
+    feature_batch_size: int = setting(256 if ON_CUDA else 32, "images a network sees at once", at_least=1)
+    compile: bool = setting(ON_CUDA, "torch.compile the feature networks")
+    num_workers: int = setting(reading_processes() if ON_CUDA else 0, "processes that read image files", at_least=0)
+    device: str = setting("cuda" if ON_CUDA else "cpu", "torch device to run on")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
         if (self.data.source, self.data.resolution) != (DataConfig.source, DataConfig.resolution):
             raise ValueError(
@@ -66,11 +63,6 @@ class FeaturesConfig:
             raise ValueError(f"feature_network is empty, expected one or more of {', '.join(FEATURE_NETWORKS)}")
         self.feature_network = [network_name(name) for name in self.feature_network]
         weight_files(self.weights, self.feature_network)
-        if self.feature_batch_size < 1 or self.num_workers < 0:
-            raise ValueError(
-                "feature_batch_size must be at least 1 and num_workers 0, "
-                f"got {self.feature_batch_size} and {self.num_workers}"
-            )
 
 
 def open_networks(config: FeaturesConfig, names: list[str]) -> dict[str, Extractor]:
