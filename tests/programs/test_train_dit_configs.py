@@ -9,7 +9,7 @@ from test_train_dit import ROOT, load_program
 from vtp_diffusion.generation.objective import resolve_shift
 from vtp_diffusion.generation.transformer_config import build_transformer
 from vtp_diffusion.models.transformer_lightning_dit import LIGHTNING_DIT_SIZES
-from vtp_diffusion.runtime.config import read_yaml
+from vtp_diffusion.runtime.yaml_files import read_yaml
 
 FOLDER = ROOT / "train_dit" / "configs"
 # file -> shape of the latents, millions of parameters (position table included, as published counts have it)

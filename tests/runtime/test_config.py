@@ -16,6 +16,7 @@ from vtp_diffusion.runtime.config import (
     save_config,
     setting,
 )
+from vtp_diffusion.training.config import TrainingConfig
 
 
 @dataclass(kw_only=True)
@@ -181,3 +182,38 @@ def test_numbers_outside_their_bounds_are_refused_wherever_a_configuration_is_ma
         with pytest.raises(ValueError, match=message):
             build_config(Bounded, values, "here")
     assert Bounded(share=0, rate=1e-9, sizes=[1], shift="dimensions").rate == 1e-9
+
+
+def test_yaml_numbers_are_those_of_yaml_1_2(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output: 12:30\nlimit: 010\nlabels: [0o17, 0x1F, -7, 1_000]\n")
+    found = parse_config(Outer, ["--config", str(file)])
+    assert (found.output, found.limit, found.labels) == ("12:30", 10, [15, 31, -7, "1_000"])
+
+
+def test_negative_numbers_are_values_and_names_may_have_dashes():
+    found = parse_config(Outer, ["--output", "x", "--rate", "-5e-1", "--labels", "-3", "cat", "--inner.width=4"])
+    assert (found.rate, found.labels, found.inner.width) == (-0.5, [-3, "cat"], 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr", "1"], r"unknown option --lr; did you mean --learning_rate\?"),
+        (["--warmup", "1"], r"unknown option --warmup; did you mean --lr_warmup_steps\?"),
+        (["--leaning-rate", "1"], r"unknown option --leaning_rate; did you mean --learning_rate\?"),
+        (["--seed"], "--seed is given without a value, expected int"),
+        (["--seed", "1", "2"], "--seed is 1 2, expected int"),
+        (["runs/x"], "'runs/x' follows no option"),
+    ],
+)
+def test_a_refused_command_line_says_what_was_meant(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(TrainingConfig, words)
+
+
+def test_help_has_bounds_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(TrainingConfig, ["--help"], "What it does.")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "What it does." in printed and "[float, a number in [0, 1); default: 0.9999]" in printed

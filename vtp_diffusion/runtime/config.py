@@ -11,7 +11,6 @@ import difflib
 import functools
 import math
 import operator
-import re
 import sys
 import types
 import typing
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
+
+from .yaml_files import read_yaml
 
 Config = TypeVar("Config")
 BOUNDS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata, see `setting`
@@ -79,51 +80,6 @@ def _bounds_text(bounds: dict[str, float]) -> str:
     if "above" in bounds:
         return "a positive number" if low == 0 else f"a number above {low}"
     return {0: "0 or a positive number", 1: "a positive number"}.get(low, f"{low} or more")
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.2 scalars: `no` is a word (mixed_precision: no) and `1e-3` is a number; a key given twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"the key {key!r} is given twice, the second time before{node.end_mark}")
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML reads, takes yes/no/on/off for truth values and 1e-3 for text: both would be silent here.
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not valid YAML, or holds something else than a mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"the configuration file {path} does not exist")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of keys to values, it holds a {type(values).__name__}")
-    return values
 
 
 def _optional(annotation: Any) -> tuple[Any, bool]:
@@ -203,7 +159,12 @@ def _check_union(value: Any, annotation: Any, name: str, where: str) -> Any:
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    """The known name that was meant: lr is learning_rate, decay adam_weight_decay, learnin_rate a slip."""
+    asked = name.lstrip("-").rpartition(".")[2]
+    leaves = {full: full.lstrip("-").rpartition(".")[2] for full in known}
+    same_initials = [full for full, leaf in leaves.items() if "".join(part[:1] for part in leaf.split("_")) == asked]
+    close = same_initials or difflib.get_close_matches(name, known, n=1)
+    close = close or [full for full, leaf in leaves.items() if len(asked) > 2 and asked in leaf]
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -343,39 +304,48 @@ def _sequence_of(annotation: Any) -> Any | None:
     return None
 
 
-def _parser(config_class: type, leaves: list, description: str | None) -> argparse.ArgumentParser:
+def _help(leaves: list, description: str | None) -> str:
+    """What --help prints."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",  # else one screen of names before what it is about
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; options on the command line come after it")
     for name, annotation, field in leaves:
-        text = field.metadata.get("help", "")
+        kind = _describe(annotation)
+        if bounds := {key: field.metadata[key] for key in BOUNDS if key in field.metadata}:
+            kind += f", {_bounds_text(bounds)}"
         if field.default is not dataclasses.MISSING:
-            text += f" [{_describe(annotation)}; default: {field.default}]"
+            kind += f"; default: {field.default}"
         elif field.default_factory is not dataclasses.MISSING:
-            text += f" [{_describe(annotation)}; default: {field.default_factory()}]"
+            kind += f"; default: {field.default_factory()}"
         else:
-            text += f" [{_describe(annotation)}; required]"
-        options = {"default": argparse.SUPPRESS, "dest": name, "help": text.strip().replace("%", "%%")}
-        if _sequence_of(annotation) is not None:
-            options |= {"nargs": "*", "metavar": "VALUE"}
-        elif _optional(annotation)[0] is bool:
-            options |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        else:
-            options |= {"metavar": "VALUE"}
-        parser.add_argument(f"--{name}", **options)
-    return parser
+            kind += "; required"
+        text = f"{field.metadata.get('help', '')} [{kind}]".strip().replace("%", "%%")
+        metavar = "true|false" if _optional(annotation)[0] is bool else "VALUE"
+        parser.add_argument(f"--{name}", metavar=metavar, help=text)
+    return parser.format_help()
 
 
-def _normalise(argument: str) -> str:
-    """--max-train-steps=5 -> --max_train_steps=5: option names may be written either way."""
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+def _read_words(words: list[str], names: list[str]) -> dict[str, list[str]]:
+    """Option -> the words after it. Names may be written with - for _, and --name=value for --name value; a negative
+    number is a value. Raises: ValueError for an unknown option, with the nearest known one."""
+    given: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            name = name[2:].replace("-", "_")
+            if name not in names:
+                hint = _suggest(f"--{name}", [f"--{known}" for known in names])
+                raise ValueError(f"command line: unknown option --{name}{hint} (--help lists the options)")
+            current = given[name] = [value] if equals else []
+        elif current is None:
+            raise ValueError(f"command line: {word!r} follows no option (--help lists the options)")
+        else:
+            current.append(word)
+    return given
 
 
 def _set(values: dict[str, Any], name: str, value: Any) -> None:
@@ -403,25 +373,31 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
         FileNotFoundError: the YAML file does not exist.
     """
     leaves = _leaves(config_class)
-    parser = _parser(config_class, leaves, description)
     words = sys.argv[1:] if argv is None else argv
-    given, unknown = parser.parse_known_args([_normalise(word) for word in words])
-    if unknown:
-        names = ["--" + name for name, _, _ in leaves] + ["--config"]
-        hint = _suggest(unknown[0].partition("=")[0], names)
-        raise ValueError(f"command line: unknown option {unknown[0]}{hint} (--help lists the options)")
-    values, where = ({}, "command line") if given.config is None else (read_yaml(given.config), given.config)
+    if {"-h", "--help"} & set(words):
+        print(_help(leaves, description))
+        raise SystemExit(0)
+    given = _read_words(words, [name for name, _, _ in leaves] + ["config"])
+    files = given.pop("config", [None])
+    if len(files) != 1:
+        raise ValueError(f"command line: --config is {' '.join(files) or 'given without a file'}, expected one file")
+    values, where = ({}, "command line") if files[0] is None else (read_yaml(files[0]), files[0])
     _check_partial(config_class, values, where)
     for name, annotation, _ in leaves:
-        if not hasattr(given, name):
+        if name not in given:
             continue
-        text, item = getattr(given, name), _sequence_of(annotation)
+        texts, item = given[name], _sequence_of(annotation)
         if item is None:
-            value = _parse_text(text, annotation)
-        elif len(text) == 1 and text[0] in ("none", "null", "None") and _optional(annotation)[1]:
+            if not texts and _optional(annotation)[0] is bool:
+                texts = ["true"]
+            if len(texts) != 1:
+                found = " ".join(texts) or "given without a value"
+                raise ValueError(f"command line: --{name} is {found}, expected {_describe(annotation)}")
+            value = _parse_text(texts[0], annotation)
+        elif len(texts) == 1 and texts[0] in ("none", "null", "None") and _optional(annotation)[1]:
             value = None
         else:
-            value = [_parse_text(word, item) for word in text]
+            value = [_parse_text(word, item) for word in texts]
         _check(value, annotation, "--" + name, "command line")
         _set(values, name, value)
     return build_config(config_class, values, where)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import folder_lock
-from ..runtime.config import config_to_dict, flatten_config, read_yaml, save_config
+from ..runtime.config import config_to_dict, flatten_config, save_config
 from ..runtime.disk import writing
 from ..runtime.processes import this_process
+from ..runtime.yaml_files import read_yaml
 
 PATIENCE = 60.0  # seconds: what NFS remembers of a folder at most, unless it is mounted otherwise
 UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
