@@ -432,3 +432,21 @@ def test_latents_fit_an_autoencoder_with_another_decoder():
     del metadata["autoencoder"]["encoder"]  # as before it was written
     with pytest.raises(ValueError, match="extract them again"):
         check_latents_fit(metadata, other)
+
+
+def test_statistics_on_a_device_without_float64():
+    class OnMps(torch.Tensor):
+        """As on a GPU of Apple, which has no float64."""
+
+        device = torch.device("mps")
+
+        def double(self):
+            raise TypeError("the MPS framework doesn't support float64")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    values, expected, statistics = random(5, 0, torch.float32), ChannelStatistics(), ChannelStatistics()
+    expected.update(values)
+    statistics.update(values.as_subclass(OnMps))
+    assert statistics.result() == expected.result()

@@ -1,6 +1,4 @@
-"""What a LightningDiT is trained on: reading ahead, mirror images, latents encoded while training."""
-
-import threading
+"""Training inputs of LightningDiT: latents from shards or encoded online, mirror images, refusals."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,6 @@ from PIL import Image
 from test_latent_shards import kl, vtp, write
 
 from vtp_diffusion.data.augmentation import AugmentationConfig
-from vtp_diffusion.data.batches import read_ahead
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.latent_shards import LatentDataset, write_metadata
@@ -39,26 +36,6 @@ def images(tmp_path_factory):
 def all_batches(batches):
     batches = list(batches)
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-
-
-@pytest.mark.parametrize("threads", [0, 1, 3])
-def test_reading_ahead_keeps_the_order_and_tells_errors(threads):
-    seen = set()
-
-    def read(job):
-        seen.add(threading.get_ident())
-        return 10 // (job - 50)
-
-    jobs = list(range(40))
-    assert list(read_ahead(read, jobs, threads)) == [10 // (job - 50) for job in jobs]
-    assert (threading.get_ident() in seen) == (threads == 0)
-    results = read_ahead(read, range(49, 60), threads)
-    assert next(results) == -10
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-    unfinished = read_ahead(read, iter(range(40)), threads)
-    next(unfinished)
-    unfinished.close()  # what was submitted is dropped, not waited for
 
 
 def test_mirroring_depends_on_the_position_alone():

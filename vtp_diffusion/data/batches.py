@@ -1,10 +1,10 @@
 """Batches on the device: gathered there from a data set held whole, or read ahead by processes or threads."""
 
-import os
+import multiprocessing
+import multiprocessing.context
 import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -42,6 +42,14 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.to(device)
 
 
+def columns_to_device(columns: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Columns that a loader delivered (in pinned memory for a GPU); those that are no tensors stay as they are."""
+    return {
+        name: column.to(device, non_blocking=True) if isinstance(column, torch.Tensor) else column
+        for name, column in columns.items()
+    }
+
+
 def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Columns]:
     """Batches of rows of columns that lie on the device already. Nothing waits for the device: of all that training
     needs, only indices travel there.
@@ -54,22 +62,45 @@ def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Co
         yield {name: column[rows] for name, column in columns.items()}
 
 
-def leave_stopping_to_parent(worker: int) -> None:
-    """`worker_init_fn` of a data loader that training reads from: its processes end when training ends, not before.
+class _ReadingProcess(multiprocessing.Process):
+    """A process that ignores SIGTERM (see `ignore_stopping`) and is still ended by its data loader."""
+
+    terminate = multiprocessing.Process.kill
+
+
+class _ReadingContext(multiprocessing.context.BaseContext):
+    Process = _ReadingProcess
+
+    @property
+    def _name(self) -> str:  # what a context says its start method is
+        return multiprocessing.get_start_method()
+
+
+def ignore_stopping(worker: int) -> None:
+    """`worker_init_fn` of a loader that training reads from: its processes end when training ends, not before.
 
     torchrun and schedulers send SIGTERM, and terminals SIGINT, to all processes of a group. Training then still
-    finishes its step, for which it needs what they read; without them PyTorch would end it before anything is saved.
+    finishes its step, for which it needs what they read.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _end_with_parent() -> None:
-    """The parent's SIGTERM, which every data loader sends to what does not end by itself, is the one that counts."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def training_loader(dataset: Dataset, num_workers: int, device: torch.device, **settings: Any) -> DataLoader:
+    """The data loader that training reads from: its processes outlive what stops training, and drawing for it leaves
+    the global random state alone, without which resuming would differ.
+
+    Args: `settings`: of `DataLoader`: how batches are made.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_stopping,
+        multiprocessing_context=_ReadingContext() if num_workers else None,
+        generator=torch.Generator(),
+        **settings,
+    )
 
 
 def read_batches(
@@ -83,17 +114,8 @@ def read_batches(
 
     Args: `collate`: what `dataset.__getitems__(indices)` returned -> columns.
     """
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_stopping_to_parent,
-        generator=torch.Generator(),  # else every iterator would draw from the global generator, and resuming differ
-    )
-    for columns in loader:
-        yield {name: column.to(device, non_blocking=True) for name, column in columns.items()}
+    for columns in training_loader(dataset, num_workers, device, batch_sampler=sampler, collate_fn=collate):
+        yield columns_to_device(columns, device)
 
 
 def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: int) -> Iterator[Result]:
@@ -118,9 +140,12 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: 
         executor.shutdown(cancel_futures=True)
 
 
-def collate_images(items: list[dict[str, Any]]) -> Columns:
-    """Items of an `ImageDataset` -> {"image": uint8 (B, 3, R, R)}."""
-    return {"image": torch.stack([item["image"] for item in items])}
+def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image",)) -> dict[str, Any]:
+    """Items of an `ImageDataset` -> {"image": uint8 (B, 3, R, R)}, or other columns of them: "label" (B,) int64, "key"
+    and "caption" lists of strings."""
+    values = {name: [item[name] for item in items] for name in columns}
+    make = {"image": torch.stack, "label": torch.tensor}
+    return {name: make.get(name, list)(column) for name, column in values.items()}
 
 
 def all_images(dataset: Dataset) -> torch.Tensor:

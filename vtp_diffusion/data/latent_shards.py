@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from ..runtime import folder_lock
 from ..runtime.disk import replacing, unfinished_name, write_json
+from ..runtime.precision import to_float64
 
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # what a begun extraction is about to write
@@ -41,7 +43,7 @@ class ChannelStatistics:
 
     def update(self, latents: torch.Tensor) -> None:
         """Add latents (B, C, h, w)."""
-        values = latents.double().transpose(0, 1).flatten(1)  # (C, B·h·w)
+        values = rearrange(to_float64(latents), "b c h w -> c (b h w)")  # (C, B·h·w)
         count, mean = values.shape[1], values.mean(1)
         total, difference = self.count + count, mean - self.mean
         self.squares = (

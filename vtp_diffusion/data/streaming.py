@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..runtime.optional_packages import require
-from .batches import PLAIN_BATCH, Columns, leave_stopping_to_parent
+from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
 from .image_datasets import DataConfig, ImageDataset, check_caption, open_dataset, split_files
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
@@ -361,23 +361,13 @@ class StreamBatches:
 
     def __iter__(self) -> Iterator[Columns]:
         self._reader.begin(list(self.positions), self.next_worker)
-        loader = DataLoader(
-            self._reader,
-            batch_size=None,
-            num_workers=self.num_workers,
-            worker_init_fn=leave_stopping_to_parent,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # else it would draw from the global generator, and resuming differ
-        )
+        loader = training_loader(self._reader, self.num_workers, self.device, batch_size=None)
         for entry in loader:
             if entry is None:
                 continue
             columns, worker, position = entry
             self.positions[worker], self.next_worker = StreamPosition(**position), (worker + 1) % self.workers
-            yield {
-                name: column.to(self.device, non_blocking=True) if isinstance(column, torch.Tensor) else column
-                for name, column in columns.items()
-            }
+            yield columns_to_device(columns, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Where every stream of this process is, after the last batch that was delivered; JSON can hold it."""

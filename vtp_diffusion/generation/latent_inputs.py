@@ -3,6 +3,7 @@
 Either way half of the samples can be mirror images, and everything random is keyed by the position in the run.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +13,16 @@ import torch
 from diffusers import ModelMixin
 
 from ..data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
-from ..data.batches import Columns, all_images, fits_on_device, gathered_batches, read_ahead, read_batches
+from ..data.batches import (
+    Columns,
+    all_images,
+    collate_images,
+    fits_on_device,
+    gathered_batches,
+    read_ahead,
+    read_batches,
+    to_device,
+)
 from ..data.image_datasets import DataConfig, ImageDataset
 from ..data.image_files import CROP
 from ..data.latent_shards import LatentDataset
@@ -39,10 +49,6 @@ def draw_flips(sampler: StepBatchSampler, step: int, random_flip: bool) -> np.nd
         FLIP_STREAM,
     )
     return (drawn["flip"] < 0.5).numpy()
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def micro_steps(sampler: StepBatchSampler) -> range:
@@ -125,7 +131,8 @@ class OnlineLatents:
             columns = {name: column.to(device) for name, column in columns.items()}
             batches = gathered_batches(columns, sampler)
         else:
-            batches = read_batches(self.images, sampler, collate_images, device, num_workers)
+            collate = functools.partial(collate_images, columns=("image", "label"))
+            batches = read_batches(self.images, sampler, collate, device, num_workers)
         for step, batch in zip(micro_steps(sampler), batches, strict=True):
             images = self._changed(batch["image"], sampler, step, random_flip)
             with torch.no_grad(), autocast(device, precision):
@@ -143,13 +150,6 @@ class OnlineLatents:
         changed = augment_images(images, self.augmentation, draws=to_device(drawn["draws"], images.device))
         flips = to_device(torch.from_numpy(draw_flips(sampler, step, random_flip)), images.device)
         return torch.where(flips[:, None, None, None], changed.flip(3), changed)
-
-
-def collate_images(items: list[dict]) -> Columns:
-    return {
-        "image": torch.stack([item["image"] for item in items]),
-        "label": torch.tensor([item["label"] for item in items]),
-    }
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..data.images import to_pil
 from ..models.autoencoder_vtp import AutoencoderVTP
+from ..models.latent_space import decode_to_images
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -228,12 +229,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         An autoencoder that owns its latent statistics undoes them in `decode`; `scaling_factor` and `shift_factor` of
         the others are undone here.
         """
-        latents = latents.to(self.vae.dtype)
-        if type(self.vae).__name__ == "AutoencoderRAE":  # images in [0, 1], scaling inside
-            return self.vae.decode(latents).sample.float() * 2 - 1
-        if not hasattr(self.vae, "denormalize_latents"):
-            latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0)
-        return self.vae.decode(latents).sample.float()
+        return decode_to_images(self.vae, latents)
 
     def _check_inputs(self, steps, scale, interval, channels, images_per_label, output_type, tensor_inputs) -> None:
         """Raises: ValueError naming the first argument of a call that does not fit."""

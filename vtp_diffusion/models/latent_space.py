@@ -1,13 +1,28 @@
-"""The latent space of any autoencoder: raw latents, statistics, identity."""
+"""The latent space of any diffusers autoencoder: image range, raw latents, statistics, identity.
+
+What tells one class of autoencoder from the others is asked here and nowhere else: `AutoencoderVTP` owns statistics
+and undoes them in `decode`; `AutoencoderRAE` takes images in [0, 1] and normalises inside `encode` and `decode`; the
+others have `scaling_factor` and perhaps `shift_factor`, which their callers apply.
+"""
 
 import hashlib
 import json
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..data.images import finite_to_uint8, from_uint8
+
+
+def owns_statistics(vae: ModelMixin) -> bool:
+    """Whether `encode` gives normalised latents and the configuration the statistics: `AutoencoderVTP`."""
+    return hasattr(vae, "denormalize_latents")
+
+
+def normalises_inside(vae: ModelMixin) -> bool:
+    """Whether images are in [0, 1] and latents used as they come: `AutoencoderRAE`."""
+    return type(vae).__name__ == "AutoencoderRAE"
 
 
 def encode_raw(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
@@ -16,37 +31,59 @@ def encode_raw(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
     Args: `images`: (B, 3, H, W) in [-1, 1], whatever range the autoencoder itself works in.
     """
     images = images.to(vae.dtype)
-    if type(vae).__name__ == "AutoencoderRAE":  # takes [0, 1]
+    if normalises_inside(vae):
         images = images / 2 + 0.5
     encoded = vae.encode(images)
     latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
     latents = latents.float()
-    return vae.denormalize_latents(latents) if hasattr(vae, "denormalize_latents") else latents
+    return vae.denormalize_latents(latents) if owns_statistics(vae) else latents
 
 
 def latent_statistics(vae: ModelMixin) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (1, C, 1, 1), float32, such that a generator sees (raw - mean) / std.
 
-    `AutoencoderVTP` has them in its configuration; of other autoencoders they are `shift_factor` and
-    1 / `scaling_factor` (`AutoencoderRAE` normalises inside `encode`, so that its latents are used as they come).
-
-    Raises:
-        ValueError: an AutoencoderVTP without statistics.
+    Raises: ValueError for an `AutoencoderVTP` without statistics.
     """
     config = vae.config
-    if hasattr(vae, "denormalize_latents"):
+    if owns_statistics(vae):
         if config.latents_mean is None:
             raise ValueError(
                 "the autoencoder has no latent statistics (latents_mean, latents_std): set them with "
                 "pipelines/convert.py vtp --latent-statistics latents.json"
             )
         values = config.latents_mean, config.latents_std
-    elif type(vae).__name__ == "AutoencoderRAE":
+    elif normalises_inside(vae):
         values = [0.0], [1.0]
     else:
         values = [getattr(config, "shift_factor", None) or 0.0], [1 / config.scaling_factor]
     mean, std = (torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1) for value in values)
     return mean, std
+
+
+def decode_to_images(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as a generator sees them (B, C, h, w) -> images (B, 3, H, W) around [-1, 1], float32."""
+    latents = latents.to(vae.dtype)
+    if normalises_inside(vae):
+        return vae.decode(latents).sample.float() * 2 - 1
+    if not owns_statistics(vae):
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
+    return vae.decode(latents).sample.float()
+
+
+@torch.inference_mode()
+def reconstruct(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+    """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8.
+
+    Raises: ValueError if what comes back is not finite, or has another size, as from sides that are no multiple of the
+        autoencoder's.
+    """
+    x = from_uint8(images).to(vae.device, vae.dtype)
+    x = vae((x + 1) / 2).sample * 2 - 1 if normalises_inside(vae) else vae(x).sample
+    if x.shape != images.shape:
+        raise ValueError(
+            f"{type(vae).__name__} turns images {tuple(images.shape)} into {tuple(x.shape)}, expected the same size"
+        )
+    return finite_to_uint8(x).to(images.device)
 
 
 def autoencoder_identity(vae: ModelMixin, decoder: bool = True) -> dict[str, str]:
@@ -57,9 +94,9 @@ def autoencoder_identity(vae: ModelMixin, decoder: bool = True) -> dict[str, str
     they may be set after an extraction. Weights are hashed as bfloat16: a model that was saved so is still the same.
     """
     free = {"sample_size"}
-    if hasattr(vae, "denormalize_latents"):
+    if owns_statistics(vae):
         free |= {"latents_mean", "latents_std"}
-    elif type(vae).__name__ != "AutoencoderRAE":
+    elif not normalises_inside(vae):
         free |= {"scaling_factor", "shift_factor"}
     config = {key: value for key, value in vae.config.items() if key not in free and not key.startswith("_")}
     weights = hashlib.sha256()
@@ -90,22 +127,3 @@ def check_latents_fit(metadata: dict[str, Any] | None, vae: ModelMixin) -> None:
             f"the latents were made by the autoencoder {made}, the one given is {given}: extract them again or give "
             "the autoencoder that made them"
         )
-
-
-@torch.inference_mode()
-def reconstruct(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8.
-
-    Raises: ValueError if what comes back is not finite, or has another size, as from sides that are no multiple of the
-        autoencoder's.
-    """
-    x = from_uint8(images).to(vae.device, vae.dtype)
-    if type(vae).__name__ == "AutoencoderRAE":  # the one of diffusers whose images are in [0, 1]
-        x = vae((x + 1) / 2).sample * 2 - 1
-    else:
-        x = vae(x).sample
-    if x.shape != images.shape:
-        raise ValueError(
-            f"{type(vae).__name__} turns images {tuple(images.shape)} into {tuple(x.shape)}, expected the same size"
-        )
-    return finite_to_uint8(x).to(images.device)

@@ -41,3 +41,8 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     "fp8" is for what is trained, its companions take bfloat16."""
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def to_float64(values: torch.Tensor) -> torch.Tensor:
+    """The numbers in float64, on their device, or on the CPU where it has no such numbers (mps)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
