@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import fused_formulae
 import numpy as np
 import pytest
 import torch
@@ -18,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
-from vtp_diffusion.models import fused_blocks, fused_formulae, vtp_blocks
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
+from vtp_diffusion.models.large_products import use_large_products
 from vtp_diffusion.models.stochastic_depth import draw_kept, num_kept
-from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPRMSNorm, residual_update, use_large_products
+from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPRMSNorm, residual_update
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
 from vtp_diffusion.pretraining.feature_evaluation import effective_rank, retrieval_recall
@@ -116,7 +117,7 @@ def assert_same_gradients(expected, actual):
 def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
     plain, large = tiny_objectives(depth_rate=0.5), tiny_objectives(depth_rate=0.5)
     large.load_state_dict(plain.state_dict())
-    use_large_products(large)
+    use_large_products(large, None)
     block, inputs, called = large.autoencoder.encoder.blocks[0], tiny_inputs(plain), []
     for layer in (block.attn.to_q, block.mlp.w1, large.autoencoder.encoder.embeddings.patch_embed):
         layer.register_forward_hook(lambda *_: called.append(True))
@@ -126,19 +127,14 @@ def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
     assert not called
 
 
-def test_large_products_keep_no_more_for_the_backward_pass(monkeypatch):
+def test_large_products_keep_no_more_for_the_backward_pass():
     """A part of a product keeps all of it in memory: 6 GiB of VTP Large, if values came with queries."""
-    monkeypatch.setattr(vtp_blocks, "load_programs", lambda: None)
     kept = []
-    for prepare, programs in (
-        (lambda _: None, None),
-        (use_large_products, None),
-        (use_large_products, fused_formulae),
-    ):
-        monkeypatch.setattr(fused_blocks, "programs", programs)
+    for large, programs in ((False, None), (True, None), (True, fused_formulae)):
         torch.manual_seed(0)
         block, x = VTPBlock(64, 2, False, VTPRMSNorm(64), VTPRMSNorm(64)), torch.randn(8, 64, 64).bfloat16()
-        prepare(block)
+        if large:
+            use_large_products(block, programs)
         step = torch.compile(block.forward, backend="aot_eager_decomp_partition", fullgraph=True)
         weights, sizes = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
 

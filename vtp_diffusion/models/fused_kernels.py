@@ -1,4 +1,4 @@
-"""Triton programs of fused_blocks.py: backward passes that add up the gradients of biases and scales while they have
+"""Triton programs of large_products.py: backward passes that add up the gradients of biases and scales while they have
 the numbers, where autograd and the compiler read them from memory again.
 
 Importing this module needs Triton, which PyTorch for CUDA brings along; its interpreter (TRITON_INTERPRET=1 in the
@@ -188,7 +188,7 @@ def _parts(rows: int, block_rows: int, blocks: int, programs: int) -> tuple[int,
 
 @triton_op("vtp_diffusion::swiglu", mutates_args=())
 def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """See fused_formulae.swiglu."""
+    """As tests/fused_formulae.py's swiglu."""
     product, inner = product.contiguous(), product.shape[-1] // 2
     rows = product.numel() // (2 * inner)
     result = product.new_empty(*product.shape[:-1], inner)
@@ -203,7 +203,7 @@ def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(
     product: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fused_formulae.swiglu_backward."""
+    """As tests/fused_formulae.py's swiglu_backward."""
     product, grad, inner = product.contiguous(), grad.contiguous(), grad.shape[-1]
     rows = grad.numel() // inner
     blocks = triton.cdiv(inner, SWIGLU_COLUMNS)
@@ -226,7 +226,7 @@ def norm_backward(
     residual: torch.Tensor,
     place: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fused_formulae.norm_backward."""
+    """As tests/fused_formulae.py's norm_backward."""
     x, grad, residual = x.contiguous(), grad.contiguous(), residual.contiguous()
     samples, length, width = x.shape
     parts = min(length, max(1, PROGRAMS // samples))  # of a sample's rows
@@ -242,7 +242,7 @@ def norm_backward(
 
 @triton_op("vtp_diffusion::rotate_", mutates_args=("x",))
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """See fused_formulae.rotate_. Raises: ValueError unless x is contiguous, since it is changed in place."""
+    """As tests/fused_formulae.py's rotate_. Raises: ValueError unless x is contiguous: it is changed in place."""
     if not x.is_contiguous():
         raise ValueError(f"x {tuple(x.shape)} has strides {x.stride()}, expected it contiguous")
     batch, length, step = x.shape
@@ -257,7 +257,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 def rotate_back(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See fused_formulae.rotate_back."""
+    """As tests/fused_formulae.py's rotate_back."""
     batch, length, heads, size = query.shape
     if not query.stride() == key.stride() == value.stride() or query.stride(3) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()

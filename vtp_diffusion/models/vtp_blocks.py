@@ -13,16 +13,6 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
-from .fused_blocks import (
-    NormBesideResidual,
-    RotatedProjections,
-    SwiGLU,
-    can_fuse,
-    can_rotate,
-    compute_dtype,
-    load_programs,
-    rms_norm,
-)
 from .rotary import apply_rotary, rotary_tables
 
 
@@ -132,13 +122,12 @@ class VTPDecoder(VTPTransformer):
 class VTPEmbeddings(nn.Module):
     """Patches as tokens, after the class token. The mask token replaces patches in masked-image modelling only."""
 
-    large_products = False  # see `use_large_products`
-
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int):
         super().__init__()
         self.patch_embed = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.mask_token = nn.Parameter(torch.empty(1, hidden_size))
+        self.products = None  # `LargeProducts` in compiled training
 
     def forward(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
         """Images (B, 3, H, W), masks (B, N) of the patches to hide -> tokens (B, 1 + N, D)."""
@@ -152,36 +141,9 @@ class VTPEmbeddings(nn.Module):
 
     def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> (B, N, D)."""
-        if not self.large_products:
-            return self.patch_embed(images).flatten(2).transpose(1, 2)
-        size = self.patch_embed.kernel_size[0]
-        pixels = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, h, p, w, p)
-        pixels = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, 3·p·p)
-        return F.linear(pixels, self.patch_embed.weight.flatten(1), self.patch_embed.bias)
-
-
-def joined_parameters(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and biases of linear layers below each other."""
-    return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
-
-
-def joined_linear(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """What each of the linear layers gives for x (..., D), from one product."""
-    return F.linear(x, *joined_parameters(*layers)).split([layer.out_features for layer in layers], dim=-1)
-
-
-def use_large_products(model: nn.Module) -> None:
-    """Compute queries and keys, and the two halves of SwiGLU, with one product each, and patches with a product
-    instead of a convolution: fewer kernels and fewer sums of gradients. While training on CUDA, norms, projections and
-    SwiGLU are those of fused_blocks.py as well. For compiled training under autocast, which copies the weights in any
-    case.
-
-    The layers themselves are not called then: hooks on them, and adapters in their places, have no effect.
-    """
-    load_programs()
-    for module in model.modules():
-        if isinstance(module, VTPBlock | VTPAttention | VTPSwiGLU | VTPEmbeddings):
-            module.large_products = True
+        if self.products is not None:
+            return self.products.embed_patches(self, images)
+        return self.patch_embed(images).flatten(2).transpose(1, 2)
 
 
 def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.Tensor | None = None) -> torch.Tensor:
@@ -194,26 +156,12 @@ def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.T
     """
     if kept is None:
         return hidden_states + branch(hidden_states)
-    place = _places(kept, len(hidden_states))
+    place = places_of(kept, len(hidden_states))
     update = branch(_KeptSamples.apply(hidden_states, kept, place))
-    return _AddedUpdate.apply(hidden_states, update.to(hidden_states.dtype), kept, place)
+    return AddedUpdate.apply(hidden_states, update.to(hidden_states.dtype), kept, place)
 
 
-def normed_update(
-    hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor | None, fused: bool
-) -> torch.Tensor:
-    """`residual_update` by branch(norm(hidden_states)); fused, if the norm is root-mean-square, the gradients of both
-    meet in one kernel."""
-    if not (fused and isinstance(norm, VTPRMSNorm)):
-        return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
-    place = None if kept is None else _places(kept, len(hidden_states))
-    dtype = compute_dtype(hidden_states)
-    hidden_states, normed = NormBesideResidual.apply(hidden_states, norm.weight, norm.eps, dtype, kept, place)
-    update = branch(normed).to(hidden_states.dtype)
-    return hidden_states + update if kept is None else _AddedUpdate.apply(hidden_states, update, kept, place)
-
-
-def _places(kept: torch.Tensor, count: int) -> torch.Tensor:
+def places_of(kept: torch.Tensor, count: int) -> torch.Tensor:
     """(count,) int64: where each of so many samples is in `kept` (K,), K if it is not."""
     return kept.new_full((count,), len(kept)).scatter(0, kept, torch.arange(len(kept), device=kept.device))
 
@@ -242,7 +190,7 @@ class _KeptSamples(torch.autograd.Function):
         return _spread(grad, *ctx.saved_tensors), None, None
 
 
-class _AddedUpdate(torch.autograd.Function):
+class AddedUpdate(torch.autograd.Function):
     """x, to whose kept samples the update is added B / K times."""
 
     @staticmethod
@@ -260,14 +208,13 @@ class _AddedUpdate(torch.autograd.Function):
 class VTPBlock(nn.Module):
     """Pre-norm transformer block: rotary self-attention and SwiGLU."""
 
-    large_products = False  # see `use_large_products`
-
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, norm1: nn.Module, norm2: nn.Module):
         super().__init__()
         self.norm1 = norm1
         self.attn = VTPAttention(hidden_size, num_heads, qk_norm=qk_norm)
         self.norm2 = norm2
         self.mlp = VTPSwiGLU(hidden_size)
+        self.products = None  # `LargeProducts` in compiled training
 
     def forward(
         self,
@@ -281,11 +228,19 @@ class VTPBlock(nn.Module):
 
         Args: `kept_in_attention`, `kept_in_mlp`: (K,) samples whose branch is computed; None: all of them.
         """
-        fused = self.large_products and can_fuse(hidden_states)
-        hidden_states = normed_update(
-            hidden_states, self.norm1, lambda x: self.attn(x, rotary=(cos, sin)), kept_in_attention, fused
-        )
-        return normed_update(hidden_states, self.norm2, self.mlp, kept_in_mlp, fused)
+
+        def attention(x: torch.Tensor) -> torch.Tensor:
+            return self.attn(x, rotary=(cos, sin))
+
+        hidden_states = self._update(hidden_states, self.norm1, attention, kept_in_attention)
+        return self._update(hidden_states, self.norm2, self.mlp, kept_in_mlp)
+
+    def _update(
+        self, hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.products is not None:
+            return self.products.update(hidden_states, norm, branch, kept)
+        return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
 
 
 class VTPDecoderBlock(VTPBlock):
@@ -337,7 +292,6 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = VTPAttentionProcessor
     _available_processors = [VTPAttentionProcessor]
-    large_products = False  # see `use_large_products`
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, is_causal: bool = False):
         super().__init__()
@@ -355,6 +309,7 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
         self.norm_k = VTPRMSNorm(hidden_size // num_heads) if qk_norm else None
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size), nn.Dropout(0.0)])
         self.set_processor(VTPAttentionProcessor())
+        self.products = None  # `LargeProducts` in compiled training
 
     def forward(
         self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -366,16 +321,12 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
         self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens (B, S, D) -> queries and keys, normed and rotated, and values, each (B, S, H, head_dim)."""
-        rotated = rotary is not None and can_rotate(rotary[0])
         if self.fused_projections:
             query, key, value = self.to_qkv(x).chunk(3, dim=-1)
-        elif self.large_products and self.norm_q is None and rotated and can_fuse(x):
-            weight, bias = joined_parameters(self.to_q, self.to_k, self.to_v)
-            dtype = compute_dtype(x)
-            return RotatedProjections.apply(x.to(dtype), weight.to(dtype), bias, *rotary)
-        elif self.large_products:
-            query, key = joined_linear(x, self.to_q, self.to_k)
-            value = self.to_v(x)  # apart: it is kept for the backward pass, and would keep the others too
+        elif self.products is not None:
+            if (rotated := self.products.rotated_projections(self, x, rotary)) is not None:
+                return rotated
+            query, key, value = self.products.projections(self, x)
         else:
             query, key, value = self.to_q(x), self.to_k(x), self.to_v(x)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in (query, key, value))
@@ -389,21 +340,18 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
 class VTPSwiGLU(nn.Module):
     """w3(silu(w1 x) · w2 x) with 2/3 · 4 times the width, rounded up to a multiple of 8 (arXiv:2002.05202)."""
 
-    large_products = False  # see `use_large_products`
-
     def __init__(self, hidden_size: int):
         super().__init__()
         inner = -(-int(hidden_size * 8 / 3) // 8) * 8
         self.w1 = nn.Linear(hidden_size, inner)
         self.w2 = nn.Linear(hidden_size, inner)
         self.w3 = nn.Linear(inner, hidden_size)
+        self.products = None  # `LargeProducts` in compiled training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.large_products and can_fuse(x):
-            weight, bias = joined_parameters(self.w1, self.w2)
-            return self.w3(SwiGLU.apply(F.linear(x, weight), bias))
-        gate, value = joined_linear(x, self.w1, self.w2) if self.large_products else (self.w1(x), self.w2(x))
-        return self.w3(F.silu(gate) * value)
+        if self.products is not None:
+            return self.w3(self.products.swiglu(self, x))
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
 class VTPRMSNorm(nn.Module):
@@ -416,6 +364,13 @@ class VTPRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension in float32, cast back before the scale: see `VTPRMSNorm`."""
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
 
 
 def initialise_weights(module: nn.Module) -> None:

@@ -206,10 +206,10 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
 
     Args: `stacks`: whole encoders, text towers and reconstructions instead of blocks.
     """
-    from ..models.vtp_blocks import use_large_products
+    from ..models.large_products import cuda_kernels, use_large_products
     from ..models.vtp_model import VTPModel
 
-    use_large_products(objective)
+    use_large_products(objective, cuda_kernels())
     parts = list(objective.objectives.values())
     if len(parts) == 1 and parts[0].compiled_alone and this_process()[1] == 1:
         keep_rows_unpadded()

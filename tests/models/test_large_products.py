@@ -5,22 +5,16 @@ import os
 import subprocess
 import sys
 
+import fused_formulae
 import pytest
 import torch
 from torch import nn
 
-from vtp_diffusion.models import fused_blocks, fused_formulae, vtp_blocks
+from vtp_diffusion.models.large_products import cuda_kernels, use_large_products
 from vtp_diffusion.models.rotary import rotary_tables
-from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPDecoderBlock, VTPRMSNorm, use_large_products
+from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPDecoderBlock, VTPRMSNorm
 
 BATCH, LENGTH, WIDTH, HEADS = 6, 9, 64, 2
-
-
-@pytest.fixture
-def fused_here(monkeypatch):
-    """The functions are for CUDA; here their formulae run on the CPU."""
-    monkeypatch.setattr(fused_blocks, "programs", fused_formulae)
-    monkeypatch.setattr(vtp_blocks, "load_programs", lambda: None)
 
 
 def block_and_inputs(kind=VTPBlock, norm=VTPRMSNorm, kept=False):
@@ -46,13 +40,11 @@ def result_and_gradients(call, block, x, rest, dtype=torch.float32):
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("kind, norm", [(VTPBlock, VTPRMSNorm), (VTPDecoderBlock, nn.LayerNorm)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_fused_block_has_the_results_and_gradients_of_a_plain_one(
-    fused_here, monkeypatch, compiled, kind, norm, kept
-):
+def test_a_fused_block_has_the_results_and_gradients_of_a_plain_one(monkeypatch, compiled, kind, norm, kept):
     torch.compiler.reset()  # other tests' programs of these blocks count towards a limit
     block, x, rest = block_and_inputs(kind, norm, kept)
     plain = result_and_gradients(block, block, x, rest)
-    use_large_products(block)
+    use_large_products(block, fused_formulae)  # which are for any device
     fused, called = torch.compile(block, backend="aot_eager", fullgraph=True) if compiled else block, []
     for name in () if compiled else ("norm_backward", "swiglu_backward", "rotate_back"):
         formula = getattr(fused_formulae, name)
@@ -63,11 +55,11 @@ def test_a_fused_block_has_the_results_and_gradients_of_a_plain_one(
     assert compiled or sorted(called) == [*norms, "rotate_back", "swiglu_backward"]
 
 
-def test_in_bfloat16_a_fused_block_is_no_further_from_float32_than_a_plain_one(fused_here):
+def test_in_bfloat16_a_fused_block_is_no_further_from_float32_than_a_plain_one():
     block, x, rest = block_and_inputs(kept=True)
     exact = result_and_gradients(block, block, x, rest)
     plain = result_and_gradients(block, block, x, rest, torch.bfloat16)
-    use_large_products(block)
+    use_large_products(block, fused_formulae)  # which are for any device
     fused = result_and_gradients(block, block, x, rest, torch.bfloat16)
     for reference, first, second in zip(exact, plain, fused, strict=True):
         assert second.dtype == first.dtype
@@ -75,9 +67,9 @@ def test_in_bfloat16_a_fused_block_is_no_further_from_float32_than_a_plain_one(f
         assert errors[1] < 1.5 * errors[0] + 1e-6 and 0 < errors[1] < 0.05
 
 
-def test_what_the_functions_do_not_know_is_computed_as_before(fused_here):
+def test_what_the_functions_do_not_know_is_computed_as_before():
     block, x, rest = block_and_inputs()
-    use_large_products(block)
+    use_large_products(block, fused_formulae)  # which are for any device
     called = []
     block.attn.to_v.register_forward_hook(lambda *_: called.append(True))
     rounded = rotary_tables(3, 3, WIDTH // HEADS, torch.bfloat16)
@@ -92,7 +84,8 @@ def test_what_the_functions_do_not_know_is_computed_as_before(fused_here):
 
 PROGRAM = """
 import torch
-from vtp_diffusion.models import fused_formulae, fused_kernels
+import fused_formulae
+from vtp_diffusion.models import fused_kernels
 
 torch.manual_seed(0)
 fused_kernels.PROGRAMS = 4  # so that a program has several rounds of its loop
@@ -136,7 +129,7 @@ print("all equal")
 
 def test_kernels_agree_with_their_formulae():
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "all equal" in done.stdout, done.stderr
@@ -144,13 +137,12 @@ def test_kernels_agree_with_their_formulae():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kept", [False, True])
-def test_compiled_kernels_are_no_further_from_float32_than_the_compiler_s(kept, monkeypatch):
+def test_compiled_kernels_are_no_further_from_float32_than_the_compiler_s(kept):
     block, x, rest = block_and_inputs(kept=kept)
     block, x, rest = block.cuda(), x.cuda(), [None if value is None else value.cuda() for value in rest]
     results = [result_and_gradients(block, block, x, rest)]
-    use_large_products(block)
-    for programs in (None, fused_blocks.programs):
-        monkeypatch.setattr(fused_blocks, "programs", programs)
+    for programs in (None, cuda_kernels()):
+        use_large_products(block, programs)
         torch.compiler.reset()
         call = torch.compile(block.forward, dynamic=False)
         results.append(result_and_gradients(call, block, x, rest, torch.bfloat16))

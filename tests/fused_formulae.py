@@ -2,9 +2,9 @@
 
 import torch
 
-from .rotary import apply_rotary
+from vtp_diffusion.models.rotary import apply_rotary
 
-ANY_DEVICE = True  # where it runs: see `fused_blocks.can_fuse`
+ANY_DEVICE = True  # where it runs: see `LargeProducts.can_fuse`
 
 
 def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
