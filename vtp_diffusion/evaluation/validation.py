@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,13 +10,15 @@ from PIL import Image
 
 from ..data.image_datasets import DataConfig, open_dataset
 from ..data.images import image_grid
-from ..generation.pipeline_lightning_dit import LightningDiTPipeline
 from ..generation.sampling import draw_labels
 from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
 from ..metrics.networks import feature_network
 from ..runtime.processes import gather_objects, this_process
 from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
+
+if TYPE_CHECKING:
+    from ..generation.pipeline_lightning_dit import LightningDiTPipeline
 
 
 @dataclass(kw_only=True)
@@ -53,7 +56,7 @@ class ValidationConfig:
         return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
 
 
-def sample_grid(config: ValidationConfig, pipeline: LightningDiTPipeline, device: torch.device) -> Image.Image:
+def sample_grid(config: ValidationConfig, pipeline: "LightningDiTPipeline", device: torch.device) -> Image.Image:
     """One labelled image for each validation label, image k from seed + k."""
     indices = pipeline.get_label_ids(config.labels)
     generators = [torch.Generator(device).manual_seed(config.seed + k) for k in range(len(indices))]
@@ -93,7 +96,7 @@ class QuickDistance:
         self.chosen = sorted(chosen.tolist())
         self._reference_features: torch.Tensor | None = None
 
-    def measure(self, pipeline: LightningDiTPipeline, device: torch.device, **sampler: float) -> dict[str, float]:
+    def measure(self, pipeline: "LightningDiTPipeline", device: torch.device, **sampler: float) -> dict[str, float]:
         """The distance under its name, its floor and the number of images; every process has to call this."""
         count, classes = self.config.num_images, pipeline.transformer.config.num_classes
         labels = draw_labels("random", count, classes, self.seed)
