@@ -14,16 +14,8 @@ The page needs no network; the same files give the same page.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vtp_diffusion.evaluation.report import (
-    NOT_MEASURED,
-    find_charts,
-    find_pictures,
-    html_page,
-    markdown_table,
-    read_result,
-    result_names,
-    table_rows,
-)
+from vtp_diffusion.evaluation.report import NOT_MEASURED, read_result, result_names, table_rows
+from vtp_diffusion.evaluation.report_page import find_charts, find_pictures, html_page, markdown_table
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output

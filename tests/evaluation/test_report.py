@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,7 +12,8 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from vtp_diffusion.evaluation.report import chart_svg, find_charts, read_result, result_names, table_rows
+from vtp_diffusion.evaluation.report import read_result, result_names, table_rows
+from vtp_diffusion.evaluation.report_page import chart_svg, find_charts
 
 PROGRAM = str(Path(__file__).parents[2] / "eval" / "report.py")
 
@@ -126,7 +128,7 @@ def test_what_keeps_a_number_out_of_a_table_stands_beside_it(files):
     rows = table_rows([read_result("guidance-1.json")])
     caveats = "features in float16; these images are those of the reference, pixel for pixel"
     assert len(rows) == 3 and all(row.details.endswith(caveats) for row in rows)
-    parts = "10 parts of 100 images, shuffled; in the order of the files, as ADM's evaluator takes them: 9.5; "
+    parts = "10 parts of 100 images, shuffled; in the order given, in parts of 5,000, as ADM's evaluator: 9.5; "
     assert rows[2].details == parts + caveats
     (chart,) = find_charts([read_result(file) for file in files])
     assert [x for x, *_ in chart.points] == [2.5, 4.0], "no curve has points of two precisions"
@@ -217,3 +219,13 @@ def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkey
 def test_bad_input(words, message, files, monkeypatch):
     with pytest.raises(ValueError, match=message):
         report(monkeypatch, "--output", "page.html", *words)
+
+
+def test_a_report_needs_no_torch():
+    code = (
+        "import sys; sys.modules['vtp_diffusion'] = package = type(sys)('vtp_diffusion'); "
+        "package.__path__ = [sys.argv[1]]; import vtp_diffusion.evaluation.report_page; "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(Path(PROGRAM).parents[1] / "vtp_diffusion")], check=False)
+    assert done.returncode == 0

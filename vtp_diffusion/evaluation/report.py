@@ -1,22 +1,10 @@
-"""One page out of several result files: HTML that needs no network, and a Markdown table.
+"""Result files of eval/ and the rows of a table that they give."""
 
-Nothing depends on when or where it is made: the same files give the same bytes.
-"""
-
-import base64
-import html
-import io
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
-
-from ..data.image_files import read_image
-from .report_style import STYLE
 
 # What a complete file of each evaluation holds; eval/generation.py says what it is by its keys alone.
 REQUIRED = {
@@ -25,14 +13,7 @@ REQUIRED = {
     "linear_probe": ("settings", "linear", "neighbours", "chance", "counts", "heads"),
     "zero_shot": ("settings", "top1", "top5", "chance", "num_images", "num_classes"),
 }
-PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
-AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
-STEP_AXIS = "training step"
 NOT_MEASURED = "not measured"  # in the place of a value
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 18, 18, 46  # of a chart and its margins
-
-
-Picture = tuple[str, Path | None]  # caption, and the file where there is one
 
 
 @dataclass
@@ -43,6 +24,11 @@ class Result:
     evaluation: str
     values: dict[str, Any]
     folder: Path
+
+    def recorded_settings(self) -> str:
+        """What decides the numbers, as JSON."""
+        keys = ("settings", "versions", "sampling", "networks", "files_sha256")
+        return json.dumps({key: self.values[key] for key in keys if key in self.values}, indent=2)
 
 
 @dataclass
@@ -55,16 +41,6 @@ class Row:
     images: str
     details: str
     name: str
-
-
-@dataclass
-class Chart:
-    """Values against something; points are (x, value, floor or None, name)."""
-
-    title: str
-    axis: str
-    note: str
-    points: list[tuple[float, float, float | None, str]]
 
 
 def result_names(files: Sequence[str | Path]) -> list[str]:
@@ -150,7 +126,7 @@ def _parts(row: dict[str, Any]) -> list[str]:
         return []
     found = [f"{row['splits']} parts of {row['images_per_split']} images, {row['order']}"]
     if "adm_value" in row:
-        found.append(f"in the order of the files, as ADM's evaluator takes them: {_number(row['adm_value'])}")
+        found.append(f"in the order given, in parts of 5,000, as ADM's evaluator: {_number(row['adm_value'])}")
     return found
 
 
@@ -268,183 +244,3 @@ def table_rows(results: Sequence[Result]) -> list[Row]:
             raise ValueError(f"{result.name}.json is a {result.evaluation} result that holds no numbers")
         rows += own
     return rows
-
-
-def _sampling(result: Result) -> dict[str, Any]:
-    """What made the images: the settings that came with them, else (of older files) the program's own."""
-    made = result.values.get("sampling", {}).get("generated")
-    names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels", "seed", "labels")
-    made = made or {name: result.values["settings"].get(name) for name in names}
-    return {name: value for name, value in made.items() if value is not None}  # none and not said are the same
-
-
-def _training_step(result: Result) -> int | None:
-    found = re.search(r"(?:checkpoint|step)[-_](\d+)", result.values["settings"].get("images", ""))
-    return int(found[1]) if found else None
-
-
-def find_charts(results: Sequence[Result]) -> list[Chart]:
-    """Distances against whatever single thing the files differ in: sampling steps, guidance, or training step (read
-    from checkpoint-N or step-N in the path of the images). What differs in more is not drawn together."""
-    groups: dict[tuple, list] = {}
-    for result in results:
-        if result.evaluation != "generation":
-            continue
-        made, step = _sampling(result), _training_step(result)
-        places = [(axis, made.get(key), {k: v for k, v in made.items() if k != key}) for key, axis in AXES.items()]
-        if step is not None:
-            places.append((STEP_AXIS, step, {k: v for k, v in made.items() if k != "weights"}))
-        for row in result.values["distances"]:
-            if row["images"] != "generated":
-                continue
-            for axis, x, rest in places:
-                mode = result.values["settings"].get("feature_mode", "exact")
-                sizes = row["num_images"], row["num_reference"]
-                others = json.dumps([rest, *sizes, row["network"], mode], sort_keys=True)
-                key = (row["distance"], axis, others)
-                if x is not None:
-                    groups.setdefault(key, []).append((float(x), row, result.name))
-    charts = []
-    for (title, axis, _), found in groups.items():
-        if len({x for x, *_ in found}) < 2:
-            continue
-        floors = all(row["floor"] is not None for _, row, _ in found)
-        points = [
-            (x, row["floor"]["generated"], row["floor"]["real"], name) if floors else (x, row["value"], None, name)
-            for x, row, name in sorted(found, key=lambda point: point[0])
-        ]
-        note = "at the sizes of the floor (dashed: real images)" if floors else "to the whole reference"
-        charts.append(Chart(title, axis, note, points))
-    return charts
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that lie between, about five of them."""
-    for step in (base * 10.0**power for power in range(-6, 9) for base in (1, 2, 5)):
-        if (high - low) / step <= 5:
-            break
-    first = -(-low // step)
-    return [k * step for k in range(int(first), int(high / step + 1e-9) + 1)]
-
-
-def chart_svg(chart: Chart) -> str:
-    """A line chart as inline SVG: it scales with the page and prints sharply."""
-    xs = [x for x, *_ in chart.points]
-    ys = [value for _, value, *_ in chart.points] + [floor for _, _, floor, _ in chart.points if floor is not None]
-    x_low, x_high, y_high = min(xs), max(xs), max(ys) * 1.08 or 1.0
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low)
-        left, height = LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - TOP - BOTTOM
-        return round(left, 1), round(HEIGHT - BOTTOM - y / y_high * height, 1)
-
-    parts = []
-    for tick in _ticks(0.0, y_high):
-        y = place(x_low, tick)[1]
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
-    last = float("-inf")
-    for x in sorted(set(xs)):
-        left = place(x, 0)[0]
-        if left - last >= 34:  # labels that would touch are left out, their points are not
-            parts.append(f'<text x="{left}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>')
-            last = left
-    lines = [("floor", [(x, floor) for x, _, floor, _ in chart.points if floor is not None])]
-    lines.append(("line", [(x, value) for x, value, *_ in chart.points]))
-    for kind, points in lines:
-        path = " ".join(f"{left},{top}" for left, top in (place(x, y) for x, y in points))
-        parts.append(f'<polyline class="{kind}" points="{path}"/>' if points else "")
-    for x, value, _, name in chart.points:
-        left, top = place(x, value)
-        label = html.escape(f"{name}: {value:.4g} at {x:g}")
-        parts.append(f'<circle cx="{left}" cy="{top}" r="4"><title>{label}</title></circle>')
-        parts.append(f'<text class="value" x="{left}" y="{top - 9}" text-anchor="middle">{value:.3g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{html.escape(chart.axis)}</text>')
-    label = html.escape(f"{chart.title} against {chart.axis}")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def data_uri(image: Image.Image) -> str:
-    """A picture inside the page, as PNG."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) -> list[Picture]:
-    """(caption, file): those given, then those that the programs wrote beside their results. A recorded picture is
-    looked for beside the result file, then where the program wrote it; one that is at neither place has no file, and
-    its caption says so."""
-    titles = {"generation": "nearest real images, below each generated one", "reconstruction": "worst cases"}
-    pictures = list(given)
-    for result in results:
-        recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
-        if recorded is None:
-            continue
-        places = (result.folder / Path(recorded).name, Path(recorded))
-        file = next((place for place in places if place.is_file()), None)
-        caption = f"{result.name}: {titles[result.evaluation]}"
-        pictures.append((caption if file else f"{caption}: picture {recorded} is not there", file))
-    return pictures
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table as GitHub shows it."""
-    lines = ["| what | value | floor | images | from | details |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        cells = (row.what, row.value, row.floor or "–", row.images, row.name, row.details)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def html_page(
-    title: str, rows: Sequence[Row], charts: Sequence[Chart], pictures: Sequence[Picture],
-    results: Sequence[Result],
-) -> str:  # fmt: skip
-    """The page. Raises: UnreadableImageError naming a picture that cannot be read."""
-    heads = ("what", "value", "floor", "images", "details")
-    body = []
-    for result in results:
-        own = [row for row in rows if row.name == result.name]
-        cells = "".join("<tr>" + "".join(_cell(head, getattr(row, head)) for head in heads) + "</tr>" for row in own)
-        header = "".join(f"<th>{head}</th>" for head in heads)
-        kind = result.evaluation.replace("_", " ")
-        body.append(
-            f"<section><h2>{html.escape(result.name)} <small>{kind}</small></h2>"
-            f"<table><thead><tr>{header}</tr></thead><tbody>{cells}</tbody></table>"
-            f"<details><summary>settings</summary><pre>{html.escape(_settings(result))}</pre></details></section>"
-        )
-    figures = "".join(
-        f"<figure><figcaption><b>{html.escape(chart.title)}</b> against {html.escape(chart.axis)}, "
-        f"{html.escape(chart.note)}</figcaption>{chart_svg(chart)}</figure>"
-        for chart in charts
-    )
-    shown = "".join(
-        f'<figure class="picture"><figcaption>{html.escape(caption)}</figcaption>'
-        + (f'<img src="{data_uri(read_image(file))}" alt="{html.escape(caption)}">' if file else "")
-        + "</figure>"
-        for caption, file in pictures
-    )
-    charts_html = f'<section><h2>Curves</h2><div class="figures">{figures}</div></section>' if figures else ""
-    pictures_html = f"<section><h2>Pictures</h2>{shown}</section>" if shown else ""
-    floor = (
-        "<p>The <b>floor</b> is what real images reach at sizes of their own, or what guessing does: a value means "
-        "little without it.</p>"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f"<h1>{html.escape(title)}</h1>{floor}{''.join(body)}{charts_html}{pictures_html}</main></body></html>\n"
-    )
-
-
-def _cell(head: str, text: str) -> str:
-    kind = "" if text else ' class="none"'
-    return f'<td data-label="{head}"{kind}>{html.escape(text) or "–"}</td>'
-
-
-def _settings(result: Result) -> str:
-    keys = ("settings", "versions", "sampling", "networks", "files_sha256")
-    return json.dumps({key: result.values[key] for key in keys if key in result.values}, indent=2)

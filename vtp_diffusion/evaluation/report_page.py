@@ -1,0 +1,181 @@
+"""A page of several results: HTML that needs no network, with tables, curves and pictures, and a Markdown table.
+
+Nothing depends on when or where it is made: the same files give the same bytes.
+"""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from ..data.image_files import read_image
+from .report import Result, Row
+
+PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
+AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
+STEP_AXIS = "training step"
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 18, 18, 46  # of a chart and its margins
+HEADS = ("what", "value", "floor", "images", "details")
+TEMPLATES = Environment(
+    loader=PackageLoader("vtp_diffusion.evaluation"), autoescape=True, undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
+
+Picture = tuple[str, Path | None]  # caption, and the file where there is one
+
+
+@dataclass
+class Chart:
+    """Values against something; points are (x, value, floor or None, name)."""
+
+    title: str
+    axis: str
+    note: str
+    points: list[tuple[float, float, float | None, str]]
+
+
+def _sampling(result: Result) -> dict[str, Any]:
+    """What made the images: the settings that came with them, else (of older files) the program's own."""
+    made = result.values.get("sampling", {}).get("generated")
+    names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels", "seed", "labels")
+    made = made or {name: result.values["settings"].get(name) for name in names}
+    return {name: value for name, value in made.items() if value is not None}  # none and not said are the same
+
+
+def _training_step(result: Result) -> int | None:
+    found = re.search(r"(?:checkpoint|step)[-_](\d+)", result.values["settings"].get("images", ""))
+    return int(found[1]) if found else None
+
+
+def find_charts(results: Sequence[Result]) -> list[Chart]:
+    """Distances against whatever single thing the files differ in: sampling steps, guidance, or training step (read
+    from checkpoint-N or step-N in the path of the images). What differs in more is not drawn together."""
+    groups: dict[tuple, list] = {}
+    for result in results:
+        if result.evaluation != "generation":
+            continue
+        made, step = _sampling(result), _training_step(result)
+        places = [(axis, made.get(key), {k: v for k, v in made.items() if k != key}) for key, axis in AXES.items()]
+        if step is not None:
+            places.append((STEP_AXIS, step, {k: v for k, v in made.items() if k != "weights"}))
+        for row in result.values["distances"]:
+            if row["images"] != "generated":
+                continue
+            for axis, x, rest in places:
+                mode = result.values["settings"].get("feature_mode", "exact")
+                sizes = row["num_images"], row["num_reference"]
+                others = json.dumps([rest, *sizes, row["network"], mode], sort_keys=True)
+                key = (row["distance"], axis, others)
+                if x is not None:
+                    groups.setdefault(key, []).append((float(x), row, result.name))
+    charts = []
+    for (title, axis, _), found in groups.items():
+        if len({x for x, *_ in found}) < 2:
+            continue
+        floors = all(row["floor"] is not None for _, row, _ in found)
+        points = [
+            (x, row["floor"]["generated"], row["floor"]["real"], name) if floors else (x, row["value"], None, name)
+            for x, row, name in sorted(found, key=lambda point: point[0])
+        ]
+        note = "at the sizes of the floor (dashed: real images)" if floors else "to the whole reference"
+        charts.append(Chart(title, axis, note, points))
+    return charts
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers that lie between, about five of them."""
+    for step in (base * 10.0**power for power in range(-6, 9) for base in (1, 2, 5)):
+        if (high - low) / step <= 5:
+            break
+    first = -(-low // step)
+    return [k * step for k in range(int(first), int(high / step + 1e-9) + 1)]
+
+
+def chart_svg(chart: Chart) -> Markup:
+    """A line chart as inline SVG: it scales with the page and prints sharply."""
+    xs = [x for x, *_ in chart.points]
+    floors = [(x, floor) for x, _, floor, _ in chart.points if floor is not None]
+    x_low, x_high = min(xs), max(xs)
+    y_high = max([value for _, value, *_ in chart.points] + [floor for _, floor in floors]) * 1.08 or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low)
+        left, height = LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - TOP - BOTTOM
+        return round(left, 1), round(HEIGHT - BOTTOM - y / y_high * height, 1)
+
+    x_ticks: list[tuple[str, float]] = []
+    for x in sorted(set(xs)):
+        left = place(x, 0)[0]
+        if not x_ticks or left - x_ticks[-1][1] >= 34:  # labels that would touch are left out, their points are not
+            x_ticks.append((f"{x:g}", left))
+    values = [(x, value) for x, value, *_ in chart.points]
+    lines = {"floor": floors, "line": values}
+    text = TEMPLATES.get_template("chart.svg").render(
+        chart=chart,
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        bottom=HEIGHT - BOTTOM,
+        y_ticks=[(f"{tick:g}", place(x_low, tick)[1]) for tick in _ticks(0.0, y_high)],
+        x_ticks=x_ticks,
+        lines=[(kind, [place(*point) for point in points]) for kind, points in lines.items()],
+        marks=[(*place(x, v), f"{v:.3g}", f"{name}: {v:.4g} at {x:g}") for x, v, _, name in chart.points],
+    )
+    return Markup(text)
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture inside the page, as PNG."""
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) -> list[Picture]:
+    """(caption, file): those given, then those that the programs wrote beside their results. A recorded picture is
+    looked for beside the result file, then where the program wrote it; one that is at neither place has no file, and
+    its caption says so."""
+    titles = {"generation": "nearest real images, below each generated one", "reconstruction": "worst cases"}
+    pictures = list(given)
+    for result in results:
+        recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
+        if recorded is None:
+            continue
+        places = (result.folder / Path(recorded).name, Path(recorded))
+        file = next((place for place in places if place.is_file()), None)
+        caption = f"{result.name}: {titles[result.evaluation]}"
+        pictures.append((caption if file else f"{caption}: picture {recorded} is not there", file))
+    return pictures
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table as GitHub shows it."""
+    lines = ["| what | value | floor | images | from | details |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        cells = (row.what, row.value, row.floor or "–", row.images, row.name, row.details)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def html_page(
+    title: str, rows: Sequence[Row], charts: Sequence[Chart], pictures: Sequence[Picture],
+    results: Sequence[Result],
+) -> str:  # fmt: skip
+    """The page. Raises: UnreadableImageError naming a picture that cannot be read."""
+    return TEMPLATES.get_template("report.html").render(
+        title=title,
+        heads=HEADS,
+        sections=[(result, [row for row in rows if row.name == result.name]) for result in results],
+        charts=charts,
+        chart_svg=chart_svg,
+        pictures=[(caption, data_uri(read_image(file)) if file else None) for caption, file in pictures],
+    )
