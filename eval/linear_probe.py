@@ -33,7 +33,7 @@ from vtp_diffusion.models.vtp_model import load_encoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output, write_results
-from vtp_diffusion.runtime.processes import check_alone, check_device
+from vtp_diffusion.runtime.processes import check_alone, check_device, reading_processes
 
 
 @dataclass(kw_only=True)
@@ -44,8 +44,6 @@ class LinearProbeConfig:
     data: DataConfig = field(metadata={"help": "images with labels"})
     output: str = field(metadata={"help": "FILE.json for the results"})
     features: str | None = field(default=None, metadata={"help": "folder of the features; none = beside the output"})
-    train_split: str = field(default="train", metadata={"help": "split that heads and neighbours learn from"})
-    validation_split: str = field(default="validation", metadata={"help": "split of the reported numbers"})
     num_layers: int = field(default=4, metadata={"help": "last layers whose class tokens a head may read"})
     learning_rates: tuple[float, ...] = field(
         default=LEARNING_RATES, metadata={"help": "of a batch of 256; scaled with the batch"}
@@ -55,6 +53,10 @@ class LinearProbeConfig:
     neighbours: tuple[int, ...] = field(default=KNN_NEIGHBOURS, metadata={"help": "values of k of k-NN"})
     seed: int = field(default=0, metadata={"help": "of weights and order"})
     batch_size: int = field(default=64, metadata={"help": "images encoded at once"})
+    num_workers: int = field(
+        default=reading_processes() if torch.cuda.is_available() else 0,
+        metadata={"help": "processes that read image files"},
+    )
     device: str = field(
         default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
     )
@@ -65,6 +67,8 @@ class LinearProbeConfig:
         for name in ("num_layers", "steps", "train_batch_size", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
         head_grid(self.num_layers, self.learning_rates)
 
     @property
@@ -74,8 +78,7 @@ class LinearProbeConfig:
 
 def open_splits(config: LinearProbeConfig) -> dict[str, ImageDataset]:
     """Both splits. Raises: ValueError where there is nothing to learn, or the splits are the same images."""
-    splits = {"train": config.train_split, "validation": config.validation_split}
-    datasets = {name: open_dataset(config.data, split) for name, split in splits.items()}
+    datasets = {split: open_dataset(config.data, split) for split in ("train", "validation")}
     names = datasets["train"].label_names
     if len(names) < 2:
         raise ValueError(
@@ -86,7 +89,7 @@ def open_splits(config: LinearProbeConfig) -> dict[str, ImageDataset]:
         raise ValueError(f"the splits have other classes: {names[:5]} and {datasets['validation'].label_names[:5]}")
     if datasets["validation"].fingerprint == datasets["train"].fingerprint:
         raise ValueError(
-            f"splits {config.train_split} and {config.validation_split} of {config.data.source} are the same images: "
+            f"the train and validation splits of {config.data.source} are the same images: "
             "accuracy on training images says nothing; a folder is split by its train/ and validation/"
         )
     return datasets
@@ -97,7 +100,7 @@ def read_features(config: LinearProbeConfig, model, datasets: dict[str, ImageDat
     for name, dataset in datasets.items():
         with tqdm(total=len(dataset), desc=f"features: {name}", unit="image") as progress:
             folder = config.features_folder / name
-            arguments = (config.num_layers, config.batch_size, config.device, progress.update)
+            arguments = (config.num_layers, config.batch_size, config.device, progress.update, config.num_workers)
             features[name] = cached_features(folder, model, dataset, *arguments).without_variants()
     return features
 

@@ -83,6 +83,10 @@ def test_probe_and_its_cached_features(evaluate, made, tmp_path):
     assert "cache_dir" not in again["settings"]["data"] and again["settings"]["data"]["holdout"] == 0.1
     assert again["heads"] == results["heads"], "the autoencoder in a VTPModel is the same one"
     assert (folder / "train" / "class_tokens.npy").stat().st_mtime_ns == changed
+    evaluate("linear_probe.py", *PROBE, "--num_workers", 2, "--features", tmp_path / "by-processes")
+    for file in sorted(folder.glob("*/*.npy")):
+        by_processes = tmp_path / "by-processes" / file.relative_to(folder)
+        assert by_processes.read_bytes() == file.read_bytes(), "read by processes or by the program itself"
     with pytest.raises(ValueError, match="num_layers: 2 there, 1 now"):
         evaluate("linear_probe.py", *PROBE, "--num_layers", 1)
     with pytest.raises(ValueError, match="num_images: 36 there, 9 now"):
@@ -126,7 +130,6 @@ def test_a_program_that_does_not_share_its_work_is_not_started_several_times(pro
     ("words", "message"),
     [
         (("linear_probe.py", "--output", "r.txt"), "output must be a FILE.json, got r.txt"),
-        (("linear_probe.py", "--num_layers", 2, "--train_split", "validation"), "are the same images"),
         (("linear_probe.py", "--num_layers", 3), "num_layers is 3, the encoder has 2"),
         (
             ("linear_probe.py", "--num_layers", 2, "--neighbours", [10, 40]),
@@ -134,6 +137,7 @@ def test_a_program_that_does_not_share_its_work_is_not_started_several_times(pro
         ),
         (("linear_probe.py", "--learning_rates", [0]), "expected positive numbers"),
         (("zero_shot.py", "--templates", ["a photo"]), "no {} for the name"),
+        (("linear_probe.py", "--num_workers", -1), "num_workers must be at least 0, got -1"),
         (("zero_shot.py", "--batch_size", 0), "batch_size must be at least 1"),
     ],
 )
@@ -148,6 +152,8 @@ def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
         evaluate("zero_shot.py", "--model", made / "vae")
     with pytest.raises(ValueError, match="holds no model"):
         evaluate("zero_shot.py", "--model", made / "images")
+    with pytest.raises(ValueError, match="train and validation splits of .* are the same images"):
+        evaluate("linear_probe.py", "--num_layers", 2, "--data.source", made / "images" / "train")
     one_class = made / "images" / "train" / "red"
     for program, more in (("zero_shot.py", ()), ("linear_probe.py", ("--num_layers", 2))):
         with pytest.raises(ValueError, match="have one class"):

@@ -1,4 +1,4 @@
-"""What frozen features know about classes: weighted nearest neighbours and linear heads, both as DINOv2 measures them
+"""Linear probe: linear classifiers on frozen features, trained on a grid of inputs and learning rates, as DINOv2 does
 (Oquab et al., arXiv:2304.07193; its public evaluation code).
 
 Features are read once and kept on disk (`probe_features.py`): there is no augmentation, which DINOv2's own linear

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from ..data.batches import READ_AHEAD
 from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
 from ..models.autoencoder_vtp import AutoencoderVTP
@@ -65,6 +67,7 @@ def cached_features(
     batch_size: int,
     device: torch.device | str,
     progress: Callable[[int], Any] = lambda count: None,
+    num_workers: int = 0,
 ) -> ProbeFeatures:
     """The features in a folder, mapped into memory; when it does not exist, they are read from the images first.
 
@@ -75,6 +78,7 @@ def cached_features(
         folder: of one data set and one model; N·(num_layers + 1)·D·4 bytes.
         num_layers: last layers whose class tokens are kept.
         progress: called with the number of images just read.
+        num_workers: processes that read images.
 
     Raises:
         ValueError: the folder holds features of another model or of other images, or something else.
@@ -89,11 +93,26 @@ def cached_features(
     if folder.exists():
         _check_key(folder, key)
     else:
-        _read(folder, key, model, dataset, batch_size, device, progress)
+        _read(folder, key, model, dataset, batch_size, device, progress, num_workers)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     rows = torch.from_numpy(np.array(arrays["rows"]))
     labels, weights = torch.tensor(dataset.labels)[rows], dataset.weights[rows]
     return ProbeFeatures(arrays["class_tokens"], arrays["patch_means"], labels, weights)
+
+
+class _ReadableImages(Dataset):
+    """Batches of a data set by their indices, without images that cannot be read."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: range) -> tuple[list[int], torch.Tensor]:
+        """Indices of the readable images and their pixels, uint8 (B, 3, H, W)."""
+        pairs = zip(indices, self.dataset.__getitems__(list(indices)), strict=True)
+        # in the place of an image that cannot be read comes another one, which has a row of its own
+        read = [(index, item["image"]) for index, item in pairs if item["key"] == self.dataset.keys[index]]
+        pixels = torch.stack([image for _, image in read]) if read else torch.empty(0, dtype=torch.uint8)
+        return [index for index, _ in read], pixels
 
 
 def _check_key(folder: Path, key: dict) -> None:
@@ -115,6 +134,7 @@ def _read(
     batch_size: int,
     device: torch.device | str,
     progress: Callable[[int], Any],
+    num_workers: int,
 ) -> None:
     """Read every image once; the arrays grow on disk, so that memory does not depend on their number."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -126,15 +146,20 @@ def _read(
         for name, shape in shapes.items()
     }
     rows = []
-    for start in range(0, count, batch_size):
-        indices = range(start, min(start + batch_size, count))
-        pairs = zip(indices, dataset.__getitems__(list(indices)), strict=True)
-        # in the place of an image that cannot be read comes another one, which has a row of its own
-        read = [(index, item["image"]) for index, item in pairs if item["key"] == dataset.keys[index]]
-        progress(len(indices))
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    loader = DataLoader(
+        _ReadableImages(dataset),
+        sampler=batches,
+        batch_size=None,  # an item of the sampler is a batch already
+        num_workers=num_workers,
+        prefetch_factor=READ_AHEAD if num_workers else None,
+        generator=torch.Generator(),  # reading must not move the global one
+    )
+    for batch, (read, pixels) in zip(batches, loader, strict=True):
+        progress(len(batch))
         if not read:
             continue
-        images = from_uint8(torch.stack([image for _, image in read])).to(device, model.dtype)
+        images = from_uint8(pixels).to(device, model.dtype)
         layers = model.encode_features(images, num_layers=key["num_layers"])
         found = {
             "class_tokens": torch.stack([layer.cls_token for layer in layers], dim=1),  # (B, L, D)
@@ -142,9 +167,9 @@ def _read(
         }
         for name, values in found.items():
             if not values.isfinite().all():
-                raise ValueError(f"{name} of the images from {dataset.keys[indices[0]]} on are not finite")
+                raise ValueError(f"{name} of the images from {dataset.keys[batch[0]]} on are not finite")
             arrays[name][written : written + len(read)] = values.float().cpu().numpy()
-        rows += [index for index, _ in read]
+        rows += read
         written += len(read)
     if not rows:
         raise ValueError(f"none of the {count} images can be read")

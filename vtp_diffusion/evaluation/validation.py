@@ -1,4 +1,4 @@
-"""What is looked at while a generator trains: a grid of samples, a quick distance to real images with its floor."""
+"""Validation during training: sample grid and quick Fréchet distance, beside its real-vs-real baseline."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class DistanceConfig:
-    """The quick distance: too few images for a number to publish, enough to see where training goes."""
+    """Settings of the quick distance: too few images for a number to publish, enough to see where training goes."""
 
     num_images: int = field(default=0, metadata={"help": "samples of random classes; 0 is no distance"})
     network: str = field(default="vgg16", metadata={"help": "feature network: vgg16, efficientnet_lite0, inception"})
@@ -43,7 +43,7 @@ class DistanceConfig:
 
 @dataclass(kw_only=True)
 class ValidationConfig:
-    """What is drawn at every validation, with the averaged weights and the same noise each time."""
+    """Settings of a validation, which samples with the EMA weights and from the same noise each time."""
 
     labels: list[int | str] = field(default_factory=list, metadata={"help": "class indices or names, one image each"})
     guidance_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 is none"})
