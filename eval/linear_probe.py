@@ -17,7 +17,7 @@ temperature 0.07, on the last class token, on the mean patch token, and on both.
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,46 +29,34 @@ from vtp_diffusion.evaluation.linear_probe import LEARNING_RATES, LinearHeads, h
 from vtp_diffusion.evaluation.probe_features import ProbeFeatures, cached_features
 from vtp_diffusion.metrics.classification import KNN_NEIGHBOURS, knn_accuracy
 from vtp_diffusion.models.latent_space import autoencoder_identity
-from vtp_diffusion.models.vtp_model import load_encoder
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.processes import check_alone, check_device, reading_processes
 
 
 @dataclass(kw_only=True)
-class LinearProbeConfig:
+class LinearProbeConfig(Settings):
     """Settings of this program."""
 
-    model: str = field(metadata={"help": "folder of an AutoencoderVTP, a VTPModel or a released checkpoint"})
-    data: DataConfig = field(metadata={"help": "images with labels"})
-    output: str = field(metadata={"help": "FILE.json for the results"})
-    features: str | None = field(default=None, metadata={"help": "folder of the features; none = beside the output"})
-    num_layers: int = field(default=4, metadata={"help": "last layers whose class tokens a head may read"})
-    learning_rates: tuple[float, ...] = field(
-        default=LEARNING_RATES, metadata={"help": "of a batch of 256; scaled with the batch"}
-    )
-    steps: int = field(default=12500, metadata={"help": "of training; 12500 is DINOv2's"})
-    train_batch_size: int = field(default=1024, metadata={"help": "images a step, at most the training split"})
-    neighbours: tuple[int, ...] = field(default=KNN_NEIGHBOURS, metadata={"help": "values of k of k-NN"})
-    seed: int = field(default=0, metadata={"help": "of weights and order"})
-    batch_size: int = field(default=64, metadata={"help": "images encoded at once"})
-    num_workers: int = field(
-        default=reading_processes() if torch.cuda.is_available() else 0,
-        metadata={"help": "processes that read image files"},
-    )
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
-    )
+    model: str = setting(help="folder of an AutoencoderVTP, a VTPModel or a released checkpoint")
+    data: DataConfig = setting(help="images with labels")
+    output: str = setting(help="FILE.json for the results")
+    features: str | None = setting(None, "folder of the features; none = beside the output")
+    num_layers: int = setting(4, "last layers whose class tokens a head may read", at_least=1)
+    learning_rates: tuple[float, ...] = setting(LEARNING_RATES, "of a batch of 256; scaled with the batch")
+    steps: int = setting(12500, "of training; 12500 is DINOv2's", at_least=1)
+    train_batch_size: int = setting(1024, "images a step, at most the training split", at_least=1)
+    neighbours: tuple[int, ...] = setting(KNN_NEIGHBOURS, "values of k of k-NN")
+    seed: int = setting(0, "of weights and order", at_least=0)
+    batch_size: int = setting(64, "images encoded at once", at_least=1)
+    num_workers: int = setting(reading_processes(), "processes that read image files", at_least=0)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
         check_output(self.output)
-        for name in ("num_layers", "steps", "train_batch_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
         head_grid(self.num_layers, self.learning_rates)
 
     @property
@@ -142,6 +130,8 @@ def head_rows(
 def main() -> None:
     check_alone("eval/linear_probe.py")
     config = parse_config(LinearProbeConfig, description=__doc__)
+    from vtp_diffusion.models.vtp_model import load_encoder
+
     model = load_encoder(config.model).requires_grad_(False)
     if config.num_layers > model.config.encoder_num_layers:
         raise ValueError(f"num_layers is {config.num_layers}, the encoder has {model.config.encoder_num_layers}")

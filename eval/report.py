@@ -11,24 +11,25 @@ table as Markdown.
 The page needs no network; the same files give the same page.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from vtp_diffusion.evaluation.report import NOT_MEASURED, read_result, result_names, table_rows
 from vtp_diffusion.evaluation.report_page import find_charts, find_pictures, html_page, markdown_table
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output
 
 
-@dataclass
-class ReportConfig:
-    results: list[str] = field(metadata={"help": "JSON files of the programs of eval/"})
-    output: str = field(metadata={"help": "FILE.html; FILE.md is written beside it"})
-    pictures: list[str] = field(default_factory=list, metadata={"help": "CAPTION=FILE: pictures to show first"})
-    title: str = field(default="Evaluation", metadata={"help": "heading of the page"})
+@dataclass(kw_only=True)
+class ReportConfig(Settings):
+    results: list[str] = setting(help="JSON files of the programs of eval/")
+    output: str = setting(help="FILE.html; FILE.md is written beside it")
+    pictures: list[str] = setting(default_factory=list, help="CAPTION=FILE: pictures to show first")
+    title: str = setting("Evaluation", "heading of the page")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_output(self.output, ".html")
         if not self.results:
             raise ValueError("results is empty: give at least one JSON file of a program of eval/")

@@ -12,13 +12,12 @@ set's. A class is the average of its prompts, as in CLIP. Images are ADM's centr
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from tqdm.auto import tqdm
 
-from vtp_diffusion import VTPModel
 from vtp_diffusion.data.captions import clip_tokenizer
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
 from vtp_diffusion.data.images import from_uint8
@@ -26,36 +25,31 @@ from vtp_diffusion.evaluation.sources import fault_lines, open_measured, read_ba
 from vtp_diffusion.metrics.classification import top_k_accuracy
 from vtp_diffusion.metrics.zero_shot import IMAGENET_CLASSES, class_embeddings, imagenet_prompts, zero_shot_scores
 from vtp_diffusion.models.latent_space import autoencoder_identity
-from vtp_diffusion.models.vtp_model import load_vtp
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import parse_config
+from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.processes import check_alone, check_device
 
 
 @dataclass(kw_only=True)
-class ZeroShotConfig:
+class ZeroShotConfig(Settings):
     """Settings of this program."""
 
-    model: str = field(metadata={"help": "folder of a VTPModel or of a released checkpoint"})
-    data: DataConfig = field(metadata={"help": "images with labels"})
-    output: str = field(metadata={"help": "FILE.json for the results"})
-    split: str = field(default="validation", metadata={"help": "split of the images"})
-    classes: Literal["imagenet", "data"] = field(default="data", metadata={"help": "whose class names"})
-    templates: list[str] = field(
-        default_factory=list,
-        metadata={"help": "prompts, {} is the name; none = CLIP's 80 for imagenet, else 'a photo of a {}.'"},
+    model: str = setting(help="folder of a VTPModel or of a released checkpoint")
+    data: DataConfig = setting(help="images with labels")
+    output: str = setting(help="FILE.json for the results")
+    split: str = setting("validation", "split of the images")
+    classes: Literal["imagenet", "data"] = setting("data", "whose class names")
+    templates: list[str] = setting(
+        default_factory=list, help="prompts, {} is the name; none = CLIP's 80 for imagenet, else 'a photo of a {}.'"
     )
-    batch_size: int = field(default=64, metadata={"help": "images at once"})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device to run on"}
-    )
+    batch_size: int = setting(64, "images at once", at_least=1)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_device(self.device)
         check_output(self.output)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], list[str]]:
@@ -82,6 +76,8 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
 def main() -> None:
     check_alone("eval/zero_shot.py")
     config = parse_config(ZeroShotConfig, description=__doc__)
+    from vtp_diffusion.models.vtp_model import VTPModel, load_vtp
+
     model = load_vtp(config.model)
     if not isinstance(model, VTPModel):
         raise ValueError(f"{config.model} holds an autoencoder without a text tower, expected a VTPModel")

@@ -10,16 +10,18 @@ of the last validation before any such sign is kept in decoder_before_collapse.s
 the run ends, and vae/ has that decoder (--stop_on_collapse false: it goes on).
 """
 
+from __future__ import annotations
+
 import copy
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.batches import Columns, collate_images, image_batches, plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig
@@ -43,7 +45,7 @@ from vtp_diffusion.pretraining.reconstruction import (
     reconstruction_grid,
 )
 from vtp_diffusion.runtime.cli import run as run_program
-from vtp_diffusion.runtime.config import config_to_dict, parse_config
+from vtp_diffusion.runtime.config import config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
 from vtp_diffusion.runtime.processes import gather_objects
 from vtp_diffusion.training.accelerator import sharding_asked
@@ -52,6 +54,9 @@ from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.loop import TrainingRun
 from vtp_diffusion.training.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from vtp_diffusion import AutoencoderVTP
+
 SOUND = "decoder_before_collapse.safetensors"  # in the run folder
 
 
@@ -59,28 +64,23 @@ SOUND = "decoder_before_collapse.safetensors"  # in the run folder
 class Config(TrainingConfig):
     """Settings of this program."""
 
-    vae: str = field(metadata={"help": "folder of an AutoencoderVTP, or of a run of train_vtp/train.py"})
-    data: DataConfig = field(default_factory=DataConfig)
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    validation_images: int = field(
-        default=16,
-        metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
+    vae: str = setting(help="folder of an AutoencoderVTP, or of a run of train_vtp/train.py")
+    data: DataConfig = setting(default_factory=DataConfig)
+    augmentation: AugmentationConfig = setting(default_factory=AugmentationConfig)
+    reconstruction: ReconstructionConfig = setting(default_factory=ReconstructionConfig)
+    adversarial: AdversarialConfig = setting(default_factory=AdversarialConfig)
+    validation_images: int = setting(
+        16, "held-out images in the grid: originals above reconstructions", may_change=True, at_least=1
     )
-    stop_on_collapse: bool = field(
-        default=True,
-        metadata={"help": "end when PSNR has fallen, with the decoder from before; else go on", "may_change": True},
+    stop_on_collapse: bool = setting(
+        True, "end when PSNR has fallen, with the decoder from before; else go on", may_change=True
     )
-    evaluation_images: int | None = field(
-        default=None, metadata={"help": "images measured of either split, none = all", "may_change": True}
+    evaluation_images: int | None = setting(
+        None, "images measured of either split, none = all", may_change=True, at_least=1
     )
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("validation_images", "evaluation_images"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
         check_streaming(self)
         if self.mixed_precision == "fp16":
             raise ValueError(
@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     if sharding_asked():
         raise ValueError("FSDP was asked for: the decoder and its discriminator are trained with whole weights only")
     folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
+    from vtp_diffusion import AutoencoderVTP
+
     autoencoder, reference = (AutoencoderVTP.from_pretrained(source).eval() for _ in range(2))
     if config.data.resolution % autoencoder.spatial_compression_ratio:
         raise ValueError(

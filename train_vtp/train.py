@@ -8,16 +8,16 @@ vae/, which AutoencoderVTP.from_pretrained loads, its latent statistics inside, 
 vtp/ for VTPModel.from_pretrained.
 """
 
+from __future__ import annotations
+
 import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.data.augmentation import AugmentationConfig
 from vtp_diffusion.data.batches import plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
@@ -44,7 +44,7 @@ from vtp_diffusion.pretraining.reconstruction import (
 )
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.cli import run as run_program
-from vtp_diffusion.runtime.config import check_sizes, config_to_dict, parse_config
+from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import numbers_line
 from vtp_diffusion.runtime.processes import this_process
 from vtp_diffusion.training.accelerator import sharding_asked
@@ -53,102 +53,86 @@ from vtp_diffusion.training.loop import TrainingRun
 from vtp_diffusion.training.optimisation import weight_decay_at
 from vtp_diffusion.training.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from vtp_diffusion import AutoencoderVTP, VTPModel
+
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
 NAMED = 10  # unreadable images of a data set that are named
 OBJECTIVES = ("contrastive", "self_supervision", "reconstruction")
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Architecture of the autoencoder; its sample size is the resolution of the data."""
 
-    patch_size: int = field(default=16, metadata={"help": "pixels a side of a token: the downsampling"})
-    latent_channels: int = field(default=64, metadata={"help": "width of the bottleneck"})
-    encoder_hidden_size: int = field(default=384, metadata={"help": "width of the encoder"})
-    encoder_num_layers: int = field(default=12, metadata={"help": "blocks of the encoder"})
-    encoder_num_attention_heads: int = field(default=6, metadata={"help": "heads of the encoder"})
-    decoder_hidden_size: int = field(default=384, metadata={"help": "width of the pixel decoder"})
-    decoder_num_layers: int = field(default=12, metadata={"help": "blocks of the pixel decoder"})
-    decoder_num_attention_heads: int = field(default=6, metadata={"help": "heads of the pixel decoder"})
-    encoder_qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on the encoder's queries and keys"})
-    decoder_qk_norm: bool = field(default=False, metadata={"help": "RMSNorm on the decoder's queries and keys"})
-    rope_dtype: str = field(default="float32", metadata={"help": "float32, or bfloat16 as the released models"})
-
-    def __post_init__(self):
-        check_sizes(self, "model")
+    patch_size: int = setting(16, "pixels a side of a token: the downsampling", at_least=1)
+    latent_channels: int = setting(64, "width of the bottleneck", at_least=1)
+    encoder_hidden_size: int = setting(384, "width of the encoder", at_least=1)
+    encoder_num_layers: int = setting(12, "blocks of the encoder", at_least=1)
+    encoder_num_attention_heads: int = setting(6, "heads of the encoder", at_least=1)
+    decoder_hidden_size: int = setting(384, "width of the pixel decoder", at_least=1)
+    decoder_num_layers: int = setting(12, "blocks of the pixel decoder", at_least=1)
+    decoder_num_attention_heads: int = setting(6, "heads of the pixel decoder", at_least=1)
+    encoder_qk_norm: bool = setting(False, "RMSNorm on the encoder's queries and keys")
+    decoder_qk_norm: bool = setting(False, "RMSNorm on the decoder's queries and keys")
+    rope_dtype: str = setting("float32", "float32, or bfloat16 as the released models")
 
 
 @dataclass(kw_only=True)
-class TextConfig:
+class TextConfig(Settings):
     """The text tower and the space shared with images; the defaults are those of the released models."""
 
-    text_hidden_size: int = field(default=768, metadata={"help": "width"})
-    text_num_layers: int = field(default=12, metadata={"help": "blocks"})
-    text_num_attention_heads: int = field(default=12, metadata={"help": "heads"})
-    text_context_length: int = field(default=77, metadata={"help": "tokens of a text; longer captions are cut"})
-    projection_dim: int = field(default=768, metadata={"help": "size of the shared space"})
-
-    def __post_init__(self):
-        if self.text_context_length < 3:
-            raise ValueError(
-                f"text.text_context_length is {self.text_context_length}, expected at least 3: a text's start, a "
-                "token of it and its end"
-            )
-        check_sizes(self, "text")
+    text_hidden_size: int = setting(768, "width", at_least=1)
+    text_num_layers: int = setting(12, "blocks", at_least=1)
+    text_num_attention_heads: int = setting(12, "heads", at_least=1)
+    text_context_length: int = setting(77, "tokens of a text; longer captions are cut", at_least=3)
+    projection_dim: int = setting(768, "size of the shared space", at_least=1)
 
 
 @dataclass(kw_only=True)
 class Config(TrainingConfig):
     """Settings of this program."""
 
-    objectives: tuple[Literal["contrastive", "self_supervision", "reconstruction"], ...] = field(
-        default=("reconstruction",), metadata={"help": "what is trained for"}
+    objectives: tuple[Literal["contrastive", "self_supervision", "reconstruction"], ...] = setting(
+        ("reconstruction",), "what is trained for"
     )
-    adam_weight_decay_end: float | None = field(
-        default=None, metadata={"help": "weight decay at the end, reached along a cosine; none: constant"}
+    adam_weight_decay_end: float | None = setting(
+        None, "weight decay at the end, reached along a cosine; none: constant", at_least=0
     )
-    compile_stacks: bool = field(
-        default=False,
-        metadata={
-            "help": "with compile and several objectives: whole encoders, not blocks; small models' steps are shorter",
-            "may_change": True,
-        },
+    compile_stacks: bool = setting(
+        False,
+        "with compile and several objectives: whole encoders, not blocks; small models' steps are shorter",
+        may_change=True,
     )
-    cuda_graphs: bool = field(
-        default=False,
-        metadata={
-            "help": "on one GPU, without micro-steps: a step's passes are recorded once and then launched as a whole, "
-            "not kernel by kernel; they keep their memory during evaluation too, and are left out if it is too little",
-            "may_change": True,
-        },
+    cuda_graphs: bool = setting(
+        False,
+        "on one GPU, without micro-steps: a step's passes are recorded once and then launched as a whole, "
+        "not kernel by kernel; they keep their memory during evaluation too, and are left out if it is too little",
+        may_change=True,
     )
-    checkpointed_share: float = field(
-        default=1.0, metadata={"help": "of every stack's blocks, with gradient_checkpointing", "may_change": True}
+    checkpointed_share: float = setting(
+        1.0, "of every stack's blocks, with gradient_checkpointing", may_change=True, above=0, at_most=1
     )
-    data: DataConfig = field(default_factory=DataConfig)
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    text: TextConfig = field(default_factory=TextConfig)
-    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
-    reconstruction: ReconstructionPartConfig = field(default_factory=ReconstructionPartConfig)
-    validation_images: int = field(
-        default=16,
-        metadata={"help": "held-out images in the grid: originals above reconstructions", "may_change": True},
+    data: DataConfig = setting(default_factory=DataConfig)
+    augmentation: AugmentationConfig = setting(default_factory=AugmentationConfig)
+    model: ModelConfig = setting(default_factory=ModelConfig)
+    text: TextConfig = setting(default_factory=TextConfig)
+    contrastive: ContrastiveConfig = setting(default_factory=ContrastiveConfig)
+    self_supervision: SelfSupervisionConfig = setting(default_factory=SelfSupervisionConfig)
+    reconstruction: ReconstructionPartConfig = setting(default_factory=ReconstructionPartConfig)
+    validation_images: int = setting(
+        16, "held-out images in the grid: originals above reconstructions", may_change=True, at_least=1
     )
-    evaluation_images: int | None = field(
-        default=None, metadata={"help": "images measured of either split, none = all", "may_change": True}
+    evaluation_images: int | None = setting(
+        None, "images measured of either split, none = all", may_change=True, at_least=1
     )
-    latent_statistics_images: int | None = field(
-        default=None,
-        metadata={
-            "help": "training images that the latent statistics are of; none = all, of a stream 50,000",
-            "may_change": True,
-        },
+    latent_statistics_images: int | None = setting(
+        None,
+        "training images that the latent statistics are of; none = all, of a stream 50,000",
+        may_change=True,
+        at_least=1,
     )
-    zero_shot_templates: tuple[str, ...] = field(
-        default=("{}",), metadata={"help": "prompts, {} being the name of the class", "may_change": True}
-    )
+    zero_shot_templates: tuple[str, ...] = setting(("{}",), "prompts, {} being the name of the class", may_change=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,16 +156,7 @@ class Config(TrainingConfig):
         check_streaming(self)
         self.reconstruction = self.reconstruction.resolved(alone=self.objectives == ("reconstruction",))
         self.check_shares(processes=1)
-        if self.adam_weight_decay_end is not None and not 0 <= self.adam_weight_decay_end < math.inf:
-            raise ValueError(
-                f"adam_weight_decay_end is {self.adam_weight_decay_end}, expected 0, a positive number or none"
-            )
         check_templates("zero_shot_templates", self.zero_shot_templates)
-        if not 0 < self.checkpointed_share <= 1:
-            raise ValueError(f"checkpointed_share is {self.checkpointed_share}, expected a share in (0, 1]")
-        for name in ("validation_images", "evaluation_images", "latent_statistics_images"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
 
     def check_shares(self, processes: int) -> None:
         """ValueError unless each of so many processes has a whole number of samples of every share in a micro-step."""
@@ -202,6 +177,8 @@ class Config(TrainingConfig):
 
 def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]:
     """The objectives, and the model that checkpoints hold: with a text tower only where one is trained."""
+    from vtp_diffusion import AutoencoderVTP, VTPModel
+
     architecture = {"sample_size": config.data.resolution, **vars(config.model)}
     with_text = "contrastive" in config.objectives
     model = VTPModel(**architecture, **vars(config.text)) if with_text else AutoencoderVTP(**architecture)
@@ -307,7 +284,7 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
         results |= latent_statistics(run, config, autoencoder, training)
         autoencoder.register_to_config(**{name: results[name] for name in ("latents_mean", "latents_std")})
     autoencoder.save_pretrained(run.folder.path / "vae")
-    if isinstance(model, VTPModel):
+    if model is not autoencoder:
         model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
     results["left_out"] = left_out
     results["configuration"] = config_to_dict(config)
@@ -337,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         folder,
         objective,
         model,
-        "vtp" if isinstance(model, VTPModel) else "vae",
+        "vtp" if hasattr(model, "autoencoder") else "vae",
         training.fingerprint,
         not_saved=("objectives.reconstruction.perceptual.",),
         flops_per_image=sum(objective.flops(config.data.resolution).values()),

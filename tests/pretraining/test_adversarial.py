@@ -243,9 +243,9 @@ def test_what_happens_before_the_start_is_no_sign():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weight": -1.0}, "adversarial.weight is -1.0"),
-        ({"learning_rate": 0.0}, "adversarial.learning_rate is 0.0"),
-        ({"adam_beta1": 1.0}, "adversarial.adam_beta1 is 1.0"),
+        ({"weight": -1.0}, "weight is -1.0, expected 0 or a positive"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected a positive"),
+        ({"adam_beta1": 1.0}, "adam_beta1 is 1.0, expected a number in"),
         ({"r1": 1.0, "discriminator": "features"}, "no second derivative"),
     ],
 )

@@ -137,8 +137,8 @@ def test_a_program_that_does_not_share_its_work_is_not_started_several_times(pro
         ),
         (("linear_probe.py", "--learning_rates", [0]), "expected positive numbers"),
         (("zero_shot.py", "--templates", ["a photo"]), "no {} for the name"),
-        (("linear_probe.py", "--num_workers", -1), "num_workers must be at least 0, got -1"),
-        (("zero_shot.py", "--batch_size", 0), "batch_size must be at least 1"),
+        (("linear_probe.py", "--num_workers", -1), "num_workers is -1, expected 0 or a positive number"),
+        (("zero_shot.py", "--batch_size", 0), "batch_size is 0, expected a positive number"),
     ],
 )
 def test_bad_input(words, message, evaluate, tmp_path):

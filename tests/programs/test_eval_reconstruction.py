@@ -114,7 +114,7 @@ def test_an_image_that_cannot_be_read_is_not_measured_as_its_neighbour(words, tm
     ("more", "message"),
     [
         (["--num_images", "7"], "num_images is 7, but split train has 6 images"),
-        (["--num_images", "2"], "num_images 3, got 4 and 2"),
+        (["--num_images", "2"], "num_images is 2, expected 3 or more"),
         (["--output", "r.txt"], "output must be a FILE.json, got r.txt"),
         (["--output", "/dev/null/r.json"], "output /dev/null/r.json cannot be written"),
         (["--worst_cases", "/dev/null/w.png"], "worst_cases /dev/null/w.png cannot be written"),

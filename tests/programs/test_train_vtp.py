@@ -190,7 +190,7 @@ def test_a_folder_without_held_out_images_claims_none(tmp_path, pictures, capsys
         (["--model.latent_channels=0"], "model.latent_channels is 0, expected a positive number"),
         (["--model.encoder_num_layers=-1"], "model.encoder_num_layers is -1, expected a positive number"),
         (["--text.text_num_attention_heads=0"], "text.text_num_attention_heads is 0, expected a positive number"),
-        (["--adam_weight_decay_end=-5"], "adam_weight_decay_end is -5.0, expected 0, a positive number or none"),
+        (["--adam_weight_decay_end=-5"], "adam_weight_decay_end is -5.0, expected 0 or a positive number"),
         (["--contrastive.weight=nan"], "--contrastive.weight is nan, expected a finite number"),
         (["--validation_images=0"], "validation_images is 0"),
         (["--latent_statistics_images=0"], "latent_statistics_images is 0"),

@@ -1,10 +1,12 @@
 """Features of a frozen encoder for a whole data set, read once and kept on disk."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.batches import READ_AHEAD
 from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
-from ..models.autoencoder_vtp import AutoencoderVTP
 from ..models.latent_space import autoencoder_identity
+
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
 
 KEY_NAME = "key.json"  # written last: with it a folder is complete
 ARRAYS = ("class_tokens", "patch_means", "rows")
@@ -39,7 +43,7 @@ class ProbeFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def without_variants(self) -> "ProbeFeatures":
+    def without_variants(self) -> ProbeFeatures:
         """Those of images that are no variants of others (OpenMoji's skin tones), as in the reference of distances."""
         if self.weights is None or bool((self.weights == self.weights.max()).all()):
             return self

@@ -3,14 +3,16 @@
 Either way half of the samples can be mirror images, and everything random is keyed by the position in the run.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
 
 from ..data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from ..data.batches import (
@@ -30,6 +32,9 @@ from ..data.openmoji import ATTRIBUTION, LICENSE
 from ..data.order import StepBatchSampler, draw_for_positions
 from ..models.latent_space import autoencoder_identity, check_latents_fit, encode_raw, latent_statistics
 from ..runtime.precision import autocast
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 # streams of `draw_for_positions`, beside the noise's 0
 FLIP_STREAM, AUGMENTATION_STREAM = 1, 2
@@ -191,7 +196,7 @@ def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | 
         )
 
 
-def class_names(dataset: "LatentDataset | OnlineLatents", num_classes: int | None) -> dict[int, str]:
+def class_names(dataset: LatentDataset | OnlineLatents, num_classes: int | None) -> dict[int, str]:
     """Class index -> name for a generator of `num_classes` classes; None: as many as the data has.
 
     Raises: ValueError if labels or names of the data go beyond.

@@ -1,14 +1,19 @@
 """Zero-shot classification as CLIP does it (Radford et al., arXiv:2103.00020, section 3.1): an image belongs to the
 class whose prompts its feature is nearest to."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ..data.captions import Tokenize
-from ..models.vtp_model import VTPModel
 from ..runtime.optional_packages import require
+
+if TYPE_CHECKING:
+    from ..models.vtp_model import VTPModel
 
 IMAGENET_CLASSES = 1000
 

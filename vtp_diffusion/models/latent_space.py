@@ -10,22 +10,22 @@ import json
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from ..data.images import finite_to_uint8, from_uint8
 
 
-def owns_statistics(vae: ModelMixin) -> bool:
+def owns_statistics(vae: nn.Module) -> bool:
     """Whether `encode` gives normalised latents and the configuration the statistics: `AutoencoderVTP`."""
     return hasattr(vae, "denormalize_latents")
 
 
-def normalises_inside(vae: ModelMixin) -> bool:
+def normalises_inside(vae: nn.Module) -> bool:
     """Whether images are in [0, 1] and latents used as they come: `AutoencoderRAE`."""
     return type(vae).__name__ == "AutoencoderRAE"
 
 
-def encode_raw(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+def encode_raw(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Raw latents (B, C, h, w) in float32, before the statistics or the scaling of the autoencoder.
 
     Args: `images`: (B, 3, H, W) in [-1, 1], whatever range the autoencoder itself works in.
@@ -39,7 +39,7 @@ def encode_raw(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
     return vae.denormalize_latents(latents) if owns_statistics(vae) else latents
 
 
-def latent_statistics(vae: ModelMixin) -> tuple[torch.Tensor, torch.Tensor]:
+def latent_statistics(vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (1, C, 1, 1), float32, such that a generator sees (raw - mean) / std.
 
     Raises: ValueError for an `AutoencoderVTP` without statistics.
@@ -60,7 +60,7 @@ def latent_statistics(vae: ModelMixin) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, std
 
 
-def decode_to_images(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+def decode_to_images(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Latents as a generator sees them (B, C, h, w) -> images (B, 3, H, W) around [-1, 1], float32."""
     latents = latents.to(vae.dtype)
     if normalises_inside(vae):
@@ -71,7 +71,7 @@ def decode_to_images(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def reconstruct(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+def reconstruct(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8.
 
     Raises: ValueError if what comes back is not finite, or has another size, as from sides that are no multiple of the
@@ -86,7 +86,7 @@ def reconstruct(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
     return finite_to_uint8(x).to(images.device)
 
 
-def autoencoder_identity(vae: ModelMixin, decoder: bool = True) -> dict[str, str]:
+def autoencoder_identity(vae: nn.Module, decoder: bool = True) -> dict[str, str]:
     """Class and hashes of configuration and "weights", over what decides raw latents and the decoder. Without the
     decoder the last is called "encoder": where it is the same, latents are, as before and after stage 2 of VTP.
 
@@ -114,7 +114,7 @@ def autoencoder_identity(vae: ModelMixin, decoder: bool = True) -> dict[str, str
     }
 
 
-def check_latents_fit(metadata: dict[str, Any] | None, vae: ModelMixin) -> None:
+def check_latents_fit(metadata: dict[str, Any] | None, vae: nn.Module) -> None:
     """Refuse latents that another autoencoder made; one with another decoder would make the same ones. Shards of
     upstream have no metadata and cannot be checked.
 

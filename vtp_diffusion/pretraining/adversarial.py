@@ -4,22 +4,27 @@ Stage 2 of VTP (arXiv:2512.13687) freezes the encoder and fine-tunes the pixel d
 neither discriminator nor weights: those here are VQGAN's (arXiv:2012.09841), its losses hinge and adaptive weight.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
-from ..models.autoencoder_vtp import AutoencoderVTP
+from ..runtime.config import Settings, setting
 from ..training.config import TrainingConfig
 from ..training.optimisation import parameter_groups
 from .discriminators import FeatureDiscriminator, PatchDiscriminator
 from .reconstruction import ReconstructionObjective
+
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
 
 ADAPTIVE_EPSILON = 1e-6  # delta of VQGAN's equation 7
 ADAPTIVE_LIMIT = 1e4  # VQGAN's code clamps there
@@ -37,36 +42,26 @@ Losses = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
-class AdversarialConfig:
+class AdversarialConfig(Settings):
     """The discriminator and its part in the loss."""
 
-    discriminator: Literal["patch", "features"] = field(
-        default="patch", metadata={"help": "what it sees: patches of pixels, or features of the frozen encoder"}
+    discriminator: Literal["patch", "features"] = setting(
+        "patch", "what it sees: patches of pixels, or features of the frozen encoder"
     )
-    weight: float = field(default=0.8, metadata={"help": "times VQGAN's adaptive weight; its configurations say 0.8"})
-    start_step: int = field(
-        default=0, metadata={"help": "its verdict reaches the decoder from this step on; it learns from the first"}
+    weight: float = setting(0.8, "times VQGAN's adaptive weight; its configurations say 0.8", at_least=0)
+    start_step: int = setting(
+        0, "its verdict reaches the decoder from this step on; it learns from the first", at_least=0
     )
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak; the schedule is the decoder's"})
-    adam_beta1: float = field(default=0.5, metadata={"help": "AdamW of the discriminator, first moment (VQGAN's)"})
-    adam_beta2: float = field(default=0.9, metadata={"help": "AdamW of the discriminator, second moment (VQGAN's)"})
-    r1: float = field(default=0.0, metadata={"help": "gamma of the gradient penalty on originals (patch only)"})
-    lecam: float = field(default=0.0, metadata={"help": "weight of LeCam regularisation, for little data"})
-    patch_channels: int = field(default=64, metadata={"help": "patch: channels of the first layer"})
-    patch_layers: int = field(default=3, metadata={"help": "patch: strided layers"})
+    learning_rate: float = setting(2e-4, "peak; the schedule is the decoder's", above=0)
+    adam_beta1: float = setting(0.5, "AdamW of the discriminator, first moment (VQGAN's)", at_least=0, below=1)
+    adam_beta2: float = setting(0.9, "AdamW of the discriminator, second moment (VQGAN's)", at_least=0, below=1)
+    r1: float = setting(0.0, "gamma of the gradient penalty on originals (patch only)", at_least=0)
+    lecam: float = setting(0.0, "weight of LeCam regularisation, for little data", at_least=0)
+    patch_channels: int = setting(64, "patch: channels of the first layer", at_least=1)
+    patch_layers: int = setting(3, "patch: strided layers", at_least=1)
 
     def __post_init__(self):
-        for name in ("weight", "start_step", "r1", "lecam"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"adversarial.{name} is {getattr(self, name)}, expected a number that is not negative"
-                )
-        for name in ("learning_rate", "patch_channels", "patch_layers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"adversarial.{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"adversarial.{name} is {getattr(self, name)}, expected a number in [0, 1)")
+        super().__post_init__()
         if self.r1 > 0 and self.discriminator != "patch":
             raise ValueError(
                 f"adversarial.r1 is {self.r1} with discriminator {self.discriminator!r}, expected 0: attention "
@@ -236,7 +231,7 @@ def find_autoencoder(folder: str | Path) -> Path:
         config = path / "config.json"
         if config.is_file():
             name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-            if name != AutoencoderVTP.__name__:
+            if name != "AutoencoderVTP":
                 raise ValueError(f"{path} holds a {name}, expected an AutoencoderVTP")
             return path
     if any(folder.glob("checkpoint-*")):

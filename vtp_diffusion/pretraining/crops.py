@@ -11,7 +11,7 @@ until everything that is queued there is done.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from ..data.batches import to_device
 from ..data.images import from_uint8
+from ..runtime.config import Settings, setting
 
 # Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
 FLIP, JITTER, GREY = 0.5, 0.8, 0.2
@@ -41,26 +42,22 @@ MIN_MASK_GRID = 3  # patches a side: a block is smaller than the grid, and of no
 
 
 @dataclass(kw_only=True)
-class CropConfig:
+class CropConfig(Settings):
     """Views of an image; the defaults are DINOv2's, except that global crops are as large as the training images."""
 
-    global_crops: int = field(default=2, metadata={"help": "large views an image; teacher and student see them"})
-    global_size: int | None = field(default=None, metadata={"help": "their side in pixels; none: data.resolution"})
-    global_scale: tuple[float, float] = field(default=(0.32, 1.0), metadata={"help": "share of the area they show"})
-    local_crops: int = field(default=8, metadata={"help": "small views an image, for the student only"})
-    local_size: int = field(default=96, metadata={"help": "their side in pixels"})
-    local_scale: tuple[float, float] = field(default=(0.05, 0.32), metadata={"help": "share of the area they show"})
-    colour: bool = field(default=True, metadata={"help": "jitter colours, blur and solarize as DINOv2 does"})
+    global_crops: int = setting(2, "large views an image; teacher and student see them", at_least=2)
+    global_size: int | None = setting(None, "their side in pixels; none: data.resolution", at_least=1)
+    global_scale: tuple[float, float] = setting((0.32, 1.0), "share of the area they show", above=0, at_most=1)
+    local_crops: int = setting(8, "small views an image, for the student only", at_least=0)
+    local_size: int = setting(96, "their side in pixels", at_least=1)
+    local_scale: tuple[float, float] = setting((0.05, 0.32), "share of the area they show", above=0, at_most=1)
+    colour: bool = setting(True, "jitter colours, blur and solarize as DINOv2 does")
 
     def __post_init__(self):
-        if self.global_crops < 2 or self.local_crops < 0:
-            raise ValueError(
-                f"crops: {self.global_crops} global and {self.local_crops} local ones, expected at least 2 and 0: a "
-                "student's view is compared with the teacher's other views"
-            )
+        super().__post_init__()
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
+            if low > high:
                 raise ValueError(f"crops.{name} is {low} to {high}, expected shares of the area, the smaller first")
 
 

@@ -1,12 +1,17 @@
 """Networks that tell decoded images from originals: patches of pixels, or features of the frozen encoder."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..models.autoencoder_vtp import AutoencoderVTP
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
+
 
 NORM_GROUPS = 32
 FEATURE_LAYERS = 4  # layers of the encoder that are judged, spread evenly over its depth

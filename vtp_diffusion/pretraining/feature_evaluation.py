@@ -1,7 +1,9 @@
 """What is measured on a tokenizer's features while it is pre-trained: classes, captions, and whether they collapse."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,10 @@ from ..data.batches import plain_batches
 from ..data.captions import clip_tokenizer, tokenize_captions
 from ..metrics.classification import knn_accuracy, top_k_accuracy
 from ..metrics.zero_shot import class_embeddings
-from ..models.autoencoder_vtp import AutoencoderVTP
-from ..models.vtp_model import VTPModel
+
+if TYPE_CHECKING:
+    from ..models.autoencoder_vtp import AutoencoderVTP
+    from ..models.vtp_model import VTPModel
 
 MEASURED_IMAGES = 10_000  # of a split at most, spread over it: similarities are all held at once
 NEIGHBOURS = 20  # of k-NN: DINOv2's

@@ -219,14 +219,6 @@ def build_config(config_class: type[Config], values: dict[str, Any], where: str,
     return config_class(**checked)
 
 
-def check_sizes(config: Any, section: str) -> None:
-    """ValueError unless all whole numbers in a dataclass are positive. Args: `section`: its name in options."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if type(value) is int and value < 1:
-            raise ValueError(f"{section}.{field.name} is {value}, expected a positive number")
-
-
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain dictionaries, lists and scalars: what YAML and JSON can hold."""
 
