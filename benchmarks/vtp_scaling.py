@@ -112,17 +112,22 @@ def changes(config: BenchmarkConfig) -> dict:
     return changed | (SAME_LOSSES if config.same_losses else {})
 
 
+def batch_sizes(config: BenchmarkConfig, processes: int) -> tuple[int, int]:
+    """Images of a step, and of a process in it: with `same_losses` the step has `images`, else every process has."""
+    images = config.images or SIZES[config.size][1]
+    return (images, images // processes) if config.same_losses else (images * processes, images)
+
+
 def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
     """A row for every number of processes, as soon as it is measured."""
-    file, images, _ = SIZES[config.size]
-    images, single = config.images or images, None
+    file, single = SIZES[config.size][0], None
     first: list[dict] = []
     for processes in config.processes:
         with tempfile.TemporaryDirectory() as temporary:
             run, start = Path(temporary) / "run", time.perf_counter()
             again = config.same_losses and processes == 1 and single is not None
             settings = changes(config) | {"output_dir": run}
-            settings |= {"train_batch_size": images if config.same_losses else images * processes}
+            settings["train_batch_size"], images_a_process = batch_sizes(config, processes)
             environment = program_environment()
             if config.same_losses:
                 environment |= {"NVIDIA_TF32_OVERRIDE": "0"}  # torch allows TensorFloat-32 to convolutions
@@ -133,7 +138,7 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
             run_until(lambda run=run: steps_logged(run) >= config.steps, command, environment)
             lines = [line for line in read_log(run) if line["step"] <= config.steps]
         steady = [line for line in lines if line["step"] > config.steps // 3]
-        row = {"processes": processes, "images_a_process": images // processes if config.same_losses else images}
+        row = {"processes": processes, "images_a_process": images_a_process}
         row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
         row["mfu"] = statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None
         row["peak_memory_gib"] = lines[-1]["peak_memory_gib"]
