@@ -1,4 +1,4 @@
-"""What accelerate gives a training run: processes, weights whole or in shards; and the signals that stop it."""
+"""Set-up of accelerate for a training run: processes, DDP, FSDP2, precision, trackers; and signals that stop it."""
 
 import importlib.util
 import os
@@ -98,8 +98,8 @@ def _set_up_sharding(accelerate: Any, accelerator: Any, block_names: list[str]) 
 
 
 def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict[str, str]) -> dict[str, Any]:
-    """What `init_trackers` of accelerate is called with: accelerate's one name is wandb's project, but tensorboard's
-    folder, where a resumed run has to find it.
+    """Arguments of accelerate's `init_trackers`: its one name is wandb's project, but tensorboard's folder, where a
+    resumed run has to find it.
 
     Resumed, tensorboard forgets what a killed run logged after its checkpoint, and has the configuration already.
     wandb goes on with the run whose id lies in the folder; of steps that it has it keeps what it has.
@@ -119,12 +119,12 @@ def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict
 
 
 def is_sharded(parameters: list[torch.nn.Parameter]) -> bool:
-    """Whether every process holds a part of each weight only (FSDP2)."""
+    """Whether every process holds only a shard of each weight (FSDP2)."""
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, put together from its shards if it is sharded: then every process has to call this."""
+    """The whole tensor, gathered from its shards if it is sharded: then every process has to call this."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -138,11 +138,11 @@ def laid_out_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class StopRequest:
-    """Within its context SIGTERM and SIGINT are remembered instead of ending the process.
+    """Inside this context SIGTERM and SIGINT are remembered instead of ending the process.
 
     Launchers and schedulers send a signal several times and to every process, so that repeating it changes nothing;
-    SIGQUIT (Ctrl-\\) and SIGKILL stop at once. Other threads than the main one cannot handle signals: there nothing
-    is remembered.
+    SIGQUIT (Ctrl-\\) and SIGKILL stop at once. Only the main thread can handle signals: in others nothing is
+    remembered.
     """
 
     def __init__(self):

@@ -1,6 +1,6 @@
-"""Forward and backward passes of a training step as CUDA graphs: recorded once, then replayed.
+"""CUDA graphs of the forward and backward passes of a training step: recorded once, then replayed.
 
-A graph is launched as one thing. Thousands of short kernels, each launched from Python, keep a GPU waiting.
+A graph is one launch. Thousands of short kernels, each launched from Python, keep a GPU waiting.
 """
 
 import gc
@@ -13,11 +13,11 @@ from torch import nn
 
 Inputs = dict[str, dict[str, torch.Tensor]]
 Losses = dict[str, torch.Tensor]
-WARM_UP = 3  # calls that are not recorded: they compile, choose kernels, and make what is made once only
+WARM_UP = 3  # calls before recording: they compile, choose kernels, and allocate what is allocated once
 
 
 def why_not_recorded(device: torch.device, processes: int, micro_steps: int, mixed_precision: str) -> str | None:
-    """What about a run keeps its passes from being recorded; None if they can be."""
+    """Why the passes of a run cannot be recorded; None if they can."""
     if device.type != "cuda":
         return f"the device is {device.type}, no GPU"
     if processes > 1:
@@ -30,20 +30,20 @@ def why_not_recorded(device: torch.device, processes: int, micro_steps: int, mix
 
 
 class CUDARecorder:
-    """Runs functions on a stream of its own and records them there.
+    """Runs functions on a side stream and records them there.
 
-    Recordings share one pool of memory, in which one takes what those before it have freed: they have to be replayed
-    in the order they were made in, and none without the others.
+    Recordings share one memory pool and reuse what earlier ones have freed: they have to be replayed all together, in
+    the order of recording.
     """
 
     def __init__(self):
         self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """`function()`, in order with what the current stream does.
+        """Result of `function()`, run on the side stream, ordered with the current stream.
 
-        On the stream of the recordings, since autograd adds gradients up on the stream it did so before, as long as
-        anything remembers it; recording cannot wait for another one.
+        Autograd accumulates a gradient on the stream on which it did so first; while recording it cannot wait for
+        another stream than the side stream.
         """
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
@@ -53,12 +53,12 @@ class CUDARecorder:
         return result
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """What `function()` returns, tensors without values, and the replay that computes them, as often as it is
-        called. The tensors have to be kept: their memory is used otherwise once nothing refers to them.
+        """(result, replay): the tensors that `function()` returns have no values until `replay()` computes them. Keep
+        them: without a reference their memory is reused.
 
         Raises:
-            torch.OutOfMemoryError: by `function`; the recording has been ended and nothing is left of it.
-            RuntimeError: CUDA could not make a graph of it. Its memory is lost to this process then.
+            torch.OutOfMemoryError: by `function`; the recording has been ended and its memory is free again.
+            RuntimeError: CUDA could not record it. Its memory stays allocated in this process.
         """
         graph = torch.cuda.CUDAGraph()
         try:
@@ -80,17 +80,17 @@ class GraphedPasses:
     Gradients are never set to zero: the first recording that reaches a parameter makes its gradient and overwrites it
     in every replay, later ones add to it. They stay in memory, and are put back after `zero_grad(set_to_none=True)`.
 
-    What `passes` does must not depend on anything but its inputs and tensors that are changed in place: Python runs
-    no more. Evaluation between steps finds less memory, since the graphs keep that of the passes. If recording finds
-    too little, that is reported, and all passes are run as before.
+    `passes` may depend only on its inputs and on tensors that are changed in place: a replay runs no Python. The
+    graphs keep the memory of the passes, so that evaluation between steps finds less. If memory is too small for
+    recording, that is reported, and all passes run without graphs.
 
     Args:
         passes: inputs of one part of the step, `objective -> name -> tensor` -> named losses, detached, once the
             gradients have been added to `.grad` of the parameters.
         parameters: which get gradients.
         warm_up: how many calls run without being recorded, at least 1.
-        report: is told why passes are not recorded.
-        recorder: of `passes`, which the tests replace where there is no GPU.
+        report: called with the reason if passes are not recorded.
+        recorder: records `passes`; tests without a GPU pass another one.
     """
 
     def __init__(
@@ -106,13 +106,13 @@ class GraphedPasses:
         self.passes, self.warm_up, self.report = passes, warm_up, report
         self.parameters = [p for p in parameters if p.requires_grad]
         self.recorder = CUDARecorder() if recorder is None else recorder
-        self._inputs: list[Inputs] = []  # at addresses that stay
+        self._inputs: list[Inputs] = []  # at fixed addresses
         self._recordings: list[tuple[Losses, Callable[[], None]]] = []
         self._gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._given_up = False
 
     def __call__(self, parts: list[Inputs]) -> list[Losses]:
-        """The losses of every part of a step, which are the caller's, and gradients in the parameters.
+        """The losses of every part of a step, as copies; gradients are in the parameters.
 
         Raises:
             ValueError: parts, names, shapes or dtypes differ from those of the first call, an input is no tensor, or
@@ -135,7 +135,7 @@ class GraphedPasses:
 
     def _record(self) -> None:
         """Recordings of all parts, or none if the memory is not enough for them."""
-        gc.collect()  # what only cycles hold would keep its memory from the recordings
+        gc.collect()  # reference cycles would keep memory from the recordings
         try:
             for part in self._inputs:
                 self._recordings.append(self.recorder.record(partial(self._pass, part)))

@@ -1,4 +1,4 @@
-"""How fast training runs: useful floating-point operations, the device's peak, their ratio (MFU), memory."""
+"""Training speed: useful floating-point operations, a device's peak, their ratio (MFU), peak memory."""
 
 import resource
 
@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense bfloat16 peak in FLOP/s, without sparsity, from NVIDIA's data sheets. The first name that the device's contains
-# counts, so that variants come before what they vary.
+# Dense bfloat16 peak in FLOP/s, without sparsity, from NVIDIA's data sheets. The first entry that is part of the
+# device's name counts: variants come first.
 BF16_PEAK_FLOPS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,

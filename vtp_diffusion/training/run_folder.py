@@ -1,4 +1,4 @@
-"""The folder of a training run: whose it is, its log, its pictures and its checkpoints."""
+"""Run folder of a training run: configuration and lock, log, sample pictures, checkpoints."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ..runtime.disk import writing
 from ..runtime.processes import this_process
 from ..runtime.yaml_files import read_yaml
 
-PATIENCE = 60.0  # seconds: what NFS remembers of a folder at most, unless it is mounted otherwise
+PATIENCE = 60.0  # seconds that NFS caches a folder at most, unless mount options say otherwise
 UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
 
 
