@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.disk import replacing
 
 if TYPE_CHECKING:
     from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -92,19 +90,6 @@ def read_latent_statistics(file: str) -> tuple[list[float], list[float]]:
     return tuple(torch.as_tensor(entry[key], dtype=torch.float32).flatten().tolist() for key in ("mean", "std"))
 
 
-@contextmanager
-def new_folder(output: str) -> Iterator[Path]:
-    """A folder that takes the name `output` once everything in it is written."""
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        folder = Path(scratch) / "output"
-        yield folder
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-
-
 def convert_vtp(arguments: argparse.Namespace) -> AutoencoderVTP:
     """The autoencoder of a released checkpoint, with latent statistics if they are given."""
     from vtp_diffusion import AutoencoderVTP
@@ -163,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
         result = CONVERSIONS[arguments.command](arguments)
         progress.update()
         progress.set_description("writing")
-        with new_folder(arguments.output) as folder:
+        output = Path(arguments.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(output) as folder:
             result.save_pretrained(folder)
         progress.update()
     print(f"{type(result).__name__} written: {output}")

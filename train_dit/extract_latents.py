@@ -12,16 +12,14 @@ Upstream's loader reads the folder too, the statistics from latents_stats.pt. On
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from diffusers import AutoModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-import vtp_diffusion  # noqa: F401  registers AutoencoderVTP
 from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import CROP
@@ -42,7 +40,7 @@ from vtp_diffusion.data.order import step_generator
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
 from vtp_diffusion.runtime import folder_lock
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import config_to_dict, parse_config
+from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.precision import autocast
 from vtp_diffusion.runtime.processes import join_processes
 
@@ -51,31 +49,22 @@ FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that d
 
 
 @dataclass(kw_only=True)
-class Config:
+class Config(Settings):
     """Settings of this program."""
 
-    vae: str = field(metadata={"help": "folder of a diffusers autoencoder"})
-    output_dir: str = field(metadata={"help": "folder for the shards"})
-    data: DataConfig = field(default_factory=DataConfig)
-    split: Literal["train", "validation", "all"] = field(default="train", metadata={"help": "split of the data"})
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    copies: int = field(default=1, metadata={"help": "copies of an image of weight 1; all but the first augmented"})
-    batch_size: int = field(default=128, metadata={"help": "images encoded at a time"})
-    shard_size: int = field(default=10_000, metadata={"help": "latents a shard"})
-    dtype: Literal["float32", "float16", "bfloat16"] = field(default="bfloat16", metadata={"help": "of the shards"})
-    mixed_precision: Literal["no", "fp16", "bf16"] = field(
-        default="no", metadata={"help": "precision of the encoder's matrix products"}
-    )
-    compile: bool = field(default=False, metadata={"help": "torch.compile the encoder"})
-    num_workers: int = field(default=0, metadata={"help": "processes that read images ahead"})
-    seed: int = field(default=0, metadata={"help": "of the augmentation"})
-
-    def __post_init__(self):
-        for name in ("copies", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers is {self.num_workers}, expected a number of processes, or 0")
+    vae: str = setting(help="folder of a diffusers autoencoder")
+    output_dir: str = setting(help="folder for the shards")
+    data: DataConfig = setting(default_factory=DataConfig)
+    split: Literal["train", "validation", "all"] = setting("train", "split of the data")
+    augmentation: AugmentationConfig = setting(default_factory=AugmentationConfig)
+    copies: int = setting(1, "copies of an image of weight 1; all but the first augmented", at_least=1)
+    batch_size: int = setting(128, "images encoded at a time", at_least=1)
+    shard_size: int = setting(10_000, "latents a shard", at_least=1)
+    dtype: Literal["float32", "float16", "bfloat16"] = setting("bfloat16", "of the shards")
+    mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "precision of the encoder's matrix products")
+    compile: bool = setting(False, "torch.compile the encoder")
+    num_workers: int = setting(0, "processes that read images ahead", at_least=0)
+    seed: int = setting(0, "of the augmentation", at_least=0)
 
 
 def plan_samples(weights: list[float], copies: int) -> list[Sample]:
@@ -162,6 +151,8 @@ def main(argv: list[str] | None = None) -> None:
         folder_lock.check_free(folder)
     if config.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
+    from diffusers import AutoModel
+
     vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
     identity = autoencoder_identity(vae)
     dataset = open_dataset(config.data, config.split)

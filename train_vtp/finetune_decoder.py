@@ -13,7 +13,6 @@ the run ends, and vae/ has that decoder (--stop_on_collapse false: it goes on).
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,7 +45,7 @@ from vtp_diffusion.pretraining.reconstruction import (
 )
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import config_to_dict, parse_config, setting
-from vtp_diffusion.runtime.disk import replacing
+from vtp_diffusion.runtime.disk import replacing, write_json
 from vtp_diffusion.runtime.processes import gather_objects
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.compilation import compile_modules
@@ -200,7 +199,7 @@ def finish(
     results["left_out"] = left_out
     results["autoencoder_before"] = autoencoder_identity(reference)
     results["configuration"] = config_to_dict(config)
-    (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(run.folder.path / "results.json", results)
     return results
 
 

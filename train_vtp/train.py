@@ -10,7 +10,6 @@ vtp/ for VTPModel.from_pretrained.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from vtp_diffusion.pretraining.reconstruction import (
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
-from vtp_diffusion.runtime.disk import numbers_line
+from vtp_diffusion.runtime.disk import numbers_line, write_json
 from vtp_diffusion.runtime.processes import this_process
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.config import TrainingConfig
@@ -288,7 +287,7 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
         model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
     results["left_out"] = left_out
     results["configuration"] = config_to_dict(config)
-    (run.folder.path / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(run.folder.path / "results.json", results)
     return results
 
 

@@ -125,15 +125,6 @@ def test_processes_that_read_outlive_signals_of_others_than_their_parent():
     assert [b["square"].item() for b in read] == [(k % 10) ** 2 for k in range(30)]
 
 
-def test_processes_that_read_end_when_their_parent_says_so():
-    batches = read_batches(Squares(), [[k % 10] for k in range(30)], dict, CPU, 1)
-    next(batches)
-    (reader,) = multiprocessing.active_children()
-    reader.terminate()
-    reader.join(10)
-    assert reader.exitcode == 0
-
-
 def test_data_sets_stay_on_the_device_by_size_or_choice():
     assert fits_on_device(2**20, CPU) and not fits_on_device(2**40, CPU)
     assert fits_on_device(2**40, CPU, True) and not fits_on_device(1, CPU, False)

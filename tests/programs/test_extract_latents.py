@@ -196,7 +196,7 @@ def test_a_folder_of_something_else_is_refused(program, made, tmp_path):
     ("more", "message"),
     [
         (("--data.resolution", "20"), "expected multiples of the patch 8"),
-        (("--copies", "0"), "copies is 0, expected at least 1"),
+        (("--copies", "0"), "copies is 0, expected a positive number"),
         (("--shard_sise", "3"), "did you mean --shard_size"),
         (("--dtype", "float8"), "expected one of float32, float16, bfloat16"),
     ],

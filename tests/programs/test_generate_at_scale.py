@@ -102,7 +102,7 @@ def test_two_processes_make_what_one_makes(generate, folder, tmp_path):
         settings = json.loads(str(one["settings"]))
         assert settings == json.loads(str(two["settings"])) and settings["labels"] == "random"
     assert f"0 images made, {count} were there" in generate(tmp_path / "one.npz", "--num_images", count)
-    with pytest.raises(ValueError, match="another run's images: seed 1 instead of 0"):
+    with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         generate(tmp_path / "one.npz", "--num_images", count, "--seed", 1)
 
 
@@ -128,7 +128,9 @@ def test_a_killed_run_is_continued(generate, folder, tmp_path):
 
 def test_balanced_labels_and_a_folder_that_is_not_complete(generate, tmp_path):
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / ".settings.json.17").write_text("{")  # all that a kill at the first image may leave
+    (tmp_path / "samples" / ".settings.json.host-17-0a.unfinished").write_text(
+        "{"
+    )  # all that a kill at the first image may leave
     generate(tmp_path / "samples", "--num_images", 6, "--label_rule", "balanced")
     images = FolderImages(tmp_path / "samples")
     assert len(images) == 6 and images.settings["labels"] == "balanced" and images.settings["num_images"] == 6

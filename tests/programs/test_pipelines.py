@@ -201,7 +201,7 @@ def test_generate_a_folder_that_can_be_continued(tmp_path, pipeline_folder, caps
     assert "2 images made, 4 were there" in capsys.readouterr().out
     for name in names:
         assert np.abs(np.array(Image.open(folder / name)) - first[name]).max() <= 1
-    refused("seed 7 instead of 0", *common, "--seed", 7)
+    refused("seed: 0 there, 7 now", *common, "--seed", 7)
 
 
 def test_generate_refuses_before_writing(tmp_path, pipeline_folder):

@@ -15,6 +15,7 @@ from vtp_diffusion.runtime.config import (
     parse_config,
     save_config,
     setting,
+    setting_differences,
 )
 from vtp_diffusion.training.config import TrainingConfig
 
@@ -217,3 +218,14 @@ def test_help_has_bounds_and_defaults(capsys):
         parse_config(TrainingConfig, ["--help"], "What it does.")
     printed = " ".join(capsys.readouterr().out.split())
     assert "What it does." in printed and "[float, a number in [0, 1); default: 0.9999]" in printed
+
+
+def test_settings_that_differ_are_named_with_both_values():
+    there = {"steps": 3, "sizes": [1, 2], "data": {"path": "a", "shuffle": True}}
+    now = {"steps": 4, "sizes": (1, 2), "data": {"path": "a"}, "rate": None}
+    assert setting_differences(there, now) == [
+        "  data.shuffle: True there, (absent) now",
+        "  rate: (absent) there, None now",
+        "  steps: 3 there, 4 now",
+    ]
+    assert setting_differences(there, there) == []

@@ -1,34 +1,26 @@
 """Augmentation of training images: flips, shifts, scales, rotations, permuted channels, in batches on the device."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from ..runtime.config import Settings, setting
 from .images import from_uint8
 
 NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
 
 
 @dataclass(kw_only=True)
-class AugmentationConfig:
+class AugmentationConfig(Settings):
     """Random changes of training images, made in batches on the device; the defaults change nothing."""
 
-    flip: float = field(default=0.0, metadata={"help": "probability of mirroring"})
-    shift: int = field(default=0, metadata={"help": "shift by up to so many whole pixels, in both directions"})
-    scale: float = field(default=0.0, metadata={"help": "scale by a factor in [1 - scale, 1 + scale]"})
-    rotation: float = field(default=0.0, metadata={"help": "rotate by up to so many degrees, both ways"})
-    hue: float = field(default=0.0, metadata={"help": "probability of permuting the colour channels"})
-
-    def __post_init__(self):
-        if not 0 <= self.flip <= 1 or not 0 <= self.hue <= 1:
-            raise ValueError(f"flip and hue are probabilities, got {self.flip} and {self.hue}")
-        if self.shift < 0 or not 0 <= self.scale < 1 or self.rotation < 0:
-            raise ValueError(
-                f"shift and rotation must not be negative and scale lie in [0, 1), got {self.shift}, {self.rotation}, "
-                f"{self.scale}"
-            )
+    flip: float = setting(0.0, "probability of mirroring", at_least=0, at_most=1)
+    shift: int = setting(0, "shift by up to so many whole pixels, in both directions", at_least=0)
+    scale: float = setting(0.0, "scale by a factor in [1 - scale, 1 + scale]", at_least=0, below=1)
+    rotation: float = setting(0.0, "rotate by up to so many degrees, both ways", at_least=0)
+    hue: float = setting(0.0, "probability of permuting the colour channels", at_least=0, at_most=1)
 
 
 def augment_images(

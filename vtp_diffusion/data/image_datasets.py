@@ -7,7 +7,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..runtime.config import Settings, setting
 from ..runtime.optional_packages import require
 from .image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
@@ -29,53 +30,36 @@ BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdata
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which images, and how large."""
 
-    source: str = field(
-        default="openmoji",
-        metadata={"help": "openmoji, a folder of images, or a hub id / builder of `datasets` (parquet, webdataset)"},
+    source: str = setting(
+        "openmoji", "openmoji, a folder of images, or a hub id / builder of `datasets` (parquet, webdataset)"
     )
-    resolution: int = field(default=256, metadata={"help": "side of the square images in pixels"})
-    name: str | None = field(default=None, metadata={"help": "`datasets`: name of the configuration"})
-    data_files: str | None = field(default=None, metadata={"help": "`datasets`: files or pattern, for builders"})
-    validation_files: str | None = field(
-        default=None, metadata={"help": "`datasets`: held-out files, beside data_files", "may_change": True}
+    resolution: int = setting(256, "side of the square images in pixels", at_least=1)
+    name: str | None = setting(None, "`datasets`: name of the configuration")
+    data_files: str | None = setting(None, "`datasets`: files or pattern, for builders")
+    validation_files: str | None = setting(None, "`datasets`: held-out files, beside data_files", may_change=True)
+    image_column: str = setting("image", "`datasets`: column of the images")
+    label_column: str | None = setting(
+        None, "`datasets`: column of the class; openmoji: subcategory (none) or category"
     )
-    image_column: str = field(default="image", metadata={"help": "`datasets`: column of the images"})
-    label_column: str | None = field(
-        default=None, metadata={"help": "`datasets`: column of the class; openmoji: subcategory (none) or category"}
-    )
-    caption_column: str | None = field(default=None, metadata={"help": "`datasets`: column of the text"})
-    holdout: float = field(default=0.1, metadata={"help": "share of OpenMoji's base emoji in the validation split"})
-    holdout_seed: int = field(default=0, metadata={"help": "which base emoji those are"})
-    limit: int | None = field(default=None, metadata={"help": "use only so many images, spread over the whole set"})
+    caption_column: str | None = setting(None, "`datasets`: column of the text")
+    holdout: float = setting(0.1, "share of OpenMoji's base emoji in the validation split", at_least=0, below=1)
+    holdout_seed: int = setting(0, "which base emoji those are", at_least=0)
+    limit: int | None = setting(None, "use only so many images, spread over the whole set", at_least=1)
     # Whether images that cannot be read are left out decides nothing until a run would end at one: it may change, and
     # so may where renderings are kept.
-    skip_unreadable: bool = field(
-        default=False, metadata={"help": "count and leave out images that cannot be read", "may_change": True}
+    skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
+    streaming: bool = setting(False, "`datasets`: read the training shards as a stream, never as a whole")
+    shuffle_buffer: int = setting(1000, "streaming: samples shuffled together", at_least=1)
+    skip_empty_captions: bool = setting(
+        False, "streaming: leave samples without a text out of every objective, not one"
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "`datasets`: read the training shards as a stream, never as a whole"}
-    )
-    shuffle_buffer: int = field(default=1000, metadata={"help": "streaming: samples shuffled together"})
-    skip_empty_captions: bool = field(
-        default=False,
-        metadata={"help": "streaming: leave samples without a text out of every objective, not one"},
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "where OpenMoji is rendered to; see the README", "may_change": True}
-    )
+    cache_dir: str | None = setting(None, "where OpenMoji is rendered to; see the README", may_change=True)
 
     def __post_init__(self):
-        if self.resolution < 1:
-            raise ValueError(f"resolution is {self.resolution}, expected a positive number of pixels")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout is {self.holdout}, expected a share in [0, 1)")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}, expected a positive number of images")
-        if self.shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer is {self.shuffle_buffer}, expected a positive number of samples")
+        super().__post_init__()
         if self.streaming and self.limit is not None:
             raise ValueError(f"limit is {self.limit} with streaming, expected none: max_train_steps decides")
         ours = self.source == "openmoji" or Path(self.source).is_dir()

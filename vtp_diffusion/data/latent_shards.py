@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from ..runtime import folder_lock
-from ..runtime.disk import replacing, unfinished_name, write_json
+from ..runtime.config import setting_differences
+from ..runtime.disk import is_unfinished, replacing, write_json
 from ..runtime.precision import to_float64
 
 METADATA_NAME = "latents.json"
@@ -99,15 +100,12 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN_NAME
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(key for key in begun.keys() | plan.keys() if begun.get(key) != plan.get(key))
-        if differing:
-            lines = [f"  {key}: {begun.get(key)} there, {plan.get(key)} now" for key in differing]
+        if lines := setting_differences(begun, plan):
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
         folder_lock.acquire(folder)
         return
     # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
-    ours = {unfinished_name(path), folder / folder_lock.LOCK_NAME}
-    if folder.exists() and set(folder.iterdir()) - ours:
+    if folder.exists() and not all(e.name == folder_lock.LOCK_NAME or is_unfinished(e) for e in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {PLAN_NAME}: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     folder_lock.acquire(folder)

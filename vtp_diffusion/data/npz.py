@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..runtime.disk import replacing
+
 IMAGES_KEY = "arr_0"
 READ_BYTES = 1 << 24
 LOCAL_HEADER_BYTES = 30  # of a zip entry, without its name and extra field
@@ -140,8 +142,7 @@ def write_npz(
     """
     path, written = Path(path), 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True) as file:
             header = {"shape": (count, *size, 3), "fortran_order": False, "descr": "|u1"}
             np.lib.format.write_array_header_1_0(file, header)
@@ -155,10 +156,8 @@ def write_npz(
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-    if written != count:
-        unfinished.unlink()
-        raise ValueError(f"{written} images were given for {path}, expected {count}")
-    unfinished.rename(path)
+        if written != count:
+            raise ValueError(f"{written} images were given for {path}, expected {count}")
 
 
 class ImageSpool:

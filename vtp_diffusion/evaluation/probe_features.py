@@ -16,6 +16,7 @@ from ..data.batches import READ_AHEAD
 from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
 from ..models.latent_space import autoencoder_identity
+from ..runtime.disk import replacing
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
@@ -97,7 +98,10 @@ def cached_features(
     if folder.exists():
         _check_key(folder, key)
     else:
-        _read(folder, key, model, dataset, batch_size, device, progress, num_workers)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as unfinished:
+            unfinished.mkdir()
+            _read(unfinished, key, model, dataset, batch_size, device, progress, num_workers)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     rows = torch.from_numpy(np.array(arrays["rows"]))
     labels, weights = torch.tensor(dataset.labels)[rows], dataset.weights[rows]
@@ -141,12 +145,10 @@ def _read(
     num_workers: int,
 ) -> None:
     """Read every image once; the arrays grow on disk, so that memory does not depend on their number."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    unfinished.mkdir(parents=True, exist_ok=True)
     model, count, width, written = model.to(device), len(dataset), model.config.encoder_hidden_size, 0
     shapes = {"class_tokens": (count, key["num_layers"], width), "patch_means": (count, width)}
     arrays = {
-        name: np.lib.format.open_memmap(unfinished / f"{name}.npy", "w+", np.float32, shape)
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
         for name, shape in shapes.items()
     }
     rows = []
@@ -180,7 +182,6 @@ def _read(
     for name, array in arrays.items():
         array.flush()
         if written < count:  # images were left out
-            np.save(unfinished / f"{name}.npy", np.array(array[:written]))
-    np.save(unfinished / "rows.npy", np.array(rows))
-    (unfinished / KEY_NAME).write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
-    unfinished.rename(folder)
+            np.save(folder / f"{name}.npy", np.array(array[:written]))
+    np.save(folder / "rows.npy", np.array(rows))
+    (folder / KEY_NAME).write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")

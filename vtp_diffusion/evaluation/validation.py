@@ -1,7 +1,7 @@
 """Validation during training: sample grid and quick Fréchet distance, beside its real-vs-real baseline."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from ..generation.sampling import draw_labels
 from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
 from ..metrics.networks import feature_network
+from ..runtime.config import Settings, setting
 from ..runtime.processes import gather_objects, this_process
 from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
 
@@ -22,34 +23,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class DistanceConfig:
+class DistanceConfig(Settings):
     """Settings of the quick distance: too few images for a number to publish, enough to see where training goes."""
 
-    num_images: int = field(default=0, metadata={"help": "samples of random classes; 0 is no distance"})
-    network: str = field(default="vgg16", metadata={"help": "feature network: vgg16, efficientnet_lite0, inception"})
-    weights: str | None = field(default=None, metadata={"help": "its weights; none takes the installed package"})
-    reference: DataConfig = field(
-        default_factory=DataConfig, metadata={"help": "real images; their resolution is that of the samples"}
+    num_images: int = setting(0, "samples of random classes; 0 is no distance", at_least=0)
+    network: str = setting("vgg16", "feature network: vgg16, efficientnet_lite0, inception")
+    weights: str | None = setting(None, "its weights; none takes the installed package")
+    reference: DataConfig = setting(
+        default_factory=DataConfig, help="real images; their resolution is that of the samples"
     )
-    batch_size: int = field(default=32, metadata={"help": "images at once"})
+    batch_size: int = setting(32, "images at once", at_least=1)
 
     def __post_init__(self):
-        if self.num_images != 0 and self.num_images < 2 or self.batch_size < 1:
-            raise ValueError(
-                f"distance.num_images is {self.num_images} and distance.batch_size {self.batch_size}: expected 0 or "
-                "at least 2 images, in batches of at least 1"
-            )
+        super().__post_init__()
+        if self.num_images == 1:
+            raise ValueError("distance.num_images is 1, expected 0 or at least 2 images")
 
 
 @dataclass(kw_only=True)
-class ValidationConfig:
+class ValidationConfig(Settings):
     """Settings of a validation, which samples with the EMA weights and from the same noise each time."""
 
-    labels: list[int | str] = field(default_factory=list, metadata={"help": "class indices or names, one image each"})
-    guidance_scale: float = field(default=1.0, metadata={"help": "classifier-free guidance; 1 is none"})
-    num_inference_steps: int = field(default=50, metadata={"help": "Euler steps"})
-    seed: int = field(default=0, metadata={"help": "of the noise; image k uses seed + k"})
-    distance: DistanceConfig = field(default_factory=DistanceConfig)
+    labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none")
+    num_inference_steps: int = setting(50, "Euler steps", at_least=1)
+    seed: int = setting(0, "of the noise; image k uses seed + k", at_least=0)
+    distance: DistanceConfig = setting(default_factory=DistanceConfig)
 
     @property
     def sampler(self) -> dict[str, float]:

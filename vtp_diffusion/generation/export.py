@@ -10,13 +10,13 @@ import ast
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
+from ..runtime.disk import replacing
 from .pipeline_lightning_dit import LightningDiTPipeline, write_self_contained
 
 ROOT_MODULES = (
@@ -70,16 +70,12 @@ def export_pipeline(pipeline: LightningDiTPipeline | str | Path, output: str | P
         raise ValueError(f"expected a LightningDiTPipeline, got {type(pipeline).__name__}")
     source = self_contained_source()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        folder = Path(scratch) / "pipeline"
+    with replacing(output) as folder:
         if isinstance(pipeline, DiffusionPipeline):
             pipeline.save_pretrained(folder)
         else:
             shutil.copytree(pipeline, folder, ignore=shutil.ignore_patterns(".*", "__pycache__"))
         write_self_contained(folder, source)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
     return output
 
 

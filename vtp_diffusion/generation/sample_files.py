@@ -4,7 +4,6 @@ What is there under its final name is complete; the rest is made again. Nothing 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 
 from ..data.images import to_pil
 from ..data.npz import NpzImages, write_npz
+from ..runtime.config import setting_differences
+from ..runtime.disk import is_unfinished, write_json
 
 SETTINGS_NAME = "settings.json"
 PART_IMAGES = 256  # images a part of an npz: what a kill loses at most, for each process
@@ -21,15 +22,8 @@ PART_IMAGES = 256  # images a part of an npz: what a kill loses at most, for eac
 
 def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
     """Raises: ValueError naming every setting in which the run whose images are there differs."""
-    there, settings = there or {}, json.loads(json.dumps(settings))
-    if changed := sorted(key for key in settings | there if settings.get(key) != there.get(key)):
-        given = ", ".join(f"{key} {settings.get(key)!r} instead of {there.get(key)!r}" for key in changed)
-        raise ValueError(f"{place} holds another run's images: {given}")
-
-
-def _unfinished(entry: Path) -> bool:
-    """Whether a process was killed while it wrote the settings."""
-    return entry.name.startswith(f".{SETTINGS_NAME}.")
+    if lines := setting_differences(there or {}, settings):
+        raise ValueError(f"{place} holds another run's images:\n" + "\n".join(lines))
 
 
 class _SampleFiles:
@@ -46,7 +40,7 @@ class _SampleFiles:
         file = self.folder / SETTINGS_NAME
         if file.is_file():
             check_same_run(json.loads(file.read_text(encoding="utf-8")), settings, self.path)
-        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_unfinished, self.folder.iterdir()))):
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(is_unfinished, self.folder.iterdir()))):
             raise ValueError(
                 f"{self.folder} holds files of something else: expected a new or empty folder, or one of this run"
             )
@@ -55,10 +49,7 @@ class _SampleFiles:
         """With the first images, so that bad settings leave nothing behind. Several processes may do so at once."""
         file = self.folder / SETTINGS_NAME
         if not file.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f".{SETTINGS_NAME}.{os.getpid()}")
-            unfinished.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-            unfinished.rename(file)
+            write_json(file, self.settings)
 
 
 class SampleFolder(_SampleFiles):

@@ -240,6 +240,18 @@ def flatten_config(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def setting_differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line "  section.key: X there, Y now" for every setting that differs, sorted; none if all are equal.
+
+    Args:
+        there: what a folder or file was made with, as read from its JSON or YAML.
+        now: what it would be used for. Tuples are equal to lists: files know only lists.
+    """
+    old, new = flatten_config(config_to_dict(there)), flatten_config(config_to_dict(now))
+    pairs = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in sorted(old.keys() | new.keys())}
+    return [f"  {key}: {before} there, {after} now" for key, (before, after) in pairs.items() if before != after]
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration as YAML; `load_config` reads it back equal."""
     text = yaml.safe_dump(config_to_dict(config), sort_keys=False, width=119, allow_unicode=True)

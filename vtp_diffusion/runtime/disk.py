@@ -4,6 +4,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -15,6 +18,7 @@ from safetensors import SafetensorError
 from . import __version__
 from .config import config_to_dict
 
+UNFINISHED = ".unfinished"  # suffix: no reader of images, shards or results takes such a file for one of its own
 CACHES = ("cache_dir", "features")  # settings that say where a machine keeps what it can make again
 
 
@@ -22,7 +26,8 @@ CACHES = ("cache_dir", "features")  # settings that say where a machine keeps wh
 def writing(path: Path, then: str = "") -> Iterator[None]:
     """Within it `path` is written: what the disk refuses (full, a quota, no permission) names it.
 
-    Pillow, safetensors and files that are closed each say it in their own way, none with the name.
+    Pillow, safetensors and files that are closed each say it in their own way, none with the name. Everything else,
+    such as torch.OutOfMemoryError, is no fault of the disk and passes unchanged.
 
     Args: `then`: what the message says last: what is safe, what to do.
     Raises: OSError in the place of OSError and SafetensorError.
@@ -33,30 +38,66 @@ def writing(path: Path, then: str = "") -> Iterator[None]:
         raise OSError(f"{path} could not be written: {error}{then and '. ' + then}") from error
 
 
-def unfinished_name(path: Path) -> Path:
-    """The name under which `replacing` has a file written: no reader looks at it, a second attempt overwrites it."""
-    return path.with_name(f".{path.name}.unfinished")
+def is_unfinished(path: Path) -> bool:
+    """Whether a file or folder is what a `replacing` that was killed has left, of this host or another."""
+    return path.name.startswith(".") and path.name.endswith(UNFINISHED)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk: a file renamed into it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    """Returns when the content of a file, or of everything in a folder, is on the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync(entry)
+        sync_folder(path)
+    else:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut could leave the name without the content
 
 
 @contextlib.contextmanager
 def replacing(path: Path, then: str = "") -> Iterator[Path]:
-    """Gives the name to write a file under, which becomes `path` at the end: readers find all of it or nothing new.
+    """Gives the name to write a file or a folder under, which becomes `path` at the end.
+
+    Readers find all of it or nothing new, also after a kill or a power cut. The name lies in the same folder and is
+    this attempt's alone (host, process and a random part), so that two hosts may write the same path: the last one
+    wins. It ends in `.unfinished`, not in the suffix of `path`: give `numpy.save` an open file, and Pillow a format.
+    A folder cannot replace one that holds something. What an exception leaves unfinished is removed.
 
     Args, Raises: as of `writing`.
     """
-    unfinished = unfinished_name(path)
-    with writing(path, then):
-        yield unfinished
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the name without the content
-        unfinished.rename(path)
+    attempt = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    unfinished = path.with_name(f".{path.name}.{attempt}{UNFINISHED}")
+    try:
+        with writing(path, then):
+            yield unfinished
+            _sync(unfinished)
+            unfinished.rename(path)
+            sync_folder(path.parent)
+    finally:  # renamed, it is not there
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8), at once or not at all; folders are made. Raises: OSError naming the file."""
+    with replacing(path) as unfinished:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, at once or not at all; folders are made."""
-    with replacing(path) as unfinished:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -1,7 +1,6 @@
 """Run folder of a training run: configuration and lock, log, sample pictures, checkpoints."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import folder_lock
-from ..runtime.config import config_to_dict, flatten_config, save_config
-from ..runtime.disk import writing
+from ..runtime.config import config_to_dict, flatten_config, save_config, setting_differences
+from ..runtime.disk import is_unfinished, replacing, sync_folder, write_text, writing
 from ..runtime.processes import this_process
 from ..runtime.yaml_files import read_yaml
 
@@ -51,7 +50,7 @@ class RunFolder:
 
     def _holds_files(self) -> bool:
         names = {path.name for path in self.path.iterdir()} - {folder_lock.LOCK_NAME}
-        return any(not name.startswith(UNFINISHED) for name in names)
+        return any(not name.startswith(UNFINISHED) and not is_unfinished(self.path / name) for name in names)
 
     def _has_trained(self) -> bool:
         if any(self.path.glob("*checkpoint-*")):
@@ -62,9 +61,11 @@ class RunFolder:
         """A line for every key of the saved configuration that differs and may not."""
         old = flatten_config(read_yaml(self.path / "config.yaml"))
         new, free = flatten_config(config_to_dict(self.config)), self.config.changeable_keys()
-        keys = sorted(k for k in old.keys() | new.keys() if k not in free and k.partition(".")[0] not in free)
-        pairs = {k: (old.get(k, "(absent)"), new.get(k, "(absent)")) for k in keys}
-        return [f"  {k}: {there} there, {now} now" for k, (there, now) in pairs.items() if there != now]
+        old, new = (
+            {k: v for k, v in values.items() if k not in free and k.partition(".")[0] not in free}
+            for values in (old, new)
+        )
+        return setting_differences(old, new)
 
     def _compare(self) -> None:
         if lines := self._differences():
@@ -86,11 +87,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         folder_lock.acquire(self.path)
         self._check_content()  # another run may have come and gone since this one looked
-        unfinished = self.path / f"{UNFINISHED}config.yaml"
-        save_config(self.config, unfinished)
-        unfinished.rename(self.path / "config.yaml")  # a kill must not leave half of what tells whose the folder is
-        for unfinished in self.path.glob(f"{UNFINISHED}*"):
-            unfinished.unlink() if unfinished.is_file() else shutil.rmtree(unfinished)
+        with replacing(self.path / "config.yaml") as unfinished:  # a kill must not leave half of whose folder it is
+            save_config(self.config, unfinished)
+        for entry in self.path.iterdir():
+            if entry.name.startswith(UNFINISHED) or is_unfinished(entry):
+                entry.unlink() if entry.is_file() else shutil.rmtree(entry)
 
     def check_shared(self, patience: float = PATIENCE) -> None:
         """For every process, once one has claimed the folder.
@@ -128,9 +129,7 @@ class RunFolder:
     def finish(self, step: int, limit: int | None) -> None:
         """Give a completely written checkpoint its name and delete the oldest beyond `limit`."""
         self.unfinished(step).rename(self.path / f"checkpoint-{step}")
-        folder = os.open(self.path, os.O_RDONLY)
-        os.fsync(folder)  # the new name is on the disk before anything older is deleted
-        os.close(folder)
+        sync_folder(self.path)  # the new name is on the disk before anything older is deleted
         if limit is not None:
             for old_step, oldest in self.checkpoints()[:-limit]:
                 doomed = self.unfinished(old_step)
@@ -180,9 +179,7 @@ class RunFolder:
         path = self.path / "log.jsonl"
         if path.is_file():
             kept = b"".join(line for line, record in self._log_lines() if record["step"] <= step)
-            unfinished = self.path / f"{UNFINISHED}log.jsonl"  # in its place a kill would lose all of it
-            unfinished.write_bytes(kept)
-            unfinished.rename(path)
+            write_text(path, kept.decode("utf-8"))
 
     def samples(self, step: int, name: str = "step") -> Path:
         """Path of the picture made at a step."""

@@ -1,0 +1,53 @@
+"""Writing at once or not at all: what readers see during, after a failure, and what the messages name."""
+
+import json
+
+import pytest
+import torch
+
+from vtp_diffusion.runtime.disk import is_unfinished, replacing, write_json, writing
+
+
+def test_a_file_appears_when_it_is_complete_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "made" / "values.json"
+    write_json(path, {"a": 1})
+    with replacing(path) as unfinished:
+        assert unfinished.parent == path.parent and is_unfinished(unfinished)
+        unfinished.write_text("new")
+        assert json.loads(path.read_text()) == {"a": 1}
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_two_writers_of_one_path_have_names_of_their_own(tmp_path):
+    path = tmp_path / "file"
+    with replacing(path) as first, replacing(path) as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]  # the one that ends last
+
+
+def test_a_folder_appears_with_everything_in_it(tmp_path):
+    path = tmp_path / "folder"
+    with replacing(path) as unfinished:
+        (unfinished / "inner").mkdir(parents=True)
+        (unfinished / "inner" / "file").write_text("x")
+        assert not path.exists()
+    assert (path / "inner" / "file").read_text() == "x" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with (
+        pytest.raises(OSError, match="file could not be written: disk full. Free some"),
+        replacing(path, "Free some") as u,
+    ):
+        u.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_memory_that_runs_out_is_not_reported_as_the_disk(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"), writing(tmp_path / "file"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
