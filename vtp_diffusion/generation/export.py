@@ -27,6 +27,7 @@ ROOT_MODULES = (
 EXPORTED_CLASSES = ("AutoencoderVTP", "LightningDiTTransformer2DModel", "LightningDiTPipeline")
 # For training and for released weights: what they need stays out with them.
 LEFT_OUT = (
+    "AutoencoderVTP.encode_raw",
     "AutoencoderVTP.from_released",
     "LightningDiTTransformer2DModel.from_released",
     "LightningDiTTransformer2DModel.initialize_weights",

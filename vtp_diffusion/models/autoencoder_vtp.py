@@ -319,8 +319,17 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
 
     def latents_of(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Tokens (B, 1 + h·w, D) as `encode_tokens` gives them -> normalised latents (B, C, h, w)."""
+        return self.normalize_latents(self._raw_latents(tokens, height, width))
+
+    @apply_forward_hook
+    def encode_raw(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> raw latents (B, C, H/p, W/p), which no statistics have touched."""
+        height, width = (side // self.spatial_compression_ratio for side in images.shape[-2:])
+        return self._raw_latents(self.encode_tokens(images), height, width)
+
+    def _raw_latents(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         latents = self.bottleneck(tokens[:, 1:])  # (B, N, C)
-        return self.normalize_latents(latents.transpose(1, 2).unflatten(2, (height, width)).contiguous())
+        return latents.transpose(1, 2).unflatten(2, (height, width)).contiguous()
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         height, width = (side // self.spatial_compression_ratio for side in images.shape[-2:])

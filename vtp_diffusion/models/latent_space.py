@@ -31,12 +31,11 @@ def encode_raw(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Args: `images`: (B, 3, H, W) in [-1, 1], whatever range the autoencoder itself works in.
     """
     images = images.to(vae.dtype)
-    if normalises_inside(vae):
-        images = images / 2 + 0.5
-    encoded = vae.encode(images)
+    if owns_statistics(vae):
+        return vae.encode_raw(images).float()
+    encoded = vae.encode(images / 2 + 0.5 if normalises_inside(vae) else images)
     latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-    latents = latents.float()
-    return vae.denormalize_latents(latents) if owns_statistics(vae) else latents
+    return latents.float()
 
 
 def latent_statistics(vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
