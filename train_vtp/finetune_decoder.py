@@ -10,8 +10,6 @@ of the last validation before any such sign is kept in decoder_before_collapse.s
 the run ends, and vae/ has that decoder (--stop_on_collapse false: it goes on).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -126,7 +124,7 @@ def training_inputs(run: TrainingRun, config: Config, objective: AdversarialDeco
         yield {"images": images, "adversarial": adversarial, **run.draw(micro_step, noise, stream=1)}
 
 
-def measure(autoencoder: AutoencoderVTP, dataset, config: Config, perceptual) -> dict[str, float]:
+def measure(autoencoder: "AutoencoderVTP", dataset, config: Config, perceptual) -> dict[str, float]:
     """PSNR and LPIPS of the reconstructions of a split."""
     batches = plain_batches(dataset, autoencoder.device, limit=config.evaluation_images)
     return evaluate_reconstruction(autoencoder, batches, perceptual)
@@ -165,7 +163,7 @@ def collapsed(run: TrainingRun, config: Config, datasets: dict) -> bool:
     return config.stop_on_collapse and any(gather_objects(fallen))
 
 
-def sound_decoder(run: TrainingRun, reference: AutoencoderVTP) -> tuple[AutoencoderVTP, int]:
+def sound_decoder(run: TrainingRun, reference: "AutoencoderVTP") -> "tuple[AutoencoderVTP, int]":
     """The autoencoder with the decoder that was kept, on the run's device, and the step that it is of."""
     autoencoder, step = copy.deepcopy(reference).to(run.device), 0
     if (run.folder.path / SOUND).is_file():  # else there were signs from the start: the decoder that was given
@@ -203,7 +201,7 @@ def finish(
     return results
 
 
-def compile_networks(autoencoder: AutoencoderVTP, perceptual, encoder: bool) -> None:
+def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -> None:
     """Compile what is passed backwards once: the gradients at the pixels and at the last layer are taken between."""
     for part in (autoencoder.decoder, autoencoder.encoder) if encoder else (autoencoder.decoder,):
         compile_modules(part, autoencoder._repeated_blocks)

@@ -8,8 +8,6 @@ vae/, which AutoencoderVTP.from_pretrained loads, its latent statistics inside, 
 vtp/ for VTPModel.from_pretrained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +172,7 @@ class Config(TrainingConfig):
         return keys
 
 
-def build(config: Config) -> tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]:
+def build(config: Config) -> "tuple[VTPForPreTraining, AutoencoderVTP | VTPModel]":
     """The objectives, and the model that checkpoints hold: with a text tower only where one is trained."""
     from vtp_diffusion import AutoencoderVTP, VTPModel
 
@@ -224,7 +222,7 @@ def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraini
         yield objective.one_by_one(inputs)
 
 
-def measure(config: Config, model: AutoencoderVTP | VTPModel, datasets: dict, name: str, perceptual) -> dict:
+def measure(config: Config, model: "AutoencoderVTP | VTPModel", datasets: dict, name: str, perceptual) -> dict:
     """What is known about a split: reconstruction, and what the objectives trained for."""
     autoencoder, dataset = getattr(model, "autoencoder", model), datasets[name]
     values, limit = {}, config.evaluation_images
