@@ -23,9 +23,8 @@ from torch import nn
 from vtp_diffusion import LightningDiTTransformer2DModel
 from vtp_diffusion.data.order import step_generator
 from vtp_diffusion.training.accelerator import tracker_settings
-from vtp_diffusion.training.ema import AveragedWeights
 from vtp_diffusion.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
-from vtp_diffusion.training.optimisation import learning_rate_at, parameter_groups
+from vtp_diffusion.training.optimisation import AveragedWeights, learning_rate_at, parameter_groups
 from vtp_diffusion.training.run_folder import RunFolder
 
 

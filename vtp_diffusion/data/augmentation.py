@@ -23,6 +23,9 @@ class AugmentationConfig(Settings):
     hue: float = setting(0.0, "probability of permuting the colour channels", at_least=0, at_most=1)
 
 
+UNCHANGED = AugmentationConfig()
+
+
 def augment_images(
     images: torch.Tensor,
     config: AugmentationConfig,
@@ -40,7 +43,7 @@ def augment_images(
         (B, 3, H, W) float32 in [-1, 1].
     """
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
-    if config == AugmentationConfig():
+    if config == UNCHANGED:
         return images
     if draws is None:
         draws = torch.rand(len(images), NUM_DRAWS, generator=generator, device=images.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ..runtime.optional_packages import require
 from ..runtime.processes import join_processes
@@ -121,20 +121,6 @@ def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict
 def is_sharded(parameters: list[torch.nn.Parameter]) -> bool:
     """Whether every process holds only a shard of each weight (FSDP2)."""
     return any(isinstance(parameter, DTensor) for parameter in parameters)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor, gathered from its shards if it is sharded: then every process has to call this."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def laid_out_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole `value`, which every process has, on the device of `like` and sharded as it is."""
-    value = value.to(like.device)
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class StopRequest:

@@ -30,8 +30,7 @@ from torch import nn
 
 from ..runtime.disk import writing
 from ..runtime.processes import this_process, wait_for_everyone
-from .accelerator import laid_out_like, whole
-from .ema import AveragedWeights
+from .optimisation import AveragedWeights, laid_out_like, whole
 from .run_folder import UNFINISHED, RunFolder
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

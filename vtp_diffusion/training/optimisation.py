@@ -1,14 +1,15 @@
-"""One step of the optimiser: learning rate, weight decay, clipping, steps left out, averaged weights."""
+"""One step of the optimiser: learning rate, weight decay, clipping, steps left out, EMA of the weights."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .accelerator import whole
 from .config import TrainingConfig
-from .ema import AveragedWeights
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -38,6 +39,39 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": others, "weight_decay": 0.0, "decayed": False},
     ]
     return [group for group in groups if group["params"]]
+
+
+class AveragedWeights:
+    """Exponential moving average of parameters, in float32 on their device: average += (1 - decay)(weights - average).
+
+    The decay is constant from the first step, as in LightningDiT; diffusers' `EMAModel` copies the weights at its
+    first step instead. `bias_correction` divides out what is left of the initial weights (as Adam does with its
+    moments), which after N steps is decay**N: much, when N is a few multiples of 1 / (1 - decay).
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float, bias_correction: bool = False):
+        self.decay, self.bias_correction, self.step = decay, bias_correction, 0
+        self.averages = [p.detach().clone().float() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: list[nn.Parameter]) -> None:
+        self.step += 1
+        weight = 1 - self.decay
+        if self.bias_correction:
+            weight /= 1 - self.decay**self.step
+        torch._foreach_lerp_(self.averages, [p.detach() for p in parameters], weight)
+
+    @contextlib.contextmanager
+    def swapped_into(self, parameters: list[nn.Parameter]) -> Iterator[None]:
+        """Inside the context the parameters hold the averages, afterwards what they held before."""
+        kept = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(list(parameters), self.averages)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(list(parameters), kept)
 
 
 class Optimisation:
@@ -115,3 +149,17 @@ class Optimisation:
             average.update(self.parameters)
         self.skipped.copy_(torch.stack([(self.skipped[0] + bad) * bad, self.skipped[1] + bad]))
         return norms, 1 - bad
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor, gathered from its shards if it is sharded: then every process has to call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A whole `value`, which every process has, on the device of `like` and sharded as it is."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
