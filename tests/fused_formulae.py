@@ -10,7 +10,8 @@ ANY_DEVICE = True  # where it runs: see `LargeProducts.can_fuse`
 def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """silu(gate) * value, the halves of product (..., 2 I), which comes without it, + bias (2 I,): (..., I)."""
     gate, value = (product.float() + bias.float()).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * value).to(product.dtype)
+    result = torch.nn.functional.silu(gate) * value
+    return result if result.dtype == product.dtype else result.to(product.dtype)  # see `NormBesideResidual.forward`
 
 
 def swiglu_backward(

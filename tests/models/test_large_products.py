@@ -132,6 +132,8 @@ def test_kernels_agree_with_their_formulae():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if "wrap_triton only works on functions annotated" in done.stderr:
+        pytest.skip("this version of torch has no way to Triton's interpreter")  # 2.11 has none, 2.14 has
     assert done.returncode == 0 and "all equal" in done.stdout, done.stderr
 
 

@@ -143,7 +143,9 @@ class NormBesideResidual(torch.autograd.Function):
         ctx.save_for_backward(x, weight, place)
         ctx.eps, ctx.programs = eps, programs
         normed = rms_norm(x if kept is None else x.index_select(0, kept), weight, eps)
-        return x.clone(), normed.to(dtype)  # the compiler makes nothing of the copy
+        # The compiler makes nothing of the copy. A conversion that changes nothing must not come last: compiled by
+        # torch 2.11, the function then has gradients of zero.
+        return x.clone(), normed if normed.dtype == dtype else normed.to(dtype)
 
     @staticmethod
     def backward(ctx, residual, grad):
