@@ -66,6 +66,7 @@ from vtp_diffusion.evaluation.sources import (
     pipeline_image_size,
     subset_rule,
 )
+from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels
 from vtp_diffusion.metrics.features import Extractor
@@ -154,7 +155,8 @@ def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) ->
     """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, config.dtype)).to(config.device)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=config.torch_dtype(torch.device(config.device)))
+    pipe = pipe.to(config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:
@@ -182,7 +184,10 @@ def sampled(config: GenerationConfig, pipe: "DiffusionPipeline", reference_label
         config.batch_size,
         **config.sampler,
     )
-    images.settings["labels"] = config.labels
+    images.settings |= {"labels": config.labels} | ({"fp8": True} if config.fp8 else {})
+    speed = prepare_sampling(pipe, config)
+    if this_process()[0] == 0:
+        print(speed)
     return images
 
 

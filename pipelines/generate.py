@@ -7,7 +7,7 @@
         --num_images_per_label 1000 --batch_size 64 --output samples
 
     accelerate launch pipelines/generate.py --pipeline FOLDER --num_images 50000 --label_rule random \\
-        --num_inference_steps 249 --batch_size 125 --dtype bfloat16 --output samples.npz
+        --num_inference_steps 249 --batch_size 125 --output samples.npz
 
 Labels are given, or drawn: at random, or balanced (50 a class for 50,000 of ImageNet). Image k (counted over all)
 comes from noise seeded with seed + k, so that neither the batch size, nor the number of processes, nor an
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_pipeline(config: GenerateConfig, device: torch.device | str) -> Lightni
     from diffusers.utils import is_accelerate_available
 
     # the default of low_cpu_mem_usage, which warns where accelerate is not installed
-    options = {"dtype": getattr(torch, config.dtype), "low_cpu_mem_usage": is_accelerate_available()}
+    options = {"dtype": config.torch_dtype(torch.device(device)), "low_cpu_mem_usage": is_accelerate_available()}
     pipe = DiffusionPipeline.from_pretrained(config.pipeline, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -111,16 +112,32 @@ def generate(
     """Make the images with these numbers and hand each to `receive(number, image)`, uint8 (3, H, W), in order."""
     from tqdm.auto import tqdm
 
+    from vtp_diffusion.generation.fast_sampling import prepare_sampling
     from vtp_diffusion.generation.sampling import sample_numbers
 
-    total, quiet = len(numbers) * config.num_inference_steps, this_process()[0] > 0
-    with tqdm(total=total, desc="network evaluations", unit_scale=True, disable=quiet) as progress:
+    if not numbers:
+        return
+    speed, quiet = prepare_sampling(pipe, config), this_process()[0] > 0
+    if not quiet:
+        print(speed)
+
+    def hand_over(batch: list[int], images: torch.Tensor) -> None:
+        for number, image in zip(batch, images, strict=True):
+            receive(number, image)
+
+    total, written = len(numbers) * config.num_inference_steps, None
+    with (
+        tqdm(total=total, desc="network evaluations", unit_scale=True, disable=quiet) as progress,
+        ThreadPoolExecutor(1) as writer,  # files are written while the next batch is sampled
+    ):
         for start in range(0, len(numbers), config.batch_size):
             batch = numbers[start : start + config.batch_size]
             advance = partial(progress.update, len(batch))
             images = sample_numbers(pipe, labels, batch, config.seed, advance, **config.sampler)
-            for number, image in zip(batch, images, strict=True):
-                receive(number, image)
+            if written is not None:
+                written.result()
+            written = writer.submit(hand_over, batch, images)
+        written.result()
 
 
 def write_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int]) -> None:
@@ -151,7 +168,7 @@ def write_files(
     from vtp_diffusion.generation.sampling import pipeline_identity
 
     settings = config.sampler | {"seed": config.seed, "num_images": len(labels)}
-    settings |= pipeline_identity(pipe) | label_settings
+    settings |= pipeline_identity(pipe) | label_settings | ({"fp8": True} if config.fp8 else {})
     files = (SampleNpz if config.kind == ".npz" else SampleFolder)(config.output, settings)
     rank, world_size = this_process()
     missing, numbers = len(files.missing()), files.missing(rank, world_size)

@@ -184,12 +184,13 @@ class LightningDiTPipeline(DiffusionPipeline):
         latents = self.prepare_latents(len(labels), generator, latents, device)
 
         timesteps = self._set_timesteps(num_inference_steps, device)
+        sigmas = self.scheduler.sigmas.tolist()  # at once: asked for step by step, the device would be waited for
         with self.progress_bar(total=len(timesteps)) as progress:
             for step, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = timestep
-                t = 1 - float(self.scheduler.sigmas[step])
+                t = 1 - sigmas[step]
                 # read at every step: a callback may change it
                 scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
                 velocity = self._velocity(latents, t, labels, scale, guidance_channels)
@@ -299,7 +300,8 @@ class LightningDiTPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         timestep = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
         with transformer.cache_context(cache):  # diffusers' step caches keep one state a context
-            return transformer(latents.to(transformer.dtype), timestep, labels, return_dict=False)[0].float()
+            dtype = transformer.patch_embed.weight.dtype  # asking for the model's walks over all modules
+            return transformer(latents.to(dtype), timestep, labels, return_dict=False)[0].float()
 
     def _postprocess(self, images: torch.Tensor, output_type: str) -> Any:
         if output_type == "pil":

@@ -1,9 +1,12 @@
 """Options of sampling a saved pipeline, the same for every program that does."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..runtime.config import Settings, setting
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(kw_only=True)
@@ -23,13 +26,28 @@ class SamplerConfig(Settings):
     )
     seed: int = setting(0, "image k uses seed + k", at_least=0)
     batch_size: int = setting(8, "images sampled at once, in each process", at_least=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "precision of the pipeline")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "precision of the pipeline; auto: bfloat16 on a GPU that has it, else float32"
+    )
+    fast: bool | None = setting(None, "fused kernels and CUDA graphs; none: where they can be had")
+    fp8: bool = setting(False, "large products in float8, on a GPU that has it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(f"guidance_interval is {low}, {high}, expected the lower time first")
+        if self.fp8 and self.fast is False:
+            raise ValueError("fp8 is on and fast is off: float8 products are part of fast sampling")
+
+    def torch_dtype(self, device: "torch.device") -> "torch.dtype":
+        """The precision of a pipeline on this device."""
+        import torch
+
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
 
     @property
     def sampler(self) -> dict[str, Any]:

@@ -123,6 +123,22 @@ class LightningDiTTransformer2DModel(
         Returns: an output with `.sample` (B, C, H, W), or a tuple of it.
         Raises: ValueError on latents or labels of another shape or type.
         """
+        tokens, conditioning = self.embed(hidden_states, timestep, class_labels)
+        grid = self.config.sample_size // self.config.patch_size
+        rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, rotary)
+            else:
+                tokens = block(tokens, conditioning, rotary)
+        shift, scale = self.modulation_out(conditioning)
+        sample = self.unpatchify(self.proj_out(modulate(self.norm_out(tokens), shift, scale)))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def embed(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the blocks start from, of the arguments of `forward`: tokens (B, N, D), conditioning (B, D)."""
         config = self.config
         expected = (config.in_channels, config.sample_size, config.sample_size)
         if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != expected:
@@ -137,25 +153,15 @@ class LightningDiTTransformer2DModel(
         if self.training and config.class_dropout_prob > 0:
             dropped = torch.rand(batch, device=class_labels.device) < config.class_dropout_prob
             class_labels = torch.where(dropped, config.num_classes, class_labels)
-
-        grid = config.sample_size // config.patch_size
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = tokens + self.pos_embed  # under autocast this makes the residual stream float32, as published
         timestep = torch.as_tensor(timestep, device=tokens.device).expand(batch)
-        conditioning = self.time_embed(timestep, tokens.dtype) + self.class_embed(class_labels)  # (B, D)
-        rotary = lightning_dit_rotary_tables(grid, config.attention_head_dim, tokens.device)
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning, rotary)
-            else:
-                tokens = block(tokens, conditioning, rotary)
-        shift, scale = self.modulation_out(conditioning)
-        tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
-        sample = self._unpatchify(tokens, grid)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return tokens, self.time_embed(timestep, tokens.dtype) + self.class_embed(class_labels)
 
-    def _unpatchify(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
+    def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Pixels of the latents by token (B, N, p·p·C) -> (B, C, H, W)."""
         patch, channels = self.config.patch_size, self.config.in_channels
+        grid = self.config.sample_size // patch
         tokens = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (grid, grid))  # (B, h, w, p, p, C)
         return tokens.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 

@@ -1,0 +1,240 @@
+"""Fast sampling on a GPU: evaluations of the network in fused kernels, replayed as CUDA graphs, and float8 products on
+request. Nothing is compiled ahead: Triton makes the kernels in a second or two."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..models.rotary import lightning_dit_rotary_tables
+from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
+from .sampler_config import SamplerConfig
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# In this order: on an H100 cuDNN's is the fastest at 72 channels a head.
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def speed_up(pipe: DiffusionPipeline, fp8: bool = False) -> str:
+    """Have a pipeline on a GPU sample faster: the same images but for rounding.
+
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
+        speed_up(pipe)
+
+    To be called when the weights are final and on their device: adapters are to be fused before, and what replaces
+    layers or watches them afterwards (hooks, step caches, `pipe.to`) is not seen. `slow_down(pipe)` undoes it.
+
+    Args:
+        pipe: a `LightningDiTPipeline`, in bfloat16 or float16.
+        fp8: the large products of the blocks in float8 (e4m3, a scale a row); in bfloat16 on a GPU with float8 units
+            (Ada, Hopper or later).
+
+    Returns: what is on, in words.
+
+    Raises: ValueError where device, precision or pipeline do not allow it, saying why.
+    """
+    if reason := why_not(pipe, fp8):
+        raise ValueError(f"sampling cannot be sped up: {reason}")
+    from ..models import sampling_kernels
+
+    for network in _networks(pipe):
+        network.forward = GraphedForward(network, FusedForward(network, sampling_kernels, fp8))
+    words = [str(pipe.transformer.dtype).removeprefix("torch."), "fused kernels", "CUDA graphs"]
+    return ", ".join(words + ["float8 products"] * fp8)
+
+
+def prepare_sampling(pipe: DiffusionPipeline, config: SamplerConfig) -> str:
+    """`speed_up` as a configuration asks for it: where it leaves that open, if it can be had.
+
+    Returns: a line that says what is on. Raises: as `speed_up`, of what is asked for.
+    """
+    place = f"sampling on {pipe.device}"
+    plain = str(pipe.transformer.dtype).removeprefix("torch.")
+    if config.fast is False or (config.fast is None and not config.fp8 and pipe.device.type == "cpu"):
+        return f"{place}: {plain}"
+    if config.fast is None and not config.fp8 and (reason := why_not(pipe)):
+        return f"{place}: {plain}, not sped up ({reason})"
+    return f"{place}: {speed_up(pipe, config.fp8)}"
+
+
+def slow_down(pipe: DiffusionPipeline) -> None:
+    """Undo `speed_up`."""
+    for network in _networks(pipe):
+        network.__dict__.pop("forward", None)
+
+
+def why_not(pipe: DiffusionPipeline, fp8: bool = False) -> str | None:
+    """Why `speed_up` does not take a pipeline; None if it does."""
+    for network in _networks(pipe):
+        device, dtype = network.device, network.dtype
+        if type(network).__name__ != "LightningDiTTransformer2DModel":
+            return f"the network is a {type(network).__name__}, not a LightningDiT"
+        if device.type != "cuda":
+            return f"the pipeline is on {device}, not on a CUDA GPU"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"its precision is {dtype}, expected torch.bfloat16 or torch.float16"
+        if getattr(network, "_hf_peft_config_loaded", False):
+            return "the transformer has adapters beside its weights, which are to be fused and unloaded before"
+        if fp8 and dtype != torch.bfloat16:
+            return f"float8 products give bfloat16, and the precision is {dtype}"
+        if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
+            return f"{torch.cuda.get_device_name(device)} has no float8 units, expected Ada, Hopper or later"
+    return None
+
+
+def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:
+    return [network for network in (pipe.transformer, getattr(pipe, "guidance_transformer", None)) if network]
+
+
+class FusedForward:
+    """A LightningDiT's forward pass without gradients, with one kernel for all that stands between two products.
+
+    Args:
+        network: on its device; its weights are read where they are, but for those of queries, keys and values, which
+            are copied into one matrix, and float8 ones.
+        kernels: models/sampling_kernels.py, or what has its functions.
+    """
+
+    def __init__(self, network: LightningDiTTransformer2DModel, kernels: ModuleType, fp8: bool = False):
+        self.network, self.kernels, self.fp8 = network, kernels, fp8
+        config = network.config
+        grid = config.sample_size // config.patch_size
+        self.rotary = lightning_dit_rotary_tables(grid, config.attention_head_dim, network.device)
+        self.products = [self._products_of(block) for block in network.blocks]
+
+    @torch.no_grad()
+    def _products_of(self, block: nn.Module) -> dict[str, Product]:
+        attention = block.attn
+        joined = (
+            [attention.to_qkv] if attention.fused_projections else [attention.to_q, attention.to_k, attention.to_v]
+        )
+        weight, bias = (torch.cat([getattr(layer, name) for layer in joined]) for name in ("weight", "bias"))
+        products = {"qkv": (weight, bias)}
+        for name, layer in (("out", attention.to_out[0]), ("w12", block.mlp.w12), ("w3", block.mlp.w3)):
+            products[name] = layer.weight, layer.bias
+        return {name: Product(*parameters, self.kernels, self.fp8) for name, parameters in products.items()}
+
+    def __call__(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """As the network's `forward`: (B, C, H, W)."""
+        network = self.network
+        tokens, conditioning = network.embed(hidden_states, timestep, class_labels)
+        tokens, last = tokens.contiguous(), len(network.blocks) - 1
+        modulations = [block.modulation(conditioning) for block in network.blocks]  # six of (B, 1, D) each
+        shift, scale = network.modulation_out(conditioning)
+        normed = self._norm(tokens, None, None, network.blocks[0].norm1, *modulations[0][:2], self.fp8)
+        for index, (block, products) in enumerate(zip(network.blocks, self.products, strict=True)):
+            _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations[index]
+            update = self._attention(block.attn, products, normed)
+            normed = self._norm(tokens, update, gate_attn, block.norm2, shift_mlp, scale_mlp, self.fp8)
+            update = products["w3"](*self.kernels.swiglu(products["w12"](*normed), self.fp8))
+            if index < last:  # of the next block
+                norm, (next_shift, next_scale), fp8 = (
+                    network.blocks[index + 1].norm1,
+                    modulations[index + 1][:2],
+                    self.fp8,
+                )
+            else:
+                norm, next_shift, next_scale, fp8 = network.norm_out, shift, scale, False
+            normed = self._norm(tokens, update, gate_mlp, norm, next_shift, next_scale, fp8)
+        return network.unpatchify(network.proj_out(normed[0]))
+
+    def _norm(self, tokens, update, gate, norm, shift, scale, fp8):
+        return self.kernels.norm_modulate(tokens, update, gate, norm.weight, shift, scale, norm.eps, fp8)
+
+    def _attention(self, attention: nn.Module, products: dict[str, Product], normed: tuple) -> torch.Tensor:
+        joined = products["qkv"](*normed)  # (B, N, 3 · heads · d)
+        norms, eps = None, 0.0
+        if isinstance(attention.norm_q, nn.RMSNorm):
+            norms, eps = (attention.norm_q.weight, attention.norm_k.weight), attention.norm_q.eps
+        self.kernels.rotate_(joined, *self.rotary, norms, eps)
+        query, key, value = joined.unflatten(-1, (3, -1, attention.head_dim)).permute(2, 0, 3, 1, 4)
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, N, d)
+        attended = attended.transpose(1, 2).flatten(2)
+        return products["out"](*(self.kernels.to_float8(attended) if self.fp8 else (attended, None)))
+
+
+class Product:
+    """x (..., K) -> x · weight + bias (..., N), in float8 if asked for (arXiv:2209.05433): each row of the weight and
+    of what comes in is scaled so that its largest value is float8's largest. K and N are multiples of 16 then."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, kernels: ModuleType, fp8: bool):
+        self.weight, self.bias, self.factors = weight, bias, None
+        if fp8:
+            self.weight, factors = kernels.to_float8(weight)
+            self.factors = factors.T.contiguous()  # (1, N)
+
+    def __call__(self, x: torch.Tensor, factors: torch.Tensor | None = None) -> torch.Tensor:
+        if self.factors is None:
+            return F.linear(x, self.weight, self.bias)
+        product = torch._scaled_mm(
+            x.flatten(0, -2),
+            self.weight.t(),
+            scale_a=factors,
+            scale_b=self.factors,
+            bias=self.bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return product.unflatten(0, x.shape[:-1])
+
+
+class GraphedForward:
+    """A forward pass that is recorded as a CUDA graph for each batch size, and replayed after: one launch for all of
+    its kernels. What comes in is copied to where the recording reads it."""
+
+    def __init__(self, network: nn.Module, forward: FusedForward):
+        self.network, self.forward = network, forward
+        self.recordings: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Any:
+        """As `LightningDiTTransformer2DModel.forward`; with gradients it is that itself."""
+        if torch.is_grad_enabled():
+            return type(self.network).forward(self.network, hidden_states, timestep, class_labels, return_dict)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
+        inputs = [hidden_states, timestep, class_labels]
+        key = tuple((value.shape, value.dtype) for value in inputs)
+        if key not in self.recordings:
+            self.recordings[key] = self._record(inputs)
+        graph, places, result = self.recordings[key]
+        for place, value in zip(places, inputs, strict=True):
+            place.copy_(value)
+        graph.replay()
+        sample = result.clone()  # the next replay writes over it
+        if not return_dict:
+            return (sample,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=sample)
+
+    def _record(self, inputs: list[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
+        places = [value.clone() for value in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # Triton compiles, cuBLAS and cuDNN choose
+                self.forward(*places)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = self.forward(*places)
+        return graph, places, result
