@@ -1,13 +1,16 @@
 r"""Speed, memory and exactness of train_dit/train.py, started as a user starts it, on random latents.
 
-    python benchmarks/dit_training.py --output speed.json --sizes XL/1 --processes 1 --compile
-    python benchmarks/dit_training.py --output two.json --sizes XL/1 --processes 1 2 --strategies ddp fsdp --compile
+    python benchmarks/dit_training.py --output speed.json --sizes XL/1 --processes 1 --ways fast plain compiled
+    python benchmarks/dit_training.py --output two.json --sizes XL/1 --processes 1 2 --strategies ddp fsdp
+    python benchmarks/dit_training.py --output losses.json --sizes B/1 --processes 1 --speed false --same_losses \\
+        --ways fast plain --steps 200
     python benchmarks/dit_training.py --output resume.json --sizes XL/1 --processes 1 2 --speed false --resume_check \
         --batch_size 32 --steps 12
     python benchmarks/dit_training.py --output tiny.json --sizes tiny --processes 1 2 --resume_check --steps 8
 
 Speed is the median of the log's img/s after the first third of the steps, which compilation is in. For XL/1 at 128
 images a GPU on an H100 it is put beside the upstream trainer's on the same work, measured there (`PEER`).
+--same_losses trains in all ways and in float32, and says how far the losses are from float32's and from each other.
 --resume_check goes on from what a kill in the second half of a run leaves, its checkpoint of half of the steps, and
 compares with that run: with the same number of processes, deterministic, every bit of the weights has to be the same;
 from the first to the second of --processes the losses have to agree within `LOSS_TOLERANCE`.
@@ -17,6 +20,7 @@ is starting, compiling and saving. A row is in the file as soon as it is measure
 stop (SIGTERM, SIGINT), the training that it started ends at once.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -49,6 +53,13 @@ SIZES = {
 }
 # img/s on one H100: LightningDiT-XL/1, 256 tokens, batch 128, bf16, AdamW and EMA; and its model compiled as a whole
 PEER = {"upstream trainer": 460.0, "upstream model, compiled": 488.0}
+# How the training is started: as it is by default (fused kernels, CUDA graphs on one GPU), and with less.
+WAYS = {
+    "fast": [],
+    "no_graphs": ["--cuda_graphs=false"],
+    "plain": ["--fused=false", "--cuda_graphs=false"],
+    "compiled": ["--compile=true"],
+}
 LOSS_TOLERANCE = 0.02  # relative; bf16 gradients summed in another order, over some steps
 NUM_LATENTS = 1024
 NUM_CLASSES = 10
@@ -67,9 +78,10 @@ class BenchmarkConfig:
     mixed_precision: Literal["bf16", "fp8"] = field(
         default="bf16", metadata={"help": "on GPUs; fp8 takes torchao. A CPU trains in float32"}
     )
-    compile: bool = field(default=False, metadata={"help": "torch.compile the loss"})
+    ways: list[str] = field(default_factory=lambda: ["fast"], metadata={"help": f"some of {', '.join(WAYS)}"})
     speed: bool = field(default=True, metadata={"help": "measure img/s, memory and scaling"})
     resume_check: bool = field(default=False, metadata={"help": "compare interrupted runs with straight ones"})
+    same_losses: bool = field(default=False, metadata={"help": "compare the losses of all ways with float32's"})
 
     def __post_init__(self):
         check_output(self.output)
@@ -82,8 +94,10 @@ class BenchmarkConfig:
             )
         if torch.cuda.is_available() and max(self.processes) > torch.cuda.device_count():
             raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
-        if not self.speed and not self.resume_check:
-            raise ValueError("speed is false and resume_check too, expected one of them")
+        if unknown := set(self.ways) - set(WAYS):
+            raise ValueError(f"ways has {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")
+        if not self.speed and not self.resume_check and not self.same_losses:
+            raise ValueError("speed, resume_check and same_losses are false, expected one of them")
         for wanted, asked in (
             ("strategies has fsdp", "fsdp" in self.strategies),
             ("mixed_precision is fp8", self.mixed_precision == "fp8"),
@@ -134,29 +148,49 @@ def train(
 
 
 def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> Iterator[dict]:
-    """A row for every strategy and number of processes, as soon as it is measured."""
-    images, single = images_per_process(config, size), None
-    for strategy in config.strategies:
-        for processes in config.processes:
-            if strategy == "fsdp" and processes == 1:
-                continue
-            every = max(1, config.steps // 12)
-            options = [f"--train_batch_size={images * processes}", f"--log_steps={every}", *precision(config)]
-            options += ["--checkpointing_steps=1000000", f"--compile={str(config.compile).lower()}"]
-            output = folder / f"{strategy}-{processes}"
-            lines, seconds = train(data, size, processes, strategy, config.steps, output, *options)
-            shutil.rmtree(output)
-            steady = [line for line in lines if line["step"] > config.steps // 3]
-            row = {"size": size, "strategy": strategy, "processes": processes, "images_a_process": images}
-            row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
-            row["mfu"] = statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None
-            row["peak_memory_gib"] = lines[-1]["peak_memory_gib"]
-            if processes == 1:
-                single = row["images_per_second"]
-            row["scaling"] = None if single is None else row["images_per_second"] / (processes * single)
-            comparable = size == "XL/1" and images == 128 and processes == 1 and "H100" in device_name()
-            row["ratio_to"] = {n: row["images_per_second"] / v for n, v in PEER.items()} if comparable else None
-            yield row | {"seconds": seconds}
+    """A row for every strategy, way and number of processes, as soon as it is measured."""
+    images, single = images_per_process(config, size), {}
+    for strategy, way, processes in itertools.product(config.strategies, config.ways, config.processes):
+        if strategy == "fsdp" and processes == 1:
+            continue
+        every = max(1, config.steps // 12)
+        options = [f"--train_batch_size={images * processes}", f"--log_steps={every}", *precision(config)]
+        options += ["--checkpointing_steps=1000000", *WAYS[way]]
+        output = folder / f"{strategy}-{way}-{processes}"
+        lines, seconds = train(data, size, processes, strategy, config.steps, output, *options)
+        shutil.rmtree(output)
+        steady = [line for line in lines if line["step"] > config.steps // 3]
+        row = {"size": size, "strategy": strategy, "way": way, "processes": processes, "images_a_process": images}
+        row["images_per_second"] = statistics.median(line["images_per_second"] for line in steady)
+        row["mfu"] = statistics.median(line["mfu"] for line in steady) if "mfu" in steady[0] else None
+        row["peak_memory_gib"] = lines[-1]["peak_memory_gib"]
+        if processes == 1:
+            single[way] = row["images_per_second"]
+        row["scaling"] = row["images_per_second"] / (processes * single[way]) if way in single else None
+        comparable = size == "XL/1" and images == 128 and processes == 1 and "H100" in device_name()
+        row["ratio_to"] = {n: row["images_per_second"] / v for n, v in PEER.items()} if comparable else None
+        yield row | {"seconds": seconds}
+
+
+def compare_losses(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> Iterator[dict]:
+    """Losses of the same training in all ways and in float32: root mean square of what separates each from float32's,
+    relative, and of what separates the first way from the last."""
+    options = [f"--train_batch_size={images_per_process(config, size)}", "--log_steps=1"]
+    options += ["--checkpointing_steps=1000000"]
+    losses = {}
+    for way in [*config.ways, "float32"]:
+        words = ["--fused=false", "--cuda_graphs=false"] if way == "float32" else [*precision(config), *WAYS[way]]
+        lines, _ = train(data, size, 1, "ddp", config.steps, folder / f"losses-{way}", *options, *words)
+        losses[way] = torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
+        shutil.rmtree(folder / f"losses-{way}")
+
+    def apart(one: str, other: str) -> float:
+        return ((losses[one] - losses[other]) / losses["float32"]).square().mean().sqrt().item()
+
+    result = {"size": size, "steps": config.steps, "from_float32": {way: apart(way, "float32") for way in config.ways}}
+    result["first_from_last_way"] = apart(config.ways[0], config.ways[-1])
+    result["last_losses"] = {way: values[-20:].mean().item() for way, values in losses.items()}
+    yield result | {"losses": {way: [round(value, 5) for value in values.tolist()] for way, values in losses.items()}}
 
 
 def images_per_process(config: BenchmarkConfig, size: str) -> int:
@@ -189,7 +223,7 @@ def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -
     options = [f"--train_batch_size={images_per_process(config, size) * max(config.processes)}", "--log_steps=1"]
     options += precision(config)
     options += [f"--checkpointing_steps={half}", "--checkpoints_total_limit=2"]
-    options += ["--deterministic", f"--compile={str(config.compile).lower()}"]
+    options += ["--deterministic", *WAYS[config.ways[0]]]
     result = {"size": size, "steps": steps, "seconds": {}}
     straight, seconds = train(data, size, first, "ddp", steps, folder / "straight", *options)
     result["seconds"]["straight"] = seconds
@@ -212,7 +246,7 @@ def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchmarkConfig, argv, __doc__)
-    results = {"device": device_name(), "speed": [], "resume": []}
+    results = {"device": device_name(), "speed": [], "losses": [], "resume": []}
 
     def keep(kind: str, row: dict) -> None:
         if not results[kind] or results[kind][-1] is not row:  # a check that goes on after a part of it is known
@@ -227,6 +261,9 @@ def main(argv: list[str] | None = None) -> None:
             if config.speed:
                 for row in measure_speed(config, folder, size, folder):
                     keep("speed", row)
+            if config.same_losses:
+                for row in compare_losses(config, folder, size, folder):
+                    keep("losses", row)
             if config.resume_check:
                 for row in check_resume(config, folder, size, folder):
                     keep("resume", row)

@@ -72,6 +72,15 @@ class Config(TrainingConfig, FlowMatchingConfig):
     )
     shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with, as time_shift", above=0)
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)
+    fused: bool | None = setting(
+        None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
+    )
+    cuda_graphs: bool | None = setting(
+        None,
+        "launch the passes of a step as a whole; none: on one GPU, without micro-steps and compile. They keep their "
+        "memory during validation too",
+        may_change=True,
+    )
     save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
     validation: ValidationConfig = setting(
         default_factory=ValidationConfig, help="sample grids and distances", may_change=True
@@ -126,6 +135,18 @@ def compile_training(config: Config, objective: FlowMatchingObjective) -> None:
         objective.losses = torch.compile(objective.losses)
     elif config.compile:
         compile_modules(objective.transformer, objective.transformer._repeated_blocks)
+
+
+def use_fused_blocks(config: Config, run: TrainingRun) -> None:
+    """Fused kernels in the blocks, as the configuration asks for them. Raises: ValueError where there are none."""
+    from vtp_diffusion.models.fused_lightning_dit import fuse_training, why_not_fused
+
+    reason = "compile is on" if config.compile else why_not_fused(run.model, run.device)
+    if config.fused and reason:
+        raise ValueError(f"fused is on, but {reason}")
+    if config.fused is not False and reason is None:
+        fuse_training(run.model)
+        run.accelerator.print("blocks run in fused kernels (fused)")
 
 
 def build_pipeline(config: Config, vae, transformer, dataset, guide=None) -> LightningDiTPipeline:
@@ -224,8 +245,16 @@ def main(argv: list[str] | None = None) -> None:
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
     compile_training(config, objective)
     run = TrainingRun(
-        config, folder, objective, transformer, "transformer", dataset.fingerprint, flops_per_image=flops
+        config,
+        folder,
+        objective,
+        transformer,
+        "transformer",
+        dataset.fingerprint,
+        flops_per_image=flops,
+        cuda_graphs=False if config.compile and config.cuda_graphs is None else config.cuda_graphs,
     )
+    use_fused_blocks(config, run)
     vae.to(run.device)
     inputs = training_inputs(run, config, latent_batches(run, config, dataset), vae, dataset.shape, num_classes)
     watched = bool(config.validation.labels) or distance is not None

@@ -225,7 +225,7 @@ def test_the_program_trains_the_same_with_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         TrainingRun,
         "_graphed",
-        lambda run: GraphedPasses(run._pass, run.bare.parameters(), recorder=Recorder(run.bare)),
+        lambda run, asked: GraphedPasses(run._pass, run.bare.parameters(), recorder=Recorder(run.bare)),
     )
     program.main(arguments(tmp_path / "graphed", *few))
     names = ("plain", "graphed")

@@ -3,24 +3,21 @@ request. Nothing is compiled ahead: Triton makes the kernels in a second or two.
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
+from ..models.fused_lightning_dit import ATTENTION, why_not_fused
 from ..models.rotary import lightning_dit_rotary_tables
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 from .sampler_config import SamplerConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-# In this order: on an H100 cuDNN's is the fastest at 72 channels a head.
-ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def speed_up(pipe: DiffusionPipeline, fp8: bool = False) -> str:
@@ -43,10 +40,10 @@ def speed_up(pipe: DiffusionPipeline, fp8: bool = False) -> str:
     """
     if reason := why_not(pipe, fp8):
         raise ValueError(f"sampling cannot be sped up: {reason}")
-    from ..models import sampling_kernels
+    from ..models import lightning_dit_kernels
 
     for network in _networks(pipe):
-        network.forward = GraphedForward(network, FusedForward(network, sampling_kernels, fp8))
+        network.forward = GraphedForward(network, FusedForward(network, lightning_dit_kernels, fp8))
     words = [str(pipe.transformer.dtype).removeprefix("torch."), "fused kernels", "CUDA graphs"]
     return ", ".join(words + ["float8 products"] * fp8)
 
@@ -75,12 +72,8 @@ def why_not(pipe: DiffusionPipeline, fp8: bool = False) -> str | None:
     """Why `speed_up` does not take a pipeline; None if it does."""
     for network in _networks(pipe):
         device, dtype = network.device, network.dtype
-        if type(network).__name__ != "LightningDiTTransformer2DModel":
-            return f"the network is a {type(network).__name__}, not a LightningDiT"
-        if device.type != "cuda":
-            return f"the pipeline is on {device}, not on a CUDA GPU"
-        if importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
+        if reason := why_not_fused(network, device):
+            return reason
         if dtype not in (torch.bfloat16, torch.float16):
             return f"its precision is {dtype}, expected torch.bfloat16 or torch.float16"
         if getattr(network, "_hf_peft_config_loaded", False):
@@ -102,7 +95,7 @@ class FusedForward:
     Args:
         network: on its device; its weights are read where they are, but for those of queries, keys and values, which
             are copied into one matrix, and float8 ones.
-        kernels: models/sampling_kernels.py, or what has its functions.
+        kernels: models/lightning_dit_kernels.py, or what has its functions.
     """
 
     def __init__(self, network: LightningDiTTransformer2DModel, kernels: ModuleType, fp8: bool = False):
@@ -121,7 +114,8 @@ class FusedForward:
         weight, bias = (torch.cat([getattr(layer, name) for layer in joined]) for name in ("weight", "bias"))
         products = {"qkv": (weight, bias)}
         for name, layer in (("out", attention.to_out[0]), ("w12", block.mlp.w12), ("w3", block.mlp.w3)):
-            products[name] = layer.weight, layer.bias
+            # what adds the other two to the residual stream adds their bias
+            products[name] = layer.weight, layer.bias if name == "w12" else None
         return {name: Product(*parameters, self.kernels, self.fp8) for name, parameters in products.items()}
 
     def __call__(
@@ -133,11 +127,14 @@ class FusedForward:
         tokens, last = tokens.contiguous(), len(network.blocks) - 1
         modulations = [block.modulation(conditioning) for block in network.blocks]  # six of (B, 1, D) each
         shift, scale = network.modulation_out(conditioning)
-        normed = self._norm(tokens, None, None, network.blocks[0].norm1, *modulations[0][:2], self.fp8)
+        nothing = None, None, None
+        normed = self._norm(tokens, *nothing, network.blocks[0].norm1, *modulations[0][:2], self.fp8)  # and factors
         for index, (block, products) in enumerate(zip(network.blocks, self.products, strict=True)):
             _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations[index]
             update = self._attention(block.attn, products, normed)
-            normed = self._norm(tokens, update, gate_attn, block.norm2, shift_mlp, scale_mlp, self.fp8)
+            normed = self._norm(
+                tokens, update, block.attn.to_out[0].bias, gate_attn, block.norm2, shift_mlp, scale_mlp, self.fp8
+            )
             update = products["w3"](*self.kernels.swiglu(products["w12"](*normed), self.fp8))
             if index < last:  # of the next block
                 norm, (next_shift, next_scale), fp8 = (
@@ -147,11 +144,13 @@ class FusedForward:
                 )
             else:
                 norm, next_shift, next_scale, fp8 = network.norm_out, shift, scale, False
-            normed = self._norm(tokens, update, gate_mlp, norm, next_shift, next_scale, fp8)
+            normed = self._norm(tokens, update, block.mlp.w3.bias, gate_mlp, norm, next_shift, next_scale, fp8)
         return network.unpatchify(network.proj_out(normed[0]))
 
-    def _norm(self, tokens, update, gate, norm, shift, scale, fp8):
-        return self.kernels.norm_modulate(tokens, update, gate, norm.weight, shift, scale, norm.eps, fp8)
+    def _norm(self, tokens, update, bias, gate, norm, shift, scale, fp8):
+        dtype = torch.float8_e4m3fn if fp8 else tokens.dtype
+        arguments = tokens, update, bias, gate, norm.weight, shift, scale, norm.eps, dtype
+        return self.kernels.residual_norm(*arguments, inplace=True)[1:]
 
     def _attention(self, attention: nn.Module, products: dict[str, Product], normed: tuple) -> torch.Tensor:
         joined = products["qkv"](*normed)  # (B, N, 3 · heads · d)
@@ -170,7 +169,7 @@ class Product:
     """x (..., K) -> x · weight + bias (..., N), in float8 if asked for (arXiv:2209.05433): each row of the weight and
     of what comes in is scaled so that its largest value is float8's largest. K and N are multiples of 16 then."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, kernels: ModuleType, fp8: bool):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: ModuleType, fp8: bool):
         self.weight, self.bias, self.factors = weight, bias, None
         if fp8:
             self.weight, factors = kernels.to_float8(weight)

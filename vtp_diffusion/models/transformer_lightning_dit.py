@@ -199,10 +199,13 @@ class LightningDiTBlock(nn.Module):
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.mlp = LightningDiTSwiGLU(width, int(2 / 3 * 4 * width))
         self.modulation = LightningDiTModulation(width, 6)
+        self.fused = None  # what computes the block in training on a GPU: `fuse_training`
 
     def forward(
         self, hidden_states: torch.Tensor, conditioning: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
+        if self.fused is not None and torch.is_grad_enabled():
+            return self.fused(self, hidden_states, conditioning, rotary)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(conditioning)
         normed = modulate(self.norm1(hidden_states), shift_attn, scale_attn)
         hidden_states = hidden_states + gate_attn * self.attn(normed, rotary=rotary)

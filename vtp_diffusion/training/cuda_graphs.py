@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Inputs = dict[str, dict[str, torch.Tensor]]
+Inputs = dict[str, Any]  # name -> tensor, or name -> such a dictionary
 Losses = dict[str, torch.Tensor]
 WARM_UP = 3  # calls before recording: they compile, choose kernels, and allocate what is allocated once
 
@@ -85,8 +85,8 @@ class GraphedPasses:
     recording, that is reported, and all passes run without graphs.
 
     Args:
-        passes: inputs of one part of the step, `objective -> name -> tensor` -> named losses, detached, once the
-            gradients have been added to `.grad` of the parameters.
+        passes: inputs of one part of the step, named tensors or dictionaries of them -> named losses, detached, once
+            the gradients have been added to `.grad` of the parameters.
         parameters: which get gradients.
         warm_up: how many calls run without being recorded, at least 1.
         report: called with the reason if passes are not recorded.
@@ -172,16 +172,13 @@ class GraphedPasses:
         """Copy the inputs of a step to where the recordings read them."""
         came = _by_place(parts)
         if not self._inputs:
-            self._inputs = [
-                {name: {key: value.clone() for key, value in inputs.items()} for name, inputs in part.items()}
-                for part in parts
-            ]
+            self._inputs = [_copied(part) for part in parts]
             return
         kept = _by_place(self._inputs)
         differing = [
-            f"  {name}.{key} of part {number}: {_kind(came.get(place))}, expected {_kind(kept.get(place))}"
-            for place in sorted(came.keys() | kept.keys())
-            for number, name, key in [place]
+            f"  {name} of part {number}: {_kind(came.get((number, name)))}, expected {_kind(kept.get((number, name)))}"
+            for number, name in sorted(came.keys() | kept.keys())
+            for place in [(number, name)]
             if _kind(came.get(place)) != _kind(kept.get(place))
         ]
         if differing:
@@ -189,18 +186,28 @@ class GraphedPasses:
         torch._foreach_copy_(list(kept.values()), [came[place] for place in kept])
 
 
-def _by_place(parts: list[Inputs]) -> dict[tuple[int, str, str], torch.Tensor]:
-    """(number of the part, objective, name) -> input. Raises: ValueError for one that is no tensor."""
+def _copied(inputs: Inputs) -> Inputs:
+    return {key: _copied(value) if isinstance(value, dict) else value.clone() for key, value in inputs.items()}
+
+
+def _by_place(parts: list[Inputs]) -> dict[tuple[int, str], torch.Tensor]:
+    """(number of the part, name) -> input. Raises: ValueError for one that is no tensor."""
     found = {}
+
+    def collect(number: int, inputs: Inputs, prefix: str) -> None:
+        for key, value in inputs.items():
+            if isinstance(value, dict):
+                collect(number, value, f"{prefix}{key}.")
+            elif isinstance(value, torch.Tensor):
+                found[number, prefix + key] = value
+            else:
+                raise ValueError(
+                    f"{prefix}{key} is of type {type(value).__name__}, expected a tensor: a recording would keep the "
+                    "value of the first step"
+                )
+
     for number, part in enumerate(parts):
-        for name, inputs in part.items():
-            for key, value in inputs.items():
-                if not isinstance(value, torch.Tensor):
-                    raise ValueError(
-                        f"{name}.{key} is of type {type(value).__name__}, expected a tensor: a recording would keep "
-                        "the value of the first step"
-                    )
-                found[number, name, key] = value
+        collect(number, part, "")
     return found
 
 

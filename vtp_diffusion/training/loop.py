@@ -54,7 +54,7 @@ class TrainingRun:
         flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
         in_parts: micro-batches are lists, and what a set of arguments leads to does not use every parameter.
         cuda_graphs: record the passes of a step and replay them, see `GraphedPasses`; arguments are then dictionaries
-            of tensors. Where that cannot be, why is printed, and the passes are made as ever.
+            of tensors. Where that cannot be, why is printed, unless this is None, and the passes are made as ever.
 
     Raises:
         ValueError: processes or precision that accelerate does not give here, a batch that cannot be divided among
@@ -73,7 +73,7 @@ class TrainingRun:
         groups: list[dict[str, Any]] | None = None,
         flops_per_image: float | None = None,
         in_parts: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = False,
         fingerprint_of: tuple[str, ...] = ("data",),
     ):
         self.config, self.folder, self.model, self.bare = config, folder, model, objective
@@ -92,7 +92,7 @@ class TrainingRun:
         average_name = f"{model_name}_ema"  # as checkpoints call it
         self.optimisation = Optimisation(config, groups, self.accelerator, objective, model, average_name)
         self.sharded = is_sharded(self.optimisation.parameters)
-        self.graphed = self._graphed() if cuda_graphs else None
+        self.graphed = None if cuda_graphs is False else self._graphed(asked=cuda_graphs is True)
         self.state = TrainingState(
             model=model,
             model_name=model_name,
@@ -294,14 +294,15 @@ class TrainingRun:
             self.accelerator.backward(losses["loss"] / count)
         return {name: value.detach().float() / count for name, value in losses.items()}
 
-    def _graphed(self) -> GraphedPasses | None:
+    def _graphed(self, asked: bool) -> GraphedPasses | None:
         config = self.config
         reason = why_not_recorded(
             self.device, self.world_size, config.gradient_accumulation_steps, config.mixed_precision
         )
         if reason is None:
             return GraphedPasses(self._pass, self.bare.parameters(), report=self.accelerator.print)
-        self.accelerator.print(f"cuda_graphs is true, but the passes of a step are not recorded: {reason}")
+        if asked:
+            self.accelerator.print(f"cuda_graphs is true, but the passes of a step are not recorded: {reason}")
         return None
 
     def summary(self) -> dict[str, float]:

@@ -1,0 +1,151 @@
+"""Fused blocks of LightningDiT against the plain ones, and the Triton kernels against the formulae."""
+
+import math
+import os
+import subprocess
+import sys
+
+import fused_formulae
+import lightning_dit_formulae
+import pytest
+import torch
+from torch import nn
+
+from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion.models.fused_lightning_dit import FusedBlock, fuse_training
+
+
+def network_and_inputs(heads=2, size=12, **changes):
+    torch.manual_seed(0)
+    architecture = {"sample_size": 4, "in_channels": 4, "num_layers": 2, "num_classes": 3}
+    network = LightningDiTTransformer2DModel(
+        **architecture | {"num_attention_heads": heads, "attention_head_dim": size} | changes
+    ).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network, (torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 3, 1]))
+
+
+def result_and_gradients(network, inputs, autocast=False):
+    network.zero_grad()
+    latents = inputs[0].detach().clone().requires_grad_()
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=autocast):
+        result = network(latents, *inputs[1:]).sample
+    weights = torch.linspace(-1, 1, result.numel(), device=result.device).view_as(result)
+    (result.float() * weights).sum().backward()
+    return [result.detach(), latents.grad, *(parameter.grad.clone() for parameter in network.parameters())]
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}])
+def test_fused_blocks_have_the_results_and_gradients_of_plain_ones(changes):
+    network, inputs = network_and_inputs(**changes)
+    plain = result_and_gradients(network, inputs)
+    for block in network.blocks:
+        block.fused = FusedBlock(lightning_dit_formulae, fused_formulae)
+    for first, second in zip(plain, result_and_gradients(network, inputs), strict=True):
+        torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5 * first.abs().max().item())
+
+
+def test_under_autocast_fused_blocks_are_no_further_from_float32_than_plain_ones():
+    network, inputs = network_and_inputs()
+    exact, plain = result_and_gradients(network, inputs), result_and_gradients(network, inputs, autocast=True)
+    for block in network.blocks:
+        block.fused = FusedBlock(lightning_dit_formulae, fused_formulae)
+    check_errors(exact, plain, result_and_gradients(network, inputs, autocast=True))
+
+
+def check_errors(exact, plain, fused):
+    """No further from `exact` altogether, and about so in each tensor: small ones are mostly rounding."""
+    squares = []
+    for reference, *both in zip(exact, plain, fused, strict=True):
+        assert both[1].dtype == both[0].dtype
+        errors = [(value.float() - reference).square().sum().item() for value in both]
+        squares.append([*errors, reference.square().sum().item()])
+        assert errors[1] < 9 * errors[0] + 1e-9 * squares[-1][2]
+    first, second, size = (math.sqrt(sum(column)) for column in zip(*squares, strict=True))
+    assert 0 < second < 1.2 * first < 0.1 * size, (first, second, size)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}])
+def test_on_a_gpu_kernels_are_no_further_from_float32_than_plain_blocks(changes):
+    network, inputs = network_and_inputs(heads=16, size=72, **changes)
+    network, inputs = network.cuda(), [value.cuda() for value in inputs]
+    for parameter in network.parameters():
+        parameter.data.mul_(0.1)  # std 0.02
+    exact, plain = result_and_gradients(network, inputs), result_and_gradients(network, inputs, autocast=True)
+    fuse_training(network)
+    check_errors(exact, plain, result_and_gradients(network, inputs, autocast=True))
+
+
+PROGRAM = """
+import torch
+import lightning_dit_formulae
+from vtp_diffusion.models import lightning_dit_kernels
+
+torch.manual_seed(0)
+
+
+def same(first, second, limit):
+    for a, b in zip(first, second, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape, a.dtype, b.dtype)
+            error = ((a.float() - b.float()).norm() / b.float().norm()).item()
+            assert error < limit, (error, limit)
+
+
+FLOAT8 = 0.1  # three bits, which Triton's interpreter cuts off where a GPU rounds
+for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
+    for float8 in (False, True):
+        near = FLOAT8 if float8 else limit
+        target = torch.float8_e4m3fn if float8 else dtype
+        x, update, total_grad, result_grad = torch.randn(4, 2, 3, 40).to(dtype)
+        modulation = torch.randn(2, 1, 6 * 40).to(dtype).chunk(6, dim=-1)
+        norm = torch.randn(40).to(dtype), *modulation[3:5]
+        gated = update, torch.randn(40).to(dtype), modulation[2]
+        for change, normed in (([None] * 3, norm), (gated, norm), (gated, [None] * 3)):
+            rest = *change, *normed, 1e-6, target
+            for inplace in (False, True):
+                first, second = x.clone(), x.clone()
+                found = lightning_dit_kernels.residual_norm(first, *rest, inplace)
+                same(found, lightning_dit_formulae.residual_norm(second, *rest, inplace), near)
+                same([first], [second], limit)
+                assert torch.equal(first, x) == (change[0] is None or not inplace)
+            grads = total_grad, None if normed[0] is None else result_grad
+            values = x, *change, normed[0], normed[2], 1e-6, *grads
+            found = lightning_dit_kernels.residual_norm_backward(*values)
+            expected = lightning_dit_formulae.residual_norm_backward(*values)
+            same(found[:2], expected[:2], limit)
+            kept = [k for k in range(4) if expected[2][:, k].any()]
+            same([found[2][:, kept]], [expected[2][:, kept]], limit)
+            assert len(kept) == 2 * (normed[0] is not None) + 2 * (change[0] is not None)
+        product = torch.randn(2, 3, 80).to(dtype)
+        same(lightning_dit_kernels.swiglu(product, float8), lightning_dit_formulae.swiglu(product, float8), near)
+    same(lightning_dit_kernels.to_float8(x), lightning_dit_formulae.to_float8(x), FLOAT8)
+    for heads, size in ((3, 12), (2, 16)):
+        cos, sin = torch.randn(2, 3, size // 2).repeat_interleave(2, dim=-1)
+        norms = torch.randn(2, size).to(dtype).unbind(0)
+        for given in (None, norms):
+            x = torch.randn(2, 3, 3 * heads * size).to(dtype)
+            first, second = x.clone(), x.clone()
+            lightning_dit_kernels.rotate_(first, cos, sin, given, 1e-6)
+            lightning_dit_formulae.rotate_(second, cos, sin, given, 1e-6)
+            same([first], [second], limit)
+            assert not torch.equal(first, x)
+        # apart as they come from attention, in either order of tokens and heads in memory
+        alike = [torch.randn(2, heads, 3, size).to(dtype).transpose(1, 2) for _ in range(3)]
+        for parts in (alike, [alike[0].contiguous(), *alike[1:]]):
+            values = *parts, cos, sin
+            same(lightning_dit_kernels.rotate_back(*values), lightning_dit_formulae.rotate_back(*values), limit)
+
+print("all equal")
+"""
+
+
+def test_kernels_agree_with_their_formulae():
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stderr

@@ -1,0 +1,138 @@
+"""Blocks of LightningDiT for training on a GPU, with one kernel forward and one backward for what stands between two
+matrix products. Nothing is compiled ahead; under autocast they compute what the plain ones do, but for rounding."""
+
+import importlib.util
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .large_products import SwiGLU, compute_dtype, joined_parameters
+from .transformer_lightning_dit import LightningDiTAttention, LightningDiTBlock, LightningDiTTransformer2DModel
+
+# In this order: on an H100 cuDNN's is the fastest at 72 channels a head.
+ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def why_not_fused(network: nn.Module, device: torch.device) -> str | None:
+    """Why a network does not run in fused kernels on a device; None if it does."""
+    if type(network).__name__ != "LightningDiTTransformer2DModel":
+        return f"the network is a {type(network).__name__}, not a LightningDiT"
+    if device.type != "cuda":
+        return f"the device is {device}, not a CUDA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def fuse_training(network: LightningDiTTransformer2DModel) -> None:
+    """Have the blocks of a network run by `FusedBlock` where there are gradients. Layers inside are not called then:
+    hooks on them have no effect."""
+    from . import fused_kernels, lightning_dit_kernels
+
+    fused = FusedBlock(lightning_dit_kernels, fused_kernels)
+    for block in network.blocks:
+        block.fused = fused
+
+
+class FusedBlock:
+    """The forward pass of a `LightningDiTBlock`.
+
+    Args: `kernels`: lightning_dit_kernels.py; `swiglu_kernels`: fused_kernels.py; or what has their functions.
+    """
+
+    def __init__(self, kernels: ModuleType, swiglu_kernels: ModuleType):
+        self.kernels, self.swiglu_kernels = kernels, swiglu_kernels
+
+    def __call__(
+        self,
+        block: LightningDiTBlock,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.modulation(conditioning)
+        hidden_states = hidden_states.contiguous()
+        hidden_states, normed = self._step(hidden_states, None, None, None, block.norm1, shift_attn, scale_attn)
+        update, bias = self._attention(block.attn, normed, rotary)
+        hidden_states, normed = self._step(hidden_states, update, bias, gate_attn, block.norm2, shift_mlp, scale_mlp)
+        first, last = block.mlp.w12, block.mlp.w3
+        product = linear_without_bias(normed, first)  # (B, N, 2 I)
+        update = linear_without_bias(SwiGLU.apply(product, first.bias, self.swiglu_kernels), last)
+        return self._step(hidden_states, update, last.bias, gate_mlp, None, None, None)[0]
+
+    def _step(self, x, update, bias, gate, norm, shift, scale):
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        arguments = x, update, bias, gate, weight, shift, scale, eps, compute_dtype(x), self.kernels
+        return ResidualNorm.apply(*arguments)
+
+    def _attention(self, attention: LightningDiTAttention, x: torch.Tensor, rotary: tuple) -> tuple[torch.Tensor, ...]:
+        """(B, N, D) -> (B, N, D) and the bias (D,) that is still to be added."""
+        out = attention.to_out[0]
+        if isinstance(attention.norm_q, nn.RMSNorm):  # norms between the product and the rotation
+            return attention(x, rotary=rotary), torch.zeros_like(out.bias)
+        weight, bias = joined_parameters(attention.to_q, attention.to_k, attention.to_v)
+        query, key, value = RotatedProjections.apply(x, weight.to(x.dtype), bias, *rotary, self.kernels)
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
+        return linear_without_bias(attended.transpose(1, 2).flatten(2), out), out.bias
+
+
+def linear_without_bias(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """(..., K) -> (..., N); the kernel behind it adds the bias, and up its gradient."""
+    return F.linear(x, layer.weight.to(x.dtype))
+
+
+class ResidualNorm(torch.autograd.Function):
+    """x + gate · (update + bias), and its modulated norm: see `residual_norm` in lightning_dit_kernels.py. Their
+    gradients meet in one kernel."""
+
+    @staticmethod
+    def forward(ctx, x, update, bias, gate, weight, shift, scale, eps, dtype, kernels):
+        total, normed, _ = kernels.residual_norm(x, update, bias, gate, weight, shift, scale, eps, dtype)
+        ctx.save_for_backward(None if weight is None else total, update, bias, gate, weight, scale)
+        ctx.eps, ctx.kernels = eps, kernels
+        return total, normed
+
+    @staticmethod
+    def backward(ctx, total_grad, result_grad):
+        total, update, bias, gate, weight, scale = ctx.saved_tensors
+        total_grad = total_grad.contiguous()
+        x = total_grad if total is None else total
+        result_grad = None if result_grad is None else result_grad.contiguous()
+        x_grad, update_grad, sums = ctx.kernels.residual_norm_backward(
+            x, update, bias, gate, weight, scale, ctx.eps, total_grad, result_grad
+        )
+        bias_grad = gate_grad = weight_grad = shift_grad = scale_grad = None
+        if update is not None:
+            gate_grad = sums[:, 2:3].to(gate.dtype)  # (B, 1, D)
+            bias_grad = (sums[:, 3:] * gate).sum((0, 1)).to(bias.dtype)
+        if weight is not None:
+            by_norm, shift_grad = sums[:, :1], sums[:, 1:2].to(scale.dtype)
+            scale_grad = (by_norm * weight).to(scale.dtype)
+            weight_grad = (by_norm * (1 + scale)).sum((0, 1)).to(weight.dtype)
+        return x_grad, update_grad, bias_grad, gate_grad, weight_grad, shift_grad, scale_grad, None, None, None
+
+
+class RotatedProjections(torch.autograd.Function):
+    """Queries, keys and values of x (B, N, D) from one product, queries and keys rotated: each (B, N, heads, d).
+
+    Args: weight (3 · heads · d, D) in the dtype of x, bias (3 · heads · d,); cos, sin: tables (N, d) float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, cos, sin, kernels):
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.bias_dtype, ctx.kernels = bias.dtype, kernels
+        projected = F.linear(x, weight, bias.to(x.dtype))
+        kernels.rotate_(projected, cos, sin, None, 0.0)
+        return projected.unflatten(-1, (3, -1, cos.shape[1])).unbind(2)
+
+    @staticmethod
+    def backward(ctx, query, key, value):
+        x, weight, cos, sin = ctx.saved_tensors
+        grad, bias_grad = ctx.kernels.rotate_back(query, key, value, cos, sin)
+        weight_grad = grad.flatten(0, 1).T @ x.flatten(0, 1)
+        return grad @ weight, weight_grad, bias_grad.to(ctx.bias_dtype), None, None, None

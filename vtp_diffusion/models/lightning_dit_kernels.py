@@ -1,0 +1,326 @@
+"""Triton kernels of LightningDiT, forward and backward: one pass over memory for what stands between two products.
+tests/lightning_dit_formulae.py has the same functions in PyTorch.
+
+Importing this module needs Triton, which PyTorch for CUDA brings along; its interpreter (TRITON_INTERPRET=1 in the
+environment) runs the kernels on a CPU, slowly.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LARGEST = tl.constexpr(448.0)  # of float8 e4m3
+SMALLEST = tl.constexpr(1e-12)  # scale of a row of zeros
+ROW_WARPS, ROTATE_WARPS = 4, 2
+# Backward: a program has some of a sample's tokens, so that sums over them stay in its registers.
+BACKWARD_PROGRAMS, BACKWARD_WARPS, BACKWARD_STAGES = 1056, 4, 3
+TURN_PROGRAMS, TURN_WARPS, TURN_STAGES = 4224, 4, 3  # of `rotate_back`
+
+
+@triton.jit
+def _residual_norm(
+    x, update, bias, gate, total, weight, shift, scale, result, factors,
+    length, width, gate_step, step, eps,
+    UPDATE: tl.constexpr, NORM: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x, update, total, result (B * length, width); gate, shift, scale (B, width) with steps between rows; bias and
+    weight (width,); factors (B * length,). A program has one row."""
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // length
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = row * width + column
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if UPDATE:
+        change = tl.load(update + place, mask=inside, other=0.0).to(tl.float32)
+        change += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        values += tl.load(gate + sample * gate_step + column, mask=inside, other=0.0).to(tl.float32) * change
+        tl.store(total + place, values.to(total.dtype.element_ty), mask=inside)
+    if NORM:
+        values *= tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+        values *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        values *= 1 + tl.load(scale + sample * step + column, mask=inside, other=0.0).to(tl.float32)
+        values += tl.load(shift + sample * step + column, mask=inside, other=0.0).to(tl.float32)
+        if FLOAT8:
+            factor = tl.maximum(tl.max(tl.abs(values), axis=0), SMALLEST) / LARGEST
+            tl.store(factors + row, factor)
+            values = values / factor
+        tl.store(result + place, values.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _residual_norm_backward(
+    x, update, bias, gate, weight, scale, total_grad, result_grad, x_grad, update_grad, sums,
+    length, width, parts, gate_step, step, eps,
+    UPDATE: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x: the sum that was normed; its gradient is x_grad. sums (B * parts, 4, width), over tokens: result_grad times
+    the norm before its weight, result_grad, x_grad times update, x_grad. A program has some rows of a sample."""
+    sample, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    if UPDATE:
+        offset = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        gates = tl.load(gate + sample * gate_step + column, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        slope = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        slope *= 1 + tl.load(scale + sample * step + column, mask=inside, other=0.0).to(tl.float32)
+    by_norm = tl.zeros((BLOCK,), dtype=tl.float32)
+    plain = tl.zeros((BLOCK,), dtype=tl.float32)
+    by_update = tl.zeros((BLOCK,), dtype=tl.float32)
+    alone = tl.zeros((BLOCK,), dtype=tl.float32)
+    for row in tl.range(part, length, parts, num_stages=STAGES):
+        place = (sample * length + row) * width + column
+        grad = tl.load(total_grad + place, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            given = tl.load(result_grad + place, mask=inside, other=0.0).to(tl.float32)
+            inverse = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+            values *= inverse
+            by_norm += given * values
+            plain += given
+            given *= slope
+            grad += inverse * (given - values * (tl.sum(given * values, axis=0) / width))
+            tl.store(x_grad + place, grad.to(x_grad.dtype.element_ty), mask=inside)
+        if UPDATE:
+            by_update += grad * (tl.load(update + place, mask=inside, other=0.0).to(tl.float32) + offset)
+            alone += grad
+            tl.store(update_grad + place, (gates * grad).to(update_grad.dtype.element_ty), mask=inside)
+    own = sums + tl.program_id(0).to(tl.int64) * 4 * width + column
+    if NORM:
+        tl.store(own, by_norm, mask=inside)
+        tl.store(own + width, plain, mask=inside)
+    if UPDATE:
+        tl.store(own + 2 * width, by_update, mask=inside)
+        tl.store(own + 3 * width, alone, mask=inside)
+
+
+@triton.jit
+def _swiglu(product, result, factors, width, FLOAT8: tl.constexpr, BLOCK: tl.constexpr):
+    """product (rows, 2 * width), result (rows, width), factors (rows,). A program has one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    place = row * 2 * width + column
+    gate = tl.load(product + place, mask=inside, other=0.0).to(tl.float32)
+    values = gate * tl.sigmoid(gate) * tl.load(product + place + width, mask=inside, other=0.0).to(tl.float32)
+    if FLOAT8:
+        factor = tl.maximum(tl.max(tl.abs(values), axis=0), SMALLEST) / LARGEST
+        tl.store(factors + row, factor)
+        values = values / factor
+    tl.store(result + row * width + column, values.to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _to_float8(x, result, factors, width, BLOCK: tl.constexpr):
+    """x, result (rows, width), factors (rows,). A program has one row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.maximum(tl.max(tl.abs(values), axis=0), SMALLEST) / LARGEST
+    tl.store(factors + row, factor)
+    tl.store(result + row * width + column, (values / factor).to(result.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate(
+    x, cos, sin, weights,
+    length, heads, step, eps,
+    size: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The queries and then the keys at the start of x (rows, step), heads * size each, normed and rotated in place.
+    cos, sin (length, size): both of a pair have the same; weights (2, size). A program has one row of either."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    channel = tl.arange(0, 2 * PAIRS)
+    there = (head < heads)[:, None] & (channel < size)[None, :]
+    start = x + row * step + tl.program_id(1) * heads * size
+    place = start + head[:, None] * size + channel[None, :]
+    values = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    if NORM:
+        weight = weights + tl.program_id(1) * size
+        scale = tl.load(weight + channel, mask=channel < size, other=0.0).to(tl.float32)
+        values *= tl.rsqrt(tl.sum(values * values, axis=1) / size + eps)[:, None] * scale[None, :]
+    pair = tl.arange(0, PAIRS)
+    angle = (row % length) * size + 2 * pair
+    turn_cos = tl.load(cos + angle, mask=2 * pair < size, other=0.0)[None, :]
+    turn_sin = tl.load(sin + angle, mask=2 * pair < size, other=0.0)[None, :]
+    first, second = tl.split(tl.reshape(values, (HEADS, PAIRS, 2)))
+    turned = tl.join(first * turn_cos - second * turn_sin, second * turn_cos + first * turn_sin)
+    tl.store(place, tl.reshape(turned, (HEADS, 2 * PAIRS)).to(x.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _rotate_back(
+    query, key, value, cos, sin, result, sums,
+    length, heads, parts, batch_step,
+    size: tl.constexpr, row_step: tl.constexpr, head_step: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """query, key, value (B, length, heads, size), alike in memory; result (B * length, 3 * heads * size), queries and
+    keys turned back; sums (B * parts, 3 * heads * size). A program has some rows of a sample and one of the three."""
+    sample, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    which = tl.program_id(1)
+    head = tl.arange(0, HEADS)
+    channel = tl.arange(0, 2 * PAIRS)
+    pair = tl.arange(0, PAIRS)
+    there = (head < heads)[:, None] & (channel < size)[None, :]
+    source = query
+    if which == 1:
+        source = key
+    if which == 2:
+        source = value
+    source += sample * batch_step + head[:, None] * head_step + channel[None, :]
+    target = which * heads * size + head[:, None] * size + channel[None, :]
+    total = tl.zeros((HEADS, 2 * PAIRS), dtype=tl.float32)
+    for row in tl.range(part, length, parts, num_stages=STAGES):
+        values = tl.load(source + row * row_step, mask=there, other=0.0).to(tl.float32)
+        if which < 2:
+            angle = row * size + 2 * pair
+            turn_cos = tl.load(cos + angle, mask=2 * pair < size, other=0.0)[None, :]
+            turn_sin = tl.load(sin + angle, mask=2 * pair < size, other=0.0)[None, :]
+            first, second = tl.split(tl.reshape(values, (HEADS, PAIRS, 2)))
+            turned = tl.join(first * turn_cos + second * turn_sin, second * turn_cos - first * turn_sin)
+            values = tl.reshape(turned, (HEADS, 2 * PAIRS))
+        total += values
+        place = (sample * length + row) * (3 * heads * size) + target
+        tl.store(result + place, values.to(result.dtype.element_ty), mask=there)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * (3 * heads * size) + target, total, mask=there)
+
+
+def _outputs(shape: tuple[int, ...], like: torch.Tensor, float8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An empty result and, for float8, the factors of its rows (rows, 1)."""
+    if not float8:
+        return like.new_empty(shape), None
+    result = like.new_empty(shape, dtype=torch.float8_e4m3fn)
+    return result, like.new_empty(result.numel() // shape[-1], 1, dtype=torch.float32)
+
+
+def residual_norm(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """x + gate · (update + bias), and its root-mean-square norm scaled by 1 + scale and shifted.
+
+    Args:
+        x: (B, N, D); `update` (B, N, D), `bias` (D,), `gate` (B, 1, D), or None for all: x as it is.
+        weight: (D,), of the norm; `shift`, `scale` (B, 1, D). Or None for all: no norm is made.
+        dtype: of the norm; torch.float8_e4m3fn scales each row by a factor.
+        inplace: x becomes the sum.
+
+    Returns: the sum, the norm (B, N, D) and the factors (B · N, 1) that give float8's back, or None for what is not
+        made.
+    """
+    batch, length, width = x.shape
+    total = x if update is None or inplace else torch.empty_like(x)
+    result, factors, float8 = None, None, dtype == torch.float8_e4m3fn
+    if weight is not None:
+        result, factors = _outputs(x.shape, x.new_empty(0, dtype=x.dtype if float8 else dtype), float8)
+    given = x, update, bias, gate, total, weight, shift, scale, result, factors
+    _residual_norm[(batch * length,)](
+        *(x if value is None else value for value in given),
+        length, width, 0 if gate is None else gate.stride(0), 0 if shift is None else shift.stride(0), eps,
+        UPDATE=update is not None, NORM=weight is not None, FLOAT8=float8,
+        BLOCK=triton.next_power_of_2(width), num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return total, result, factors
+
+
+def residual_norm_backward(
+    x: torch.Tensor,
+    update: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    total_grad: torch.Tensor,
+    result_grad: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Backward pass of `residual_norm`.
+
+    Args: x: the sum that it returned; `total_grad`, `result_grad`: gradients (B, N, D) of the sum and of the norm.
+    Returns: gradients of x and of update, and sums over tokens (B, 4, D), float32: result_grad times the norm before
+        its weight, result_grad, the gradient of x times update + bias, and that alone. What has no meaning is None or
+        not set.
+    """
+    batch, length, width = x.shape
+    parts = min(length, max(1, BACKWARD_PROGRAMS // batch))
+    x_grad = total_grad if weight is None else torch.empty_like(x)
+    update_grad = None if update is None else torch.empty_like(update)
+    sums = torch.empty(batch * parts, 4, width, device=x.device)
+    given = x, update, bias, gate, weight, scale, total_grad, result_grad, x_grad, update_grad, sums
+    _residual_norm_backward[(batch * parts,)](
+        *(x if value is None else value for value in given),
+        length, width, parts, 0 if gate is None else gate.stride(0), 0 if scale is None else scale.stride(0), eps,
+        UPDATE=update is not None, NORM=weight is not None, BLOCK=triton.next_power_of_2(width),
+        STAGES=BACKWARD_STAGES, num_warps=BACKWARD_WARPS,
+    )  # fmt: skip
+    return x_grad, update_grad, sums.unflatten(0, (batch, parts)).sum(1)
+
+
+def swiglu(product: torch.Tensor, float8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """silu(gate) · value, the halves of product (B, N, 2 I): (B, N, I), and None or, with `float8`, the factors of its
+    rows (B · N, 1)."""
+    width = product.shape[-1] // 2
+    result, factors = _outputs((*product.shape[:-1], width), product, float8)
+    _swiglu[(result.numel() // width,)](
+        product, result, product if factors is None else factors, width,
+        FLOAT8=float8, BLOCK=triton.next_power_of_2(width), num_warps=ROW_WARPS,
+    )  # fmt: skip
+    return result, factors
+
+
+def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (..., D) in float8 and the factors (rows, 1), float32, that give them back."""
+    result, factors = _outputs(x.shape, x, float8=True)
+    width = x.shape[-1]
+    _to_float8[(len(factors),)](x, result, factors, width, BLOCK=triton.next_power_of_2(width), num_warps=ROW_WARPS)
+    return result, factors
+
+
+def rotate_(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float
+) -> None:
+    """Norm (if there are weights of norms) and rotate, in place, queries and keys of x (B, N, 3 · heads · d).
+
+    Args: `cos`, `sin`: tables (N, d) of `lightning_dit_rotary_tables`; `norms`: weights (d,) of queries and keys.
+    """
+    batch, length, step = x.shape
+    size = cos.shape[1]
+    heads = step // (3 * size)
+    weights = cos if norms is None else torch.stack(norms)
+    _rotate[(batch * length, 2)](
+        x, cos, sin, weights, length, heads, step, eps,
+        size=size, NORM=norms is not None, HEADS=triton.next_power_of_2(heads),
+        PAIRS=triton.next_power_of_2(size) // 2, num_warps=ROTATE_WARPS,
+    )  # fmt: skip
+
+
+def rotate_back(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Backward pass of `rotate_` without norms, of gradients (B, N, heads, d) that come apart: the gradient of what
+    was rotated (B, N, 3 · heads · d), and its sum over samples and tokens, float32."""
+    batch, length, heads, size = query.shape
+    if not query.stride() == key.stride() == value.stride() or query.stride(3) != 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    parts = min(length, max(1, TURN_PROGRAMS // (3 * batch)))
+    result = query.new_empty(batch, length, 3 * heads * size)
+    sums = torch.empty(batch * parts, 3 * heads * size, device=query.device)
+    _rotate_back[(batch * parts, 3)](
+        query, key, value, cos, sin, result, sums,
+        length, heads, parts, query.stride(0), size=size, row_step=query.stride(1), head_step=query.stride(2),
+        HEADS=triton.next_power_of_2(heads), PAIRS=triton.next_power_of_2(size) // 2,
+        STAGES=TURN_STAGES, num_warps=TURN_WARPS,
+    )  # fmt: skip
+    return result, sums.sum(0)
