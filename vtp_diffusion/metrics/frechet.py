@@ -259,9 +259,9 @@ def jackknife_deviation(
     groups: Sequence[GaussianStatistics], reference: GaussianStatistics | Sequence[GaussianStatistics]
 ) -> float:
     """Standard error of the distance of all groups' samples to a reference: how much it depends on which images were
-    drawn, the reference being what it is. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11) of random
-    groups, see `jackknife_group`. It is conservative: about 1.25 times the true spread where labels are random, more
-    where they are balanced, since random groups do not share what equal numbers of every class save.
+    drawn, the reference being what it is. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11) of
+    random groups, see `jackknife_group`. It is conservative: about 1.25 times the true spread where labels are random,
+    more where they are balanced, since random groups do not share what equal numbers of every class save.
 
     A reference in groups is one of pairs: its group k belongs to group k, and both are left out together.
 

@@ -21,6 +21,7 @@ from ..data.batches import to_device
 from ..models.stochastic_depth import draw_kept, num_kept
 from ..runtime.config import Settings, setting
 from ..runtime.distributed import gather_rows, num_processes, process_index, total
+from ..runtime.random_streams import stream
 from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
 from .joint import CROPS, MicroBatch, Objective
@@ -249,12 +250,13 @@ class SelfSupervisionObjective(Objective):
     def draw_masks(self, grid: tuple[int, int], position: int, seed: int) -> np.ndarray:
         """Masks (G, rows, columns) of one image's global crops: which crops, what share and which blocks depend on the
         seed and the image's position in the run."""
-        config, random = self.config, np.random.default_rng([seed, position, 1])
+        config, of_today = self.config, self.config.crops.recipe == "dinov2"
+        random = stream("masks", seed, position) if of_today else np.random.default_rng([seed, position, 1])
         number = config.crops.global_crops
         masks = np.zeros((number, *grid), dtype=bool)
         for crop in random.permutation(number)[: round(config.masked_crops * number)]:
             count = int(random.uniform(*config.mask_ratio) * masks[crop].size)
-            masks[crop] = block_mask(grid, count, random)
+            masks[crop] = block_mask(grid, count, random, small_blocks=of_today)
         return masks
 
     def mask_inputs(self, masks: np.ndarray) -> dict[str, torch.Tensor]:
