@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..metrics.classification import top_k_accuracy
+from ..runtime.random_streams import stream_seed
 from .probe_features import ProbeFeatures
 
 # DINOv2's, for a batch of 256
@@ -76,7 +77,9 @@ class LinearHeads:
         if int(features.labels.max()) >= self.num_classes:
             raise ValueError(f"labels go to {int(features.labels.max())}, the heads have {self.num_classes} classes")
         # one for the order alone: more heads don't change what the others see
-        weights, shuffling = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+        weights, shuffling = (
+            torch.Generator().manual_seed(stream_seed(use, seed)) for use in ("probe weights", "probe order")
+        )
         self.heads = [self._new_head(head, features, weights).to(device) for head in self.settings]
         batch_size = min(batch_size, len(features))
         groups = [

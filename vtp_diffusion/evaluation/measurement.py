@@ -28,7 +28,7 @@ from ..metrics.scores import (
     precision_recall,
 )
 from ..runtime.precision import exact_float32
-from ..runtime.random_streams import stream
+from ..runtime.random_streams import random_stream
 from .one_pass import ImageRecord, Wanted
 
 MEASURED = ("generated", "control")
@@ -109,7 +109,7 @@ class Measurement:
         """(N, D) on the device; of the reference 10,000 at most."""
         features = self._record(part, output).features
         if part == "reference" and len(features) > REFERENCE_IMAGES:
-            order = torch.from_numpy(stream("kept reference", self.seed).permutation(len(features)))
+            order = torch.from_numpy(random_stream("kept reference", self.seed).permutation(len(features)))
             features = features[order[:REFERENCE_IMAGES]]
         return features.to(self.device)
 

@@ -20,7 +20,7 @@ from ..metrics.frechet import GaussianStatistics, jackknife_group
 from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
 from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
-from ..runtime.random_streams import stream
+from ..runtime.random_streams import random_stream
 from .sources import ImageSource, PipelineImages, read_batches
 
 ON_CUDA = torch.cuda.is_available()
@@ -128,7 +128,7 @@ class Record:
         self.groups = [GaussianStatistics(dim, device) for _ in range(wanted.groups)]
         self.kept = np.arange(count)
         if wanted.kept is not None and wanted.kept < count:
-            self.kept = np.sort(stream("kept features", seed).permutation(count)[: wanted.kept])
+            self.kept = np.sort(random_stream("kept features", seed).permutation(count)[: wanted.kept])
         self._group = jackknife_group(count, max(wanted.groups, 1), seed)
         self._chosen = np.zeros(count, dtype=bool)
         self._chosen[self.kept] = True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..runtime.random_streams import stream
+from ..runtime.random_streams import random_stream
 
 JACKKNIFE_GROUPS = 10
 
@@ -252,7 +252,7 @@ def jackknife_group(count: int, groups: int, seed: int) -> np.ndarray:
     only, and leaving it out would change what is measured. That gave 2.1 times (1000 classes, 5,000 images) to 12.5
     times (10 classes) the true spread.
     """
-    return stream("jackknife groups", seed).permutation(count) % groups
+    return random_stream("jackknife groups", seed).permutation(count) % groups
 
 
 def jackknife_deviation(
@@ -345,7 +345,7 @@ def floor_of_halves(
     n = min(len(generated), len(reference) // 2)
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 4 reference images, got {len(generated)}, {len(reference)}")
-    generator = stream("floor", seed)
+    generator = random_stream("floor", seed)
     real_distances, generated_distances = [], []
     for _ in range(repetitions):
         order = generator.permutation(len(reference))
@@ -375,7 +375,7 @@ def floor_of_images(
     n = min(len(generated), len(held_out))
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 2 held-out images, got {len(generated)} and {len(held_out)}")
-    generator = stream("floor", seed)
+    generator = random_stream("floor", seed)
     whole = prepare(reference)
     real_distances, generated_distances = [], []
     for _ in range(repetitions):

@@ -21,7 +21,7 @@ from ..data.batches import to_device
 from ..models.stochastic_depth import draw_kept, num_kept
 from ..runtime.config import Settings, setting
 from ..runtime.distributed import gather_rows, num_processes, process_index, total
-from ..runtime.random_streams import stream
+from ..runtime.random_streams import random_stream
 from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
 from .joint import CROPS, MicroBatch, Objective
@@ -251,7 +251,7 @@ class SelfSupervisionObjective(Objective):
         """Masks (G, rows, columns) of one image's global crops: which crops, what share and which blocks depend on the
         seed and the image's position in the run."""
         config, of_today = self.config, self.config.crops.recipe == "dinov2"
-        random = stream("masks", seed, position) if of_today else np.random.default_rng([seed, position, 1])
+        random = random_stream("masks", seed, position) if of_today else np.random.default_rng([seed, position, 1])
         number = config.crops.global_crops
         masks = np.zeros((number, *grid), dtype=bool)
         for crop in random.permutation(number)[: round(config.masked_crops * number)]:

@@ -18,6 +18,6 @@ def stream_seed(use: str, *keys: int) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def stream(use: str, *keys: int) -> np.random.Generator:
+def random_stream(use: str, *keys: int) -> np.random.Generator:
     """NumPy's generator of that seed."""
     return np.random.default_rng(stream_seed(use, *keys))
