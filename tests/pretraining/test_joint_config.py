@@ -33,6 +33,38 @@ def differing(folder, config, **changes):
     return None
 
 
+MARKS = ("[paper]", "[released]", "[DINOv2]", "[OpenCLIP]", "[ours]")
+# What decides no result: where things are, how fast they run, how often something is looked at.
+UNMARKED = {
+    "output_dir",
+    "compile",
+    "cuda_graphs",
+    "gradient_checkpointing",
+    "checkpointing_steps",
+    "validation_steps",
+}
+UNMARKED |= {"log_steps", "dataloader_num_workers", "streaming", "image_column", "caption_column", "skip_unreadable"}
+OMISSIONS = ("layer-wise decay", "patch embedding's lower rate", "LayerScale", "minimal learning rate", "prototypes")
+
+
+@pytest.mark.parametrize("name", ["small", "base", "large"])
+def test_every_setting_of_the_papers_recipe_names_its_source(name):
+    """On its line, or on that of its section."""
+    text = (ROOT / f"train_vtp/configs/{name}.yaml").read_text()
+    header, settings = text.partition("output_dir:")[0], text[text.index("output_dir:") :]
+    assert all(word in header for word in OMISSIONS) and all(f"{mark}:" in header for mark in MARKS)
+    sections, unmarked = {}, []
+    for line in settings.splitlines():
+        key, depth = line.strip().partition(":")[0], len(line) - len(line.lstrip())
+        sections = {d: marked for d, marked in sections.items() if d < depth}
+        marked = any(mark in line for mark in MARKS) or any(sections.values())
+        if line.partition(" #")[0].endswith(":"):
+            sections[depth] = marked
+        elif not marked:
+            unmarked.append(key)
+    assert set(unmarked) <= UNMARKED
+
+
 @pytest.mark.parametrize(
     ("objectives", "refused"),
     [(("reconstruction",), False), (("contrastive", "reconstruction"), True), (("self_supervision",), True)],

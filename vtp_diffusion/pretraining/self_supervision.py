@@ -2,8 +2,8 @@
 combines them (arXiv:2304.07193; DINO, arXiv:2104.14294; iBOT, arXiv:2111.07832).
 
 The VTP paper (arXiv:2512.13687) says "following DINOv2" and gives the head. Every other default here is DINOv2's
-published one (`ssl_default_config.yaml`), unless its help text says otherwise. DINOv2's layer-wise learning rates and
-its LayerScale are left out: the paper's encoder has no LayerScale.
+published one (`ssl_default_config.yaml`), unless its help text says otherwise. The headers of train_vtp/configs list
+what is left out of DINOv2.
 """
 
 import copy
