@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.batches import READ_AHEAD, read_ahead
-from ..data.image_datasets import DataConfig, ImageDataset, open_dataset
-from ..data.image_files import IMAGE_SUFFIXES, list_images, read_header, read_image
+from ..data.image_datasets import Crop, DataConfig, ImageDataset, open_dataset
+from ..data.image_files import IMAGE_SUFFIXES, center_crop, list_images, read_header, read_image
 from ..data.npz import IMAGES_KEY, NpzImages, open_npz
 from ..runtime.processes import gather_objects, reading_processes, this_process
 from ..runtime.random_streams import random_stream
@@ -125,10 +125,10 @@ class DatasetImages:
         return int(torch.stack(found).any(0).sum())
 
 
-def open_measured(config: DataConfig, split: str) -> DatasetImages:
+def open_measured(config: DataConfig, split: str, crop: Crop = center_crop) -> DatasetImages:
     """A data set whose images are counted: those that cannot be read, where that is allowed, are left out before
     anything is chosen or measured, and `dataset.skipped` holds their keys. Raises what `open_dataset` raises."""
-    dataset = open_dataset(config, split)
+    dataset = open_dataset(config, split, crop)
     return DatasetImages(_without_unreadable(dataset) if config.skip_unreadable else dataset)
 
 
