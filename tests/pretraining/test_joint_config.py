@@ -33,6 +33,26 @@ def differing(folder, config, **changes):
     return None
 
 
+def test_a_setting_that_came_after_a_run_began_is_what_the_run_has_done_since(tmp_path, capsys):
+    config, folder = config_of("self_supervision", folder=tmp_path / "run"), tmp_path / "run"
+    run = RunFolder(folder, config)
+    run.claim()
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("    recipe: dinov2\n", ""))  # as version 0.1 wrote it
+    run.release()
+    RunFolder(folder, config)
+    assert config.self_supervision.crops.recipe == "dinov2"  # nothing was trained: the new run's own
+    run.log({"step": 1})
+    for _ in range(2):  # the second time the folder knows the setting
+        config = config_of("self_supervision", folder=folder)
+        run = RunFolder(folder, config)
+        assert config.self_supervision.crops.recipe == "version_0_1"
+        assert "self_supervision.crops.recipe stays version_0_1" in capsys.readouterr().out
+        run.claim()
+        run.release()
+    assert "recipe: version_0_1" in (folder / "config.yaml").read_text()
+
+
 MARKS = ("[paper]", "[released]", "[DINOv2]", "[OpenCLIP]", "[ours]")
 # What decides no result: where things are, how fast they run, how often something is looked at.
 UNMARKED = {

@@ -297,12 +297,12 @@ def test_views_are_blurred_as_often_as_dinov2_writes():
     draws[..., 5], draws[..., 10], draws[..., 12] = 1, 1, 1  # neither colour nor grey; the widest blur
     large, small = make_crops(images, config, draws)
     sharp = make_crops(images, dataclasses.replace(config, colour=False), draws)
-    whole = lambda views, plain: ((views - plain).abs().mean((1, 2, 3)) > 1e-3).float()  # noqa: E731
-    solarized = draws[:, 1, 13] < 0.2
-    first, second = whole(large, sharp[0]).chunk(2)
+    pairs = zip((large, small), sharp, strict=True)
+    changed = [((views - plain).abs().mean((1, 2, 3)) > 1e-3).float() for views, plain in pairs]
+    solarized, (first, second) = draws[:, 1, 13] < 0.2, changed[0].chunk(2)
     assert first.mean() == 1
     assert second[~solarized].mean().item() == pytest.approx(0.1, abs=0.05)
-    assert whole(small, sharp[1]).mean().item() == pytest.approx(0.5, abs=0.08)
+    assert changed[1].mean().item() == pytest.approx(0.5, abs=0.08)
 
 
 def test_masks_are_filled_as_dinov2_fills_them():

@@ -1,6 +1,5 @@
 """What the training programs share, with tiny real models."""
 
-import dataclasses
 import importlib.util
 import shutil
 from dataclasses import replace
@@ -23,9 +22,7 @@ from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
 from vtp_diffusion.data.order import step_generator
-from vtp_diffusion.runtime.config import setting
 from vtp_diffusion.training.accelerator import tracker_settings
-from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.ema import AveragedWeights
 from vtp_diffusion.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
 from vtp_diffusion.training.optimisation import learning_rate_at, parameter_groups
@@ -100,24 +97,6 @@ def test_checkpoints_hold_the_model_and_its_average_for_from_pretrained(tmp_path
     for parameter, average in zip(averaged.parameters(), run.optimisation.average.averages, strict=True):
         assert torch.equal(parameter, average)
     assert set(load_file(path / "objective.safetensors")) == {"head.weight", "head.bias", "calls"}
-
-
-def test_a_setting_that_came_after_a_run_began_is_what_the_run_has_done_since(tmp_path, capsys):
-    @dataclasses.dataclass(kw_only=True)
-    class Later(TrainingConfig):
-        recipe: str = setting("new", before="old")
-
-    RunFolder(tmp_path, tiny_config(tmp_path)).claim()
-    fresh = Later(**vars(tiny_config(tmp_path)))
-    RunFolder(tmp_path, fresh)
-    assert fresh.recipe == "new"  # nothing was trained yet
-    (tmp_path / "checkpoint-1").mkdir()
-    for _ in range(2):  # the second time the folder knows the setting
-        resumed = Later(**vars(tiny_config(tmp_path)))
-        folder = RunFolder(tmp_path, resumed)
-        assert resumed.recipe == "old" and "recipe stays old" in capsys.readouterr().out
-        folder.release()
-        folder.claim()
 
 
 def test_other_data_are_refused_on_resuming(tmp_path):
