@@ -4,7 +4,9 @@
 
 Measured is what the program does with a batch once it has been read: uint8 images to the device, encoding, rounding to
 bfloat16, latents back. Two images of it make one sample, the second mirrored. The weights are random, which decides no
-time. "autocast" is --mixed_precision bf16, "bfloat16" rounds the weights as well; each as it is and compiled.
+time. "autocast" is --mixed_precision bf16, whose residual stream is float32 as upstream's; "bfloat16 stream" is the
+same with one in bfloat16; "bfloat16" rounds the weights as well; each as it is and compiled. `latent_error` is how far
+latents of random weights are from those in float32, relative to these.
 The peer's numbers hold for VTP-Large at 256 pixels, bfloat16, batches of 256, one H100; the ratios are only printed
 for that. `--size tiny` is for trying the program on a CPU.
 """
@@ -62,17 +64,40 @@ def images_per_second(vae: AutoencoderVTP, encode: Callable, precision: str, arg
     return 2 * arguments.batch_size / statistics.median(seconds[2:])
 
 
+@torch.no_grad()
+def a_latent(vae: AutoencoderVTP, precision: str, arguments: argparse.Namespace) -> torch.Tensor:
+    """The latents of one batch of noise, at most 8 images, float32."""
+    side, device = arguments.resolution, torch.device(arguments.device)
+    images = (
+        torch.rand(min(8, arguments.batch_size), 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
+    with autocast(device, precision):
+        return encode_raw(vae, images.to(device, vae.dtype)).float()
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")
     on = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU"
     comparable = "H100" in on and (arguments.size, arguments.resolution, arguments.batch_size) == ("large", 256, 256)
-    results = {"images_per_second": {}, "ratio_to_peer": {}, "peer": PEER, "device": on, "torch": torch.__version__}
+    results = {
+        "images_per_second": {},
+        "latent_error": {},
+        "ratio_to_peer": {},
+        "peer": PEER,
+        "device": on,
+        "torch": torch.__version__,
+    }
     results |= {name: value for name, value in vars(arguments).items() if name not in ("output", "device")}
-    for kind, precision in (("autocast", "bf16"), ("bfloat16", "no")):
+    for kind, precision in (("autocast", "bf16"), ("bfloat16 stream", "bf16"), ("bfloat16", "no")):
         vae = build(arguments)
+        exact = a_latent(vae, "no", arguments)
         if kind == "bfloat16":
             vae.to(torch.bfloat16)
+        elif kind == "bfloat16 stream":
+            token = vae.encoder.embeddings.cls_token  # whose dtype the residual stream gets
+            token.data = token.data.to(torch.bfloat16)
+        results["latent_error"][kind] = ((a_latent(vae, precision, arguments) - exact).norm() / exact.norm()).item()
         for mode in PEER:
             encode = torch.compile(encode_raw) if mode == "compiled" else encode_raw
             name, rate = f"{kind}, {mode}", images_per_second(vae, encode, precision, arguments)

@@ -25,6 +25,7 @@ from vtp_diffusion import VTPModel
 from vtp_diffusion.data.batches import to_device
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
+from vtp_diffusion.models.vtp_blocks import VTPEmbeddings
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
 from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks, compile_parts
@@ -53,6 +54,9 @@ def parse():
     parser.add_argument("--compile_stacks", action="store_true", help="with --compile: whole encoders, not blocks")
     parser.add_argument("--checkpointed_share", type=float, default=0.0, help="of the blocks, recomputed backwards")
     parser.add_argument("--cuda_graphs", action="store_true", help="record the passes of a step, then replay them")
+    parser.add_argument(
+        "--bfloat16_stream", action="store_true", help="the encoder's residual stream, which is float32"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     return parser.parse_args()
 
@@ -74,6 +78,9 @@ def build(arguments, device) -> tuple[VTPForPreTraining, int]:
         "reconstruction": ReconstructionObjective(pixels, LPIPS("vgg", arguments.lpips_trunk) if lpips else None),
     }
     objective = VTPForPreTraining(model.autoencoder, objectives).to(device)
+    for module in objective.modules():
+        if arguments.bfloat16_stream and isinstance(module, VTPEmbeddings):
+            module.cls_token.data = module.cls_token.data.to(torch.bfloat16)  # whose dtype the stream gets
     if arguments.compile:
         compile_parts(objective, arguments.compile_stacks)
     return objective, resolution

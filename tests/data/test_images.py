@@ -1,7 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
+from vtp_diffusion.data.image_files import resized_center_crop, squash
 from vtp_diffusion.data.images import from_pil, from_uint8, image_grid, to_pil, to_uint8
 
 
@@ -49,3 +52,15 @@ def test_grid_places_images_row_by_row():
 def test_bad_input_is_refused(call):
     with pytest.raises(ValueError, match="got"):
         call()
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 517), (90, 100)])
+def test_crops_of_published_protocols_are_torchvisions(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image, mode = Image.fromarray(pixels), transforms.InterpolationMode.BICUBIC
+    probe = transforms.Compose([transforms.Resize(256, interpolation=mode), transforms.CenterCrop(224)])
+    for ours, theirs in (
+        (squash(image, 256), transforms.Resize((256, 256))),
+        (resized_center_crop(image, 224), probe),
+    ):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs(image)))

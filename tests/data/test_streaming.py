@@ -19,7 +19,14 @@ from PIL import Image
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import UnreadableImageError
 from vtp_diffusion.data.images import to_uint8
-from vtp_diffusion.data.streaming import StreamBatches, StreamingImages, StreamPosition, first_batches, open_splits
+from vtp_diffusion.data.streaming import (
+    StreamBatches,
+    StreamingImages,
+    StreamPosition,
+    _Rows,
+    first_batches,
+    open_splits,
+)
 
 SIZES = (5, 3, 4)  # samples a shard, unequal on purpose
 CPU = torch.device("cpu")
@@ -134,6 +141,23 @@ def test_a_killed_run_goes_on_with_the_next_batch(tmp_path, offline, workers):
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="read by 1 processes with . workers each, now there are 2"):
         StreamBatches(images, **arguments, world_size=2, state=state)
+
+
+def test_a_run_begun_with_version_0_1_keeps_its_orders(tmp_path, offline):
+    """Drawn from lists of numbers; its checkpoints do not say how."""
+    images = StreamingImages(config(write_shards(offline, tmp_path / "shards"), shuffle_buffer=12))
+    position = StreamPosition(named_streams=False)
+    rows = _Rows(images, 3, 0, 1)
+    shards = np.random.default_rng([3, 0]).permutation(images.num_shards).tolist()
+    assert [shard for shard, _ in rows.dealt(position)] == shards
+    texts = [values["text"] for _, values in rows.read_block(position, 12)[0]]
+    old = [texts[k] for k in np.random.default_rng([3, 0, 0, 0]).permutation(12)]
+    assert captions(images, 12, position, seed=3) == old != captions(images, 12, seed=3)
+    arguments = {"batch_size": 2, "seed": 3, "device": CPU, "collate": collate}
+    state = StreamBatches(images, **arguments).state_dict()
+    del state["positions"][0]["named_streams"]
+    resumed = islice(StreamBatches(images, **arguments, state=state), 6)
+    assert [text for batch in resumed for text in batch["caption"]] == old
 
 
 def test_webdataset_keys_name_the_samples(tmp_path):

@@ -308,6 +308,22 @@ def test_autocast_reaches_attention_with_one_dtype():
         assert relative_error(half, model(images).sample) < 4e-2
 
 
+def test_under_autocast_the_encoder_has_a_float32_residual_stream():
+    torch.manual_seed(0)
+    model, seen = tiny_model(encoder_num_layers=8, rope_dtype="float32").eval(), []
+    model.encoder.blocks[-1].register_forward_hook(lambda *given: seen.append(given[-1].dtype))
+    token, images, errors = model.encoder.embeddings.cls_token, tiny_images(), []
+    with torch.no_grad():
+        exact = model.encode_raw(images)
+        for dtype in (torch.float32, torch.bfloat16):  # the latter as if the class token were cast to its patches
+            token.data = token.data.to(dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                errors.append(relative_error(model.encode_raw(images).float(), exact))
+        model.to(torch.bfloat16).encode_raw(images.bfloat16())
+    assert seen == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+    assert errors[0] < 0.75 * errors[1] < 0.03
+
+
 def test_what_pipelines_read():
     model = tiny_model()
     assert model.spatial_compression_ratio == 4 == 2 ** (len(model.config.block_out_channels) - 1)

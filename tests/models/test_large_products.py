@@ -27,9 +27,9 @@ def block_and_inputs(kind=VTPBlock, norm=VTPRMSNorm, kept=False):
     return block, torch.randn(BATCH, LENGTH, WIDTH), (cos, sin, *subsets)
 
 
-def result_and_gradients(call, block, x, rest, dtype=torch.float32):
+def result_and_gradients(call, block, x, rest, dtype=torch.float32, stream=None):
     torch.manual_seed(1)
-    x = x.detach().clone().to(dtype).requires_grad_()
+    x = x.detach().clone().to(stream or dtype).requires_grad_()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         result = call(x, *rest)
     block.zero_grad()
@@ -55,14 +55,15 @@ def test_a_fused_block_has_the_results_and_gradients_of_a_plain_one(monkeypatch,
     assert compiled or sorted(called) == [*norms, "rotate_back", "swiglu_backward"]
 
 
-def test_in_bfloat16_a_fused_block_is_no_further_from_float32_than_a_plain_one():
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])  # decoder and encoder
+def test_in_bfloat16_a_fused_block_is_no_further_from_float32_than_a_plain_one(stream):
     block, x, rest = block_and_inputs(kept=True)
     exact = result_and_gradients(block, block, x, rest)
-    plain = result_and_gradients(block, block, x, rest, torch.bfloat16)
+    plain = result_and_gradients(block, block, x, rest, torch.bfloat16, stream)
     use_large_products(block, fused_formulae)  # which are for any device
-    fused = result_and_gradients(block, block, x, rest, torch.bfloat16)
+    fused = result_and_gradients(block, block, x, rest, torch.bfloat16, stream)
     for reference, first, second in zip(exact, plain, fused, strict=True):
-        assert second.dtype == first.dtype
+        assert second.dtype == first.dtype and plain[0].dtype == stream
         errors = [((value.float() - reference).norm() / reference.norm()).item() for value in (first, second)]
         assert errors[1] < 1.5 * errors[0] + 1e-6 and 0 < errors[1] < 0.05
 
@@ -106,8 +107,9 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):  # Triton's
     x, weight = torch.randn(5, 3, 48).to(dtype), torch.randn(48)
     residual = torch.randn(5, 3, 48).to(dtype)
     for kept, place in ((5, None), (2, torch.tensor([2, 0, 2, 1, 2]))):
-        values = x, weight, 1e-5, torch.randn(kept, 3, 48).to(dtype), residual, place
-        same(fused_kernels.norm_backward(*values), fused_formulae.norm_backward(*values), limit)
+        for inside in {dtype, torch.bfloat16}:  # the gradient of a branch under autocast, beside a float32 stream
+            values = x, weight, 1e-5, torch.randn(kept, 3, 48).to(inside), residual, place
+            same(fused_kernels.norm_backward(*values), fused_formulae.norm_backward(*values), limit)
     for heads in (2, 20):  # fewer and more than a program's
         cos, sin = torch.randn(2, 3, 32)
         x = torch.randn(5, 3, 3 * heads * 32).to(dtype)
@@ -147,7 +149,7 @@ def test_compiled_kernels_are_no_further_from_float32_than_the_compiler_s(kept):
         use_large_products(block, programs)
         torch.compiler.reset()
         call = torch.compile(block.forward, dynamic=False)
-        results.append(result_and_gradients(call, block, x, rest, torch.bfloat16))
+        results.append(result_and_gradients(call, block, x, rest, torch.bfloat16, torch.float32))
     for reference, plain, fused in zip(*results, strict=True):
         errors = [((value.float() - reference).norm() / reference.norm()).item() for value in (plain, fused)]
         assert errors[1] < 1.5 * errors[0] + 1e-6 and 0 < errors[1] < 0.05

@@ -33,6 +33,58 @@ def differing(folder, config, **changes):
     return None
 
 
+def test_a_setting_that_came_after_a_run_began_is_what_the_run_has_done_since(tmp_path, capsys):
+    config, folder = config_of("self_supervision", folder=tmp_path / "run"), tmp_path / "run"
+    run = RunFolder(folder, config)
+    run.claim()
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("    recipe: dinov2\n", ""))  # as version 0.1 wrote it
+    run.release()
+    RunFolder(folder, config)
+    assert config.self_supervision.crops.recipe == "dinov2"  # nothing was trained: the new run's own
+    run.log({"step": 1})
+    for _ in range(2):  # the second time the folder knows the setting
+        config = config_of("self_supervision", folder=folder)
+        run = RunFolder(folder, config)
+        assert config.self_supervision.crops.recipe == "version_0_1"
+        assert "self_supervision.crops.recipe stays version_0_1" in capsys.readouterr().out
+        run.claim()
+        run.release()
+    assert "recipe: version_0_1" in (folder / "config.yaml").read_text()
+
+
+MARKS = ("[paper]", "[released]", "[DINOv2]", "[OpenCLIP]", "[ours]")
+# What decides no result: where things are, how fast they run, how often something is looked at.
+UNMARKED = {
+    "output_dir",
+    "compile",
+    "cuda_graphs",
+    "gradient_checkpointing",
+    "checkpointing_steps",
+    "validation_steps",
+}
+UNMARKED |= {"log_steps", "dataloader_num_workers", "streaming", "image_column", "caption_column", "skip_unreadable"}
+OMISSIONS = ("layer-wise decay", "patch embedding's lower rate", "LayerScale", "minimal learning rate", "prototypes")
+
+
+@pytest.mark.parametrize("name", ["small", "base", "large"])
+def test_every_setting_of_the_papers_recipe_names_its_source(name):
+    """On its line, or on that of its section."""
+    text = (ROOT / f"train_vtp/configs/{name}.yaml").read_text()
+    header, settings = text.partition("output_dir:")[0], text[text.index("output_dir:") :]
+    assert all(word in header for word in OMISSIONS) and all(f"{mark}:" in header for mark in MARKS)
+    sections, unmarked = {}, []
+    for line in settings.splitlines():
+        key, depth = line.strip().partition(":")[0], len(line) - len(line.lstrip())
+        sections = {d: marked for d, marked in sections.items() if d < depth}
+        marked = any(mark in line for mark in MARKS) or any(sections.values())
+        if line.partition(" #")[0].endswith(":"):
+            sections[depth] = marked
+        elif not marked:
+            unmarked.append(key)
+    assert set(unmarked) <= UNMARKED
+
+
 @pytest.mark.parametrize(
     ("objectives", "refused"),
     [(("reconstruction",), False), (("contrastive", "reconstruction"), True), (("self_supervision",), True)],

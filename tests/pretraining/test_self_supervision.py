@@ -1,5 +1,6 @@
 """DINO, iBOT, Sinkhorn-Knopp and KoLeo against their formulae, crops, masks and the teacher."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_joint import tiny_inputs, tiny_objectives
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import functional as transforms
 from two_processes import run_on_two
 
 from vtp_diffusion.pretraining.crops import (
@@ -17,6 +19,7 @@ from vtp_diffusion.pretraining.crops import (
     _turn_hue,
     block_mask,
     cut,
+    cut_as_version_0_1,
     draw_crops,
     gaussian_blur,
     make_crops,
@@ -213,7 +216,7 @@ def test_a_step_asks_the_device_for_nothing():
         for name in ("self_supervision", "reconstruction"):
             objective.objectives[name](objective.autoencoder, **inputs[name])["loss"].backward()
         objective.after_step(0.5, torch.ones(()))
-    assert {"grid_sampler_2d", "convolution", "index_add"} <= done.names
+    assert {"bmm", "convolution", "index_add"} <= done.names
     assert not done.names & {"lift_fresh", "_local_scalar_dense", "_linalg_check_errors", "nonzero", "masked_select"}
 
 
@@ -247,7 +250,7 @@ def test_masks_hide_a_share_of_the_patches_in_some_of_the_crops():
 def test_blocks_of_a_mask_are_rectangles_anywhere_in_the_grid():
     random, seen = np.random.default_rng(0), np.zeros((5, 9), dtype=bool)
     for _ in range(300):
-        mask = block_mask((5, 9), 4, random)  # no room for a second block
+        mask = block_mask((5, 9), 4, random, small_blocks=False)  # no second block
         rows, columns = mask.any(1), mask.any(0)
         assert mask.shape == (5, 9) and 0 < mask.sum() <= 4
         assert mask[rows][:, columns].all()
@@ -258,14 +261,60 @@ def test_blocks_of_a_mask_are_rectangles_anywhere_in_the_grid():
 
 
 def test_a_crop_is_a_rectangle_of_the_image():
-    """On a ramp, cutting is linear: the mean of a crop is the ramp at its centre, the range its width."""
+    """On a ramp, cutting is linear; as version 0.1 cuts, and away from the borders as it is done today."""
     ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
     #                     area ratio left top mirror
-    draws = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.9], [0.0, 0.5, 1.0, 0.5, 0.1]])
-    crops = cut(ramp.expand(2, -1, -1, -1), draws, scale=(0.25, 1.0), size=32)
+    draws = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.9], [0.0, 0.5, 1 - 1e-6, 0.5, 0.1]])
     row = torch.linspace(-1, 1, 64)[:32]
-    torch.testing.assert_close(crops[0, 0, 0], row)
-    torch.testing.assert_close(crops[1, 0, 0], -row)  # the right half of an odd ramp, mirrored
+    for function, inside in ((cut_as_version_0_1, slice(None)), (cut, slice(2, -2))):
+        crops = function(ramp.expand(2, -1, -1, -1), draws, scale=(0.25, 1.0), size=32)
+        torch.testing.assert_close(crops[0, 0, 0, inside], row[inside], rtol=0, atol=1e-5)
+        torch.testing.assert_close(crops[1, 0, 0, inside], -row[inside], rtol=0, atol=1e-5)  # the right half, mirrored
+
+
+@pytest.mark.parametrize("size, scale", [(12, (0.05, 0.32)), (8, (0.32, 1.0)), (64, (0.32, 1.0))])
+def test_crops_are_torchvisions_antialiased_bicubic_ones(size, scale):
+    generator = torch.Generator().manual_seed(0)
+    images, draws = torch.rand(2, 3, 40, 48, generator=generator) * 2 - 1, torch.rand(6, 5, generator=generator)
+    crops = cut(images, draws, scale, size)
+    for k, draw in enumerate(draws.double()):
+        share, ratio = scale[0] + (scale[1] - scale[0]) * draw[0], (4 / 3) ** (2 * draw[1] - 1)
+        wide, tall = (min(round((share * 40 * 48 * r).sqrt().item()), s) for r, s in ((ratio, 48), (1 / ratio, 40)))
+        left, top = int(draw[2] * (48 - wide + 1)), int(draw[3] * (40 - tall + 1))
+        side, mode = [size, size], transforms.InterpolationMode.BICUBIC
+        expected = transforms.resized_crop(images[k % 2], top, left, tall, wide, side, mode, antialias=True).clamp(
+            -1, 1
+        )
+        expected = expected.flip(2) if draw[4] < 0.5 else expected
+        torch.testing.assert_close(crops[k], expected, rtol=0, atol=1e-5)
+
+
+def test_views_are_blurred_as_often_as_dinov2_writes():
+    """1, .1 and .5 of the first global view, the second and the local ones; its code runs 1 - p."""
+    images = torch.rand(1, 3, 8, 8).round().expand(400, -1, -1, -1)
+    config = CropConfig(local_crops=1, local_size=8)
+    draws = draw_crops(config, 400, torch.Generator().manual_seed(0))["crops"]
+    draws[..., 5], draws[..., 10], draws[..., 12] = 1, 1, 1  # neither colour nor grey; the widest blur
+    large, small = make_crops(images, config, draws)
+    sharp = make_crops(images, dataclasses.replace(config, colour=False), draws)
+    pairs = zip((large, small), sharp, strict=True)
+    changed = [((views - plain).abs().mean((1, 2, 3)) > 1e-3).float() for views, plain in pairs]
+    solarized, (first, second) = draws[:, 1, 13] < 0.2, changed[0].chunk(2)
+    assert first.mean() == 1
+    assert second[~solarized].mean().item() == pytest.approx(0.1, abs=0.05)
+    assert changed[1].mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+def test_masks_are_filled_as_dinov2_fills_them():
+    """On 6 x 6 patches .997 of what is wanted; .979 where no block is smaller than four patches, as in version 0.1."""
+    filled = {}
+    for small_blocks in (True, False):
+        random, wanted, found = np.random.default_rng(0), 0, 0
+        for _ in range(1500):
+            count = int(random.uniform(0.1, 0.5) * 36)
+            wanted, found = wanted + count, found + block_mask((6, 6), count, random, small_blocks).sum()
+        filled[small_blocks] = found / wanted
+    assert filled[True] == pytest.approx(0.997, abs=0.002) and filled[False] == pytest.approx(0.979, abs=0.004)
 
 
 def test_views_have_their_sizes_and_depend_on_their_own_draws():

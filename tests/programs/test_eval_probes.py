@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 import vtp_diffusion.data.image_datasets
 from vtp_diffusion import VTPModel
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.evaluation.probe_features import random_views
+from vtp_diffusion.runtime.random_streams import stream_seed
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {"blue": (0, 60, 200), "green": (0, 180, 0), "red": (220, 0, 30)}
@@ -75,6 +79,8 @@ def test_probe_and_its_cached_features(evaluate, made, tmp_path):
         results["settings"]["steps"] == 60
         and results["fingerprints"]["train"] != results["fingerprints"]["validation"]
     )
+    assert results["head_chosen_on"] == "4 training images, held out" and "chosen on 4 training images" in printed
+    assert results["linear"]["choice_top1"] == max(row["choice_top1"] for row in results["heads"])
     folder = tmp_path / "r-features"
     changed = (folder / "train" / "class_tokens.npy").stat().st_mtime_ns
     evaluate("linear_probe.py", *PROBE, "--model", made / "vae", "--features", folder, "--output", tmp_path / "2.json")
@@ -95,15 +101,50 @@ def test_probe_and_its_cached_features(evaluate, made, tmp_path):
         evaluate("linear_probe.py", *PROBE, "--features", made / "images")
 
 
+def test_the_probe_by_the_protocol_of_published_numbers(evaluate, tmp_path):
+    evaluate("linear_probe.py", *PROBE, "--protocol", "vtp", "--crops", 2, "--head_choice", 0)
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert results["counts"] == {"train": 36, "validation": 18, "crops": 72}
+    assert all(head["patches"] for head in results["heads"]) and len(results["heads"]) == 4
+    assert results["head_chosen_on"] == "the validation images" and "choice_top1" not in results["linear"]
+    assert results["linear"]["top1"] == max(row["top1"] for row in results["heads"]) > 0.9
+    assert results["fingerprints"]["crops"].endswith("resized_center_crop-2 random crops of seed 0")
+    with pytest.raises(ValueError, match="head_choice is 0.01 of 36 training images, expected one at least, or 0"):
+        evaluate("linear_probe.py", *PROBE, "--head_choice", 0.01, "--features", tmp_path / "others")
+
+
+def test_crops_of_the_probe_are_torchvisions(made):
+    folder = made / "images" / "train"
+    dataset = open_dataset(DataConfig(source=str(folder), resolution=8))
+    views, k = random_views(dataset, 3, seed=5), 7
+    change = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(8, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+        ]
+    )
+    before = torch.get_rng_state()
+    for view in range(3):
+        item = views[3 * k + view]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed("probe crops", 5, k, view))
+            expected = np.array(change(Image.open(dataset.references[k]).convert("RGB")))
+        assert np.array_equal(item["image"].permute(1, 2, 0).numpy(), expected)
+        assert (item["label"], item["key"]) == (dataset.labels[k], f"{dataset.keys[k]}, view {view}")
+    assert torch.equal(torch.get_rng_state(), before) and len(views) == 3 * len(dataset)
+
+
 def test_zero_shot(evaluate, made, tmp_path):
     printed = evaluate("zero_shot.py", "--templates", ["a {} square.", "{}"])
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["num_images"] == 18 and results["num_classes"] == 3 and results["chance"] == pytest.approx(1 / 3)
     assert results["templates"] == ["a {} square.", "{}"] and 0 <= results["top1"] <= 1 == results["top5"]
     assert "18 images, 3 classes, 2 templates" in printed
-    evaluate("zero_shot.py", "--classes", "imagenet", "--templates", ["{}"])
+    assert len(results["fingerprint"]) == 16
+    evaluate("zero_shot.py", "--classes", "imagenet", "--templates", ["{}"], "--protocol", "vtp")
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["num_classes"] == 1000 and results["templates"] == ["{}"]
+    assert results["fingerprint"].endswith("-squash")
 
 
 def test_zero_shot_counts_what_is_unreadable_or_too_small(evaluate, made, tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def test_a_random_autoencoder(words, tmp_path, monkeypatch, capsys):
     assert results["num_images"] == 6 and 4 < results["psnr"] < 15 and results["lpips"] > 0.3
     assert results["distances"]["FD-EffLite0"] > 10
     spread = results["distance_spreads"]["FD-EffLite0"]
-    assert spread["kind"] == "jackknife of 6 groups of pairs" and 0 < spread["value"]
+    assert spread["kind"] == "jackknife of 6 random groups of pairs" and 0 < spread["value"]
     assert results["lpips_trunk"]["file"] == "alexnet.ckpt" and len(results["networks"][0]["sha256"]) == 64
     assert (
         results["evaluation"] == "reconstruction" and 0 < results["ssim"] < 0.5 and "luma" in results["ssim_settings"]

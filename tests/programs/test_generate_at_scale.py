@@ -76,6 +76,7 @@ def test_noise_is_keyed_by_the_number(pipe):
     together = initial_noise(pipe, range(5), seed=3)
     assert all(torch.equal(together[k], initial_noise(pipe, [k], seed=3)[0]) for k in range(5))
     assert torch.equal(initial_noise(pipe, [4, 2], 3), together[[4, 2]]) and not torch.equal(together[0], together[1])
+    assert not torch.equal(together[1], initial_noise(pipe, [0], seed=4)[0])  # the same sum of seed and image
     labels, settings = [0, 1, 2, 1, 0], {"num_inference_steps": 2, "guidance_scale": 2.0}
     with pytest.raises(ValueError, match="pixels of image 1, 3 are not finite"):
         sample_numbers(pipe, labels, [1, 3], 3, **settings | {"guidance_scale": float("nan")})

@@ -55,6 +55,16 @@ def test_a_configuration_builds_its_network(name):
     assert set(map(str, config.validation.labels)) <= set(map(str, range(classes))) or name == "openmoji"
 
 
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name.startswith("vtp_")])
+def test_headers_claim_only_what_upstream_has(name):
+    """The VTP repository has configurations of XL for every tokenizer, and of B for Large, at 50 points of time."""
+    header = (FOLDER / f"{name}.yaml").read_text().partition("output_dir:")[0]
+    has = name.endswith("_xl") or name == "vtp_large_b"
+    assert ("as the VTP repository trains it" in header) == has
+    assert ("repository has no configuration. [ours]" in header) != has
+    assert load(name).validation.num_inference_steps == (49 if name.endswith("_b") else 249)
+
+
 @pytest.mark.parametrize("name", [name for name in EXPECTED if EXPECTED[name][1] > 100])
 def test_imagenet_configurations_share_the_published_recipe(name):
     config = load(name)

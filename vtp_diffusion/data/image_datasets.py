@@ -1,12 +1,13 @@
 """Image data sets with one interface: OpenMoji, folders of images, and any collection of the `datasets` library.
 
-Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": str}`, centre-cropped as ADM does.
+Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": str}`, centre-cropped as ADM does unless
+another crop is asked for.
 """
 
 import hashlib
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -26,6 +27,7 @@ OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
 IN_MEMORY_BYTES = 2**30
 SPLIT_FOLDERS = ("train", "validation")
+Crop = Callable[[Image.Image, int], Image.Image]
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
 
 
@@ -115,7 +117,7 @@ class ImageDataset(Dataset):
         self.references, self.read, self.resolution = references, read, resolution
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
-        self.classes_named, self._dropped = classes_named, list[str]()
+        self.classes_named, self._dropped, self.crop = classes_named, list[str](), center_crop
         # in shared memory, since it is the workers of a loader that read
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
@@ -191,15 +193,19 @@ class ImageDataset(Dataset):
             return None
         if min(image.size) < self.resolution:
             self.enlarged[index] = True
-        return np.array(center_crop(image, self.resolution))
+        return np.array(self.crop(image, self.resolution))
 
 
-def open_dataset(config: DataConfig, split: Literal["train", "validation", "all"] = "train") -> ImageDataset:
+def open_dataset(
+    config: DataConfig, split: Literal["train", "validation", "all"] = "train", crop: Crop = center_crop
+) -> ImageDataset:
     """Open a data set.
 
     Splits: OpenMoji is split by base emoji. A folder that holds train/ and validation/ is split so, another one is
     used whole whatever the split; its sub-folders are its classes. A collection of `datasets` has its own splits,
     "validation" being `validation_files` where given, or its validation or else its test split.
+
+    Args: `crop`: (image, resolution) -> the square that is seen of it.
 
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
@@ -215,6 +221,8 @@ def open_dataset(config: DataConfig, split: Literal["train", "validation", "all"
         dataset = _open_folder(config, split)
     else:
         dataset = _open_collection(config, split)
+    if crop is not center_crop:
+        dataset.crop, dataset.fingerprint = crop, f"{dataset.fingerprint}-{crop.__name__}"
     if len(dataset) * 3 * config.resolution**2 <= IN_MEMORY_BYTES:
         dataset.keep_in_memory()
     return dataset

@@ -93,3 +93,16 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def squash(image: Image.Image, size: int) -> Image.Image:
+    """The whole image as a square, whatever its shape: torchvision's `Resize((size, size))`, bilinear."""
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def resized_center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The short side to 8/7 of the size, bicubic, then the centre: torchvision's `Resize(256)`, `CenterCrop(224)`."""
+    short, around = min(image.size), round(size * 8 / 7)
+    image = image.resize(tuple(int(around * side / short) for side in image.size), Image.Resampling.BICUBIC)
+    left, top = (round((side - size) / 2) for side in image.size)
+    return image.crop((left, top, left + size, top + size))

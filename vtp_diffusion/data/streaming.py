@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..runtime.optional_packages import require
+from ..runtime.random_streams import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
 from .image_datasets import DataConfig, ImageDataset, check_caption, open_dataset, split_files
 from .image_files import UnreadableImageError, center_crop, decode_image
@@ -45,6 +46,7 @@ class StreamPosition:
     delivered: int = 0  # samples of the epoch
     unreadable: int = 0  # samples left out since the beginning of the run
     without_caption: int = 0  # delivered with "", or left out if `skip_empty_captions` says so
+    named_streams: bool = True  # whether orders are drawn by `random_stream`; False in a run begun with version 0.1
 
 
 class StreamingImages:
@@ -102,8 +104,10 @@ class StreamingImages:
         rows, empty = _Rows(self, seed, stream, num_streams), 0
         while True:
             block, after = rows.read_block(position, self.config.shuffle_buffer)
-            key = [seed, stream, position.epoch, position.block]
-            order = np.random.default_rng(key).permutation(len(block)).tolist()
+            order = _permutation(
+                "samples of a block", position, len(block), seed, stream, position.epoch, position.block
+            )
+            order = order.tolist()
             for place in order[position.taken :]:
                 position = replace(position, taken=position.taken + 1)
                 item, lacking = self._item(*block[place])
@@ -264,6 +268,11 @@ def _as_it_is(image: Image.Image) -> Image.Image:
     return image
 
 
+def _permutation(use: str, position: StreamPosition, count: int, *keys: int) -> np.ndarray:
+    random = random_stream(use, *keys) if position.named_streams else np.random.default_rng(keys)
+    return random.permutation(count)
+
+
 class _Rows:
     """Undecoded rows of a stream in reading order; keeps the shard it is in open from block to block."""
 
@@ -274,15 +283,15 @@ class _Rows:
         self._at: tuple[int, int, int] | None = None  # epoch, shard, row that `_open` goes on with
         self._open: Iterator[dict[str, Any]] = iter(())
 
-    def dealt(self, epoch: int) -> list[tuple[int, int]]:
-        """(shard, stripe) that this stream reads in an epoch."""
+    def dealt(self, position: StreamPosition) -> list[tuple[int, int]]:
+        """(shard, stripe) that this stream reads in the position's epoch."""
         parts = [(shard, stripe) for shard in range(self.images.num_shards) for stripe in range(self.stripes)]
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(parts))
+        order = _permutation("shards", position, len(parts), self.seed, position.epoch)
         return [parts[k] for k in order[self.stream :: self.num_streams]]
 
     def read_block(self, start: StreamPosition, size: int) -> tuple[list, StreamPosition]:
         """Up to `size` (key, row) from the beginning of a block, and the beginning of the next; an epoch ends it."""
-        dealt, shard, row = self.dealt(start.epoch), start.shard, start.row
+        dealt, shard, row = self.dealt(start), start.shard, start.row
         block: list[tuple[str, dict[str, Any]]] = []
         while shard < len(dealt) and len(block) < size:
             index, stripe = dealt[shard]
@@ -302,8 +311,9 @@ class _Rows:
             if row == 0:
                 self._at = None
         if shard == len(dealt):
-            return block, StreamPosition(epoch=start.epoch + 1)
-        return block, StreamPosition(epoch=start.epoch, shard=shard, row=row, block=start.block + 1)
+            return block, StreamPosition(epoch=start.epoch + 1, named_streams=start.named_streams)
+        after = StreamPosition(epoch=start.epoch, shard=shard, row=row, block=start.block + 1)
+        return block, replace(after, named_streams=start.named_streams)
 
     def _rows(self, index: int, first: int) -> Iterator[dict[str, Any]]:
         table = self.images.table.shard(self.images.num_shards, index)
@@ -354,7 +364,7 @@ class StreamBatches:
             )
         self.device, self.num_workers, self.workers, self.world_size = device, num_workers, workers, world_size
         self.next_worker = 0 if state is None else state["next_worker"]
-        given = [{}] * workers if state is None else state["positions"]
+        given = [{}] * workers if state is None else [{"named_streams": False} | part for part in state["positions"]]
         self.positions = [StreamPosition(**position) for position in given]
         streams = [rank * workers + worker for worker in range(workers)]
         self._reader = _BatchReader(images, batch_size, seed, collate, streams, workers * world_size)

@@ -1,8 +1,8 @@
 """Linear probe: linear classifiers on frozen features, trained on a grid of inputs and learning rates, as DINOv2 does
 (Oquab et al., arXiv:2304.07193; its public evaluation code).
 
-Features are read once and kept on disk (`probe_features.py`): there is no augmentation, which DINOv2's own linear
-evaluation has.
+Features are read once and kept on disk (`probe_features.py`), those of several random crops of an image where they are
+asked for: DINOv2 sees another crop in every epoch.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..metrics.classification import top_k_accuracy
+from ..runtime.random_streams import stream_seed
 from .probe_features import ProbeFeatures
 
 # DINOv2's, for a batch of 256
@@ -34,12 +35,14 @@ class HeadSettings:
     learning_rate: float
 
 
-def head_grid(num_layers: int, learning_rates: Sequence[float] = LEARNING_RATES) -> list[HeadSettings]:
+def head_grid(
+    num_layers: int, learning_rates: Sequence[float] = LEARNING_RATES, patches: Sequence[bool] = (False, True)
+) -> list[HeadSettings]:
     """DINOv2's grid: the class token of the last layer or of the last `num_layers`, with and without the mean patch
-    token, at every learning rate."""
+    token, at every learning rate. VTP's grid has it always: `patches` (True,)."""
     if not learning_rates or min(learning_rates) <= 0:
         raise ValueError(f"learning_rates are {list(learning_rates)}, expected positive numbers")
-    choices = [(layers, patches) for layers in sorted({1, num_layers}) for patches in (False, True)]
+    choices = [(layers, with_mean) for layers in sorted({1, num_layers}) for with_mean in patches]
     return [HeadSettings(*choice, rate) for choice in choices for rate in learning_rates]
 
 
@@ -69,16 +72,21 @@ class LinearHeads:
         seed: int,
         device: torch.device | str = "cpu",
         progress: Callable[[int], Any] = lambda count: None,
+        rows: torch.Tensor | None = None,
     ) -> "LinearHeads":
-        """Train all heads; epochs are shuffled, the batch is at most the data set. `progress` is called with 1."""
+        """Train all heads on the rows (None: all); epochs are shuffled, the batch is at most an epoch. `progress` is
+        called with 1."""
         if steps < 1 or batch_size < 1:
             raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
         if int(features.labels.max()) >= self.num_classes:
             raise ValueError(f"labels go to {int(features.labels.max())}, the heads have {self.num_classes} classes")
         # one for the order alone: more heads don't change what the others see
-        weights, shuffling = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+        weights, shuffling = (
+            torch.Generator().manual_seed(stream_seed(use, seed)) for use in ("probe weights", "probe order")
+        )
         self.heads = [self._new_head(head, features, weights).to(device) for head in self.settings]
-        batch_size = min(batch_size, len(features))
+        every = torch.arange(len(features)) if rows is None else rows
+        batch_size = min(batch_size, len(every))
         groups = [
             {"params": list(head.parameters()), "lr": settings.learning_rate * batch_size / 256}
             for head, settings in zip(self.heads, self.settings, strict=True)
@@ -88,7 +96,7 @@ class LinearHeads:
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(steps):
             if len(order) < batch_size:
-                order = torch.cat([order, torch.randperm(len(features), generator=shuffling)])
+                order = torch.cat([order, every[torch.randperm(len(every), generator=shuffling)]])
             rows, order = order[:batch_size].sort().values, order[batch_size:]
             labels = features.labels[rows].to(device)
             # the sum over heads: none of them sees another's gradient
@@ -123,20 +131,25 @@ class LinearHeads:
 
     @torch.no_grad()
     def accuracies(
-        self, features: ProbeFeatures, device: torch.device | str = "cpu", k: Sequence[int] = (1, 5), chunk: int = 1024
+        self,
+        features: ProbeFeatures,
+        device: torch.device | str = "cpu",
+        k: Sequence[int] = (1, 5),
+        chunk: int = 1024,
+        rows: torch.Tensor | None = None,
     ) -> list[dict[int, float | None]]:
-        """For every head, k -> top-k accuracy; None where training diverged."""
+        """For every head, k -> top-k accuracy on the rows (None: all); None where training diverged."""
+        every = torch.arange(len(features)) if rows is None else rows
         counts = torch.zeros(len(self.settings), len(k), dtype=torch.float64)
-        for start in range(0, len(features), chunk):
-            rows = slice(start, start + chunk)
-            labels = features.labels[rows]
-            for indices, scores in self._scores(features, rows, device):
+        for part in every.split(chunk):
+            labels = features.labels[part]
+            for indices, scores in self._scores(features, part, device):
                 for index, of_head in zip(indices, scores.cpu(), strict=True):
                     for place, number in enumerate(k):
                         finite = bool(of_head.isfinite().all())
                         accuracy = top_k_accuracy(of_head, labels, number) if finite else float("nan")
                         counts[index, place] += accuracy * len(labels)
-        shares = (counts / len(features)).tolist()
+        shares = (counts / len(every)).tolist()
         return [
             {number: None if math.isnan(share) else share for number, share in zip(k, row, strict=True)}
             for row in shares

@@ -28,6 +28,7 @@ from ..metrics.scores import (
     precision_recall,
 )
 from ..runtime.precision import exact_float32
+from ..runtime.random_streams import random_stream
 from .one_pass import ImageRecord, Wanted
 
 MEASURED = ("generated", "control")
@@ -108,7 +109,7 @@ class Measurement:
         """(N, D) on the device; of the reference 10,000 at most."""
         features = self._record(part, output).features
         if part == "reference" and len(features) > REFERENCE_IMAGES:
-            order = torch.randperm(len(features), generator=torch.Generator().manual_seed(self.seed))
+            order = torch.from_numpy(random_stream("kept reference", self.seed).permutation(len(features)))
             features = features[order[:REFERENCE_IMAGES]]
         return features.to(self.device)
 
@@ -142,7 +143,7 @@ class Measurement:
         groups = [group for group in record.groups if group.count]
         prepare = partial(GaussianStatistics.of, device=reference.device)
         value = frechet_distance(reference, record.statistics)
-        spread = {"kind": f"jackknife of {len(groups)} groups", "value": jackknife_deviation(groups, reference)}
+        spread = {"kind": f"jackknife of {len(groups)} random groups", "value": jackknife_deviation(groups, reference)}
         self.distances.append(self._row(title, value, spread, num_reference, self._floor(output, prepare=prepare)))
 
     def _kernel_distance(self) -> None:

@@ -16,12 +16,11 @@ from ..data.batches import to_device
 from ..data.image_datasets import DataConfig
 from ..data.npz import ImageSpool
 from ..metrics.features import Extractor, FeatureMode
-from ..metrics.frechet import (
-    GaussianStatistics,
-)
+from ..metrics.frechet import GaussianStatistics, jackknife_group
 from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
 from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
+from ..runtime.random_streams import random_stream
 from .sources import ImageSource, PipelineImages, read_batches
 
 ON_CUDA = torch.cuda.is_available()
@@ -106,7 +105,7 @@ class Wanted:
     """What is to be remembered of one output of a network.
 
     Attributes:
-        groups: into how many groups the statistics are kept, image k being in group k % groups; 0 is no statistics.
+        groups: into how many groups the statistics are kept, see `jackknife_group`; 0 is no statistics.
         kept: features of how many images at most are kept, a random choice; None is all.
     """
 
@@ -121,7 +120,7 @@ class Record:
         dim: width of the output, D.
         count: number of images that will come.
         wanted: what to remember.
-        seed: decides whose features are kept.
+        seed: decides whose features are kept, and the groups.
         device: of the statistics.
     """
 
@@ -129,7 +128,8 @@ class Record:
         self.groups = [GaussianStatistics(dim, device) for _ in range(wanted.groups)]
         self.kept = np.arange(count)
         if wanted.kept is not None and wanted.kept < count:
-            self.kept = np.sort(np.random.default_rng(seed).permutation(count)[: wanted.kept])
+            self.kept = np.sort(random_stream("kept features", seed).permutation(count)[: wanted.kept])
+        self._group = jackknife_group(count, max(wanted.groups, 1), seed)
         self._chosen = np.zeros(count, dtype=bool)
         self._chosen[self.kept] = True
         self._positions: list[np.ndarray] = []
@@ -140,7 +140,7 @@ class Record:
         """Rows (B, D) of the images at these places of the set."""
         positions = np.asarray(positions)
         for k, group in enumerate(self.groups):
-            members = np.flatnonzero(positions % len(self.groups) == k)
+            members = np.flatnonzero(self._group[positions] == k)
             if len(members):
                 group.update(_take(rows, members))
         kept = np.flatnonzero(self._chosen[positions])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.batches import READ_AHEAD
@@ -17,6 +18,8 @@ from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
 from ..models.latent_space import autoencoder_identity
 from ..runtime.disk import replacing
+from ..runtime.optional_packages import require
+from ..runtime.random_streams import stream_seed
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
@@ -106,6 +109,46 @@ def cached_features(
     rows = torch.from_numpy(np.array(arrays["rows"]))
     labels, weights = torch.tensor(dataset.labels)[rows], dataset.weights[rows]
     return ProbeFeatures(arrays["class_tokens"], arrays["patch_means"], labels, weights)
+
+
+def random_views(dataset: ImageDataset, views: int, seed: int) -> ImageDataset:
+    """Random resized crops of every image, half of them mirrored, as DINOv2 and VTP train probes on: N·views items,
+    all of an image behind each other; view v of image i depends on (seed, i, v)."""
+
+    def repeated(values: Sequence) -> list:
+        return [value for value in values for _ in range(views)]
+
+    return ImageDataset(
+        references=[(value, index, view) for index, value in enumerate(dataset.references) for view in range(views)],
+        read=_RandomCrop(dataset.read, dataset.resolution, seed),
+        resolution=dataset.resolution,
+        keys=[f"{key}, view {view}" for key in dataset.keys for view in range(views)],
+        labels=repeated(dataset.labels),
+        captions=repeated(dataset.captions),
+        label_names=dataset.label_names,
+        weights=dataset.weights.repeat_interleave(views),
+        fingerprint=f"{dataset.fingerprint}-{views} random crops of seed {seed}",
+        skip_unreadable=dataset.skip_unreadable,
+    )
+
+
+class _RandomCrop:
+    """Reads (reference, image, view) as a crop; an object, since it travels to worker processes."""
+
+    def __init__(self, read: Callable[[Any], Image.Image], size: int, seed: int):
+        self.read, self.size, self.seed = read, size, seed
+        self.transforms = require("torchvision.transforms", "train")
+
+    def __call__(self, sample: tuple[Any, int, int]) -> Image.Image:
+        reference, *place = sample
+        image, crop = self.read(reference), self.transforms.RandomResizedCrop
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU
+            torch.default_generator.manual_seed(stream_seed("probe crops", self.seed, *place))
+            top, left, height, width = crop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+            mirrored = torch.rand(()) < 0.5
+        image = image.crop((left, top, left + width, top + height))
+        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
 class _ReadableImages(Dataset):

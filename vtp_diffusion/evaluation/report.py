@@ -200,8 +200,9 @@ def _probe_rows(result: Result) -> Iterable[Row]:
     values, best = result.values, result.values["linear"]
     chance, count = values["chance"], f"{values['counts']['validation']}, learned from {values['counts']['train']}"
     floor = f"{_share(chance['uniform'])} guessing, {_share(chance['most_frequent_class'])} most frequent class"
+    chosen_on = values.get("head_chosen_on", "the validation images")  # of version 0.1 always
     details = (
-        f"best of {len(values['heads'])} heads on these images: {best['layers']} layer(s), "
+        f"best of {len(values['heads'])} heads on {chosen_on}: {best['layers']} layer(s), "
         f"{'with' if best['patches'] else 'without'} patches, learning rate {best['learning_rate']:g}"
     )
     yield Row("linear probe, top-1", _share(best["top1"]), floor, count, details, result.name)

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.batches import READ_AHEAD, read_ahead
-from ..data.image_datasets import DataConfig, ImageDataset, open_dataset
-from ..data.image_files import IMAGE_SUFFIXES, list_images, read_header, read_image
+from ..data.image_datasets import Crop, DataConfig, ImageDataset, open_dataset
+from ..data.image_files import IMAGE_SUFFIXES, center_crop, list_images, read_header, read_image
 from ..data.npz import IMAGES_KEY, NpzImages, open_npz
 from ..runtime.processes import gather_objects, reading_processes, this_process
+from ..runtime.random_streams import random_stream
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -124,10 +125,10 @@ class DatasetImages:
         return int(torch.stack(found).any(0).sum())
 
 
-def open_measured(config: DataConfig, split: str) -> DatasetImages:
+def open_measured(config: DataConfig, split: str, crop: Crop = center_crop) -> DatasetImages:
     """A data set whose images are counted: those that cannot be read, where that is allowed, are left out before
     anything is chosen or measured, and `dataset.skipped` holds their keys. Raises what `open_dataset` raises."""
-    dataset = open_dataset(config, split)
+    dataset = open_dataset(config, split, crop)
     return DatasetImages(_without_unreadable(dataset) if config.skip_unreadable else dataset)
 
 
@@ -151,8 +152,8 @@ def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
 
 
 class PipelineImages:
-    """Images of a class-conditional pipeline, sampled when they are read; image k comes from a generator seeded with
-    seed + k, whatever is read with it.
+    """Images of a class-conditional pipeline, sampled when they are read; image k follows from the seed and k,
+    whatever is read with it.
 
     Args:
         labels: class of each image.
@@ -227,7 +228,7 @@ def chosen_images(num_images: int | None, count: int, seed: int, found: str) -> 
         raise ValueError(f"num_images is {wanted}, but {found}")
     if wanted == count:
         return list(range(count))
-    return sorted(np.random.default_rng(seed).permutation(count)[:wanted].tolist())
+    return sorted(random_stream("chosen images", seed).permutation(count)[:wanted].tolist())
 
 
 def subset_rule(chosen: Sequence[int], count: int, seed: int) -> str:

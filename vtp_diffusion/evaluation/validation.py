@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 
 from ..data.image_datasets import DataConfig, open_dataset
 from ..data.images import image_grid
-from ..generation.sampling import draw_labels
+from ..generation.sampling import draw_labels, initial_noise
 from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
 from ..metrics.networks import feature_network
 from ..runtime.config import Settings, setting
 from ..runtime.processes import gather_objects, this_process
+from ..runtime.random_streams import random_stream
 from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ValidationConfig(Settings):
     labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
     guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none")
     num_inference_steps: int = setting(50, "Euler steps", at_least=1)
-    seed: int = setting(0, "of the noise; image k uses seed + k", at_least=0)
+    seed: int = setting(0, "of the noise; that of image k follows from seed and k", at_least=0)
     distance: DistanceConfig = setting(default_factory=DistanceConfig)
 
     @property
@@ -56,10 +56,10 @@ class ValidationConfig(Settings):
 
 
 def sample_grid(config: ValidationConfig, pipeline: "LightningDiTPipeline", device: torch.device) -> Image.Image:
-    """One labelled image for each validation label, image k from seed + k."""
+    """One labelled image for each validation label, image k from its `initial_noise`."""
     indices = pipeline.get_label_ids(config.labels)
-    generators = [torch.Generator(device).manual_seed(config.seed + k) for k in range(len(indices))]
-    images = pipeline(class_labels=indices, generator=generators, **config.sampler).images
+    latents = initial_noise(pipeline, range(len(indices)), config.seed)
+    images = pipeline(class_labels=indices, latents=latents, **config.sampler).images
     names = [pipeline.config.id2label[str(index)].split(",")[0] for index in indices]
     return image_grid(images, columns=min(8, len(images)), labels=names)
 
@@ -91,7 +91,7 @@ class QuickDistance:
                 f"distance.num_images is {config.num_images}: the floor takes twice as many real images, "
                 f"{config.reference.source} has {len(originals)}"
             )
-        chosen = np.random.default_rng(seed).permutation(originals)[: 2 * config.num_images]
+        chosen = random_stream("reference images", seed).permutation(originals)[: 2 * config.num_images]
         self.chosen = sorted(chosen.tolist())
         self._reference_features: torch.Tensor | None = None
 

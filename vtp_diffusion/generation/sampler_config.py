@@ -24,7 +24,7 @@ class SamplerConfig(Settings):
     guidance_channels: int | None = setting(
         None, "guide only the first so many latent channels; 3 is upstream's rule", at_least=1
     )
-    seed: int = setting(0, "image k uses seed + k", at_least=0)
+    seed: int = setting(0, "of labels and noise; the noise of image k follows from seed and k", at_least=0)
     batch_size: int = setting(8, "images sampled at once, in each process", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "precision of the pipeline; auto: bfloat16 on a GPU that has it, else float32"

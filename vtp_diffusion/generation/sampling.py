@@ -13,11 +13,13 @@ import torch
 
 from ..data.images import finite_to_uint8
 from ..runtime.precision import exact_float32
+from ..runtime.random_streams import random_stream, stream_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LabelRule = Literal["random", "balanced", "reference"]
+NOISE_RULE = "a hash of seed and image"  # in the words of settings and results; version 0.1: seed + image, unnamed
 
 
 def draw_labels(
@@ -29,7 +31,7 @@ def draw_labels(
         rule: "random" draws classes uniformly (as ADM, DiT, SiT and LightningDiT do), "balanced" goes through them in
             turn (VAR, MAR, RAE; lowers FID on ImageNet by about 0.1), "reference" draws from `reference`'s labels.
     """
-    generator = np.random.default_rng(seed)
+    generator = random_stream("labels", seed)
     if rule == "random":
         return generator.integers(0, num_classes, count).tolist()
     if rule == "balanced":
@@ -44,9 +46,10 @@ def draw_labels(
 def initial_noise(pipe: DiffusionPipeline, numbers: Sequence[int], seed: int) -> torch.Tensor:
     """Noise (B, C, h, w) float32 of the images with these numbers, on the pipeline's device.
 
-    That of image k is drawn on the CPU from a generator seeded with seed + k: every device starts from the same.
+    That of image k is drawn on the CPU, so that every device starts from the same, from a generator of its own for
+    (seed, k): different seeds share no image, and a spread over seeds is one over independent samples.
     """
-    generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
+    generators = [torch.Generator().manual_seed(stream_seed("noise", seed, number)) for number in numbers]
     return pipe.prepare_latents(len(numbers), generators, None, pipe.device)
 
 
@@ -92,7 +95,8 @@ def sample_numbers(
 
 
 def pipeline_identity(pipe: DiffusionPipeline) -> dict:
-    """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision."""
+    """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision, and
+    how noise follows from the seed."""
     weights = {}
     for name in ("vae", "transformer", "guidance_transformer"):
         if getattr(pipe, name, None) is None:
@@ -104,4 +108,4 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
             )
         weights[name] = digest.hexdigest()[:16]
     scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
-    return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype)}
+    return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype), "noise": NOISE_RULE}

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..runtime.random_streams import random_stream
+
 JACKKNIFE_GROUPS = 10
 
 
@@ -243,11 +245,23 @@ def _factor_and_trace(statistics: GaussianStatistics) -> tuple[torch.Tensor | No
     return factor, (statistics.covariance.trace() if factor is None else factor.square().sum()).item()
 
 
+def jackknife_group(count: int, groups: int, seed: int) -> np.ndarray:
+    """(count,) the group of every image for `jackknife_deviation`: equally large ones, at random.
+
+    In turn they would follow balanced labels, image k being of class k mod C: a group would hold some of the classes
+    only, and leaving it out would change what is measured. That gave 2.1 times (1000 classes, 5,000 images) to 12.5
+    times (10 classes) the true spread.
+    """
+    return random_stream("jackknife groups", seed).permutation(count) % groups
+
+
 def jackknife_deviation(
     groups: Sequence[GaussianStatistics], reference: GaussianStatistics | Sequence[GaussianStatistics]
 ) -> float:
     """Standard error of the distance of all groups' samples to a reference: how much it depends on which images were
-    drawn, the reference being what it is. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11).
+    drawn, the reference being what it is. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11) of
+    random groups, see `jackknife_group`. It is conservative: about 1.25 times the true spread where labels are random,
+    more where they are balanced, since random groups do not share what equal numbers of every class save.
 
     A reference in groups is one of pairs: its group k belongs to group k, and both are left out together.
 
@@ -331,7 +345,7 @@ def floor_of_halves(
     n = min(len(generated), len(reference) // 2)
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 4 reference images, got {len(generated)}, {len(reference)}")
-    generator = np.random.default_rng(seed)
+    generator = random_stream("floor", seed)
     real_distances, generated_distances = [], []
     for _ in range(repetitions):
         order = generator.permutation(len(reference))
@@ -361,7 +375,7 @@ def floor_of_images(
     n = min(len(generated), len(held_out))
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 2 held-out images, got {len(generated)} and {len(held_out)}")
-    generator = np.random.default_rng(seed)
+    generator = random_stream("floor", seed)
     whole = prepare(reference)
     real_distances, generated_distances = [], []
     for _ in range(repetitions):

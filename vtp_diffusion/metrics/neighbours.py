@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from ..data.images import image_grid, to_pil
+from ..runtime.random_streams import stream_seed
 
 
 def nearest_neighbours(
@@ -76,7 +77,7 @@ def near_duplicate_threshold(
         extract: uint8 images to features (N, D).
         seed: decides the copies.
     """
-    copies = extract(shifted_or_flipped(images, torch.Generator().manual_seed(seed)))
+    copies = extract(shifted_or_flipped(images, torch.Generator().manual_seed(stream_seed("shifted copies", seed))))
     distance = 1 - functional.cosine_similarity(features.double(), copies.double(), dim=1)
     return torch.quantile(distance.clamp_min(0), quantile).item()
 

@@ -120,7 +120,11 @@ class VTPDecoder(VTPTransformer):
 
 
 class VTPEmbeddings(nn.Module):
-    """Patches as tokens, after the class token. The mask token replaces patches in masked-image modelling only."""
+    """Patches as tokens, after the class token. The mask token replaces patches in masked-image modelling only.
+
+    The class token keeps its weight's dtype. Under autocast it is float32 beside bfloat16 patches, so that the joined
+    tokens, and with them the encoder's residual stream, are float32, as in VTP's own code.
+    """
 
     def __init__(self, in_channels: int, patch_size: int, hidden_size: int):
         super().__init__()
@@ -136,7 +140,7 @@ class VTPEmbeddings(nn.Module):
             if masks.shape != patches.shape[:2]:
                 raise ValueError(f"masks have shape {tuple(masks.shape)}, expected {tuple(patches.shape[:2])}")
             patches = torch.where(masks[:, :, None], self.mask_token.to(patches.dtype), patches)
-        cls_token = self.cls_token.to(patches.dtype).expand(patches.shape[0], -1, -1)
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         return torch.cat([cls_token, patches], dim=1)
 
     def embed_patches(self, images: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,11 @@
 `ssl_default_config.yaml`).
 
 Crops are cut and recoloured on the device, in batches, from numbers drawn beforehand, so that what happens to a sample
-depends on its place in the run alone. Against DINOv2's: pixels are interpolated bilinearly instead of bicubically, the
-four changes of colour come in a fixed order instead of a random one, and hue is turned in the YIQ plane.
+depends on its place in the run alone. Against DINOv2's: the four changes of colour come in a fixed order instead of a
+random one, hue is turned in the YIQ plane, a crop that does not fit is made smaller instead of drawn again, and blur
+has the probabilities that DINOv2 writes: 1 for the first global view, .1 for the second, .5 for local ones, which are
+those of BYOL (arXiv:2006.07733) and DINO. DINOv2's code passes 1 - p on instead, so that it ran with about 0, .9 and
+.5; nothing says that this was meant.
 
 Constants enter as Python numbers or by `to_device`: copying them as `torch.tensor(..., device=...)` does would wait
 until everything that is queued there is done.
@@ -12,6 +15,7 @@ until everything that is queued there is done.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ import torch.nn.functional as F
 from ..data.batches import to_device
 from ..data.images import from_uint8
 from ..runtime.config import Settings, setting
+from ..runtime.precision import exact_float32
 
 # Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
 FLIP, JITTER, GREY = 0.5, 0.8, 0.2
@@ -38,7 +43,7 @@ TURN = torch.from_numpy(
     @ TO_YIQ
 )
 MIN_MASK_PATCHES, MIN_MASK_ASPECT, MASK_ATTEMPTS = 4, 0.3, 10
-MIN_MASK_GRID = 3  # patches a side: a block is smaller than the grid, and of no fewer than four
+MIN_MASK_GRID = 3  # patches a side: a block is smaller than the grid, and of four where so many are missing
 
 
 @dataclass(kw_only=True)
@@ -52,6 +57,9 @@ class CropConfig(Settings):
     local_size: int = setting(96, "their side in pixels", at_least=1)
     local_scale: tuple[float, float] = setting((0.05, 0.32), "share of the area they show", above=0, at_most=1)
     colour: bool = setting(True, "jitter colours, blur and solarize as DINOv2 does")
+    recipe: Literal["dinov2", "version_0_1"] = setting(
+        "dinov2", "how crops are cut and masks drawn; a run begun with version 0.1 keeps its own", before="version_0_1"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,10 +92,11 @@ def make_crops(
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     draws = draws.transpose(0, 1)  # (views, B, NUM_DRAWS)
     large, small = draws[: config.global_crops], draws[config.global_crops :]
-    views = cut(images, large.flatten(0, 1), config.global_scale, config.global_size or images.shape[-1])
+    resample = cut if config.recipe == "dinov2" else cut_as_version_0_1
+    views = resample(images, large.flatten(0, 1), config.global_scale, config.global_size or images.shape[-1])
     local = images.new_empty(0, 3, config.local_size, config.local_size)
     if config.local_crops > 0:
-        local = cut(images, small.flatten(0, 1), config.local_scale, config.local_size)
+        local = resample(images, small.flatten(0, 1), config.local_scale, config.local_size)
     if config.colour:
         change, turn = change or recolour_views, to_device(TURN.float(), images.device)
         views = change(views, large, turn, (BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL), (0.0, SOLARIZE_OTHER_GLOBAL))
@@ -130,10 +139,10 @@ def _like(values: torch.Tensor) -> torch.Tensor:
 
 
 def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int) -> torch.Tensor:
-    """Random resized crops, half of them mirrored, bilinear, inside the image.
+    """Random resized crops, half of them mirrored, bicubic with antialiasing: torchvision's `RandomResizedCrop`, whose
+    rectangle is made narrower or lower where it does not fit into the image; torchvision draws again.
 
-    Area and aspect ratio are distributed as in torchvision's `RandomResizedCrop`; a rectangle that does not fit is
-    made narrower or lower, where torchvision draws again.
+    Rows and columns are weighted sums of the image's, by two products of matrices a crop.
 
     Args:
         images: (B, 3, H, W).
@@ -144,11 +153,56 @@ def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], s
     Returns: (V·B, 3, size, size), in the order of the draws.
     """
     count, _, height, width = images.shape
-    draws = draws.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)  # (B·V, >= 5)
-    area = (scale[0] + (scale[1] - scale[0]) * draws[:, 0]) * height * width
+    draws = draws.unflatten(0, (-1, count)).transpose(0, 1)  # (B, V, >= 5)
+    wide, tall = _sides(draws, scale, height, width)
+    across = resampling_weights(*_interval(draws[..., 2], wide, width), width, size)  # (B, V, size, W)
+    down = resampling_weights(*_interval(draws[..., 3], tall, height), height, size)  # (B, V, size, H)
+    across = torch.where((draws[..., 4] < FLIP)[..., None, None], across.flip(2), across)
+    with exact_float32(), torch.autocast(images.device.type, enabled=False):
+        rows = down.flatten(1, 2) @ images.transpose(1, 2).flatten(2)  # (B, V·size, 3·W): an image's views together
+        rows = rows.unflatten(1, (-1, size)).unflatten(3, (3, -1))  # (B, V, size, 3, W)
+        views = torch.einsum("bvscw,bvtw->vbcst", rows, across)
+    return views.flatten(0, 1).clamp(-1, 1)
+
+
+def _sides(
+    draws: torch.Tensor, scale: tuple[float, float], height: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Width and height in pixels of the rectangles of draws (..., >= 2): area and aspect ratio."""
+    area = (scale[0] + (scale[1] - scale[0]) * draws[..., 0]) * height * width
     low, high = (math.log(ratio) for ratio in ASPECT_RATIO)
-    ratio = (low + (high - low) * draws[:, 1]).exp()  # width / height
-    wide, tall = (area * ratio).sqrt().clamp(max=width) / width, (area / ratio).sqrt().clamp(max=height) / height
+    ratio = (low + (high - low) * draws[..., 1]).exp()  # width / height
+    return (area * ratio).sqrt().clamp(max=width), (area / ratio).sqrt().clamp(max=height)
+
+
+def _interval(draw: torch.Tensor, length: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First pixel, uniform by `draw`, and number of pixels of an interval of about `length` within `side` pixels."""
+    length = length.round().clamp(min=1)
+    return torch.minimum((draw * (side - length + 1)).floor(), side - length), length
+
+
+def resampling_weights(first: torch.Tensor, length: torch.Tensor, side: int, size: int) -> torch.Tensor:
+    """Weights (..., size, side) that resample pixels `first` to `first + length` (...,) of `side` ones to `size`, by
+    Keys' cubic (1981, a = -1/2), which is stretched where there are fewer pixels afterwards: antialiasing."""
+    step = length / size  # (...,) pixels of the image a pixel of the crop
+    pixels, places = (torch.arange(count, device=first.device) + 0.5 for count in (side, size))
+    inside = pixels - first[..., None]  # (..., side)
+    distance = inside[..., None, :] - (places * step[..., None])[..., :, None]
+    x = (distance / step.clamp(min=1)[..., None, None]).abs()
+    weights = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
+    outside = (inside < 0) | (inside > length[..., None])
+    weights = weights.masked_fill((x >= 2) | outside[..., None, :], 0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def cut_as_version_0_1(
+    images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int
+) -> torch.Tensor:
+    """As `cut`, bilinear without antialiasing, of rectangles that do not end at pixels: for runs begun so."""
+    count, _, height, width = images.shape
+    draws = draws.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)  # (B·V, >= 5)
+    wide, tall = _sides(draws, scale, height, width)
+    wide, tall = wide / width, tall / height
     # shares of the sides; affine_grid's coordinates run from -1 to 1
     centre_x, centre_y = (2 * draws[:, 2] - 1) * (1 - wide), (2 * draws[:, 3] - 1) * (1 - tall)
     mirror = torch.where(draws[:, 4] < FLIP, -1.0, 1.0)
@@ -203,10 +257,13 @@ def gaussian_blur(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return pixels
 
 
-def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -> np.ndarray:
+def block_mask(
+    grid: tuple[int, int], count: int, random: np.random.Generator, small_blocks: bool = True
+) -> np.ndarray:
     """At most `count` patches hidden in rectangular blocks (BEiT, arXiv:2106.08254, algorithm 1, as DINOv2 has it).
 
-    Args: `grid`: rows and columns of patches; `random`: source of the draws.
+    Args: `grid`: rows and columns of patches; `random`: source of the draws; `small_blocks`: False leaves the last
+        patches free where fewer than four are missing and no block of four fits, as version 0.1 did.
     Returns: (rows, columns) bool.
     """
     height, width = grid
@@ -214,7 +271,8 @@ def block_mask(grid: tuple[int, int], count: int, random: np.random.Generator) -
     while missing > 0:
         for _ in range(MASK_ATTEMPTS):
             size, shape, down, across = random.random(4).tolist()
-            area = MIN_MASK_PATCHES + size * (max(missing, MIN_MASK_PATCHES) - MIN_MASK_PATCHES)
+            largest = missing if small_blocks else max(missing, MIN_MASK_PATCHES)
+            area = MIN_MASK_PATCHES + size * (largest - MIN_MASK_PATCHES)
             aspect = math.exp((1 - 2 * shape) * math.log(MIN_MASK_ASPECT))
             rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < rows < height and 0 < columns < width):

@@ -2,8 +2,8 @@
 combines them (arXiv:2304.07193; DINO, arXiv:2104.14294; iBOT, arXiv:2111.07832).
 
 The VTP paper (arXiv:2512.13687) says "following DINOv2" and gives the head. Every other default here is DINOv2's
-published one (`ssl_default_config.yaml`), unless its help text says otherwise. DINOv2's layer-wise learning rates and
-its LayerScale are left out: the paper's encoder has no LayerScale.
+published one (`ssl_default_config.yaml`), unless its help text says otherwise. The headers of train_vtp/configs list
+what is left out of DINOv2.
 """
 
 import copy
@@ -20,6 +20,7 @@ from torch import nn
 from ..data.batches import to_device
 from ..runtime.config import Settings, setting
 from ..runtime.distributed import gather_rows, num_processes, process_index, total
+from ..runtime.random_streams import random_stream
 from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
 from .joint import CROPS, MicroBatch, Objective, draw_kept, num_kept
@@ -248,12 +249,13 @@ class SelfSupervisionObjective(Objective):
     def draw_masks(self, grid: tuple[int, int], position: int, seed: int) -> np.ndarray:
         """Masks (G, rows, columns) of one image's global crops: which crops, what share and which blocks depend on the
         seed and the image's position in the run."""
-        config, random = self.config, np.random.default_rng([seed, position, 1])
+        config, of_today = self.config, self.config.crops.recipe == "dinov2"
+        random = random_stream("masks", seed, position) if of_today else np.random.default_rng([seed, position, 1])
         number = config.crops.global_crops
         masks = np.zeros((number, *grid), dtype=bool)
         for crop in random.permutation(number)[: round(config.masked_crops * number)]:
             count = int(random.uniform(*config.mask_ratio) * masks[crop].size)
-            masks[crop] = block_mask(grid, count, random)
+            masks[crop] = block_mask(grid, count, random, small_blocks=of_today)
         return masks
 
     def mask_inputs(self, masks: np.ndarray) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import operator
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -31,6 +32,7 @@ def setting(
     *,
     default_factory: Any = dataclasses.MISSING,
     may_change: bool = False,
+    before: Any = dataclasses.MISSING,
     **bounds: float,
 ) -> Any:
     """A field of a configuration: its help text and the numbers it takes.
@@ -39,11 +41,14 @@ def setting(
         default, default_factory: as of `dataclasses.field`; without either the setting is required.
         may_change: a resumed run may set it differently: it decides no result, or is the way out of a run that cannot
             go on as it was.
+        before: what runs did that began before there was this setting. They keep it: their folder decides.
         bounds: at_least, above, at_most, below: for the number, or for every number of a list. None and words pass.
     """
     if unknown := bounds.keys() - set(BOUNDS):
         raise TypeError(f"unknown bounds {sorted(unknown)}, known: {', '.join(BOUNDS)}")
     metadata = {"help": help, "may_change": may_change} | bounds
+    if before is not dataclasses.MISSING:
+        metadata["before"] = before
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
@@ -217,6 +222,16 @@ def build_config(config_class: type[Config], values: dict[str, Any], where: str,
         if field.name in checked:
             check_bounds(field, checked[field.name], prefix + field.name)
     return config_class(**checked)
+
+
+def settings_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """("section.key", the section, the field) of every setting of a configuration, sections themselves left out."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not field.metadata.get("may_change"):
+            yield from settings_of(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, config, field
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

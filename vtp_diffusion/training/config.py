@@ -1,10 +1,9 @@
 """Settings that every training run has."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-from ..runtime.config import Settings, setting
+from ..runtime.config import Settings, setting, settings_of
 
 
 @dataclass(kw_only=True)
@@ -98,15 +97,5 @@ class TrainingConfig(Settings):
 
     def changeable_keys(self) -> set[str]:
         """Keys that a resumed run may set differently from the run in the folder."""
-        keys = set(_changeable(self))
+        keys = {key for key, _, field in settings_of(self) if field.metadata.get("may_change")}
         return keys | {"max_train_steps"} if self.lr_scheduler == "constant" else keys  # else it shapes the schedule
-
-
-def _changeable(config: Any, prefix: str = "") -> Iterator[str]:
-    """Keys of the fields marked `may_change`, those of sections too."""
-    for field in fields(config):
-        key, value = prefix + field.name, getattr(config, field.name)
-        if field.metadata.get("may_change"):
-            yield key
-        elif is_dataclass(value):
-            yield from _changeable(value, f"{key}.")

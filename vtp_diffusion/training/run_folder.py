@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import folder_lock
-from ..runtime.config import config_to_dict, flatten_config, save_config, setting_differences
+from ..runtime.config import config_to_dict, flatten_config, save_config, setting_differences, settings_of
 from ..runtime.disk import is_unfinished, replacing, sync_folder, write_text, writing
 from ..runtime.processes import this_process
 from ..runtime.yaml_files import read_yaml
@@ -43,6 +43,7 @@ class RunFolder:
     def _check_content(self) -> None:
         if (self.path / "config.yaml").is_file():
             if self._has_trained():
+                self._keep_older_settings()
                 self._compare()
                 self._compare_steps()
         elif self.path.exists() and (not self.path.is_dir() or self._holds_files()):
@@ -61,11 +62,24 @@ class RunFolder:
         """A line for every key of the saved configuration that differs and may not."""
         old = flatten_config(read_yaml(self.path / "config.yaml"))
         new, free = flatten_config(config_to_dict(self.config)), self.config.changeable_keys()
+        free |= {key for key, _, field in settings_of(self.config) if "before" in field.metadata}
         old, new = (
             {k: v for k, v in values.items() if k not in free and k.partition(".")[0] not in free}
             for values in (old, new)
         )
         return setting_differences(old, new)
+
+    def _keep_older_settings(self) -> None:
+        """What the run in the folder did before there was a setting for it, it goes on with: see `setting`."""
+        old = flatten_config(read_yaml(self.path / "config.yaml"))
+        for key, section, field in settings_of(self.config):
+            if "before" not in field.metadata:
+                continue
+            value = old.get(key, field.metadata["before"])
+            if value != getattr(section, field.name):
+                setattr(section, field.name, value)
+                if this_process()[0] == 0:
+                    print(f"{key} stays {value}, with which the run in {self.path} began")
 
     def _compare(self) -> None:
         if lines := self._differences():
