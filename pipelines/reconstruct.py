@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, list_images, read_image
+from vtp_diffusion.data.folders import read_layout
+from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, read_image
 from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
@@ -42,9 +43,9 @@ class ReconstructConfig(Settings):
         files = []
         for path in map(Path, self.images):
             if path.is_dir():
-                if not (found := list_images(path)):
-                    raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-                files += found
+                layout = read_layout(path)
+                print(layout.describe())
+                files += [file for file, _ in layout.of_split("all")]
             elif path.is_file():
                 files.append(path)
             else:

@@ -3,18 +3,27 @@
 import functools
 import io
 import pickle
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 import vtp_diffusion.data.image_datasets as data
 from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.batches import collate_images, read_batches
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.data.image_files import UnreadableImageError, as_rgb, center_crop
+from vtp_diffusion.data.image_files import (
+    UnreadableImageError,
+    as_rgb,
+    center_crop,
+    decode_image,
+    read_header,
+    read_image,
+)
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.streaming import StreamingImages, open_splits
 
@@ -64,6 +73,58 @@ def test_transparency_is_shown_on_white_and_deep_greys_are_scaled():
     assert np.array(as_rgb(deep))[0, :, 0].tolist() == [0, 1, 255]
 
 
+def tiff(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "TIFF")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused_wherever_images_are_read(dtype, tmp_path):
+    value = tiff(np.ones((2, 2), dtype))
+    (tmp_path / "deep.tif").write_bytes(value["bytes"])
+    for read in (lambda: decode_image(value, "it"), lambda: read_image(tmp_path / "deep.tif")):
+        with pytest.raises(UnreadableImageError, match="its pixels are of mode '[IF]', expected 8 or 16 bits"):
+            read()
+
+
+@pytest.mark.parametrize(("depth", "row", "clear"), [(16, ">HH", 1000), (8, ">BB", 100)])
+def test_a_transparent_grey_is_white_whatever_its_bits(depth, row, clear):
+    row = b"\0" + struct.pack(row, clear, 0)
+    file = png(struct.pack(">IIBBBBB", 2, 1, depth, 0, 0, 0, 0), row, struct.pack(">H", clear))
+    assert np.array(decode_image({"bytes": file, "path": None}, "it"))[0, :, 0].tolist() == [255, 0]
+
+
+def png(header, rows, clear):
+    chunks = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["PNG", "TIFF"])
+def test_images_are_turned_as_their_exif_data_say(orientation, suffix, tmp_path):
+    exif, plain = Image.Exif(), picture(0, (3, 2))
+    exif[ExifTags.Base.Orientation] = orientation
+    plain.save(tmp_path / f"0.{suffix}", suffix, exif=exif)
+    with Image.open(tmp_path / f"0.{suffix}") as image:
+        expected = np.array(ImageOps.exif_transpose(image))  # what `datasets` does
+    found = read_image(tmp_path / f"0.{suffix}")
+    assert np.array_equal(found, expected) and read_header(tmp_path / f"0.{suffix}")[:2] == expected.shape[:2]
+    if suffix == "PNG":  # Pillow itself turns a TIFF
+        assert np.array_equal(read_image(tmp_path / "0.PNG", orient=False), plain)
+
+
+def test_the_orientation_is_a_setting_that_the_fingerprint_tells_and_damaged_exif_data_do_no_harm(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    picture(0, (16, 16)).save(tmp_path / "0.png", exif=exif)
+    turned, plain = (open_dataset(folder_config(tmp_path, exif_orientation=on)) for on in (True, False))
+    assert torch.equal(turned[0]["image"], plain[0]["image"].flip(1, 2)) and turned.fingerprint != plain.fingerprint
+    picture(1, (16, 16)).save(tmp_path / "0.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert np.array_equal(read_image(tmp_path / "0.png"), picture(1, (16, 16)))
+
+
 # --- folders ---
 
 
@@ -82,7 +143,9 @@ def test_sub_folders_are_classes(tmp_path):
 def test_a_flat_folder_is_one_class_and_has_no_splits(tmp_path):
     config = folder_config(make_folder(tmp_path, ["1.png", "0.png"]))
     assert open_dataset(config).keys == ["0.png", "1.png"] and open_dataset(config).labels == [0, 0]
-    assert open_dataset(config, "validation").fingerprint == open_dataset(config, "train").fingerprint
+    assert open_dataset(config, "all").fingerprint == open_dataset(config, "train").fingerprint
+    with pytest.raises(ValueError, match="has no validation split: its images are not split"):
+        open_dataset(config, "validation")
 
 
 def test_splits_of_a_folder(tmp_path):
@@ -237,6 +300,25 @@ def test_class_names_and_indices_in_a_column(tmp_path, offline):
     write_parquet(offline, tmp_path / "unknown.parquet", [0, -1], offline.Value("int64"))
     with pytest.raises(ValueError, match="kind is -1, expected class indices or names"):
         open_dataset(parquet_config(tmp_path / "unknown.parquet"))
+
+
+def test_classes_of_a_column_have_one_number_in_all_splits_and_under_any_limit(tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", ["b", "a", "c"], offline.Value("string"))
+    write_parquet(offline, tmp_path / "b.parquet", ["aa", "c", "b"], offline.Value("string"))
+    config = parquet_config(tmp_path / "a.parquet", validation_files=str(tmp_path / "b.parquet"))
+    assert open_dataset(config).label_names == ["a", "b", "c"]
+    held_out = open_dataset(config, "validation")
+    assert held_out.label_names == ["a", "b", "c", "aa"] and held_out.labels == [3, 2, 1]
+    assert open_dataset(parquet_config(tmp_path / "a.parquet", limit=1)).label_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("label", [10**7, 10**15])
+def test_labels_that_can_be_no_classes_are_refused(label, tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", [0, label], offline.Value("int64"))
+    with pytest.raises(ValueError, match=f"kind is {label}, expected class indices or names, below 1,048,576"):
+        open_dataset(parquet_config(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=f"kind is {label}, expected a class index"):
+        StreamingImages(parquet_config(tmp_path / "a.parquet", streaming=True)).take(2)
 
 
 def test_webdataset_from_disk_in_a_worker(tmp_path, offline, from_disk):

@@ -152,12 +152,13 @@ def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
         evaluate("zero_shot.py", "--model", made / "vae")
     with pytest.raises(ValueError, match="holds no model"):
         evaluate("zero_shot.py", "--model", made / "images")
-    with pytest.raises(ValueError, match="train and validation splits of .* are the same images"):
+    with pytest.raises(ValueError, match="has no validation split: its images are not split"):
         evaluate("linear_probe.py", "--num_layers", 2, "--data.source", made / "images" / "train")
-    one_class = made / "images" / "train" / "red"
+    for split in ("train", "validation"):
+        shutil.copytree(made / "images" / split / "red", tmp_path / "one" / split / "red")
     for program, more in (("zero_shot.py", ()), ("linear_probe.py", ("--num_layers", 2))):
         with pytest.raises(ValueError, match="have one class"):
-            evaluate(program, "--data.source", one_class, *more)
+            evaluate(program, "--data.source", tmp_path / "one", *more)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="holds a AutoencoderKL, expected AutoencoderVTP or VTPModel"):
         evaluate("linear_probe.py", "--model", tmp_path)

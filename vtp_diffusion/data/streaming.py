@@ -23,7 +23,15 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..runtime.optional_packages import require
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
-from .image_datasets import DataConfig, ImageDataset, check_caption, open_dataset, split_files
+from .image_datasets import (
+    DataConfig,
+    ImageDataset,
+    check_caption,
+    check_label,
+    has_held_out,
+    open_dataset,
+    split_files,
+)
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
 
@@ -83,7 +91,8 @@ class StreamingImages:
         self._where = "" if read is None else f"{read}: "  # before what is said of a sample
         feature = (table.features or {}).get(config.label_column) if config.label_column else None
         self.label_names = list(getattr(feature, "names", None) or [])
-        described = [config.source, config.name, files, found[0], self.resolution, self.num_shards]
+        described = [config.source, config.name, read, found[0], self.resolution, self.num_shards]
+        described += ["EXIF orientation"] if config.exif_orientation else []
         text = json.dumps([*described, *columns.values()])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -134,7 +143,8 @@ class StreamingImages:
         if lacking and config.skip_empty_captions:
             return None, lacking
         try:
-            image = decode_image(row[config.image_column], f"{self._where}image {key} of {config.source}")
+            name = f"{self._where}image {key} of {config.source}"
+            image = decode_image(row[config.image_column], name, config.exif_orientation)
             pixels = np.array(center_crop(image, self.resolution))
         except UnreadableImageError:
             if not config.skip_unreadable:
@@ -146,13 +156,10 @@ class StreamingImages:
     def _label(self, key: str, row: dict[str, Any]) -> int:
         if self.config.label_column is None:
             return 0
-        label = row[self.config.label_column]
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise ValueError(
-                f"{self._where}sample {key} of {self.config.source}: {self.config.label_column} is {label!r}, "
-                "expected a class index: the names in a stream are not known beforehand"
-            )
-        return label
+        name = f"{self._where}sample {key} of {self.config.source}: {self.config.label_column}"
+        return check_label(
+            row[self.config.label_column], name, "a class index (the names in a stream are not known beforehand)"
+        )
 
     def take(self, count: int) -> ImageDataset:
         """The first samples of the first epoch that can be used, `count` at most, as a data set in memory."""
@@ -236,28 +243,15 @@ def open_splits(
         measured = {"train": training.take(evaluation_images)}
         if training.has_validation:
             measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
-            _number_alike(measured["held_out"], measured["train"].label_names)
         return training, measured
-    training, held_out = open_dataset(config, "train"), open_dataset(config, "validation")
+    training = open_dataset(config, "train")
     if len(training) < batch_size:
         raise ValueError(
             f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
             "a batch would hold an image twice"
         )
-    # a plain folder has no validation split: nothing measured on it is held out
-    if held_out.fingerprint == training.fingerprint:
-        return training, {"train": training}
-    _number_alike(held_out, training.label_names)
-    return training, {"train": training, "held_out": held_out}
-
-
-def _number_alike(held_out: ImageDataset, names: list[str]) -> None:
-    """Give held-out images the training images' class numbers: one that lacks a class has numbered its own."""
-    if held_out.label_names != names:
-        every = [*names, *sorted(set(held_out.label_names).difference(names))]
-        numbers = {name: number for number, name in enumerate(every)}
-        held_out.labels = [numbers[held_out.label_names[label]] for label in held_out.labels]
-        held_out.label_names = every
+    held_out = {"held_out": open_dataset(config, "validation")} if has_held_out(config) else {}
+    return training, {"train": training} | held_out
 
 
 def _as_it_is(image: Image.Image) -> Image.Image:

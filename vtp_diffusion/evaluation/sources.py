@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data.batches import READ_AHEAD, read_ahead
 from ..data.image_datasets import DataConfig, ImageDataset, open_dataset
-from ..data.image_files import IMAGE_SUFFIXES, list_images, read_header, read_image
+from ..data.image_files import list_images, read_header, read_image
 from ..data.npz import IMAGES_KEY, NpzImages, open_npz
 from ..runtime.processes import gather_objects, reading_processes, this_process
 
@@ -64,7 +64,7 @@ class FolderImages:
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not self.files:
             hint = ": it holds folders, of which each is a set of images here" if folders else ""
-            raise ValueError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
+            raise ValueError(f"{folder} holds no image files (of a format that Pillow reads){hint}")
         for inner in folders:
             if images := list_images(inner):
                 raise ValueError(
