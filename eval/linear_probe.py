@@ -47,7 +47,7 @@ class LinearProbeConfig(Settings):
     learning_rates: tuple[float, ...] = setting(LEARNING_RATES, "of a batch of 256; scaled with the batch")
     steps: int = setting(12500, "of training; 12500 is DINOv2's", at_least=1)
     train_batch_size: int = setting(1024, "images a step, at most the training split", at_least=1)
-    neighbours: tuple[int, ...] = setting(KNN_NEIGHBOURS, "values of k of k-NN")
+    neighbours: tuple[int, ...] = setting(KNN_NEIGHBOURS, "values of k of k-NN", at_least=1)
     seed: int = setting(0, "of weights and order", at_least=0)
     batch_size: int = setting(64, "images encoded at once", at_least=1)
     num_workers: int = setting(reading_processes(), "processes that read image files", at_least=0)

@@ -55,15 +55,11 @@ class ReconstructConfig(Settings):
         return files
 
 
-def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
+def open_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     """The autoencoder and the side of the images it is to get."""
-    if not (Path(config.vae) / "config.json").is_file():
-        raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
-    from diffusers import AutoModel
-    from diffusers.utils import is_accelerate_available
+    from vtp_diffusion.models.loading import load_autoencoder
 
-    # the default of low_cpu_mem_usage, which warns where accelerate is not installed
-    vae = AutoModel.from_pretrained(config.vae, low_cpu_mem_usage=is_accelerate_available())
+    vae = load_autoencoder(config.vae)
     # AutoencoderRAE calls it image_size; AutoencoderDC has neither
     resolution = config.resolution or vae.config.get("sample_size") or vae.config.get("image_size")
     if resolution is None:
@@ -71,7 +67,7 @@ def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     patch = getattr(vae, "spatial_compression_ratio", 1)
     if resolution % patch:
         raise ValueError(f"resolution must be a multiple of the autoencoder's patch {patch}, got {resolution}")
-    return vae.eval().to(config.device), resolution
+    return vae.to(config.device), resolution
 
 
 def write_picture(output: str, images: list[Image.Image], ratios: list[float]) -> None:
@@ -92,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.models.latent_space import reconstruct
 
     files = config.files()
-    vae, resolution = load_autoencoder(config)
+    vae, resolution = open_autoencoder(config)
     images, ratios, skipped = [], [], []
     for file in tqdm(files, desc="reconstructing"):
         try:

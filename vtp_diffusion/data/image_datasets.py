@@ -24,12 +24,12 @@ from ..runtime.processes import this_process
 from .folders import content_hashes, read_layout
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
+from .shard_files import split_files
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
 IN_MEMORY_BYTES = 2**30
 MAX_CLASSES = 2**20  # a label beyond is a mistake, such as an identifier: names of all below it would fill the memory
-BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
 
 
 @dataclass(kw_only=True)
@@ -363,23 +363,6 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
     )
 
 
-def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
-    """`data_files` as `datasets` is given them for a split: training alone is the same with `validation_files`.
-
-    Raises: ValueError where a builder of `datasets` is given no files, for which it would take those of the working
-        directory, or a local pattern that matches none.
-    """
-    for name in ("data_files", "validation_files") if config.source in BUILDERS else ():
-        pattern = getattr(config, name)
-        if name == "data_files" and pattern is None:
-            raise ValueError(f"data_files is none with source {config.source!r}, expected files or a pattern of them")
-        if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
-            raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
-    if config.validation_files is None or split == "train":
-        return config.data_files
-    return {"train": config.data_files, "validation": config.validation_files}
-
-
 def _load_collection(config: DataConfig, split: str):
     """The collection of `datasets`, name of a split -> table, and the names of those that make up a split."""
     datasets, files = require("datasets", "train"), split_files(config, split)
@@ -388,7 +371,7 @@ def _load_collection(config: DataConfig, split: str):
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
         raise ValueError(
             f"source {config.source!r} is neither openmoji, nor a folder, nor a collection that `datasets` can load: "
-            f"{error}"
+            f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
         ) from error
     choices = {"train": ["train"], "validation": ["validation", "test"], "all": list(collection)}[split]
     found = [name for name in choices if name in collection]

@@ -145,6 +145,16 @@ def as_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG file is there with all its parts, by their checksums and without decoding its pixels."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+            return path.read_bytes()[-8:-4] == b"IEND"
+    except DECODING_ERRORS:
+        return False
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop (Dhariwal and Nichol, arXiv:2105.05233): halve with a box filter while the short side is at
     least twice the target, scale the short side to the target with a bicubic filter, cut out the centre."""

@@ -30,10 +30,10 @@ from .image_datasets import (
     check_label,
     has_held_out,
     open_dataset,
-    split_files,
 )
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
+from .shard_files import split_files
 
 READ_ROWS = 32  # rows asked of `datasets` at a time
 EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream is given up
@@ -71,7 +71,8 @@ class StreamingImages:
     def __init__(self, config: DataConfig, split: str = "train"):
         datasets, files = require("datasets", "train"), split_files(config, split)
         try:
-            splits = datasets.load_dataset(config.source, config.name, data_files=files, streaming=True)
+            builder = datasets.load_dataset_builder(config.source, config.name, data_files=files)
+            splits = builder.as_streaming_dataset()
         except (datasets.exceptions.DatasetsError, OSError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"source {config.source!r} cannot be read as a stream: {error}") from error
         found = [name for name in {"train": ("train",)}.get(split, ("validation", "test")) if name in splits]
@@ -87,6 +88,9 @@ class StreamingImages:
         self.config, self.resolution, self.columns = config, config.resolution, columns
         self.table = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.num_shards = table.num_shards
+        names = list((builder.config.data_files or {}).get(found[0], ()))
+        # a shard is a file with all builders of files
+        self.shard_names = names if len(names) == self.num_shards else [f"shard {k}" for k in range(self.num_shards)]
         read = files["validation"] if isinstance(files, dict) else files
         self._where = "" if read is None else f"{read}: "  # before what is said of a sample
         feature = (table.features or {}).get(config.label_column) if config.label_column else None
@@ -302,10 +306,15 @@ class _Rows:
     def _rows(self, index: int, first: int) -> Iterator[dict[str, Any]]:
         table = self.images.table.shard(self.images.num_shards, index)
         # `iter`, since __iter__ would divide the shard among the loader's workers once more
-        for batch in (table.skip(first) if first else table).iter(READ_ROWS):
-            names = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(names, values, strict=True))
+        try:
+            for batch in (table.skip(first) if first else table).iter(READ_ROWS):
+                names = list(batch)
+                for values in zip(*batch.values(), strict=True):
+                    yield dict(zip(names, values, strict=True))
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # pyarrow's are of the latter two
+            raise ValueError(
+                f"{self.images.shard_names[index]} is damaged, or no {self.images.config.source}: {error}"
+            ) from error
 
 
 class StreamBatches:

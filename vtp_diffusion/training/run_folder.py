@@ -69,6 +69,12 @@ class RunFolder:
 
     def _compare(self) -> None:
         if lines := self._differences():
+            if any(line.startswith("  max_train_steps:") for line in lines):
+                lines.append(
+                    f"With lr_scheduler {self.config.lr_scheduler} the learning rate reaches 0 at max_train_steps, so "
+                    "that it is fixed once training has begun. To train longer, give a new output_dir and start from "
+                    "the weights of this run (initial_transformer of train_dit/train.py)"
+                )
             raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
 
     def _compare_steps(self) -> None:
@@ -141,9 +147,9 @@ class RunFolder:
         place among those that are kept, nor the place of one that is written again."""
         for later, path in self.checkpoints():
             if later > step:
-                aside = path.with_name(f"damaged-{path.name}")
-                if aside.exists():
-                    shutil.rmtree(aside)
+                aside, count = path.with_name(f"damaged-{path.name}"), 1
+                while aside.exists():  # of an earlier attempt at the step: there may be something to learn from it
+                    aside, count = path.with_name(f"damaged-{path.name}-{count + 1}"), count + 1
                 path.rename(aside)
 
     def log(self, record: dict[str, Any]) -> None:

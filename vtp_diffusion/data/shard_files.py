@@ -1,0 +1,42 @@
+"""Which files a collection of `datasets` is read from, and whether they are there and whole."""
+
+from __future__ import annotations
+
+from glob import glob
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .image_datasets import DataConfig
+
+BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
+
+
+def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
+    """`data_files` as `datasets` is given them for a split: training alone is the same with `validation_files`.
+
+    Raises: ValueError where a builder of `datasets` is given no files, for which it would take those of the working
+        directory, or a local pattern that matches none.
+    """
+    for name in ("data_files", "validation_files") if config.source in BUILDERS else ():
+        pattern = getattr(config, name)
+        if name == "data_files" and pattern is None:
+            raise ValueError(f"data_files is none with source {config.source!r}, expected files or a pattern of them")
+        if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
+            raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
+        for file in glob(pattern or "", recursive=True):
+            _check_tar_end(file)
+    if config.validation_files is None or split == "train":
+        return config.data_files
+    return {"train": config.data_files, "validation": config.validation_files}
+
+
+def _check_tar_end(file: str) -> None:
+    """Raises: ValueError for a tar file that was cut: between two members tarfile would take that for its end."""
+    if not file.endswith(".tar") or not Path(file).is_file():
+        return
+    with open(file, "rb") as tar:
+        tar.seek(0, 2)
+        tar.seek(-min(512, tar.tell()), 2)
+        if tar.read().strip(b"\0"):
+            raise ValueError(f"{file} is truncated: it does not end as a tar file does. Copy or pack it again")
