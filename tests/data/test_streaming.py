@@ -1,6 +1,7 @@
 """Shards read as a stream: nothing lost, nothing repeated, on any number of streams, and after a restart."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -148,6 +149,32 @@ def test_webdataset_keys_name_the_samples(tmp_path):
     items = {item["key"]: item for item, _ in islice(images.samples(StreamPosition(), 0), 3)}
     assert sorted(items) == ["00000/s0", "00000/s1", "00000/s2"]
     assert items["00000/s2"]["caption"] == "text 2" and items["00000/s2"]["image"].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("source", ["webdataset", "parquet"])
+def test_a_shard_that_is_cut_or_damaged_is_named(tmp_path, offline, source):
+    folder = write_shards(offline, tmp_path / "shards")
+    if source == "webdataset":
+        for shard in range(2):
+            with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+                for k, suffix in itertools.product(range(6), ("png", "txt")):  # five tell the columns
+                    content = as_bytes(k) if suffix == "png" else f"text {k}".encode()
+                    entry = tarfile.TarInfo(f"{k}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    settings = {"image_column": "png", "caption_column": "txt", "label_column": None} if source == "webdataset" else {}
+    suffix = {"webdataset": "tar", "parquet": "parquet"}[source]
+    settings |= {"source": source, "data_files": str(folder / f"*.{suffix}")}
+    images = StreamingImages(config(folder, **settings))
+    path = folder / f"1.{suffix}"
+    content = path.read_bytes()
+    path.write_bytes(
+        content[: 10_760 if source == "webdataset" else len(content) // 2]
+    )  # after it was opened, as a disk may do
+    with pytest.raises(ValueError, match=f"1.{suffix} is damaged, or no {source}"):
+        captions(images, 12)
+    with pytest.raises(ValueError, match=f"1.{suffix} is truncated|cannot be read as a stream|is damaged, or no"):
+        captions(StreamingImages(images.config), 12)
 
 
 def test_the_first_samples_as_a_data_set(tmp_path, offline):

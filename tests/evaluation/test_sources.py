@@ -17,6 +17,7 @@ from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
 from vtp_diffusion.evaluation.one_pass import Wanted, record_images
 from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, read_batches
+from vtp_diffusion.generation.sample_files import SampleFolder
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.networks import FeatureNetwork, feature_network, network_name, weight_files
 from vtp_diffusion.runtime.processes import reading_processes
@@ -190,6 +191,19 @@ def test_a_folder_that_is_not_what_it_says(tmp_path):
     Image.fromarray(pixels(1)[0]).save(tmp_path / "of" / "classes" / "b.png")
     with pytest.raises(ValueError, match=r"holds 1 images and, beside them, a folder of images, classes \(1 of them"):
         FolderImages(tmp_path / "of")
+
+
+def test_a_damaged_png_of_an_earlier_run_is_made_again(tmp_path):
+    files = SampleFolder(tmp_path / "out", {"num_images": 4})
+    for number, image in enumerate(torch.from_numpy(pixels(3)).permute(0, 3, 1, 2)):
+        files.write(number, image)
+    for number, damage in (
+        (0, lambda content: content[:-20]),
+        (1, lambda content: content[:60] + b"x" + content[61:]),
+    ):
+        path = tmp_path / "out" / f"{number:06d}.png"
+        path.write_bytes(damage(path.read_bytes()))
+    assert files.missing() == [0, 1, 3]
 
 
 def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():

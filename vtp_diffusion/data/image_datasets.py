@@ -370,7 +370,8 @@ def _load_collection(config: DataConfig, split: str):
         collection = datasets.load_dataset(config.source, config.name, data_files=files)
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
         raise ValueError(
-            f"source {config.source!r} is neither openmoji, nor a folder, nor a collection that `datasets` can load: "
+            f"source {config.source!r}, data_files {config.data_files or 'none'}, is neither openmoji, nor a folder, "
+            "nor a collection that `datasets` can load: "
             f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
         ) from error
     choices = {"train": ["train"], "validation": ["validation", "test"], "all": list(collection)}[split]

@@ -1,19 +1,15 @@
 """Which files a collection of `datasets` is read from, and whether they are there and whole."""
 
-from __future__ import annotations
-
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .image_datasets import DataConfig
+from typing import Any
 
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
 
 
-def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
-    """`data_files` as `datasets` is given them for a split: training alone is the same with `validation_files`.
+def split_files(config: Any, split: str) -> str | dict[str, str] | None:
+    """`data_files` of a `DataConfig` as `datasets` is given them for a split: training alone is the same with
+    `validation_files`.
 
     Raises: ValueError where a builder of `datasets` is given no files, for which it would take those of the working
         directory, or a local pattern that matches none.
@@ -36,7 +32,7 @@ def _check_tar_end(file: str) -> None:
     if not file.endswith(".tar") or not Path(file).is_file():
         return
     with open(file, "rb") as tar:
-        tar.seek(0, 2)
-        tar.seek(-min(512, tar.tell()), 2)
-        if tar.read().strip(b"\0"):
+        size = tar.seek(0, 2)
+        tar.seek(-min(512, size), 2)
+        if size % 512 or tar.read().strip(b"\0"):
             raise ValueError(f"{file} is truncated: it does not end as a tar file does. Copy or pack it again")
