@@ -125,6 +125,16 @@ def test_the_orientation_is_a_setting_that_the_fingerprint_tells_and_damaged_exi
     assert np.array_equal(read_image(tmp_path / "0.png"), picture(1, (16, 16)))
 
 
+def test_the_size_limit_of_images_is_an_option_up_and_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    picture(0, (30, 30)).save(tmp_path / "0.png")
+    with pytest.raises(UnreadableImageError, match="0.png cannot be read .* exceeds limit of 200 pixels"):
+        open_dataset(folder_config(tmp_path))
+    with pytest.raises(UnreadableImageError, match="it has 30 x 30 pixels, expected at most max_pixels, 899"):
+        open_dataset(folder_config(tmp_path, max_pixels=899))
+    assert len(open_dataset(folder_config(tmp_path, max_pixels=900))) == 1
+
+
 # --- folders ---
 
 

@@ -55,6 +55,9 @@ class DataConfig(Settings):
     exif_orientation: bool = setting(
         True, "turn images as their EXIF data say, as viewers and `datasets` do", may_change=True
     )
+    max_pixels: int | None = setting(
+        None, "images of more pixels cannot be read; none: Pillow's limit, 178,956,970", may_change=True, at_least=1
+    )
     # Whether images that cannot be read are left out decides nothing until a run would end at one: it may change, and
     # so may where renderings are kept.
     skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
@@ -316,7 +319,7 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
     known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
     return ImageDataset(
         references=paths,
-        read=functools.partial(read_image, orient=config.exif_orientation),
+        read=functools.partial(read_image, orient=config.exif_orientation, max_pixels=config.max_pixels),
         resolution=config.resolution,
         keys=keys,
         labels=labels,
@@ -413,7 +416,7 @@ class _CollectionReader:
 
     def __call__(self, row: int) -> Image.Image:
         value, name = self.table[row][self.config.image_column], f"image {row} of {self.config.source}"
-        return decode_image(value, name, self.config.exif_orientation)
+        return decode_image(value, name, self.config.exif_orientation, self.config.max_pixels)
 
 
 def _limited(rows: list, limit: int | None) -> list:

@@ -49,10 +49,15 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
 
 
-def _open(file: str | Path | io.BytesIO) -> ImageFile.ImageFile:
+def _open(file: str | Path | io.BytesIO, max_pixels: int | None = None) -> ImageFile.ImageFile:
     if not isinstance(file, io.BytesIO) and not Path(file).is_file():  # a pipe would be waited for
         raise OSError("it is a link to nothing, a pipe or another thing that is no file")
-    return Image.open(file, formats=sorted(set(image_formats().values())))
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses by itself what is twice this
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    image = Image.open(file, formats=sorted(set(image_formats().values())))
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most max_pixels, {max_pixels}")
+    return image
 
 
 def read_header(path: Path) -> tuple[int, int, str]:
@@ -90,30 +95,33 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def read_image(path: str | Path, orient: bool = True) -> Image.Image:
+def read_image(path: str | Path, orient: bool = True, max_pixels: int | None = None) -> Image.Image:
     """An image file as RGB, transparency on white. Raises: UnreadableImageError naming the file.
 
     Args: `orient`: turn it as its EXIF data say, which is how viewers and `datasets` show it; TIFF always is.
+        `max_pixels`: larger images are refused unread; None: those of 2 x 89,478,485 pixels, as Pillow does.
     """
     try:
-        with _open(path) as image:
+        with _open(path, max_pixels) as image:
             return as_rgb(image, orient)
     except DECODING_ERRORS as error:
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
 
 
-def decode_image(value: dict[str, Any] | None, name: str, orient: bool = True) -> Image.Image:
+def decode_image(
+    value: dict[str, Any] | None, name: str, orient: bool = True, max_pixels: int | None = None
+) -> Image.Image:
     """What `datasets` holds of an image that it does not decode, {"bytes", "path"}, as RGB.
 
-    Args: `orient`: as of `read_image`.
+    Args: `orient`, `max_pixels`: as of `read_image`.
     Raises: UnreadableImageError naming it, also where there is none.
     """
     if value is None:
         raise UnreadableImageError(f"{name} is missing")
     if value["bytes"] is None:
-        return read_image(value["path"], orient)
+        return read_image(value["path"], orient, max_pixels)
     try:
-        return as_rgb(_open(io.BytesIO(value["bytes"])), orient)
+        return as_rgb(_open(io.BytesIO(value["bytes"]), max_pixels), orient)
     except DECODING_ERRORS as error:
         raise UnreadableImageError(f"{name} cannot be read: {error}") from error
 

@@ -148,7 +148,7 @@ class StreamingImages:
             return None, lacking
         try:
             name = f"{self._where}image {key} of {config.source}"
-            image = decode_image(row[config.image_column], name, config.exif_orientation)
+            image = decode_image(row[config.image_column], name, config.exif_orientation, config.max_pixels)
             pixels = np.array(center_crop(image, self.resolution))
         except UnreadableImageError:
             if not config.skip_unreadable:
