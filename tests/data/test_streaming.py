@@ -137,6 +137,27 @@ def test_a_killed_run_goes_on_with_the_next_batch(tmp_path, offline, workers):
         StreamBatches(images, **arguments, world_size=2, state=state)
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_webdataset_shards_as_people_pack_them(tmp_path, offline, indexed):
+    """Upper case, dots in names, several formats, and other files of a sample, masks among them."""
+    names = ["a.JPG", "a.txt", "a.mask.jpg", "b.v1.jpg", "b.v1.txt", "c.png", "c.txt", "c.json", ".d.jpg", "e.jpg"]
+    greys = {"a.JPG": 10, "b.v1.jpg": 20, "c.png": 30, "e.jpg": 40}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            content = as_bytes(greys.get(name, 99)) if name[-3:] in ("JPG", "jpg", "png") else name.encode()
+            entry = tarfile.TarInfo(f"some.folder/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    columns = {"image_column": "jpg", "caption_column": "txt", "data_files": str(tmp_path / "a.tar")}
+    settings = config(tmp_path, source="webdataset", label_column=None, streaming=not indexed, **columns)
+    dataset = open_dataset(settings) if indexed else StreamingImages(settings).take(9)
+    found = {(item["image"].unique().item(), item["caption"]) for item in dataset}
+    assert found == {(10, "a.txt"), (20, "b.v1.txt"), (30, "c.txt"), (40, "")}
+    with pytest.raises(ValueError, match="no column 'text': none of the first 5 samples has a file .text"):
+        wrong = replace(settings, caption_column="text")
+        open_dataset(wrong) if indexed else StreamingImages(wrong)
+
+
 def test_webdataset_keys_name_the_samples(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for k in range(3):

@@ -24,7 +24,7 @@ from ..runtime.processes import this_process
 from .folders import content_hashes, read_layout
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
-from .shard_files import split_files
+from .shard_files import collection_builder
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
@@ -368,9 +368,11 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
 
 def _load_collection(config: DataConfig, split: str):
     """The collection of `datasets`, name of a split -> table, and the names of those that make up a split."""
-    datasets, files = require("datasets", "train"), split_files(config, split)
+    datasets = require("datasets", "train")
     try:
-        collection = datasets.load_dataset(config.source, config.name, data_files=files)
+        builder = collection_builder(config, split)
+        builder.download_and_prepare()
+        collection = builder.as_dataset()
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
         raise ValueError(
             f"source {config.source!r}, data_files {config.data_files or 'none'}, is neither openmoji, nor a folder, "

@@ -4,6 +4,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from ..runtime.optional_packages import require
+
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
 
 
@@ -25,6 +27,17 @@ def split_files(config: Any, split: str) -> str | dict[str, str] | None:
     if config.validation_files is None or split == "train":
         return config.data_files
     return {"train": config.data_files, "validation": config.validation_files}
+
+
+def collection_builder(config: Any, split: str) -> Any:
+    """The builder of `datasets` for a split. Raises: as `split_files`, and what `datasets` raises."""
+    datasets, files = require("datasets", "train"), split_files(config, split)
+    if config.source != "webdataset":
+        return datasets.load_dataset_builder(config.source, config.name, data_files=files)
+    from .webdataset_shards import Shards
+
+    columns = dict.fromkeys(filter(None, (config.image_column, config.caption_column, config.label_column)))
+    return Shards(dataset_name="webdataset", data_files=files, columns=tuple(columns))
 
 
 def _check_tar_end(file: str) -> None:

@@ -33,7 +33,7 @@ from .image_datasets import (
 )
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
-from .shard_files import split_files
+from .shard_files import collection_builder, split_files
 
 READ_ROWS = 32  # rows asked of `datasets` at a time
 EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream is given up
@@ -71,7 +71,7 @@ class StreamingImages:
     def __init__(self, config: DataConfig, split: str = "train"):
         datasets, files = require("datasets", "train"), split_files(config, split)
         try:
-            builder = datasets.load_dataset_builder(config.source, config.name, data_files=files)
+            builder = collection_builder(config, split)
             splits = builder.as_streaming_dataset()
         except (datasets.exceptions.DatasetsError, OSError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"source {config.source!r} cannot be read as a stream: {error}") from error
