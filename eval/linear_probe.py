@@ -17,7 +17,7 @@ temperature 0.07, on the last class token, on the mean patch token, and on both.
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +128,9 @@ def main() -> None:
     from vtp_diffusion.models.vtp_model import load_encoder
 
     model = load_encoder(config.model).requires_grad_(False)
-    if config.num_layers > model.config.encoder_num_layers:
-        raise ValueError(f"num_layers is {config.num_layers}, the encoder has {model.config.encoder_num_layers}")
+    if config.num_layers > (layers := model.config.encoder_num_layers):
+        print(f"num_layers is {config.num_layers}, the encoder has {layers}: heads read those {layers}")
+        config = replace(config, num_layers=layers)
     datasets = open_splits(config)
     if max(config.neighbours) > len(datasets["train"]):
         raise ValueError(

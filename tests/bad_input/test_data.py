@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import sys
 import tarfile
 from pathlib import Path
@@ -219,6 +220,25 @@ def test_one_message_before_any_work(case, run, models, tmp_path):
     with pytest.raises((ValueError, OSError), match=message):
         run(line)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_real_images_that_are_their_own_floor_are_refused(run):
+    classes()
+    images = "--images photos/a --reference photos --floor_images photos --output o.json --device cpu "
+    with pytest.raises(ValueError, match="floor_images photos and reference photos are the same images"):
+        run("eval/generation " + images + "--feature_network efficientnet_lite0")
+
+
+def test_a_disk_that_is_full_leaves_nothing_of_a_conversion(run):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    source = ROOT / "tests" / "fixtures" / "golden" / "vtp_released"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+        with pytest.raises(OSError, match="out could not be written: .*File too large"):
+            run(f"pipelines/convert vtp --source {source} --output out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(Path().iterdir())
 
 
 def test_other_pixels_of_equal_size_are_no_resumed_extraction(run, tmp_path):

@@ -16,7 +16,7 @@ from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
 from vtp_diffusion.evaluation.one_pass import Wanted, record_images
-from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, read_batches
+from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, open_reference, read_batches
 from vtp_diffusion.generation.sample_files import SampleFolder
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.networks import FeatureNetwork, feature_network, network_name, weight_files
@@ -172,6 +172,15 @@ def test_images_that_are_too_small_are_counted_where_they_are_read(workers, tmp_
     assert sum(map(len, read_batches(source, [0, 1], 1, workers))) == 2 and source.count_enlarged(range(4)) == 1
     assert sum(map(len, read_batches(source, [2, 3], 1, workers))) == 2 and source.count_enlarged(range(4)) == 2
     assert source.count_enlarged([3]) == 0
+
+
+def test_real_images_of_a_folder_without_splits_are_all_of_it(tmp_path):
+    for k in range(3):
+        Image.fromarray(pixels(1, k)[0]).resize((8, 8)).save(tmp_path / f"{k}.png")
+    for split in ("train", "validation"):
+        assert len(open_reference(DataConfig(), str(tmp_path), split, (8, 8))[1]) == 3
+    with pytest.raises(ValueError, match="has no validation split"):
+        open_measured(DataConfig(source=str(tmp_path), resolution=8), "validation")
 
 
 def test_a_folder_that_is_not_what_it_says(tmp_path):

@@ -130,7 +130,6 @@ def test_a_program_that_does_not_share_its_work_is_not_started_several_times(pro
     ("words", "message"),
     [
         (("linear_probe.py", "--output", "r.txt"), "output must be a FILE.json, got r.txt"),
-        (("linear_probe.py", "--num_layers", 3), "num_layers is 3, the encoder has 2"),
         (
             ("linear_probe.py", "--num_layers", 2, "--neighbours", [10, 40]),
             r"neighbours are \[10, 40\], expected at most the 36",
@@ -162,6 +161,12 @@ def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="holds a AutoencoderKL, expected AutoencoderVTP or VTPModel"):
         evaluate("linear_probe.py", "--model", tmp_path)
+
+
+def test_more_layers_than_the_encoder_has_are_those_it_has(evaluate, capsys):
+    with pytest.raises(ValueError, match="neighbours are .40., expected at most the 36"):
+        evaluate("linear_probe.py", "--num_layers", 3, "--neighbours", [40])
+    assert "num_layers is 3, the encoder has 2: heads read those 2" in capsys.readouterr().out
 
 
 def test_prompts_are_not_made_of_indices(evaluate, made, tmp_path, monkeypatch):

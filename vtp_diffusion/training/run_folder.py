@@ -69,13 +69,14 @@ class RunFolder:
 
     def _compare(self) -> None:
         if lines := self._differences():
+            longer = ""
             if any(line.startswith("  max_train_steps:") for line in lines):
-                lines.append(
-                    f"With lr_scheduler {self.config.lr_scheduler} the learning rate reaches 0 at max_train_steps, so "
-                    "that it is fixed once training has begun. To train longer, give a new output_dir and start from "
-                    "the weights of this run (initial_transformer of train_dit/train.py)"
+                longer = (
+                    "The learning rate or another schedule of this run ends at its max_train_steps, which is fixed once "
+                    "training has begun: to train longer, give a new output_dir and start from its weights "
+                    "(initial_transformer of train_dit/train.py). "
                 )
-            raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
+            raise ValueError(f"{longer}{self.path} holds the run of another configuration:\n" + "\n".join(lines))
 
     def _compare_steps(self) -> None:
         newest, wanted = max((step for step, _ in self.checkpoints()), default=0), self.config.max_train_steps
