@@ -71,7 +71,10 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
         return names, config.templates or templates
     names = spoken_names(dataset.label_names)
     if len(names) < 2:
-        raise ValueError(f"the images of {config.data.source} have one class, {names[0]!r}: expected at least 2")
+        raise ValueError(
+            f"the images of {config.data.source} have one class, {names[0]!r}: expected at least 2, in folders or a "
+            "column of `datasets` (data.label_column)"
+        )
     if not dataset.classes_named:
         raise ValueError(f"the classes of {config.data.source} have indices and no names, which prompts are made of")
     if len(set(names)) < len(names):

@@ -194,6 +194,13 @@ ROWS = {
         lambda m: latents(m), TRAIN + "--validation.num_inference_steps 0", "num_inference_steps is 0, expected"),
     "a seed of 400 digits": (lambda m: latents(m), TRAIN + f"--seed {HUGE}", "--seed is 9+, expected int of at most"),
     "a rate of 400 digits": (lambda m: latents(m), TRAIN + f"--learning_rate {HUGE}", "learning_rate is .*expected"),
+    "a pipe for a shard": (
+        lambda m: [latents(m), os.mkfifo("latents/z.safetensors")], TRAIN, "z.safetensors is a link to nothing, a"),
+    "a pipe for statistics": (
+        lambda m: os.mkfifo("s.pt"), "pipelines/convert vtp --source x --output out --latent-statistics s.pt",
+        "s.pt is no file"),
+    "a pipe for a table": (
+        lambda m: os.mkfifo("a.tar"), EXTRACT + "webdataset --data.data_files a.tar", "a.tar is a link to nothing, a"),
     "nested YAML": (
         lambda m: Path("c.yaml").write_text("a: " + "[" * 20_000), TRAIN + "--config c.yaml", "c.yaml cannot be read"),
     "a list of settings": (

@@ -17,7 +17,7 @@ from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
 from vtp_diffusion.evaluation.one_pass import Wanted, record_images
 from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, open_reference, read_batches
-from vtp_diffusion.generation.sample_files import SampleFolder
+from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.networks import FeatureNetwork, feature_network, network_name, weight_files
 from vtp_diffusion.runtime.processes import reading_processes
@@ -213,6 +213,13 @@ def test_a_damaged_png_of_an_earlier_run_is_made_again(tmp_path):
         path = tmp_path / "out" / f"{number:06d}.png"
         path.write_bytes(damage(path.read_bytes()))
     assert files.missing() == [0, 1, 3]
+    packed = SampleNpz(tmp_path / "x.npz", {"num_images": 2})
+    for number, image in enumerate(torch.from_numpy(pixels(2)).permute(0, 3, 1, 2)):
+        packed.write(number, image)
+    assert packed.missing() == []
+    part = tmp_path / "x.npz.parts" / "000000.npy"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert packed.missing() == [0, 1]
 
 
 def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():

@@ -405,6 +405,8 @@ def verify_shards(
 
 def _read_header(path: Path) -> dict[str, Any]:
     """Names, types and shapes of a shard without reading it, checked against its length."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is a link to nothing, a pipe or another thing that is no file")
     try:
         with safe_open(path, framework="pt") as file:  # refuses a truncated file
             names = set(file.keys())

@@ -23,6 +23,8 @@ def split_files(config: Any, split: str) -> str | dict[str, str] | None:
         if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
             raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
         for file in glob(pattern or "", recursive=True):
+            if not Path(file).is_file() and not Path(file).is_dir():
+                raise ValueError(f"{name}: {file} is a link to nothing, a pipe or another thing that is no file")
             _check_tar_end(file)
     if config.validation_files is None or split == "train":
         return config.data_files
@@ -42,7 +44,7 @@ def collection_builder(config: Any, split: str) -> Any:
 
 def _check_tar_end(file: str) -> None:
     """Raises: ValueError for a tar file that was cut: between two members tarfile would take that for its end."""
-    if not file.endswith(".tar") or not Path(file).is_file():
+    if not file.endswith(".tar"):
         return
     with open(file, "rb") as tar:
         size = tar.seek(0, 2)

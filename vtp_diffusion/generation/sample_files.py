@@ -104,7 +104,16 @@ class SampleNpz(_SampleFiles):
 
     def _missing_parts(self) -> list[int]:
         parts = range(-(-self.count // PART_IMAGES))
-        return [] if self.complete else [index for index in parts if not self._part(index).is_file()]
+        return [] if self.complete else [index for index in parts if not self._is_whole(index)]
+
+    def _is_whole(self, index: int) -> bool:
+        """Whether a part is there with all its images; one that is damaged is made again."""
+        if not self._part(index).is_file():
+            return False
+        try:
+            return len(np.load(self._part(index), mmap_mode="r")) == len(self._numbers(index))
+        except (ValueError, EOFError):
+            return False
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Numbers that this process has to make, in the order `write` expects. Ask before any process has written."""

@@ -20,6 +20,8 @@ def read_torch(path: str | Path, mmap: bool = False) -> Any:
     Args: `mmap`: map the tensors instead of reading them.
     Raises: ValueError naming the file if it is missing, damaged, or holds a pickle of something else.
     """
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file, expected a PyTorch file of tensors")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except TORCH_FILE_ERRORS as error:

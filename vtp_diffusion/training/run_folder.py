@@ -72,7 +72,7 @@ class RunFolder:
             longer = ""
             if any(line.startswith("  max_train_steps:") for line in lines):
                 longer = (
-                    "The learning rate or another schedule of this run ends at its max_train_steps, which is fixed once "
+                    "The learning rate or another schedule of this run ends at max_train_steps, which is fixed once "
                     "training has begun: to train longer, give a new output_dir and start from its weights "
                     "(initial_transformer of train_dit/train.py). "
                 )
