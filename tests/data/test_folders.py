@@ -33,7 +33,7 @@ def make(folder, names):
         (["a/0.png", ".ipynb_checkpoints/0.png", "a/.1.png", ".DS_Store.txt"], ["a"],
          "1 class, 1 images, no held-out split"),
         (["a/0.avif", "b/0.ppm", "c/0.jp2", "d/0.TGA"], ["a", "b", "c", "d"], "4 classes, 4 images"),
-        ([f"{k}/0.png" for k in range(12)], [str(k) for k in range(12)], "12 classes"),
+        ([f"{k}/0.png" for k in range(11)], [str(k) for k in range(11)], "11 classes"),
         (["0.png", "old/notes.txt", "read me.txt"], ["image"],
          "1 class, 1 images, no held-out split, 2 other entries left out (read me.txt, old)"),
         (["a/0.png", "a/Thumbs.db", "a/more/1.png"], ["a"], "2 other entries left out (a/more, a/Thumbs.db)"),

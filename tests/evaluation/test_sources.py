@@ -15,11 +15,12 @@ import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
-from vtp_diffusion.evaluation.one_pass import Wanted, record_images
+from vtp_diffusion.evaluation.one_pass import FeaturesConfig, Wanted, record_images
 from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, open_reference, read_batches
 from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.networks import FeatureNetwork, feature_network, network_name, weight_files
+from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.processes import reading_processes
 
 
@@ -181,6 +182,19 @@ def test_real_images_of_a_folder_without_splits_are_all_of_it(tmp_path):
         assert len(open_reference(DataConfig(), str(tmp_path), split, (8, 8))[1]) == 3
     with pytest.raises(ValueError, match="has no validation split"):
         open_measured(DataConfig(source=str(tmp_path), resolution=8), "validation")
+
+
+def test_real_images_of_a_table_are_read_and_settings_checked_with_their_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "0.png")
+    rows = {"image": [{"bytes": (tmp_path / "0.png").read_bytes(), "path": None}] * 3}
+    file = str(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image()})).to_parquet(file)
+    words = ["--reference", "parquet", "--data.data_files", file, "--output", "o"]
+    data = parse_config(FeaturesConfig, words).data
+    assert len(open_reference(data, "parquet", "train", (8, 8))[1]) == 3
+    with pytest.raises(ValueError, match="data_files is .* with source 'openmoji', expected none"):
+        open_reference(data, "openmoji", "train", (8, 8))
 
 
 def test_a_folder_that_is_not_what_it_says(tmp_path):

@@ -64,8 +64,8 @@ class FolderLayout:
 
     def describe(self) -> str:
         """One line for the console: "photos: 4 classes, 8 images, no held-out split"."""
-        counts = [f"{len(pairs)} {'' if part == WHOLE else part + ' '}images" for part, pairs in self.images.items()]
-        words = [f"{len(self.classes)} class{'es' if len(self.classes) > 1 else ''}", *counts]
+        counts = [f"{len(pairs)} {part} images".replace(f" {WHOLE}", "") for part, pairs in self.images.items()]
+        words = ["1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes", *counts]
         words += [] if self.has("validation") else ["no held-out split"]
         if self.left_out:
             names = [path.relative_to(self.folder).as_posix() for path in self.left_out]

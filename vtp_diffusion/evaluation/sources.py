@@ -5,7 +5,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -206,7 +205,7 @@ def open_reference(
         return images, list(range(len(images))), []
     if size[0] != size[1]:
         raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
-    data = replace(data, source=source, resolution=size[0])
+    data = DataConfig(**vars(data) | {"source": source, "resolution": size[0]})
     images = open_measured(data, split if has_held_out(data) else "all")  # a folder without splits is what it is
     weights = images.dataset.weights
     is_base = weights == weights.max()
