@@ -94,7 +94,7 @@ class DataConfig(Settings):
     def _check_effect(self, ours: bool) -> None:
         """Refuse what a source would not look at."""
         idle = {
-            "image_column": ours,
+            "image_column": ours and self.source != "openmoji",
             "label_column": ours and self.source != "openmoji",
             "holdout": self.source != "openmoji",
             "holdout_seed": self.source != "openmoji",

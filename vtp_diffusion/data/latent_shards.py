@@ -140,8 +140,9 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
         if lines := setting_differences(begun, plan):
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
         folder_lock.acquire(folder)
-        for entry in filter(is_unfinished, folder.iterdir()):  # of an attempt that was killed
-            entry.unlink()
+        for entry in folder.iterdir():  # of an attempt that was killed; safetensors has hidden names of its own
+            if entry.name.startswith(".") and entry.name != folder_lock.LOCK_NAME:
+                entry.unlink()
         return
     # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
     if folder.exists() and not all(e.name == folder_lock.LOCK_NAME or is_unfinished(e) for e in folder.iterdir()):
