@@ -195,6 +195,10 @@ def sampled(config: GenerationConfig, pipe: "DiffusionPipeline", reference_label
 Sources = dict[str, tuple[ImageSource, list[int]]]
 
 
+def _fingerprint(source: tuple | None) -> str | None:
+    return source[0].dataset.fingerprint if source and isinstance(source[0], DatasetImages) else None
+
+
 def collect_images(config: GenerationConfig) -> Sources:
     """Name -> images and the indices of those that count, in the order in which they are to be read.
 
@@ -227,6 +231,10 @@ def collect_images(config: GenerationConfig) -> Sources:
         labels = [source.labels[i] for i in base] if isinstance(source, DatasetImages) else None
     elif config.nearest_neighbours is not None or config.floor_images is not None:
         raise ValueError(f"{config.reference} holds statistics only: neighbours and floors need images")
+    if "floor" in real and _fingerprint(real["floor"]) == _fingerprint(real.get("reference")) is not None:
+        raise ValueError(
+            f"floor_images {config.floor_images} and reference {config.reference} are the same images: expected others"
+        )
     sources: Sources = {}
     for name, source in opened.items():
         if isinstance(source, DiffusionPipeline):

@@ -16,7 +16,6 @@ processes.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -50,6 +49,7 @@ from vtp_diffusion.metrics.networks import (
 )
 from vtp_diffusion.metrics.pixels import SSIM_SETTINGS, psnr, ssim
 from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
+from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
@@ -122,17 +122,13 @@ class WorstCases:
 
 
 def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
-    if not (Path(config.vae) / "config.json").is_file():
-        raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
-    from diffusers import AutoModel
-
-    vae = AutoModel.from_pretrained(config.vae)
+    vae = load_autoencoder(config.vae)
     factor = getattr(vae, "spatial_compression_ratio", 1)
     if config.data.resolution % factor:
         raise ValueError(
             f"data.resolution must be a multiple of the autoencoder's patch {factor}, got {config.data.resolution}"
         )
-    return vae.eval().requires_grad_(False).to(config.device)
+    return vae.to(config.device)
 
 
 def mean_psnr(ratios: torch.Tensor) -> dict:

@@ -25,7 +25,14 @@ from vtp_diffusion.data.image_files import center_crop, squash
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.evaluation.sources import fault_lines, open_measured, read_batches
 from vtp_diffusion.metrics.classification import top_k_accuracy
-from vtp_diffusion.metrics.zero_shot import IMAGENET_CLASSES, class_embeddings, imagenet_prompts, zero_shot_scores
+from vtp_diffusion.metrics.zero_shot import (
+    IMAGENET_CLASSES,
+    TEMPLATES,
+    class_embeddings,
+    imagenet_prompts,
+    spoken_names,
+    zero_shot_scores,
+)
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
@@ -65,15 +72,18 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
                 f"{config.data.source} has {known} classes, classes imagenet needs ImageNet's 0 to 999 as labels"
             )
         return names, config.templates or templates
-    names = dataset.label_names
+    names = spoken_names(dataset.label_names)
     if len(names) < 2:
-        raise ValueError(f"the images of {config.data.source} have one class, {names[0]!r}: expected at least 2")
+        raise ValueError(
+            f"the images of {config.data.source} have one class, {names[0]!r}: expected at least 2, in folders or a "
+            "column of `datasets` (data.label_column)"
+        )
     if not dataset.classes_named:
         raise ValueError(f"the classes of {config.data.source} have indices and no names, which prompts are made of")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"classes of the same name cannot be told apart: {', '.join(twice)}")
-    return names, config.templates or ["a photo of a {}."]
+    return names, config.templates or list(TEMPLATES)
 
 
 def main() -> None:

@@ -2,11 +2,13 @@
 
     python pipelines/convert.py vtp --source RELEASED_FOLDER --output vtp-large --latent-statistics latents_stats.pt
     python pipelines/convert.py lightning-dit --checkpoint 0100000.pt --output dit-xl
-    python pipelines/convert.py pipeline --vae vtp-large --transformer dit-xl --shift 13.333 --output pipeline
+    python pipelines/convert.py pipeline --vae vtp-large --transformer dit-xl --time-shift 0.075 --output pipeline
 
-`vtp` writes the autoencoder; the text tower stays in the released folder, for `VTPModel.from_released`.
+`vtp` writes the autoencoder; the text tower stays in the released folder, for `VTPModel.from_released`. Without
+--latent-statistics it reconstructs and its latents can be extracted, but no pipeline takes it: samples would be noise.
 `lightning-dit` takes the EMA weights; their shapes tell the architecture.
-`pipeline` joins the two. The output must be a new or empty folder; an error leaves nothing behind.
+`pipeline` joins the two; its time shift s is that of train_dit/train.py and of papers. The output must be a new or
+empty folder; an error leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pipeline = command("pipeline", "autoencoder + transformer -> LightningDiTPipeline")
     pipeline.add_argument("--vae", required=True, metavar="DIR", help="folder of a diffusers autoencoder")
     pipeline.add_argument("--transformer", required=True, metavar="DIR", help="folder of the transformer")
-    pipeline.add_argument("--shift", type=float, default=1.0, help="of the scheduler: 1/s for upstream's s [1.0]")
+    shifts = pipeline.add_mutually_exclusive_group()
+    shifts.add_argument("--time-shift", "--time_shift", metavar="S", type=float, help="s, as `shift` of training [1]")
+    shifts.add_argument("--shift", metavar="1/S", type=float, help="the same as the scheduler counts it, 1/s")
     pipeline.add_argument("--id2label", metavar="FILE", help="JSON: class index -> name, or a list of names")
     return parser.parse_args(argv)
 
@@ -62,32 +66,32 @@ def read_json(path: str) -> dict | list:
         raise ValueError(f"{path} does not exist")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def read_latent_statistics(file: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel from FILE.json, FILE.json:NAME or upstream's FILE.pt."""
-    import pickle
-
     import torch
+
+    from vtp_diffusion.runtime.tensor_files import read_torch
 
     path, _, name = file.rpartition(":") if not Path(file).exists() and ":" in file else (file, "", "")
     if path.endswith(".pt"):
-        try:
-            entry = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read as a PyTorch file: {error}") from error
+        entry = read_torch(path)
     else:
         entry = read_json(path)
         if name:
-            if name not in entry:
+            if not isinstance(entry, dict) or name not in entry:
                 raise ValueError(f"{path} has no entry {name!r}, it has {', '.join(entry)}")
             entry = entry[name]
     if not isinstance(entry, dict) or not {"mean", "std"} <= set(entry):
         found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"{file} must hold 'mean' and 'std', it holds {found}; FILE:NAME picks an entry")
-    return tuple(torch.as_tensor(entry[key], dtype=torch.float32).flatten().tolist() for key in ("mean", "std"))
+    try:
+        return tuple(torch.as_tensor(entry[key], dtype=torch.float32).flatten().tolist() for key in ("mean", "std"))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{file}: 'mean' and 'std' must be lists of numbers: {error}") from error
 
 
 def convert_vtp(arguments: argparse.Namespace) -> AutoencoderVTP:
@@ -118,18 +122,25 @@ def convert_lightning_dit(arguments: argparse.Namespace) -> LightningDiTTransfor
 
 def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
     """The pipeline of a saved autoencoder and a saved transformer."""
-    from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
+    from vtp_diffusion.generation.flow_matching import scheduler_shift
+    from vtp_diffusion.models.latent_space import latent_statistics
+    from vtp_diffusion.models.loading import load_autoencoder
 
-    for folder in (arguments.vae, arguments.transformer):
-        if not (Path(folder) / "config.json").is_file():
-            raise ValueError(f"{folder} is not the folder of a diffusers model: it has no config.json")
+    shift = scheduler_shift(1.0 if arguments.time_shift is None else arguments.time_shift)
+    if arguments.shift is not None:
+        scheduler_shift(shift := arguments.shift)  # refuses what is no shift
+    vae = load_autoencoder(arguments.vae)
+    latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+    if not (Path(arguments.transformer) / "config.json").is_file():
+        raise ValueError(f"{arguments.transformer} is not the folder of a diffusers model: it has no config.json")
     names = None if arguments.id2label is None else read_json(arguments.id2label)
     return LightningDiTPipeline(
-        vae=AutoModel.from_pretrained(arguments.vae),
+        vae=vae,
         transformer=LightningDiTTransformer2DModel.from_pretrained(arguments.transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=arguments.shift),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         id2label=dict(enumerate(names)) if isinstance(names, list) else names,
     )
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from vtp_diffusion.data.image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, list_images, read_image
+from vtp_diffusion.data.folders import read_layout
+from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, read_image
 from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
@@ -42,9 +43,9 @@ class ReconstructConfig(Settings):
         files = []
         for path in map(Path, self.images):
             if path.is_dir():
-                if not (found := list_images(path)):
-                    raise ValueError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-                files += found
+                layout = read_layout(path)
+                print(layout.describe())
+                files += [file for file, _ in layout.of_split("all")]
             elif path.is_file():
                 files.append(path)
             else:
@@ -54,15 +55,11 @@ class ReconstructConfig(Settings):
         return files
 
 
-def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
+def open_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     """The autoencoder and the side of the images it is to get."""
-    if not (Path(config.vae) / "config.json").is_file():
-        raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
-    from diffusers import AutoModel
-    from diffusers.utils import is_accelerate_available
+    from vtp_diffusion.models.loading import load_autoencoder
 
-    # the default of low_cpu_mem_usage, which warns where accelerate is not installed
-    vae = AutoModel.from_pretrained(config.vae, low_cpu_mem_usage=is_accelerate_available())
+    vae = load_autoencoder(config.vae)
     # AutoencoderRAE calls it image_size; AutoencoderDC has neither
     resolution = config.resolution or vae.config.get("sample_size") or vae.config.get("image_size")
     if resolution is None:
@@ -70,7 +67,7 @@ def load_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     patch = getattr(vae, "spatial_compression_ratio", 1)
     if resolution % patch:
         raise ValueError(f"resolution must be a multiple of the autoencoder's patch {patch}, got {resolution}")
-    return vae.eval().to(config.device), resolution
+    return vae.to(config.device), resolution
 
 
 def write_picture(output: str, images: list[Image.Image], ratios: list[float]) -> None:
@@ -91,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.models.latent_space import reconstruct
 
     files = config.files()
-    vae, resolution = load_autoencoder(config)
+    vae, resolution = open_autoencoder(config)
     images, ratios, skipped = [], [], []
     for file in tqdm(files, desc="reconstructing"):
         try:

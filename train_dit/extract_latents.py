@@ -37,6 +37,7 @@ from vtp_diffusion.data.latent_shards import (
 )
 from vtp_diffusion.data.openmoji import ATTRIBUTION, LICENSE
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
+from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime import folder_lock
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
@@ -128,9 +129,9 @@ def changed_images(config: Config, images: torch.Tensor, samples: list[Sample], 
 def encode_missing(config: Config, accelerator, vae, dataset, shards: list[list[Sample]], paths: list[Path]) -> None:
     """Write the shards that are not there yet, those of this process."""
     written = [path.is_file() for path in paths]
-    for path, samples, there in zip(paths, shards, written, strict=True):
-        if there:
-            check_shard(path, len(samples), LATENT_DTYPES[config.dtype])
+    for k in range(accelerator.process_index, len(paths), accelerator.num_processes):
+        if written[k]:
+            check_shard(paths[k], len(shards[k]), LATENT_DTYPES[config.dtype])
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     todo = [k for k, there in enumerate(written) if not there]
     todo = todo[accelerator.process_index :: accelerator.num_processes]
@@ -151,15 +152,14 @@ def main(argv: list[str] | None = None) -> None:
         folder_lock.check_free(folder)
     if config.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
-    from diffusers import AutoModel
-
-    vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
+    vae = load_autoencoder(config.vae)
     identity = autoencoder_identity(vae)
     dataset = open_dataset(config.data, config.split)
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}
-    settings["data"].pop("cache_dir")
+    for name in ("cache_dir", "exif_orientation", "max_pixels"):  # the fingerprint tells the second
+        settings["data"].pop(name)
     plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
     vae.to(accelerator.device)
     side = config.data.resolution

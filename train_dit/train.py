@@ -61,6 +61,7 @@ class Config(TrainingConfig, FlowMatchingConfig):
         help="folder of latent shards, as train_dit/extract_latents.py writes them; none: train online",
         may_change=True,
     )
+    verify_latents: bool = setting(False, "compare every shard with the SHA-256 in it first", may_change=True)
     data: DataConfig | None = setting(None, "online: the images; with latents: what they have to be made from")
     augmentation: AugmentationConfig = setting(
         default_factory=AugmentationConfig, help="online: changes of the images, besides random_flip"
@@ -92,6 +93,8 @@ class Config(TrainingConfig, FlowMatchingConfig):
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
             raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
+        if self.latents is None and self.verify_latents:
+            raise ValueError("verify_latents is true with latents none, expected false: there are no shards to verify")
         if self.latents is not None and self.augmentation != AugmentationConfig():
             raise ValueError("augmentation changes images while training online: with latents it can do nothing")
 
@@ -104,7 +107,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
     from vtp_diffusion.models.latent_space import latent_statistics
 
     if config.latents is not None:
-        dataset = LatentDataset(config.latents)
+        dataset = LatentDataset(config.latents, verify=config.verify_latents)
         check_latents(dataset, vae, config.data)
     else:
         latent_statistics(vae)  # refuses an autoencoder that should have them and does not
@@ -150,12 +153,13 @@ def use_fused_blocks(config: Config, run: TrainingRun) -> None:
 
 
 def build_pipeline(config: Config, vae, transformer, dataset, guide=None) -> LightningDiTPipeline:
-    """The pipeline that samples as the configuration says; upstream's time shift s is a scheduler shift of 1/s."""
+    """The pipeline that samples as the configuration says."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from vtp_diffusion import LightningDiTPipeline
+    from vtp_diffusion.generation.flow_matching import scheduler_shift
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / resolve_shift(config.shift, dataset.shape))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=scheduler_shift(resolve_shift(config.shift, dataset.shape)))
     pipeline = LightningDiTPipeline(
         vae=vae, transformer=transformer, scheduler=scheduler, guidance_transformer=guide, id2label=dataset.id2label
     )
@@ -215,15 +219,14 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    from diffusers import AutoModel
-
+    from vtp_diffusion.models.loading import load_autoencoder
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
     from vtp_diffusion.training.rates import forward_flops
     from vtp_diffusion.training.run_folder import RunFolder
 
     folder = RunFolder(config.output_dir, config)
-    vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
+    vae = load_autoencoder(config.vae)
     dataset = open_training_data(config, vae)
     torch.manual_seed(config.seed)
     num_classes = len(dataset.id2label)

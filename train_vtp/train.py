@@ -20,7 +20,7 @@ from vtp_diffusion.data.batches import plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
 from vtp_diffusion.data.streaming import StreamingImages, check_streaming, first_batches, open_splits
 from vtp_diffusion.metrics.lpips import LPIPS
-from vtp_diffusion.metrics.zero_shot import check_templates
+from vtp_diffusion.metrics.zero_shot import TEMPLATES, check_templates
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import MIN_MASK_GRID
 from vtp_diffusion.pretraining.feature_evaluation import evaluate_alignment, evaluate_features, unmeasured
@@ -129,7 +129,9 @@ class Config(TrainingConfig):
         may_change=True,
         at_least=1,
     )
-    zero_shot_templates: tuple[str, ...] = setting(("{}",), "prompts, {} being the name of the class", may_change=True)
+    zero_shot_templates: tuple[str, ...] = setting(
+        TEMPLATES, "prompts, {} being the name of the class", may_change=True
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,13 +8,17 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import vtp_diffusion.data.image_datasets as data
 from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.batches import collate_images, read_batches
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.data.image_files import UnreadableImageError, as_rgb, center_crop
+from vtp_diffusion.data.image_files import (
+    UnreadableImageError,
+    center_crop,
+    read_image,
+)
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.streaming import StreamingImages, open_splits
 
@@ -41,27 +45,27 @@ def from_disk(monkeypatch):
     monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
 
 
-# --- crop ---
+# --- pixels ---
 
 
-def test_crop_halves_with_a_box_filter_scales_bicubically_and_cuts_the_centre():
-    image = picture(0, (70, 50))
-    halved = image.resize((35, 25), Image.Resampling.BOX)  # 50 >= 2 * 20; 25 < 2 * 20
-    scaled = halved.resize((28, 20), Image.Resampling.BICUBIC)
-    assert np.array_equal(center_crop(image, 20), np.array(scaled)[:, 4:24])
+def test_the_orientation_is_a_setting_that_the_fingerprint_tells_and_damaged_exif_data_do_no_harm(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    picture(0, (16, 16)).save(tmp_path / "0.png", exif=exif)
+    turned, plain = (open_dataset(folder_config(tmp_path, exif_orientation=on)) for on in (True, False))
+    assert torch.equal(turned[0]["image"], plain[0]["image"].flip(1, 2)) and turned.fingerprint != plain.fingerprint
+    picture(1, (16, 16)).save(tmp_path / "0.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert np.array_equal(read_image(tmp_path / "0.png"), picture(1, (16, 16)))
 
 
-def test_crop_of_the_right_size_is_the_image_and_small_images_are_enlarged():
-    assert np.array_equal(center_crop(picture(1, (16, 16)), 16), np.array(picture(1, (16, 16))))
-    assert center_crop(picture(2, (5, 9)), 16).size == (16, 16)
-
-
-def test_transparency_is_shown_on_white_and_deep_greys_are_scaled():
-    transparent = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    transparent.putpixel((1, 0), (0, 0, 0, 0))
-    assert np.array(as_rgb(transparent)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
-    deep = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
-    assert np.array(as_rgb(deep))[0, :, 0].tolist() == [0, 1, 255]
+def test_the_size_limit_of_images_is_an_option_up_and_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    picture(0, (30, 30)).save(tmp_path / "0.png")
+    with pytest.raises(UnreadableImageError, match="0.png cannot be read .* exceeds limit of 200 pixels"):
+        open_dataset(folder_config(tmp_path))
+    with pytest.raises(UnreadableImageError, match="it has 30 x 30 pixels, expected at most max_pixels, 899"):
+        open_dataset(folder_config(tmp_path, max_pixels=899))
+    assert len(open_dataset(folder_config(tmp_path, max_pixels=900))) == 1
 
 
 # --- folders ---
@@ -82,7 +86,9 @@ def test_sub_folders_are_classes(tmp_path):
 def test_a_flat_folder_is_one_class_and_has_no_splits(tmp_path):
     config = folder_config(make_folder(tmp_path, ["1.png", "0.png"]))
     assert open_dataset(config).keys == ["0.png", "1.png"] and open_dataset(config).labels == [0, 0]
-    assert open_dataset(config, "validation").fingerprint == open_dataset(config, "train").fingerprint
+    assert open_dataset(config, "all").fingerprint == open_dataset(config, "train").fingerprint
+    with pytest.raises(ValueError, match="has no validation split: its images are not split"):
+        open_dataset(config, "validation")
 
 
 def test_splits_of_a_folder(tmp_path):
@@ -237,6 +243,25 @@ def test_class_names_and_indices_in_a_column(tmp_path, offline):
     write_parquet(offline, tmp_path / "unknown.parquet", [0, -1], offline.Value("int64"))
     with pytest.raises(ValueError, match="kind is -1, expected class indices or names"):
         open_dataset(parquet_config(tmp_path / "unknown.parquet"))
+
+
+def test_classes_of_a_column_have_one_number_in_all_splits_and_under_any_limit(tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", ["b", "a", "c"], offline.Value("string"))
+    write_parquet(offline, tmp_path / "b.parquet", ["aa", "c", "b"], offline.Value("string"))
+    config = parquet_config(tmp_path / "a.parquet", validation_files=str(tmp_path / "b.parquet"))
+    assert open_dataset(config).label_names == ["a", "b", "c"]
+    held_out = open_dataset(config, "validation")
+    assert held_out.label_names == ["a", "b", "c", "aa"] and held_out.labels == [3, 2, 1]
+    assert open_dataset(parquet_config(tmp_path / "a.parquet", limit=1)).label_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("label", [10**7, 10**15])
+def test_labels_that_can_be_no_classes_are_refused(label, tmp_path, offline):
+    write_parquet(offline, tmp_path / "a.parquet", [0, label], offline.Value("int64"))
+    with pytest.raises(ValueError, match=f"kind is {label}, expected class indices or names, below 1,048,576"):
+        open_dataset(parquet_config(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=f"kind is {label}, expected a class index"):
+        StreamingImages(parquet_config(tmp_path / "a.parquet", streaming=True)).take(2)
 
 
 def test_webdataset_from_disk_in_a_worker(tmp_path, offline, from_disk):

@@ -268,22 +268,11 @@ def test_a_gap_shows_without_latents_json_too(tmp_path):
         LatentDataset(tmp_path)
 
 
-def test_missing_and_double_shards_of_upstream_are_named(tmp_path):
+def test_a_double_shard_of_upstream_is_named(tmp_path):
     write(tmp_path, (5, 5, 3))
     middle = tmp_path / "latents_rank00_shard001.safetensors"
-    middle.rename(tmp_path / "latents_rank00_shard004.safetensors")
-    with pytest.raises(ValueError, match="latents_rank00_shard001.safetensors is missing"):
-        LatentDataset(tmp_path)
     shutil.copy(tmp_path / "latents_rank00_shard000.safetensors", middle)
-    (tmp_path / "latents_rank00_shard004.safetensors").unlink()
     with pytest.raises(ValueError, match="shard001.* holds the same latents as latents_rank00_shard000.* there twice"):
-        LatentDataset(tmp_path)
-    middle.rename(tmp_path / "latents_rank01_shard000.safetensors")  # of an older run, on two processes
-    (tmp_path / "latents_rank00_shard002.safetensors").rename(middle)
-    with pytest.raises(ValueError, match=r"the ranks hold {0: 8, 1: 5} latents, .* another number of processes"):
-        LatentDataset(tmp_path)
-    (tmp_path / "latents_rank01_shard000.safetensors").rename(tmp_path / "latents_rank02_shard000.safetensors")
-    with pytest.raises(ValueError, match="latents_rank01_shard000.safetensors is missing"):
         LatentDataset(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Shards read as a stream: nothing lost, nothing repeated, on any number of streams, and after a restart."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -160,6 +161,27 @@ def test_a_run_begun_with_version_0_1_keeps_its_orders(tmp_path, offline):
     assert [text for batch in resumed for text in batch["caption"]] == old
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+def test_webdataset_shards_as_people_pack_them(tmp_path, offline, indexed):
+    """Upper case, dots in names, several formats, and other files of a sample, masks among them."""
+    names = ["a.JPG", "a.txt", "a.mask.jpg", "b.v1.jpg", "b.v1.txt", "c.png", "c.txt", "c.json", ".d.jpg", "e.jpg"]
+    greys = {"a.JPG": 10, "b.v1.jpg": 20, "c.png": 30, "e.jpg": 40}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            content = as_bytes(greys.get(name, 99)) if name[-3:] in ("JPG", "jpg", "png") else name.encode()
+            entry = tarfile.TarInfo(f"some.folder/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    columns = {"image_column": "jpg", "caption_column": "txt", "data_files": str(tmp_path / "a.tar")}
+    settings = config(tmp_path, source="webdataset", label_column=None, streaming=not indexed, **columns)
+    dataset = open_dataset(settings) if indexed else StreamingImages(settings).take(9)
+    found = {(item["image"].unique().item(), item["caption"]) for item in dataset}
+    assert found == {(10, "a.txt"), (20, "b.v1.txt"), (30, "c.txt"), (40, "")}
+    with pytest.raises(ValueError, match="no column 'text': none of the first 5 samples has a file .text"):
+        wrong = replace(settings, caption_column="text")
+        open_dataset(wrong) if indexed else StreamingImages(wrong)
+
+
 def test_webdataset_keys_name_the_samples(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for k in range(3):
@@ -172,6 +194,32 @@ def test_webdataset_keys_name_the_samples(tmp_path):
     items = {item["key"]: item for item, _ in islice(images.samples(StreamPosition(), 0), 3)}
     assert sorted(items) == ["00000/s0", "00000/s1", "00000/s2"]
     assert items["00000/s2"]["caption"] == "text 2" and items["00000/s2"]["image"].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("source", ["webdataset", "parquet"])
+def test_a_shard_that_is_cut_or_damaged_is_named(tmp_path, offline, source):
+    folder = write_shards(offline, tmp_path / "shards")
+    if source == "webdataset":
+        for shard in range(2):
+            with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+                for k, suffix in itertools.product(range(6), ("png", "txt")):  # five tell the columns
+                    content = as_bytes(k) if suffix == "png" else f"text {k}".encode()
+                    entry = tarfile.TarInfo(f"{k}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+    settings = {"image_column": "png", "caption_column": "txt", "label_column": None} if source == "webdataset" else {}
+    suffix = {"webdataset": "tar", "parquet": "parquet"}[source]
+    settings |= {"source": source, "data_files": str(folder / f"*.{suffix}")}
+    images = StreamingImages(config(folder, **settings))
+    path = folder / f"1.{suffix}"
+    content = path.read_bytes()
+    path.write_bytes(
+        content[: 10_760 if source == "webdataset" else len(content) // 2]
+    )  # after it was opened, as a disk may do
+    with pytest.raises(ValueError, match=f"1.{suffix} is damaged, or no {source}"):
+        captions(images, 12)
+    with pytest.raises(ValueError, match=f"1.{suffix} is truncated|cannot be read as a stream|is damaged, or no"):
+        captions(StreamingImages(images.config), 12)
 
 
 def test_the_first_samples_as_a_data_set(tmp_path, offline):

@@ -15,11 +15,13 @@ import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
-from vtp_diffusion.evaluation.one_pass import Wanted, record_images
-from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, read_batches
+from vtp_diffusion.evaluation.one_pass import FeaturesConfig, Wanted, record_images
+from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, open_reference, read_batches
+from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.frechet import jackknife_group
 from vtp_diffusion.metrics.networks import FeatureNetwork, feature_network, network_name, weight_files
+from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.processes import reading_processes
 
 
@@ -174,6 +176,28 @@ def test_images_that_are_too_small_are_counted_where_they_are_read(workers, tmp_
     assert source.count_enlarged([3]) == 0
 
 
+def test_real_images_of_a_folder_without_splits_are_all_of_it(tmp_path):
+    for k in range(3):
+        Image.fromarray(pixels(1, k)[0]).resize((8, 8)).save(tmp_path / f"{k}.png")
+    for split in ("train", "validation"):
+        assert len(open_reference(DataConfig(), str(tmp_path), split, (8, 8))[1]) == 3
+    with pytest.raises(ValueError, match="has no validation split"):
+        open_measured(DataConfig(source=str(tmp_path), resolution=8), "validation")
+
+
+def test_real_images_of_a_table_are_read_and_settings_checked_with_their_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "0.png")
+    rows = {"image": [{"bytes": (tmp_path / "0.png").read_bytes(), "path": None}] * 3}
+    file = str(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image()})).to_parquet(file)
+    words = ["--reference", "parquet", "--data.data_files", file, "--output", "o"]
+    data = parse_config(FeaturesConfig, words).data
+    assert len(open_reference(data, "parquet", "train", (8, 8))[1]) == 3
+    with pytest.raises(ValueError, match="data_files is .* with source 'openmoji', expected none"):
+        open_reference(data, "openmoji", "train", (8, 8))
+
+
 def test_a_folder_that_is_not_what_it_says(tmp_path):
     with pytest.raises(ValueError, match=r"holds no image files \([^)]*\)$"):
         FolderImages(tmp_path)
@@ -191,6 +215,26 @@ def test_a_folder_that_is_not_what_it_says(tmp_path):
     Image.fromarray(pixels(1)[0]).save(tmp_path / "of" / "classes" / "b.png")
     with pytest.raises(ValueError, match=r"holds 1 images and, beside them, a folder of images, classes \(1 of them"):
         FolderImages(tmp_path / "of")
+
+
+def test_a_damaged_png_of_an_earlier_run_is_made_again(tmp_path):
+    files = SampleFolder(tmp_path / "out", {"num_images": 4})
+    for number, image in enumerate(torch.from_numpy(pixels(3)).permute(0, 3, 1, 2)):
+        files.write(number, image)
+    for number, damage in (
+        (0, lambda content: content[:-20]),
+        (1, lambda content: content[:60] + b"x" + content[61:]),
+    ):
+        path = tmp_path / "out" / f"{number:06d}.png"
+        path.write_bytes(damage(path.read_bytes()))
+    assert files.missing() == [0, 1, 3]
+    packed = SampleNpz(tmp_path / "x.npz", {"num_images": 2})
+    for number, image in enumerate(torch.from_numpy(pixels(2)).permute(0, 3, 1, 2)):
+        packed.write(number, image)
+    assert packed.missing() == []
+    part = tmp_path / "x.npz.parts" / "000000.npy"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert packed.missing() == [0, 1]
 
 
 def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from two_processes import run_on_two
 
-from vtp_diffusion.data.captions import tokenize_captions
+from vtp_diffusion.data.captions import clip_tokenizer, tokenize_captions
 from vtp_diffusion.pretraining.contrastive import clip_loss, sigmoid_loss
 from vtp_diffusion.runtime.distributed import gather_rows
 
@@ -92,6 +92,14 @@ def test_long_captions_keep_their_end_and_missing_ones_are_marked():
     assert token_ids.shape == (5, 8) and paired.tolist() == [True, False, False, False, True]
     assert token_ids[0].tolist()[:5] == [start, *token_ids[0, 1:4].tolist(), end] and not token_ids[0, 5:].any()
     assert token_ids[4, 0] == start and token_ids[4, -1] == end and (token_ids[4, 1:-1] < start).all()
+
+
+def test_a_caption_of_a_megabyte_takes_no_time_and_leaves_those_that_fit_as_they_are():
+    text = "a photo of a dog " * 5  # 25 words, more than fit
+    token_ids, paired = tokenize_captions(["x" * 10**6, text, text + "and a cat " * 10**5], context_length=16)
+    assert paired.all() and torch.equal(token_ids[1], token_ids[2]) and token_ids[0, -1] == 49407
+    with pytest.raises(ValueError, match="'xx+'... has 1000000 characters, the context holds 16 tokens"):
+        clip_tokenizer(16)(["x" * 10**6])
 
 
 def test_the_scale_stays_where_open_clip_keeps_it():

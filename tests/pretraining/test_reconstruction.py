@@ -114,6 +114,10 @@ def test_weights_that_make_no_sense_are_refused(settings, message):
         ReconstructionConfig(**settings)
 
 
+def test_without_a_trunk_there_is_no_lpips_and_with_one_its_weight_is_1():
+    assert ReconstructionConfig().lpips == 0 and ReconstructionConfig(lpips_trunk="torchvision").lpips == 1
+
+
 def test_latent_statistics_normalise_the_latents():
     autoencoder, images = tiny_autoencoder(), some_images(5)
     mean, std = measure_latent_statistics(autoencoder, images.split(2))  # batches of different sizes count by image

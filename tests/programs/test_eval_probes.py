@@ -171,7 +171,6 @@ def test_a_program_that_does_not_share_its_work_is_not_started_several_times(pro
     ("words", "message"),
     [
         (("linear_probe.py", "--output", "r.txt"), "output must be a FILE.json, got r.txt"),
-        (("linear_probe.py", "--num_layers", 3), "num_layers is 3, the encoder has 2"),
         (
             ("linear_probe.py", "--num_layers", 2, "--neighbours", [10, 40]),
             r"neighbours are \[10, 40\], expected at most the 36",
@@ -193,15 +192,22 @@ def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
         evaluate("zero_shot.py", "--model", made / "vae")
     with pytest.raises(ValueError, match="holds no model"):
         evaluate("zero_shot.py", "--model", made / "images")
-    with pytest.raises(ValueError, match="train and validation splits of .* are the same images"):
+    with pytest.raises(ValueError, match="has no validation split: its images are not split"):
         evaluate("linear_probe.py", "--num_layers", 2, "--data.source", made / "images" / "train")
-    one_class = made / "images" / "train" / "red"
+    for split in ("train", "validation"):
+        shutil.copytree(made / "images" / split / "red", tmp_path / "one" / split / "red")
     for program, more in (("zero_shot.py", ()), ("linear_probe.py", ("--num_layers", 2))):
         with pytest.raises(ValueError, match="have one class"):
-            evaluate(program, "--data.source", one_class, *more)
+            evaluate(program, "--data.source", tmp_path / "one", *more)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ValueError, match="holds a AutoencoderKL, expected AutoencoderVTP or VTPModel"):
         evaluate("linear_probe.py", "--model", tmp_path)
+
+
+def test_more_layers_than_the_encoder_has_are_those_it_has(evaluate, capsys):
+    with pytest.raises(ValueError, match="neighbours are .40., expected at most the 36"):
+        evaluate("linear_probe.py", "--num_layers", 3, "--neighbours", [40])
+    assert "num_layers is 3, the encoder has 2: heads read those 2" in capsys.readouterr().out
 
 
 def test_prompts_are_not_made_of_indices(evaluate, made, tmp_path, monkeypatch):

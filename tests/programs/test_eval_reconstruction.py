@@ -72,7 +72,7 @@ def test_two_processes_measure_what_one_does(batch_size, words, tmp_path, monkey
     command = [*launch, *words, "--output", str(tmp_path / "two.json"), "--worst_cases", str(tmp_path / "worst.png")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("6 images") == 1, "not two processes but twice one"
+    assert done.stdout.count("\n6 images\n") == 1, "not two processes but twice one"
     two = json.loads((tmp_path / "two.json").read_text())
     assert [case["key"] for case in one["worst"]] == [case["key"] for case in two["worst"]]
     assert one["enlarged"] == two["enlarged"] == 2

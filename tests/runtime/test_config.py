@@ -51,6 +51,20 @@ def write(folder, text):
     return str(path)
 
 
+@pytest.mark.parametrize("key", ["limit", "inner.width", "labels"])
+def test_integers_that_nothing_can_hold_are_refused_in_one_line(key, tmp_path):
+    with pytest.raises(ValueError, match=f"{key}.* is .9999.* of at most 9223372036854775807 in size") as refused:
+        parse_config(Outer, ["--output", "x", f"--{key}", "9" * 400])
+    assert len(str(refused.value)) < 600
+    with pytest.raises(ValueError, match="cannot be read as YAML: 0xffff.* of 9002 characters is no integer"):
+        parse_config(Outer, ["--config", write(tmp_path, "limit: 0x" + "f" * 9000)])
+
+
+def test_a_file_that_is_nested_too_deeply_is_named(tmp_path):
+    with pytest.raises(ValueError, match="config.yaml cannot be read as YAML: its values are nested too deeply"):
+        parse_config(Outer, ["--config", write(tmp_path, "labels: " + "[" * 20_000)])
+
+
 def test_defaults_then_file_then_command_line(tmp_path):
     path = write(tmp_path, "output: here\nrate: 2e-4\ninner:\n  width: 16\n  ratios: [1, 3]\n")
     config = parse_config(Outer, ["--config", path, "--inner.width", "32", "--labels", "3", "cat"])

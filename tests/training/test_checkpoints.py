@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_training import assert_identical, everything, interrupted_copy, log_of, make_run, tiny_config, train
 
 from vtp_diffusion import LightningDiTTransformer2DModel
-from vtp_diffusion.training.checkpoints import TrainingState, export_averaged, find_damage
+from vtp_diffusion.training.checkpoints import MANIFEST_NAME, Manifest, TrainingState, export_averaged, find_damage
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +73,41 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, mess
         "damaged-checkpoint-3",
     ]
     assert find_damage(tmp_path / "run" / "checkpoint-3") is None
+
+
+def test_a_second_damaged_checkpoint_of_a_step_is_set_aside_beside_the_first(tmp_path):
+    config = tiny_config(tmp_path / "run", max_train_steps=2, checkpointing_steps=1)
+    train(config)
+    for _ in range(2):
+        truncate(tmp_path / "run" / "checkpoint-2" / "state.json")
+        with pytest.warns(UserWarning, match="checkpoint-2 is damaged"):
+            train(config)
+    names = {path.name for path in (tmp_path / "run").glob("damaged-*")}
+    assert names == {"damaged-checkpoint-2", "damaged-checkpoint-2-2"}
+
+
+def test_a_planted_pickle_is_named_and_not_executed(tmp_path):
+    class Planted:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    config = tiny_config(tmp_path / "run", max_train_steps=2, checkpointing_steps=1)
+    train(config)
+    folder = tmp_path / "run" / "checkpoint-2"
+    torch.save({"optimizer": Planted()}, folder / "optimizer.pt")
+    (folder / MANIFEST_NAME).unlink()
+    with Manifest(folder) as manifest:  # as whoever planted it would
+        manifest.write()
+    with pytest.raises(ValueError, match="checkpoint-2/optimizer.pt cannot be read as a PyTorch file of tensors"):
+        train(config)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a.pt": 5}', "[" * 100_000])
+def test_a_manifest_that_is_no_list_of_files_is_damage(content, tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"")
+    (tmp_path / MANIFEST_NAME).write_text(content)
+    assert "manifest.json" in find_damage(tmp_path)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):

@@ -6,6 +6,9 @@ import torch
 
 from ..runtime.optional_packages import require
 
+# Characters that are read of a caption, of which about 75 tokens are kept: merging those of one word takes time by the
+# square of its length, hours for a megabyte.
+CHARACTERS_A_TOKEN = 24
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
 
 
@@ -24,6 +27,10 @@ def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
     def tokenize(texts: Sequence[str]) -> torch.Tensor:
         if not truncate:
             for text in texts:
+                if len(text) > CHARACTERS_A_TOKEN * context_length:
+                    raise ValueError(
+                        f"{text[:40]!r}... has {len(text)} characters, the context holds {context_length} tokens"
+                    )
                 length = len(tokenizer.encode(text)) + 2  # start and end
                 if length > context_length:
                     raise ValueError(f"{text!r} is {length} tokens long, the context holds {context_length}")
@@ -38,6 +45,7 @@ def tokenize_captions(captions: Sequence[str | None], context_length: int) -> tu
     CLIP's byte-pair encoding from open_clip. A caption that is too long is cut and keeps its end token; one that is
     missing, empty or blank counts as none.
     """
-    texts = ["" if caption is None else caption.strip() for caption in captions]
+    longest = CHARACTERS_A_TOKEN * context_length
+    texts = ["" if caption is None else " ".join(caption[: 4 * longest].split())[:longest] for caption in captions]
     token_ids = clip_tokenizer(context_length, truncate=True)(texts)
     return token_ids, torch.tensor([bool(text) for text in texts])

@@ -4,9 +4,10 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 another crop is asked for.
 """
 
+import functools
 import hashlib
-import io
 import tarfile
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -20,15 +21,17 @@ from torch.utils.data import Dataset
 
 from ..runtime.config import Settings, setting
 from ..runtime.optional_packages import require
-from .image_files import IMAGE_SUFFIXES, UnreadableImageError, center_crop, decode_image, read_image
+from ..runtime.processes import this_process
+from .folders import content_hashes, read_layout
+from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
+from .shard_files import collection_builder
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
 IN_MEMORY_BYTES = 2**30
-SPLIT_FOLDERS = ("train", "validation")
 Crop = Callable[[Image.Image, int], Image.Image]
-BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
+MAX_CLASSES = 2**20  # a label beyond is a mistake, such as an identifier: names of all below it would fill the memory
 
 
 @dataclass(kw_only=True)
@@ -44,12 +47,19 @@ class DataConfig(Settings):
     validation_files: str | None = setting(None, "`datasets`: held-out files, beside data_files", may_change=True)
     image_column: str = setting("image", "`datasets`: column of the images")
     label_column: str | None = setting(
-        None, "`datasets`: column of the class; openmoji: subcategory (none) or category"
+        None, "`datasets`: column of the class, none: all are one; openmoji: subcategory (none) or category"
     )
     caption_column: str | None = setting(None, "`datasets`: column of the text")
     holdout: float = setting(0.1, "share of OpenMoji's base emoji in the validation split", at_least=0, below=1)
     holdout_seed: int = setting(0, "which base emoji those are", at_least=0)
     limit: int | None = setting(None, "use only so many images, spread over the whole set", at_least=1)
+    # no change that a run could miss: it is in the fingerprint of the images
+    exif_orientation: bool = setting(
+        True, "turn images as their EXIF data say, as viewers and `datasets` do", may_change=True
+    )
+    max_pixels: int | None = setting(
+        None, "images of more pixels cannot be read; none: Pillow's limit, 178,956,970", may_change=True, at_least=1
+    )
     # Whether images that cannot be read are left out decides nothing until a run would end at one: it may change, and
     # so may where renderings are kept.
     skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
@@ -76,11 +86,29 @@ class DataConfig(Settings):
                     f"{name} is {value!r} with source {self.source!r}, expected none without a builder of `datasets` "
                     "or a hub id as source"
                 )
+        self._check_effect(ours)
         if self.validation_files is not None:
             self._check_validation_files()
         if self.skip_empty_captions and not (self.streaming and self.caption_column):
             given = f"streaming {str(self.streaming).lower()} and caption_column {self.caption_column or 'none'}"
             raise ValueError(f"skip_empty_captions is true with {given}, expected true and a column")
+
+    def _check_effect(self, ours: bool) -> None:
+        """Refuse what a source would not look at."""
+        idle = {
+            "image_column": ours and self.source != "openmoji",
+            "label_column": ours and self.source != "openmoji",
+            "holdout": self.source != "openmoji",
+            "holdout_seed": self.source != "openmoji",
+        }
+        for name, unused in idle.items():
+            value, default = getattr(self, name), getattr(DataConfig, name)
+            if unused and value != default:
+                folder = "; the classes of a folder are its sub-folders" * (name == "label_column")
+                raise ValueError(
+                    f"{name} is {value!r} with source {self.source!r}, where it is without effect: expected "
+                    f"{'none' if default is None else default}, as it is by itself{folder}"
+                )
 
     def _check_validation_files(self) -> None:
         given = f"validation_files is {self.validation_files!r}"
@@ -161,10 +189,16 @@ class ImageDataset(Dataset):
         return self
 
     def keep_readable(self, readable: list[int]) -> None:
-        """Drop all images but those of these indices, in order; the keys of the others are `skipped`."""
+        """Drop all images but those of these indices, in order; the keys of the others are `skipped`.
+
+        Raises: ValueError naming a class of which no image is left.
+        """
         left_out = set(range(len(self))).difference(readable)
         if not left_out:
             return
+        lost = {self.labels[index] for index in left_out}.difference(self.labels[index] for index in readable)
+        if lost:
+            raise ValueError(f"no image of the class {self.label_names[min(lost)]!r} can be read")
         self._dropped = [self.keys[index] for index in sorted(left_out)]
         self._unreadable = torch.zeros(len(readable), dtype=torch.bool).share_memory_()
         self.enlarged = self.enlarged[readable].share_memory_()
@@ -201,9 +235,9 @@ def open_dataset(
 ) -> ImageDataset:
     """Open a data set.
 
-    Splits: OpenMoji is split by base emoji. A folder that holds train/ and validation/ is split so, another one is
-    used whole whatever the split; its sub-folders are its classes. A collection of `datasets` has its own splits,
-    "validation" being `validation_files` where given, or its validation or else its test split.
+    Splits: OpenMoji is split by base emoji, a folder as `folders.py` says. A collection of `datasets` has its own,
+    "validation" being `validation_files` where given, or its validation or else its test split. Classes have the same
+    indices in all splits and under any `limit`. What was found is printed.
 
     Args: `crop`: (image, resolution) -> the square that is seen of it.
 
@@ -221,11 +255,32 @@ def open_dataset(
         dataset = _open_folder(config, split)
     else:
         dataset = _open_collection(config, split)
+        classes = f"{len(dataset.label_names)} classes" if config.label_column else "1 class (label_column is none)"
+        _say(f"{config.source}, {split}: {len(dataset)} images, {classes}")
     if crop is not center_crop:
         dataset.crop, dataset.fingerprint = crop, f"{dataset.fingerprint}-{crop.__name__}"
     if len(dataset) * 3 * config.resolution**2 <= IN_MEMORY_BYTES:
         dataset.keep_in_memory()
     return dataset
+
+
+def has_held_out(config: DataConfig) -> bool:
+    """Whether the source has images held out, before any is read; a collection is taken to have some."""
+    return (
+        not Path(config.source).is_dir() or config.source == "openmoji" or read_layout(config.source).has("validation")
+    )
+
+
+def _say(line: str) -> None:
+    if this_process()[0] == 0:
+        print(line)
+
+
+def check_label(label: Any, name: str, expected: str = "class indices or names") -> int:
+    """A class index. Raises: ValueError naming what is none, or implausibly large."""
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < MAX_CLASSES:
+        raise ValueError(f"{name} is {str(label)[:80]}, expected {expected}, below {MAX_CLASSES:,}")
+    return label
 
 
 def check_caption(value: Any, name: str) -> str:
@@ -262,49 +317,36 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
 
 
 def _open_folder(config: DataConfig, split: str) -> ImageDataset:
-    folder = Path(config.source)
-    splits = [name for name in SPLIT_FOLDERS if (folder / name).is_dir()]
-    if splits and split != "all" and split not in splits:
-        raise ValueError(f"{folder} has no {split} split: it holds {', '.join(splits)}")
-    roots = [folder / name for name in splits if split in (name, "all")] or [folder]
-    classes = sorted({entry.name for root in roots for entry in root.iterdir() if entry.is_dir() and _images(entry)})
-    loose = [path for root in roots for path in _images(root)]
-    if classes and loose:
-        raise ValueError(f"{folder} holds classes ({', '.join(classes[:3])}) and, beside them, images: {loose[0]}")
-    pairs = [(path, 0) for path in loose] or [
-        (path, label)
-        for root in roots
-        for label, name in enumerate(classes)
-        if (root / name).is_dir()
-        for path in _images(root / name)
-    ]
-    if not pairs:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder} holds no images ({suffixes}), in itself or one level below")
+    layout = read_layout(config.source)
+    pairs = layout.of_split(split)
+    _say(layout.describe())
     pairs = _limited(pairs, config.limit)
-    keys = [path.relative_to(folder).as_posix() for path, _ in pairs]
-    sizes = [path.stat().st_size for path, _ in pairs]
+    paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
+    keys = [path.relative_to(layout.folder).as_posix() for path in paths]
+    named = layout.classes != ["image"]
+    known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
     return ImageDataset(
-        references=[path for path, _ in pairs],
-        read=read_image,
+        references=paths,
+        read=functools.partial(read_image, orient=config.exif_orientation, max_pixels=config.max_pixels),
         resolution=config.resolution,
         keys=keys,
-        labels=[label for _, label in pairs],
-        captions=[classes[label] if classes else "" for _, label in pairs],
-        label_names=classes or ["image"],
+        labels=labels,
+        captions=[layout.classes[label] if named else "" for label in labels],
+        label_names=layout.classes,
         weights=torch.ones(len(pairs)),
-        fingerprint=_fingerprint("folder", config.resolution, [f"{k}:{s}" for k, s in zip(keys, sizes, strict=True)]),
+        fingerprint=_fingerprint("folder", config.resolution, known + _turned(config)),
         skip_unreadable=config.skip_unreadable,
     )
 
 
-def _images(folder: Path) -> list[Path]:
-    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in files if not path.name.startswith("."))
+def _turned(config: DataConfig) -> list[str]:
+    """What a fingerprint says of the orientation; nothing where it is left alone, as it was before it was known."""
+    return ["EXIF orientation"] if config.exif_orientation else []
 
 
 def _open_collection(config: DataConfig, split: str) -> ImageDataset:
-    table = _load_collection(config, split)
+    collection, names = _load_collection(config, split)
+    table = require("datasets", "train").concatenate_datasets([collection[name] for name in names])
     columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
     for use, column in columns.items():
         if column is not None and column not in table.column_names:
@@ -313,91 +355,78 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
         raise ValueError(f"{config.source}: the {split} split holds no images")
     rows = _limited(list(range(len(table))), config.limit)
     chosen = table if len(rows) == len(table) else table.select(rows)
-    labels, names, named = _collection_labels(chosen, config)
+    labels, names, named = _collection_labels(chosen, collection, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
     where = f"{config.source}: {config.caption_column} of sample"
+    known = [table._fingerprint, *map(str, rows), *_turned(config)]
     return ImageDataset(
         references=rows,
-        read=_CollectionReader(table, config.image_column, config.source),
+        read=_CollectionReader(table, config),
         resolution=config.resolution,
         keys=[f"{row:08d}" for row in rows],
         labels=labels,
         captions=[check_caption(text, f"{where} {row}") for row, text in zip(rows, texts, strict=True)],
         label_names=names,
         weights=torch.ones(len(rows)),
-        fingerprint=_fingerprint(config.source, config.resolution, [table._fingerprint, *map(str, rows)]),
+        fingerprint=_fingerprint(config.source, config.resolution, known),
         skip_unreadable=config.skip_unreadable,
         classes_named=named,
     )
 
 
-def split_files(config: DataConfig, split: str) -> str | dict[str, str] | None:
-    """`data_files` as `datasets` is given them for a split: training alone is the same with `validation_files`.
-
-    Raises: ValueError where a builder of `datasets` is given no files, for which it would take those of the working
-        directory, or a local pattern that matches none.
-    """
-    for name in ("data_files", "validation_files") if config.source in BUILDERS else ():
-        pattern = getattr(config, name)
-        if name == "data_files" and pattern is None:
-            raise ValueError(f"data_files is none with source {config.source!r}, expected files or a pattern of them")
-        if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
-            raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
-    if config.validation_files is None or split == "train":
-        return config.data_files
-    held_out = {"validation": config.validation_files}
-    return held_out if split == "validation" else {"train": config.data_files} | held_out
-
-
 def _load_collection(config: DataConfig, split: str):
-    """The table of `datasets` that holds a split."""
-    datasets, files = require("datasets", "train"), split_files(config, split)
+    """The collection of `datasets`, name of a split -> table, and the names of those that make up a split."""
+    datasets = require("datasets", "train")
     try:
-        collection = datasets.load_dataset(config.source, config.name, data_files=files)
+        builder = collection_builder(config, split)
+        builder.download_and_prepare()
+        collection = builder.as_dataset()
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
         raise ValueError(
-            f"source {config.source!r} is neither openmoji, nor a folder, nor a collection that `datasets` can load: "
-            f"{error}"
+            f"source {config.source!r}, data_files {config.data_files or 'none'}, is neither openmoji, nor a folder, "
+            "nor a collection that `datasets` can load: "
+            f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
         ) from error
     choices = {"train": ["train"], "validation": ["validation", "test"], "all": list(collection)}[split]
     found = [name for name in choices if name in collection]
     if not found:
         hint = "; data.validation_files may name one" if split == "validation" else ""
         raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}")
-    return datasets.concatenate_datasets([collection[name] for name in (found if split == "all" else found[:1])])
+    return collection, found if split == "all" else found[:1]
 
 
-def _collection_labels(table, config: DataConfig) -> tuple[list[int], list[str], bool]:
+def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int], list[str], bool]:
     """(labels, names of the classes, whether these are more than indices) of a table, whose labels are class indices,
-    or names, which are numbered in alphabetical order."""
-    if config.label_column is None:
+    or names. Names are numbered in alphabetical order, those of the training split first: it is often opened alone."""
+    column = config.label_column
+    if column is None:
         return [0] * len(table), ["image"], True
-    labels = list(table[config.label_column])
-    if all(isinstance(label, str) for label in labels):
-        names = sorted(set(labels))
-        indices = {name: index for index, name in enumerate(names)}
-        return [indices[label] for label in labels], names, True
-    wrong = [label for label in labels if not isinstance(label, int) or isinstance(label, bool) or label < 0]
-    if wrong:
-        raise ValueError(f"{config.source}: {config.label_column} is {wrong[0]!r}, expected class indices or names")
-    names = getattr(table.features[config.label_column], "names", None)
-    return labels, names or [str(index) for index in range(max(labels) + 1)], names is not None
+    labels, found = list(table[column]), list[str | int]()
+    for name in sorted(collection, key=lambda name: name != "train"):
+        values = collection[name].unique(column) if column in collection[name].column_names else []
+        if all(isinstance(value, str) for value in values):
+            found += sorted({unicodedata.normalize("NFC", value) for value in values}.difference(found))
+        else:
+            found += [check_label(value, f"{config.source}: {column}") for value in values]
+    if all(isinstance(name, str) for name in found):
+        indices = {name: index for index, name in enumerate(found)}
+        return [indices[unicodedata.normalize("NFC", label)] for label in labels], found, True
+    for label in labels:
+        check_label(label, f"{config.source}: {column}")
+    names = getattr(table.features[column], "names", None)
+    return labels, names or [str(index) for index in range(max(found) + 1)], names is not None
 
 
 class _CollectionReader:
     """Row -> image of a table of `datasets`; an object and not a closure, since it travels to worker processes."""
 
-    def __init__(self, table, column: str, source: str):
-        datasets = require("datasets", "train")
-        self.table, self.column, self.source = table.cast_column(column, datasets.Image(decode=False)), column, source
+    def __init__(self, table, config: DataConfig):
+        column, datasets = config.image_column, require("datasets", "train")
+        self.table, self.config = table.cast_column(column, datasets.Image(decode=False)), config
 
     def __call__(self, row: int) -> Image.Image:
-        return decode_image(self.table[row][self.column], f"image {row} of {self.source}")
-
-    def file(self, row: int) -> str | io.BytesIO:
-        """The image as it is stored; nothing where there is none."""
-        value = self.table[row][self.column] or {"bytes": b"", "path": None}
-        return value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
+        value, name = self.table[row][self.config.image_column], f"image {row} of {self.config.source}"
+        return decode_image(value, name, self.config.exif_orientation, self.config.max_pixels)
 
 
 def _limited(rows: list, limit: int | None) -> list:

@@ -1,39 +1,74 @@
 """The one reader of images: files and bytes to RGB, cropped as ADM does; what cannot be decoded is named."""
 
+import functools
 import io
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-# what Pillow raises for files that are damaged, are no images, or would fill the memory
-DECODING_ERRORS = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
+# what Pillow raises for files that are damaged (RuntimeError: AVIF), are no images, or would fill the memory
+DECODING_ERRORS = (
+    OSError, SyntaxError, EOFError, ValueError, struct.error, RuntimeError, Image.DecompressionBombError
+)  # fmt: skip
 # 32-bit integers and floats have no agreed range that could be brought to 8 bits
 REFUSED_MODES = ("I", "F")
 CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip # EXIF orientation -> what undoes it
 
 
 class UnreadableImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
 
 
+@functools.cache
+def image_formats() -> dict[str, str]:
+    """File name suffix -> format, of all that Pillow decodes by itself: not those it only recognises, nor EPS, for
+    which it starts Ghostscript."""
+    Image.init()
+    stubs = {name for name, (make, _) in Image.OPEN.items() if ImageFile.StubImageFile in getattr(make, "__mro__", ())}
+    known = Image.OPEN.keys() - stubs - {"EPS", "MPEG"}
+    return {suffix: name for suffix, name in Image.registered_extensions().items() if name in known}
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of that name is taken for an image; hidden ones are not."""
+    return not name.startswith(".") and Path(name).suffix.lower() in image_formats()
+
+
 def list_images(folder: Path) -> list[Path]:
-    """Image files of a folder by name, hidden ones left out; folders in it are not looked into."""
-    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in files if not path.name.startswith("."))
+    """Image files of a folder by name, hidden ones left out; folders in it are not looked into. Links to nothing and
+    pipes are among them: reading refuses these by name."""
+    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
+
+
+def _open(file: str | Path | io.BytesIO, max_pixels: int | None = None) -> ImageFile.ImageFile:
+    if not isinstance(file, io.BytesIO) and not Path(file).is_file():  # a pipe would be waited for
+        raise OSError("it is a link to nothing, a pipe or another thing that is no file")
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses by itself what is twice this
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    image = Image.open(file, formats=sorted(set(image_formats().values())))
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most max_pixels, {max_pixels}")
+    return image
 
 
 def read_header(path: Path) -> tuple[int, int, str]:
-    """Height, width and mode of an image file, without decoding it. Pillow has no RGB of 16 bits, it gives their upper
-    8: that is "RGB;16" here. Raises: UnreadableImageError naming the file."""
+    """Height and width as shown (EXIF orientation) and mode of an image file, without decoding it. Pillow has no RGB
+    of 16 bits, it gives their upper 8: that is "RGB;16" here. Raises: UnreadableImageError naming the file."""
     try:
-        with Image.open(path) as image:
+        with _open(path) as image:
             _check_mode(image)
-            deep = image.mode == "RGB" and any(";16" in str(tile[3]) for tile in image.tile)  # only the layout tells
-            return image.height, image.width, "RGB;16" if deep else image.mode
+            turned = _turn(image) in (TURNS[5], TURNS[6], TURNS[7], TURNS[8])
+            height, width = (image.width, image.height) if turned else (image.height, image.width)
+            return height, width, "RGB;16" if (image.mode, _stored_bits(image)) == ("RGB", 16) else image.mode
     except DECODING_ERRORS as error:
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
 
@@ -43,44 +78,89 @@ def _check_mode(image: Image.Image) -> None:
         raise ValueError(f"its pixels are of mode {image.mode!r}, expected 8 or 16 bits")
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, transparency on white. Raises: UnreadableImageError naming the file."""
+def _stored_bits(image: Image.Image) -> int:
+    """Bits of a channel in the file: only its layout tells, and only until it is decoded."""
+    layout = re.search(r";(\d+)", str([tile[3] for tile in getattr(image, "tile", ())]))
+    return int(layout[1]) if layout else 8
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the pixels are to be turned, by the EXIF data; damaged EXIF data say nothing, as in other readers."""
+    if image.format == "TIFF":  # Pillow does it itself
+        return None
     try:
-        with Image.open(path) as image:
-            return as_rgb(image)
+        # the method of the base class: that of PNG decodes the pixels to look for data after them
+        return TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
+    except (*DECODING_ERRORS, TypeError, LookupError, ArithmeticError):
+        return None
+
+
+def read_image(path: str | Path, orient: bool = True, max_pixels: int | None = None) -> Image.Image:
+    """An image file as RGB, transparency on white. Raises: UnreadableImageError naming the file.
+
+    Args: `orient`: turn it as its EXIF data say, which is how viewers and `datasets` show it; TIFF always is.
+        `max_pixels`: larger images are refused unread; None: those of 2 x 89,478,485 pixels, as Pillow does.
+    """
+    try:
+        with _open(path, max_pixels) as image:
+            return as_rgb(image, orient)
     except DECODING_ERRORS as error:
         raise UnreadableImageError(f"{path} cannot be read as an image: {error}") from error
 
 
-def decode_image(value: dict[str, Any] | None, name: str) -> Image.Image:
+def decode_image(
+    value: dict[str, Any] | None, name: str, orient: bool = True, max_pixels: int | None = None
+) -> Image.Image:
     """What `datasets` holds of an image that it does not decode, {"bytes", "path"}, as RGB.
 
+    Args: `orient`, `max_pixels`: as of `read_image`.
     Raises: UnreadableImageError naming it, also where there is none.
     """
     if value is None:
         raise UnreadableImageError(f"{name} is missing")
     if value["bytes"] is None:
-        return read_image(value["path"])
+        return read_image(value["path"], orient, max_pixels)
     try:
-        return as_rgb(Image.open(io.BytesIO(value["bytes"])))
+        return as_rgb(_open(io.BytesIO(value["bytes"]), max_pixels), orient)
     except DECODING_ERRORS as error:
         raise UnreadableImageError(f"{name} cannot be read: {error}") from error
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
     """RGB from any mode, decoded: greys and palettes to RGB, transparency onto white; of 16 bits the upper 8 are kept.
     An image that is RGB already is given back itself: a copy would take a tenth of the time of decoding.
 
+    Args: `orient`: as of `read_image`.
     Raises: ValueError for 32-bit integers and floats.
     """
     _check_mode(image)
+    clear, bits = image.info.get("transparency"), _stored_bits(image)
+    image.load()
+    turn = _turn(image) if orient else None
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        grey = np.asarray(image)
+        image = Image.fromarray((grey >> 8).astype(np.uint8))
+        if clear is not None:
+            image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
+    elif clear is not None and image.mode == "RGB" and bits == 16:  # given in the bits of the file
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif clear is not None and image.mode == "L" and bits < 8:
+        image.info["transparency"] = clear * 255 // (2**bits - 1)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a PNG file is there with all its parts, by their checksums and without decoding its pixels."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+            return path.read_bytes()[-8:-4] == b"IEND"
+    except DECODING_ERRORS:
+        return False
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -9,7 +9,6 @@ is there, the extraction has not finished.
 import hashlib
 import io
 import json
-import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,8 +23,9 @@ from torch.utils.data import Dataset
 
 from ..runtime import folder_lock
 from ..runtime.config import setting_differences
-from ..runtime.disk import is_unfinished, replacing, write_json
+from ..runtime.disk import is_unfinished, read_json, replacing, write_json
 from ..runtime.precision import to_float64
+from .image_datasets import MAX_CLASSES
 
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # what a begun extraction is about to write
@@ -34,6 +34,8 @@ STATISTICS_ROWS = 1024  # latents read at a time while they are verified
 LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LABEL_DTYPES = ("I64", "I32")
+_TENSORS = ("latents", "latents_flip", "labels")
+_NOTES = "shard"  # the one entry of a shard's metadata: several are written in no fixed order
 
 
 class ChannelStatistics:
@@ -65,7 +67,8 @@ def write_shard(
     skipped: Sequence[str] = (),
     first: int | None = None,
 ) -> None:
-    """Write one shard under another name, then rename it: a shard that exists is complete.
+    """Write one shard under another name, then rename it: a shard that exists is complete. The same values give the
+    same bytes, and a SHA-256 of them is in it.
 
     Args:
         skipped: keys of the samples that should have been in this shard but whose images cannot be read.
@@ -78,9 +81,43 @@ def write_shard(
         if not values.isfinite().all():
             raise ValueError(f"{path}: {name} in {values.dtype} hold values that are not finite")
     tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
-    notes = {"skipped": json.dumps(list(skipped))} | ({} if first is None else {"first": str(first)})
+    notes = {"skipped": list(skipped)} | ({} if first is None else {"first": first})
+    notes["sha256"] = _sha256(notes, tensors)
     with replacing(path, "Shards that are complete stay: the same command goes on after them") as unfinished:
-        save_file(tensors, unfinished, metadata=notes)
+        save_file(tensors, unfinished, metadata={_NOTES: json.dumps(notes)})
+
+
+def _sha256(notes: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    """Of what a shard says and holds."""
+    digest = hashlib.sha256(json.dumps([notes.get("skipped"), notes.get("first")]).encode())
+    for name in _TENSORS:
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _read_notes(header: dict[str, Any]) -> dict[str, Any]:
+    """skipped, first and sha256 of a shard; version 0.1 wrote no hash and upstream's extraction nothing."""
+    metadata = header.get("__metadata__", {})
+    if _NOTES in metadata:
+        return json.loads(metadata[_NOTES])
+    return {name: json.loads(metadata[name]) for name in ("skipped", "first") if name in metadata}
+
+
+def check_content(path: Path, required: bool = False) -> None:
+    """Read a shard and compare it with the SHA-256 in it.
+
+    Args: `required`: refuse a shard without one, which version 0.1 or another program wrote.
+    Raises: ValueError naming the shard.
+    """
+    notes = _read_notes(_read_header(path))
+    if "sha256" not in notes:
+        if required:
+            raise ValueError(f"{path} has no SHA-256 in it: version 0.1 or another program wrote it. Extract it anew")
+        return
+    with safe_open(path, framework="pt") as file:
+        found = _sha256(notes, {name: file.get_tensor(name) for name in _TENSORS})
+    if found != notes["sha256"]:
+        raise ValueError(f"{path} is damaged: its content is not what was written. Delete it and extract again")
 
 
 def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -99,10 +136,13 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
     """
     path = folder / PLAN_NAME
     if path.is_file():
-        begun = json.loads(path.read_text(encoding="utf-8"))
+        begun = read_json(path)
         if lines := setting_differences(begun, plan):
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
         folder_lock.acquire(folder)
+        for entry in folder.iterdir():  # of an attempt that was killed; safetensors has hidden names of its own
+            if entry.name.startswith(".") and entry.name != folder_lock.LOCK_NAME:
+                entry.unlink()
         return
     # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
     if folder.exists() and not all(e.name == folder_lock.LOCK_NAME or is_unfinished(e) for e in folder.iterdir()):
@@ -113,19 +153,20 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
-    """Raises: ValueError if a shard that an earlier attempt wrote is not whole, or not of so many samples."""
+    """Raises: ValueError if a shard that an earlier attempt wrote is not what was written, or not of so many
+    samples."""
     header, skipped = _read_header(path), len(read_skipped(path))
     count, found = header["labels"]["shape"][0] + skipped, _SHARD_DTYPES[header["latents"]["dtype"]]
     if count != samples or found != dtype:
         raise ValueError(
             f"{path} holds {count} samples in {found}, expected {samples} in {dtype}: delete it and run again"
         )
+    check_content(path)
 
 
 def read_skipped(path: Path) -> list[str]:
     """Keys that `write_shard` noted as skipped."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("skipped", "[]"))
+    return _read_notes(_read_header(path)).get("skipped", [])
 
 
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
@@ -139,6 +180,7 @@ class LatentDataset(Dataset):
     Args:
         folder: of the shards, ours or upstream's.
         unfinished: accept a folder whose extraction has not finished: the extraction itself does.
+        verify: read every shard and compare it with the SHA-256 in it.
 
     Attributes:
         shape: (C, h, w) of one latent.
@@ -157,7 +199,7 @@ class LatentDataset(Dataset):
 
     weights = None
 
-    def __init__(self, folder: str | Path, unfinished: bool = False):
+    def __init__(self, folder: str | Path, unfinished: bool = False, verify: bool = False):
         self.folder = Path(folder)
         self.files = sorted(self.folder.glob("*.safetensors"))
         if not self.files:
@@ -174,10 +216,14 @@ class LatentDataset(Dataset):
         if self.metadata is not None:
             self._check_promises(counts)
         samples = [] if unfinished else self._check_order(headers, counts)
+        self._check_finite()
         self.labels = torch.cat([self._shard(index)["labels"].long() for index in range(len(self.files))])
         self.id2label = self._check_labels()
         sizes = [f"{path.name}:{path.stat().st_size}:{count}" for path, count in zip(self.files, counts, strict=True)]
+        sizes += [note["sha256"] for note in map(_read_notes, headers) if "sha256" in note]
         content = samples if self.metadata is None else self.metadata["mean"]
+        for path in self.files if verify else ():
+            check_content(path, required=True)
         self.fingerprint = hashlib.sha256("\n".join([*sizes, str(content)]).encode()).hexdigest()[:16]
 
     def _check_headers(self, headers: list[dict[str, Any]]) -> list[int]:
@@ -226,17 +272,15 @@ class LatentDataset(Dataset):
 
         Returns: where they do not, as upstream's, a hash for each of its labels and a few of its latents.
         """
-        notes = [header.get("__metadata__", {}) for header in headers]
+        notes = [_read_notes(header) for header in headers]
         if all("first" in note for note in notes):
             expected = 0
             for path, note, count in zip(self.files, notes, counts, strict=True):
-                first = int(note["first"])
-                if first != expected:
+                if (first := note["first"]) != expected:
                     fault = "a shard before it is missing" if first > expected else "a shard is double or overlaps"
                     raise ValueError(f"{path} begins with sample {first}, expected {expected}: {fault}")
-                expected = first + count + len(json.loads(note["skipped"]))
+                expected = first + count + len(note["skipped"])
             return []
-        _check_upstream_names(dict(zip(self.files, counts, strict=True)))
         seen: dict[str, Path] = {}
         for index, path in enumerate(self.files):
             shard = self._shard(index)
@@ -247,12 +291,21 @@ class LatentDataset(Dataset):
                 raise ValueError(f"{path} holds the same latents as {other.name}: a shard is there twice")
         return list(seen)
 
+    def _check_finite(self) -> None:
+        """Look at three latents a shard: training on what is not finite would end after many steps, naming no file."""
+        for index, path in enumerate(self.files):
+            shard = self._shard(index)
+            rows = [0, len(shard["labels"]) // 2, -1]
+            for name in ("latents", "latents_flip"):
+                if not shard[name][rows].isfinite().all():
+                    raise ValueError(f"{path}: {name} hold values that are not finite: extract them again")
+
     def _check_labels(self) -> dict[int, str]:
         names = None if self.metadata is None else self.metadata["label_names"]
         lowest, highest = int(self.labels.min()), int(self.labels.max())
-        if lowest < 0 or (names is not None and highest >= len(names)):
-            last = "" if names is None else f" to {len(names) - 1}"
-            raise ValueError(f"{self.folder}: labels go from {lowest} to {highest}, expected 0{last}")
+        last = (MAX_CLASSES if names is None else len(names)) - 1
+        if lowest < 0 or highest > last:
+            raise ValueError(f"{self.folder}: labels go from {lowest} to {highest}, expected 0 to {last}")
         return dict(enumerate(names or [str(index) for index in range(highest + 1)]))
 
     def __len__(self) -> int:
@@ -293,7 +346,7 @@ class LatentDataset(Dataset):
     def _shard(self, index: int) -> dict[str, torch.Tensor]:
         if index not in self._open:
             with safe_open(self.files[index], framework="pt") as file:  # tensors are views of the mapped file
-                self._open[index] = {name: file.get_tensor(name) for name in ("latents", "latents_flip", "labels")}
+                self._open[index] = {name: file.get_tensor(name) for name in _TENSORS}
         return self._open[index]
 
     def _rows(self, index: int) -> dict[str, np.ndarray]:
@@ -310,41 +363,18 @@ class LatentDataset(Dataset):
 
 def _read_metadata(path: Path) -> dict[str, Any]:
     """Raises: ValueError if latents.json is damaged or lacks what training needs of it."""
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}. Delete it and run the same extraction again") from error
-    names = ("autoencoder", "num_samples", "label_names", "mean", "std")
-    lacking = names if not isinstance(metadata, dict) else [name for name in names if name not in metadata]
-    if lacking:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}: expected what train_dit/extract_latents.py writes")
+    metadata = read_json(path, "Delete it and run the same extraction again")
+    kinds = {"autoencoder": dict, "num_samples": int, "label_names": list, "mean": list, "std": list, "shards": dict}
+    lacking = [name for name in kinds if name not in metadata and name != "shards"]
+    wrong = [
+        f"{name} is {metadata[name]!r:.40}"
+        for name in kinds
+        if not isinstance(metadata.get(name, kinds[name]()), kinds[name])
+    ]
+    if lacking or wrong:
+        found = "; ".join([f"lacks {', '.join(lacking)}"] * bool(lacking) + wrong)
+        raise ValueError(f"{path} {found}: expected what train_dit/extract_latents.py writes")
     return metadata
-
-
-def _check_upstream_names(counts: dict[Path, int]) -> None:
-    """Upstream's extraction (MiniMax-AI/VTP, generation/tools/extract_features_vtp.py) writes, on each of R ranks,
-    latents_rank00_shard000 and so on, equally many samples a rank: gaps and the remains of another run show.
-
-    Raises: ValueError naming the rank.
-    """
-    ranks: dict[int, dict[int, int]] = {}
-    for path, count in counts.items():
-        match = re.fullmatch(r"latents_rank(\d+)_shard(\d+)\.safetensors", path.name)
-        if match is None:
-            return  # another program's names: nothing is known of their order
-        ranks.setdefault(int(match[1]), {})[int(match[2])] = count
-    folder = next(iter(counts)).parent
-    for rank in range(max(ranks) + 1):
-        there = ranks.get(rank, {})
-        gaps = sorted(set(range(max(there, default=0) + 1)) - there.keys())
-        if gaps:
-            raise ValueError(f"{folder}: latents_rank{rank:02d}_shard{gaps[0]:03d}.safetensors is missing")
-    totals = {rank: sum(there.values()) for rank, there in sorted(ranks.items())}
-    if len(set(totals.values())) > 1:
-        raise ValueError(
-            f"{folder}: the ranks hold {totals} latents, expected equally many: shards are missing, or some are left "
-            "from an extraction with another number of processes"
-        )
 
 
 def verify_shards(
@@ -376,12 +406,14 @@ def verify_shards(
 
 def _read_header(path: Path) -> dict[str, Any]:
     """Names, types and shapes of a shard without reading it, checked against its length."""
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is a link to nothing, a pipe or another thing that is no file")
     try:
         with safe_open(path, framework="pt") as file:  # refuses a truncated file
             names = set(file.keys())
     except SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    missing = {"latents", "latents_flip", "labels"} - names
+    missing = set(_TENSORS) - names
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it holds {', '.join(sorted(names))}")
     with open(path, "rb") as file:

@@ -5,6 +5,7 @@ An npz is a zip archive of npy files. One that was stored (`np.savez`) is mapped
 """
 
 import json
+import lzma
 import os
 import zipfile
 import zlib
@@ -21,11 +22,37 @@ READ_BYTES = 1 << 24
 LOCAL_HEADER_BYTES = 30  # of a zip entry, without its name and extra field
 
 
-def open_npz(path: str | Path):
-    """numpy's file of arrays. Raises: ValueError if the file is no npz."""
+# what zipfile and numpy say of files that are damaged, or packed in a way they do not know
+DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, lzma.LZMAError)
+
+
+def open_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz but its images, name -> array; all of the file is read, its checksums compared.
+
+    Raises: ValueError naming the file if it is no npz, damaged or encrypted, or holds neither images nor statistics.
+    """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is no npz file, or a damaged one: expected {IMAGES_KEY}, or mu and sigma, or both")
-    return np.load(path, allow_pickle=False)
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            _check_plain(path, entry)
+            try:
+                with archive.open(entry) as file:
+                    arrays[name] = None if name == IMAGES_KEY else np.lib.format.read_array(file, allow_pickle=False)
+                    while file.read(READ_BYTES):  # the checksum is compared at the end
+                        pass
+            except DAMAGE_ERRORS as error:
+                raise ValueError(f"{path} is damaged in its entry {name}: {error}") from error
+    if not {IMAGES_KEY, "mu"} & arrays.keys():
+        raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}: expected {IMAGES_KEY}, or mu and sigma")
+    return arrays
+
+
+def _check_plain(path: str | Path, entry: zipfile.ZipInfo) -> None:
+    if entry.flag_bits & 1:
+        raise ValueError(f"{path}: {entry.filename} is encrypted, expected an npz as numpy writes it")
 
 
 def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -60,6 +87,7 @@ class NpzImages:
                 if IMAGES_KEY not in names:
                     raise ValueError(f"{path} holds {', '.join(names)}: expected {IMAGES_KEY}, uint8 (N, H, W, 3)")
                 self._entry = archive.getinfo(f"{IMAGES_KEY}.npy")
+                _check_plain(path, self._entry)
                 with archive.open(self._entry) as file:
                     self.shape, dtype = read_header(file)
                     self._header_bytes = file.tell()
@@ -67,13 +95,17 @@ class NpzImages:
                 if "settings" in names:
                     with archive.open("settings.npy") as file:
                         self.settings = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
-        except zipfile.BadZipFile as error:
+        except (*DAMAGE_ERRORS, KeyError) as error:
             raise ValueError(f"{path} is no npz file, or a damaged one: {error}") from error
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
             raise ValueError(f"{path}: {IMAGES_KEY} is {dtype} {self.shape}, expected uint8 (N, H, W, 3)")
         count = (self.settings or {}).get("num_images", len(self))
         if count != len(self):
             raise ValueError(f"{path} holds {len(self)} images, its settings say {count}: it is incomplete")
+        stored, claimed = self._entry.file_size - self._header_bytes, int(np.prod(self.shape, dtype=object))
+        if stored != claimed:
+            raise ValueError(f"{path}: {IMAGES_KEY} is said to be {self.shape}, but {stored} bytes are stored of it")
+        self._check_pixels()
         self._mapped: np.memmap | None = None
         self._stream: tuple[int, object, int] | None = None  # process, open entry, next row
 
@@ -84,6 +116,17 @@ class NpzImages:
     def size(self) -> tuple[int, int]:
         """Height and width."""
         return self.shape[1:3]
+
+    def _check_pixels(self) -> None:
+        """Read all images once: the checksum is compared at their end, and reading by row never gets to it."""
+        done = 0
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(self._entry) as file:
+                while chunk := file.read(READ_BYTES):
+                    done += len(chunk)
+        except DAMAGE_ERRORS as error:
+            image = min(len(self), 1 + done // max(1, int(np.prod(self.shape[1:]))))
+            raise ValueError(f"{self.path} is damaged before image {image} of {len(self)}: {error}") from error
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
         """uint8 (B, 3, H, W) of the given rows. Compressed files are fast only where rows come in growing order."""
@@ -110,14 +153,9 @@ class NpzImages:
             file, position = zipfile.ZipFile(self.path).open(self._entry), 0
             file.read(self._header_bytes)
         size = int(np.prod(self.shape[1:]))
-        try:
-            for _ in range(index - position):
-                file.read(size)
-            pixels = file.read(size)
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{self.path} is damaged before image {index + 1} of {len(self)}: {error}") from error
-        if len(pixels) != size:
-            raise ValueError(f"{self.path} ends within image {index + 1} of {len(self)}: it is incomplete")
+        for _ in range(index - position):
+            file.read(size)
+        pixels = file.read(size)
         self._stream = os.getpid(), file, index + 1
         return np.frombuffer(pixels, np.uint8).reshape(self.shape[1:])
 

@@ -24,9 +24,17 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..runtime.optional_packages import require
 from ..runtime.random_streams import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
-from .image_datasets import DataConfig, ImageDataset, check_caption, open_dataset, split_files
+from .image_datasets import (
+    DataConfig,
+    ImageDataset,
+    check_caption,
+    check_label,
+    has_held_out,
+    open_dataset,
+)
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
+from .shard_files import collection_builder, split_files
 
 READ_ROWS = 32  # rows asked of `datasets` at a time
 EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream is given up
@@ -65,7 +73,8 @@ class StreamingImages:
     def __init__(self, config: DataConfig, split: str = "train"):
         datasets, files = require("datasets", "train"), split_files(config, split)
         try:
-            splits = datasets.load_dataset(config.source, config.name, data_files=files, streaming=True)
+            builder = collection_builder(config, split)
+            splits = builder.as_streaming_dataset()
         except (datasets.exceptions.DatasetsError, OSError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"source {config.source!r} cannot be read as a stream: {error}") from error
         found = [name for name in {"train": ("train",)}.get(split, ("validation", "test")) if name in splits]
@@ -81,11 +90,15 @@ class StreamingImages:
         self.config, self.resolution, self.columns = config, config.resolution, columns
         self.table = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.num_shards = table.num_shards
+        names = list((builder.config.data_files or {}).get(found[0], ()))
+        # a shard is a file with all builders of files
+        self.shard_names = names if len(names) == self.num_shards else [f"shard {k}" for k in range(self.num_shards)]
         read = files["validation"] if isinstance(files, dict) else files
         self._where = "" if read is None else f"{read}: "  # before what is said of a sample
         feature = (table.features or {}).get(config.label_column) if config.label_column else None
         self.label_names = list(getattr(feature, "names", None) or [])
-        described = [config.source, config.name, files, found[0], self.resolution, self.num_shards]
+        described = [config.source, config.name, read, found[0], self.resolution, self.num_shards]
+        described += ["EXIF orientation"] if config.exif_orientation else []
         text = json.dumps([*described, *columns.values()])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -138,7 +151,8 @@ class StreamingImages:
         if lacking and config.skip_empty_captions:
             return None, lacking
         try:
-            image = decode_image(row[config.image_column], f"{self._where}image {key} of {config.source}")
+            name = f"{self._where}image {key} of {config.source}"
+            image = decode_image(row[config.image_column], name, config.exif_orientation, config.max_pixels)
             pixels = np.array(center_crop(image, self.resolution))
         except UnreadableImageError:
             if not config.skip_unreadable:
@@ -150,13 +164,10 @@ class StreamingImages:
     def _label(self, key: str, row: dict[str, Any]) -> int:
         if self.config.label_column is None:
             return 0
-        label = row[self.config.label_column]
-        if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-            raise ValueError(
-                f"{self._where}sample {key} of {self.config.source}: {self.config.label_column} is {label!r}, "
-                "expected a class index: the names in a stream are not known beforehand"
-            )
-        return label
+        name = f"{self._where}sample {key} of {self.config.source}: {self.config.label_column}"
+        return check_label(
+            row[self.config.label_column], name, "a class index (the names in a stream are not known beforehand)"
+        )
 
     def take(self, count: int) -> ImageDataset:
         """The first samples of the first epoch that can be used, `count` at most, as a data set in memory."""
@@ -240,28 +251,15 @@ def open_splits(
         measured = {"train": training.take(evaluation_images)}
         if training.has_validation:
             measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
-            _number_alike(measured["held_out"], measured["train"].label_names)
         return training, measured
-    training, held_out = open_dataset(config, "train"), open_dataset(config, "validation")
+    training = open_dataset(config, "train")
     if len(training) < batch_size:
         raise ValueError(
             f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
             "a batch would hold an image twice"
         )
-    # a plain folder has no validation split: nothing measured on it is held out
-    if held_out.fingerprint == training.fingerprint:
-        return training, {"train": training}
-    _number_alike(held_out, training.label_names)
-    return training, {"train": training, "held_out": held_out}
-
-
-def _number_alike(held_out: ImageDataset, names: list[str]) -> None:
-    """Give held-out images the training images' class numbers: one that lacks a class has numbered its own."""
-    if held_out.label_names != names:
-        every = [*names, *sorted(set(held_out.label_names).difference(names))]
-        numbers = {name: number for number, name in enumerate(every)}
-        held_out.labels = [numbers[held_out.label_names[label]] for label in held_out.labels]
-        held_out.label_names = every
+    held_out = {"held_out": open_dataset(config, "validation")} if has_held_out(config) else {}
+    return training, {"train": training} | held_out
 
 
 def _as_it_is(image: Image.Image) -> Image.Image:
@@ -318,10 +316,15 @@ class _Rows:
     def _rows(self, index: int, first: int) -> Iterator[dict[str, Any]]:
         table = self.images.table.shard(self.images.num_shards, index)
         # `iter`, since __iter__ would divide the shard among the loader's workers once more
-        for batch in (table.skip(first) if first else table).iter(READ_ROWS):
-            names = list(batch)
-            for values in zip(*batch.values(), strict=True):
-                yield dict(zip(names, values, strict=True))
+        try:
+            for batch in (table.skip(first) if first else table).iter(READ_ROWS):
+                names = list(batch)
+                for values in zip(*batch.values(), strict=True):
+                    yield dict(zip(names, values, strict=True))
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # pyarrow's are of the latter two
+            raise ValueError(
+                f"{self.images.shard_names[index]} is damaged, or no {self.images.config.source}: {error}"
+            ) from error
 
 
 class StreamBatches:

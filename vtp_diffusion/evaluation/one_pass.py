@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.batches import to_device
-from ..data.image_datasets import DataConfig
+from ..data.image_datasets import DataConfig, has_held_out
 from ..data.npz import ImageSpool
 from ..metrics.features import Extractor, FeatureMode
 from ..metrics.frechet import GaussianStatistics, jackknife_group
@@ -27,12 +27,20 @@ ON_CUDA = torch.cuda.is_available()
 
 
 @dataclass(kw_only=True)
+class ReferenceDataConfig(DataConfig):
+    """How real images are read. What goes with their source is checked where that is known, see `open_reference`."""
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+
+
+@dataclass(kw_only=True)
 class FeaturesConfig(Settings):
     """What programs that measure distances have: a reference, feature networks, and how they run."""
 
     reference: str = setting(help="real images: npz, folder, openmoji or a `datasets` collection")
-    data: DataConfig = setting(
-        default_factory=DataConfig,
+    data: ReferenceDataConfig = setting(
+        default_factory=ReferenceDataConfig,
         help="columns, hold-out and cache of data sets; reference and floor_images set the source",
     )
     feature_network: list[str] = setting(
@@ -91,7 +99,8 @@ def split_rule(config: FeaturesConfig) -> str:
             f"train: by base emoji, a hash of its code and seed {config.data.holdout_seed} holds "
             f"{config.data.holdout:g} of them out"
         )
-    return "train: the data set's own"
+    whole = not has_held_out(DataConfig(**vars(config.data) | {"source": config.reference}))
+    return "the whole folder, which has no splits" if whole else "train: the data set's own"
 
 
 def batches_of_this_process(count: int, batch_size: int) -> list[range]:

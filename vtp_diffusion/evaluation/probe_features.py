@@ -17,7 +17,7 @@ from ..data.batches import READ_AHEAD
 from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
 from ..models.latent_space import autoencoder_identity
-from ..runtime.disk import replacing
+from ..runtime.disk import read_json, replacing
 from ..runtime.optional_packages import require
 from ..runtime.random_streams import stream_seed
 
@@ -170,7 +170,7 @@ def _check_key(folder: Path, key: dict) -> None:
     file = folder / KEY_NAME
     if not file.is_file():
         raise ValueError(f"{folder} is there but holds no features (no {KEY_NAME}): give another folder")
-    there = json.loads(file.read_text(encoding="utf-8"))
+    there = read_json(file)
     if differing := [name for name in key if there.get(name) != key[name]]:
         lines = [f"  {name}: {there.get(name)} there, {key[name]} now" for name in differing]
         raise ValueError(f"{folder} holds other features, remove it or give another folder:\n" + "\n".join(lines))

@@ -20,6 +20,15 @@ from .sources import ImageSource, read_batches
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
+def _made_with(path: str | Path, file: dict[str, np.ndarray]) -> dict:
+    """The network that a file says its statistics are of; ADM's, which say nothing, are of Inception."""
+    try:
+        settings = json.loads(str(file.get("settings", "{}")))
+        return {"name": "inception"} | settings.get("network", {})
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: settings is no JSON object of ours: {error}") from error
+
+
 def read_statistics(
     path: str | Path, network: FeatureNetwork, device: torch.device | str = "cpu"
 ) -> dict[str, GaussianStatistics]:
@@ -28,36 +37,34 @@ def read_statistics(
     Raises:
         ValueError: no npz; statistics of another network, or of another dimension than it has; half of them.
     """
-    with open_npz(path) as file:
-        if "mu" not in file:
-            return {}
-        settings = json.loads(str(file["settings"])) if "settings" in file else {}
-        made = settings.get("network", {"name": "inception"})
-        ours = network.describe()
-        for key in ("name", "sha256", "preprocessing"):
-            if key in made and made[key] != ours[key] and not (key == "name" and network.name.startswith("vtp:")):
-                raise ValueError(
-                    f"{path} holds statistics of features of {made['name']} ({key} {made[key]}), the feature network "
-                    f"is {network.name} ({key} {ours[key]}): make others with `eval/generation.py reference`"
-                )
-        found = {}
-        for output, (mean, covariance) in KEYS.items():
-            if output not in network.output_dims or mean not in file:
-                continue
-            dim = network.output_dims[output]
-            if covariance not in file:
-                raise ValueError(f"{path} holds {mean} without {covariance}: expected both")
-            if file[mean].shape != (dim,) or file[covariance].shape != (dim, dim):
-                raise ValueError(
-                    f"{path}: {mean} and {covariance} are {file[mean].shape} and {file[covariance].shape}, expected "
-                    f"statistics of the {dim} features of {network.name}"
-                )
-            moments = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in (mean, covariance))
-            try:
-                found[output] = GaussianStatistics.from_moments(*moments, device=device)
-            except ValueError as error:
-                raise ValueError(f"{path}: {mean} and {covariance}: {error}") from error
-        return found
+    if "mu" not in (file := open_npz(path)):
+        return {}
+    made = _made_with(path, file)
+    ours = network.describe()
+    for key in ("name", "sha256", "preprocessing"):
+        if key in made and made[key] != ours[key] and not (key == "name" and network.name.startswith("vtp:")):
+            raise ValueError(
+                f"{path} holds statistics of features of {made['name']} ({key} {made[key]}), the feature network "
+                f"is {network.name} ({key} {ours[key]}): make others with `eval/generation.py reference`"
+            )
+    found = {}
+    for output, (mean, covariance) in KEYS.items():
+        if output not in network.output_dims or mean not in file:
+            continue
+        dim = network.output_dims[output]
+        if covariance not in file:
+            raise ValueError(f"{path} holds {mean} without {covariance}: expected both")
+        if file[mean].shape != (dim,) or file[covariance].shape != (dim, dim):
+            raise ValueError(
+                f"{path}: {mean} and {covariance} are {file[mean].shape} and {file[covariance].shape}, expected "
+                f"statistics of the {dim} features of {network.name}"
+            )
+        moments = (torch.from_numpy(np.asarray(file[key], np.float64)) for key in (mean, covariance))
+        try:
+            found[output] = GaussianStatistics.from_moments(*moments, device=device)
+        except ValueError as error:
+            raise ValueError(f"{path}: {mean} and {covariance}: {error}") from error
+    return found
 
 
 def write_statistics(

@@ -2,11 +2,9 @@
 
 import copy
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,9 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.batches import READ_AHEAD, read_ahead
-from ..data.image_datasets import Crop, DataConfig, ImageDataset, open_dataset
-from ..data.image_files import IMAGE_SUFFIXES, center_crop, list_images, read_header, read_image
+from ..data.image_datasets import Crop, DataConfig, ImageDataset, has_held_out, open_dataset
+from ..data.image_files import center_crop, list_images, read_header, read_image
 from ..data.npz import IMAGES_KEY, NpzImages, open_npz
+from ..runtime.disk import read_json
 from ..runtime.processes import gather_objects, reading_processes, this_process
 from ..runtime.random_streams import random_stream
 
@@ -65,7 +64,7 @@ class FolderImages:
         folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not self.files:
             hint = ": it holds folders, of which each is a set of images here" if folders else ""
-            raise ValueError(f"{folder} holds no image files ({', '.join(sorted(IMAGE_SUFFIXES))}){hint}")
+            raise ValueError(f"{folder} holds no image files (of a format that Pillow reads){hint}")
         for inner in folders:
             if images := list_images(inner):
                 raise ValueError(
@@ -84,7 +83,7 @@ class FolderImages:
                 )
         self.converted = dict(Counter(mode for *_, mode in headers if mode != "RGB"))
         file = self.folder / "settings.json"
-        self.settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        self.settings = read_json(file) if file.is_file() else None
         count = (self.settings or {}).get("num_images", len(self.files))
         if count != len(self.files):
             raise ValueError(
@@ -199,16 +198,16 @@ def open_reference(
     Args: `source`: an npz, a folder, openmoji, or a `datasets` collection; `data`: how it is read.
     """
     if source.endswith(".npz"):
-        with open_npz(source) as file:
-            if IMAGES_KEY not in file:
-                return None
+        if IMAGES_KEY not in open_npz(source):
+            return None
         images = NpzImages(source)
         if images.size != size:
             raise ValueError(f"{source} holds images of {images.size}, expected {size}, the size of what is measured")
         return images, list(range(len(images))), []
     if size[0] != size[1]:
         raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
-    images = open_measured(replace(data, source=source, resolution=size[0]), split)
+    data = DataConfig(**vars(data) | {"source": source, "resolution": size[0]})
+    images = open_measured(data, split if has_held_out(data) else "all")  # a folder without splits is what it is
     weights = images.dataset.weights
     is_base = weights == weights.max()
     base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (is_base, ~is_base))

@@ -45,7 +45,7 @@ class ValidationConfig(Settings):
     """Settings of a validation, which samples with the EMA weights and from the same noise each time."""
 
     labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
-    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none")
+    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none", at_least=0)
     num_inference_steps: int = setting(50, "Euler steps", at_least=1)
     seed: int = setting(0, "of the noise; that of image k follows from seed and k", at_least=0)
     distance: DistanceConfig = setting(default_factory=DistanceConfig)

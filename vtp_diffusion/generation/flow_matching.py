@@ -44,6 +44,14 @@ def shift_times(t: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def scheduler_shift(shift: float) -> float:
+    """The `shift` of diffusers' flow-matching schedulers for a time shift s of `shift_times`, and the other way round:
+    1/s, since their times run from data to noise. Raises: ValueError if it is not a positive, finite number."""
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"the shift is {shift}, expected a positive, finite number")
+    return 1 / shift
+
+
 def dimension_shift(num_dimensions: int, base: int = 4096) -> float:
     """Time shift s for latents of C·h·w dimensions: sqrt(base / dimensions), as RAE defines it (Zheng et al.,
     arXiv:2510.11690, section 4, after Esser et al., arXiv:2403.03206).

@@ -184,8 +184,10 @@ def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | 
     latent_statistics(vae)  # refuses an autoencoder that should have them and does not
     if config is None:
         return
-    for name, wanted in (("resolution", config.resolution), ("crop", CROP)):
-        found = (dataset.metadata or {}).get(name, wanted)  # upstream's shards don't say
+    said = (dataset.metadata or {}).get("data", {}) | (dataset.metadata or {})
+    turned = ("exif_orientation", config.exif_orientation)
+    for name, wanted in (("resolution", config.resolution), ("crop", CROP), turned):
+        found = said.get(name, wanted)  # upstream's shards don't say
         if found != wanted:
             raise ValueError(f"the latents in {dataset.folder} have {name} {found}, the configuration says {wanted}")
     shape = latent_shape(vae, config.resolution)

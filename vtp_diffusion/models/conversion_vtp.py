@@ -207,7 +207,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     config_file = _released_file(folder_or_hub_id, "config.json")
     try:
         released = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config_file} is not valid JSON: {error}") from error
     if not isinstance(released, dict):
         raise ValueError(f"{config_file} holds {type(released).__name__}, expected an object of options.")

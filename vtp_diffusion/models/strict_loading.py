@@ -22,8 +22,9 @@ class StrictLoadingMixin:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         try:
             model, found = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
+        except (RuntimeError, TypeError) as error:
+            # TypeError: what a constructor makes of an odd value in config.json
+            if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
             raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {error}") from error
         wrong = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"]}

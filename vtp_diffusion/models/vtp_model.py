@@ -240,7 +240,7 @@ def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
         )
     try:
         name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not the configuration of a model: {error}") from error
     if name is None:
         return VTPModel.from_released(str(folder))

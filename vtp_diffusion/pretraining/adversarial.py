@@ -6,7 +6,6 @@ neither discriminator nor weights: those here are VQGAN's (arXiv:2012.09841), it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..runtime.config import Settings, setting
+from ..runtime.disk import read_json
 from ..training.config import TrainingConfig
 from ..training.optimisation import parameter_groups
 from .discriminators import FeatureDiscriminator, PatchDiscriminator
@@ -230,7 +230,7 @@ def find_autoencoder(folder: str | Path) -> Path:
     for path in (folder, folder / "vae"):
         config = path / "config.json"
         if config.is_file():
-            name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+            name = read_json(config).get("_class_name")
             if name != "AutoencoderVTP":
                 raise ValueError(f"{path} holds a {name}, expected an AutoencoderVTP")
             return path

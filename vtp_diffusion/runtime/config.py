@@ -23,6 +23,7 @@ import yaml
 from .yaml_files import read_yaml
 
 Config = TypeVar("Config")
+LARGEST_INTEGER = 2**63 - 1  # of seeds, steps and sizes: what tensors and generators take
 BOUNDS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata, see `setting`
 
 
@@ -113,14 +114,20 @@ def _describe(annotation: Any) -> str:
 
 def _refusal(value: Any, annotation: Any, name: str, where: str) -> ValueError:
     expected = _describe(annotation)
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        expected += f" of at most {LARGEST_INTEGER} in size"
     if isinstance(value, float) and not math.isfinite(value):
         expected = expected.replace("float", "a finite number")
-    return ValueError(f"{where}: {name} is {value!r}, expected {expected}")
+    shown = repr(value)
+    shown = shown if len(shown) <= 400 else f"{shown[:80]}... ({len(shown)} characters)"
+    return ValueError(f"{where}: {name} is {shown}, expected {expected}")
 
 
 def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
     """`value` as the annotation wants it, or a ValueError naming key, place, value and expected type."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise _refusal(value, annotation, name, where)
     if dataclasses.is_dataclass(annotation):
         if isinstance(value, annotation):
             return value

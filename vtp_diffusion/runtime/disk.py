@@ -100,6 +100,22 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: Path, hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file. Args: `hint`: what a message says last: what to do.
+
+    Raises: ValueError naming the file if it is not JSON, or JSON of something else. OSError if it is not there.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}{hint and '. ' + hint}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds {str(values)[:40]!r}, expected a JSON object of names and values{hint and '. ' + hint}"
+        )
+    return values
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:

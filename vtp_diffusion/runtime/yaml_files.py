@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+LONGEST_INTEGER = 100  # characters: Python itself reads no more than 4300 digits
+
 
 class _Yaml(yaml.SafeLoader):
     """YAML 1.2 scalars: `no` and `12:30` are words, `1e-3` and `010`, ten, are numbers; no key is given twice."""
@@ -20,6 +22,10 @@ class _Yaml(yaml.SafeLoader):
 
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value
+    if len(text) > LONGEST_INTEGER:
+        raise ValueError(
+            f"{text[:20]}... of {len(text)} characters is no integer that a setting takes{node.start_mark}"
+        )
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
 
 
@@ -56,6 +62,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} cannot be read as YAML: its values are nested too deeply") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

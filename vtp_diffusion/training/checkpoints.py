@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from ..runtime.disk import writing
+from ..models.conversion import read_safetensors
+from ..runtime.disk import read_json, writing
 from ..runtime.processes import this_process, wait_for_everyone
+from ..runtime.tensor_files import read_torch
 from .optimisation import AveragedWeights, laid_out_like, whole
 from .run_folder import UNFINISHED, RunFolder
 
@@ -86,13 +88,15 @@ class Manifest:
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint: a file that is missing or differs from the manifest; None if nothing is."""
     try:
-        files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        files = read_json(folder / MANIFEST_NAME)
     except FileNotFoundError:
         return f"{MANIFEST_NAME} is missing"
-    except ValueError:
-        return f"{MANIFEST_NAME} is not JSON"
+    except ValueError as error:
+        return str(error).removeprefix(f"{folder}/")
     for name, expected in files.items():
         path = folder / name
+        if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+            return f"{MANIFEST_NAME} says {str(expected)[:40]!r} of {name}, expected its bytes and sha256"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
@@ -300,7 +304,7 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
             folder.truncate_log(-1)  # nor is what was measured before training
         return
     step, path = found[0]
-    record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    record = read_json(path / "state.json")
     cuts = len(state.fingerprint_of) - 1
     there, now = (fingerprint.rsplit("-", cuts) for fingerprint in (record["fingerprint"], state.fingerprint))
     for name, old, new in zip(state.fingerprint_of, there, now, strict=True):
@@ -313,13 +317,13 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
     _load_optimizer(state, path)
     random_state = path / f"random_state_{rank}.pt"
     if random_state.is_file():  # else there are more processes than before; all that training draws is keyed anyway
-        random = torch.load(random_state, weights_only=True)
+        random = read_torch(random_state)
         torch.set_rng_state(random["cpu"])
         if state.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], state.device)
     data_state = path / f"data_state_{rank}.json"
     if data_state.is_file():
-        state.resumed_data_state = json.loads(data_state.read_text(encoding="utf-8"))
+        state.resumed_data_state = read_json(data_state)
     state.skipped.copy_(torch.tensor(record["skipped"]))
     state.step, state.seconds = step, record["seconds"]
     if rank == 0:
@@ -330,17 +334,17 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
 def _load_weights(state: TrainingState, path: Path, average_step: int) -> None:
     trained = {name: p for name, p in state.model.named_parameters() if p.requires_grad}
     for name, average in state.averages.items():
-        averaged = load_file(path / name / WEIGHTS_NAME)
+        averaged = read_safetensors(path / name / WEIGHTS_NAME)
         average.averages = [laid_out_like(averaged[key].float(), p) for key, p in trained.items()]
         average.step = average_step
     with torch.no_grad():
-        saved = load_file(path / state.model_name / WEIGHTS_NAME)
+        saved = read_safetensors(path / state.model_name / WEIGHTS_NAME)
         current = state.model.state_dict()
         if saved.keys() != current.keys():
             raise ValueError(
                 f"{path / state.model_name} and the model differ in {sorted(saved.keys() ^ current.keys())}"
             )
-        beside = load_file(path / "objective.safetensors")
+        beside = read_safetensors(path / "objective.safetensors")
         for target, values in ((current, saved), (state.beside_model(), beside)):
             for name, value in values.items():
                 target[name].copy_(laid_out_like(value, target[name]))
@@ -348,7 +352,7 @@ def _load_weights(state: TrainingState, path: Path, average_step: int) -> None:
 
 def _load_optimizer(state: TrainingState, path: Path) -> None:
     # mapped: else the moments would take room in the host's memory once for every process
-    saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    saved = read_torch(path / "optimizer.pt", mmap=True)
     for name, parameter in state.trained_by_name().items():
         state.optimizer.state[parameter] = {
             key: laid_out_like(value, parameter) if value.shape == parameter.shape else value.to(state.device)

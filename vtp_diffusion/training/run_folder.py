@@ -83,7 +83,14 @@ class RunFolder:
 
     def _compare(self) -> None:
         if lines := self._differences():
-            raise ValueError(f"{self.path} holds the run of another configuration:\n" + "\n".join(lines))
+            longer = ""
+            if any(line.startswith("  max_train_steps:") for line in lines):
+                longer = (
+                    "The learning rate or another schedule of this run ends at max_train_steps, which is fixed once "
+                    "training has begun: to train longer, give a new output_dir and start from its weights "
+                    "(initial_transformer of train_dit/train.py). "
+                )
+            raise ValueError(f"{longer}{self.path} holds the run of another configuration:\n" + "\n".join(lines))
 
     def _compare_steps(self) -> None:
         newest, wanted = max((step for step, _ in self.checkpoints()), default=0), self.config.max_train_steps
@@ -155,9 +162,9 @@ class RunFolder:
         place among those that are kept, nor the place of one that is written again."""
         for later, path in self.checkpoints():
             if later > step:
-                aside = path.with_name(f"damaged-{path.name}")
-                if aside.exists():
-                    shutil.rmtree(aside)
+                aside, count = path.with_name(f"damaged-{path.name}"), 1
+                while aside.exists():  # of an earlier attempt at the step: there may be something to learn from it
+                    aside, count = path.with_name(f"damaged-{path.name}-{count + 1}"), count + 1
                 path.rename(aside)
 
     def log(self, record: dict[str, Any]) -> None:

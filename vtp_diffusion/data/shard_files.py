@@ -1,0 +1,53 @@
+"""Which files a collection of `datasets` is read from, and whether they are there and whole."""
+
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from ..runtime.optional_packages import require
+
+BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
+
+
+def split_files(config: Any, split: str) -> str | dict[str, str] | None:
+    """`data_files` of a `DataConfig` as `datasets` is given them for a split: training alone is the same with
+    `validation_files`.
+
+    Raises: ValueError where a builder of `datasets` is given no files, for which it would take those of the working
+        directory, or a local pattern that matches none.
+    """
+    for name in ("data_files", "validation_files") if config.source in BUILDERS else ():
+        pattern = getattr(config, name)
+        if name == "data_files" and pattern is None:
+            raise ValueError(f"data_files is none with source {config.source!r}, expected files or a pattern of them")
+        if pattern is not None and "://" not in pattern and not glob(pattern, recursive=True):
+            raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
+        for file in glob(pattern or "", recursive=True):
+            if not Path(file).is_file() and not Path(file).is_dir():
+                raise ValueError(f"{name}: {file} is a link to nothing, a pipe or another thing that is no file")
+            _check_tar_end(file)
+    if config.validation_files is None or split == "train":
+        return config.data_files
+    return {"train": config.data_files, "validation": config.validation_files}
+
+
+def collection_builder(config: Any, split: str) -> Any:
+    """The builder of `datasets` for a split. Raises: as `split_files`, and what `datasets` raises."""
+    datasets, files = require("datasets", "train"), split_files(config, split)
+    if config.source != "webdataset":
+        return datasets.load_dataset_builder(config.source, config.name, data_files=files)
+    from .webdataset_shards import Shards
+
+    columns = dict.fromkeys(filter(None, (config.image_column, config.caption_column, config.label_column)))
+    return Shards(dataset_name="webdataset", data_files=files, columns=tuple(columns))
+
+
+def _check_tar_end(file: str) -> None:
+    """Raises: ValueError for a tar file that was cut: between two members tarfile would take that for its end."""
+    if not file.endswith(".tar"):
+        return
+    with open(file, "rb") as tar:
+        size = tar.seek(0, 2)
+        tar.seek(-min(512, size), 2)
+        if size % 512 or tar.read().strip(b"\0"):
+            raise ValueError(f"{file} is truncated: it does not end as a tar file does. Copy or pack it again")

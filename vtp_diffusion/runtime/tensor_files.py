@@ -1,0 +1,32 @@
+"""PyTorch files, perhaps damaged or foreign: nothing in them is executed, and what cannot be read is named."""
+
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# what torch's restricted reader raises for damaged files, and for pickles of anything but tensors and plain values
+TORCH_FILE_ERRORS = (
+    OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError, AssertionError, struct.error,
+    pickle.PickleError,
+)  # fmt: skip
+
+
+def read_torch(path: str | Path, mmap: bool = False) -> Any:
+    """The content of a PyTorch file, on the CPU: tensors and plain values, never code.
+
+    Args: `mmap`: map the tensors instead of reading them.
+    Raises: ValueError naming the file if it is missing, damaged, or holds a pickle of something else.
+    """
+    if not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file, expected a PyTorch file of tensors")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except TORCH_FILE_ERRORS as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path} cannot be read as a PyTorch file of tensors: it is damaged, or holds other objects, which are "
+            f"not loaded ({type(error).__name__}: {reason})"
+        ) from error
