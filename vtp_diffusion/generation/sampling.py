@@ -46,8 +46,12 @@ def initial_noise(pipe: DiffusionPipeline, numbers: Sequence[int], seed: int) ->
 
     That of image k is drawn on the CPU from a generator seeded with seed + k: every device starts from the same.
     """
-    generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-    return pipe.prepare_latents(len(numbers), generators, None, pipe.device)
+    return pipe.prepare_latents(len(numbers), image_generators(numbers, seed), None, pipe.device)
+
+
+def image_generators(numbers: Sequence[int], seed: int) -> list[torch.Generator]:
+    """A generator on the CPU for each image, seeded with seed + its number."""
+    return [torch.Generator().manual_seed(seed + number) for number in numbers]
 
 
 def sample_numbers(
@@ -78,10 +82,13 @@ def sample_numbers(
         on_step()
         return {}
 
+    generators = image_generators(numbers, seed)  # a scheduler that adds noise goes on with them
+    noise = pipe.prepare_latents(len(numbers), generators, None, pipe.device)
     with exact_float32() if pipe.dtype == torch.float32 else contextlib.nullcontext():
         latents = pipe(
             [labels[number] for number in numbers],
-            latents=initial_noise(pipe, numbers, seed),
+            generator=generators,
+            latents=noise,
             output_type="latent",
             callback_on_step_end=None if on_step is None else callback,
             **settings,

@@ -6,6 +6,7 @@ and optional QK-norm. It predicts the velocity data - noise; time runs from 0 (n
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -153,6 +154,12 @@ class LightningDiTTransformer2DModel(
         tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
         sample = self._unpatchify(tokens, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def enable_cache(self, config: Any) -> None:
+        """As diffusers' own. Raises: ValueError on FasterCache, which splits guided batches itself."""
+        if type(config).__name__ == "FasterCacheConfig":
+            raise ValueError("FasterCache does not fit LightningDiT: expected FirstBlockCache, MagCache or TaylorSeer")
+        super().enable_cache(config)
 
     def _unpatchify(self, tokens: torch.Tensor, grid: int) -> torch.Tensor:
         patch, channels = self.config.patch_size, self.config.in_channels
