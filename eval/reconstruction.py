@@ -44,9 +44,10 @@ from vtp_diffusion.metrics.networks import (
 )
 from vtp_diffusion.metrics.pixels import SSIM_SETTINGS, psnr, ssim
 from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
+from vtp_diffusion.models.saved import load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
+from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import check_device, gather_objects, join_processes, this_process
 
 WORST = 16
@@ -120,7 +121,7 @@ def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
         raise ValueError(f"{config.vae} is not the folder of a diffusers autoencoder: it has no config.json")
     from diffusers import AutoModel
 
-    vae = AutoModel.from_pretrained(config.vae)
+    vae = load_saved(AutoModel, config.vae)
     factor = getattr(vae, "spatial_compression_ratio", 1)
     if config.data.resolution % factor:
         raise ValueError(
@@ -233,7 +234,7 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
         "worst": [{"key": images.dataset.keys[k], "psnr": ratio} for k, ratio, *_ in worst.sorted()],
     }
     if config.worst_cases is not None:
-        worst.picture().save(config.worst_cases)
+        write_picture(Path(config.worst_cases), worst.picture())
     results = write_results(config.output, "reconstruction", config, results)
     print_results(config, results)
 

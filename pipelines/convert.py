@@ -121,14 +121,15 @@ def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
     from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler
 
     from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
+    from vtp_diffusion.models.saved import load_saved
 
     for folder in (arguments.vae, arguments.transformer):
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"{folder} is not the folder of a diffusers model: it has no config.json")
     names = None if arguments.id2label is None else read_json(arguments.id2label)
     return LightningDiTPipeline(
-        vae=AutoModel.from_pretrained(arguments.vae),
-        transformer=LightningDiTTransformer2DModel.from_pretrained(arguments.transformer),
+        vae=load_saved(AutoModel, arguments.vae),
+        transformer=load_saved(LightningDiTTransformer2DModel, arguments.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=arguments.shift),
         id2label=dict(enumerate(names)) if isinstance(names, list) else names,
     )

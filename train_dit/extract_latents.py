@@ -38,6 +38,7 @@ from vtp_diffusion.data.latent_shards import (
 from vtp_diffusion.data.openmoji import ATTRIBUTION, LICENSE
 from vtp_diffusion.data.order import step_generator
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
+from vtp_diffusion.models.saved import load_saved
 from vtp_diffusion.runtime import folder_lock
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
     from diffusers import AutoModel
 
-    vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
+    vae = load_saved(AutoModel, config.vae).eval().requires_grad_(False)
     identity = autoencoder_identity(vae)
     dataset = open_dataset(config.data, config.split)
     samples = plan_samples(dataset.weights.tolist(), config.copies)

@@ -81,6 +81,11 @@ class Config(TrainingConfig, FlowMatchingConfig):
         super().__post_init__()
         if self.guide.step is not None and self.guide.step > self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
+        if self.class_dropout_prob == 0 and self.validation.guidance_scale != 1:
+            raise ValueError(
+                f"validation.guidance_scale is {self.validation.guidance_scale}, expected 1: with class_dropout_prob "
+                "0 no unconditional class is trained"
+            )
         if self.latents is None and self.data is None:
             raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
         if self.latents is not None and self.augmentation != AugmentationConfig():
@@ -196,13 +201,14 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     from diffusers import AutoModel
 
+    from vtp_diffusion.models.saved import load_saved
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
     from vtp_diffusion.training.rates import forward_flops
     from vtp_diffusion.training.run_folder import RunFolder
 
     folder = RunFolder(config.output_dir, config)
-    vae = AutoModel.from_pretrained(config.vae).eval().requires_grad_(False)
+    vae = load_saved(AutoModel, config.vae).eval().requires_grad_(False)
     dataset = open_training_data(config, vae)
     torch.manual_seed(config.seed)
     num_classes = len(dataset.id2label)

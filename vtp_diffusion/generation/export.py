@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import diffusers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
@@ -25,6 +26,10 @@ ROOT_MODULES = (
     "generation.pipeline_lightning_dit",
 )
 EXPORTED_CLASSES = ("AutoencoderVTP", "LightningDiTTransformer2DModel", "LightningDiTPipeline")
+COMPONENTS = ("vae", "transformer", "scheduler", "guidance_transformer")
+OWN_LIBRARIES = ("vtp_diffusion", "diffusers", "diffusers_modules")
+# What may stand in a folder that is loaded with trust_remote_code: nothing that Python could run.
+COPIED = (".json", ".safetensors", ".md")
 # For training, features, texts and released weights: what they need stays out with them.
 LEFT_OUT = (
     "AutoencoderVTP.encode_features",
@@ -60,11 +65,12 @@ def export_pipeline(pipeline: LightningDiTPipeline | str | Path, output: str | P
     """Write a self-contained pipeline folder.
 
     Args:
-        pipeline: a pipeline, or the folder of a saved one, whose files are copied as they are (same precision).
+        pipeline: a pipeline, or the folder of a saved one, whose weights, configurations and cards are copied as they
+            are (same precision); nothing else is.
         output: a folder that does not exist yet or is empty.
     Returns: `output`.
-    Raises: ValueError if the input is no LightningDiT pipeline, a weight file is damaged, or `output` holds files;
-        nothing is written then.
+    Raises: ValueError if the input is no LightningDiT pipeline, has a component whose class is neither diffusers' nor
+        exported, a weight file is damaged, or `output` holds files; nothing is written then.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -78,25 +84,70 @@ def export_pipeline(pipeline: LightningDiTPipeline | str | Path, output: str | P
     with replacing(output) as folder:
         if isinstance(pipeline, DiffusionPipeline):
             pipeline.save_pretrained(folder)
+            _check_pipeline_folder(folder)
         else:
-            shutil.copytree(pipeline, folder, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+            _copy(Path(pipeline), folder)
         write_self_contained(folder, source)
     return output
+
+
+def _copy(pipeline: Path, folder: Path) -> None:
+    for place in (".", *_components(pipeline)):
+        (folder / place).mkdir(exist_ok=True)
+        for file in (pipeline / place).iterdir():
+            if file.is_file() and not file.name.startswith(".") and (file.suffix in COPIED or file.name == "LICENSE"):
+                shutil.copyfile(file, folder / place / file.name)
+
+
+def _components(folder: Path) -> list[str]:
+    """The folders of a saved pipeline's components. Raises: ValueError naming one of a foreign class."""
+    index_file, found = folder / "model_index.json", []
+    index = _read_object(index_file)
+    for name, entry in index.items():
+        if name.startswith("_") or name == "id2label" or entry in (None, [None, None]):
+            continue
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (entry, None)
+        own = str(library).partition(".")[0] in OWN_LIBRARIES
+        known = isinstance(class_name, str) and (class_name in EXPORTED_CLASSES or library == "diffusers")
+        if name not in COMPONENTS or not own or not known or not hasattr(diffusers, class_name):
+            raise ValueError(
+                f"{index_file} has {name}: {entry}, expected {', '.join(COMPONENTS)} of the classes "
+                f"{', '.join(EXPORTED_CLASSES)} or of diffusers' own: code of others is not exported"
+            )
+        found.append(name)
+        for file in (folder / name).glob("*.json"):
+            if "auto_map" in _read_object(file):
+                raise ValueError(f"{file} names code in auto_map, which is not exported: expected none")
+    return found
+
+
+def _read_object(file: Path) -> dict:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}, expected an object")
+    return values
 
 
 def _check_pipeline_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {folder} has no model_index.json")
-    class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    class_name = _read_object(index).get("_class_name")
     if class_name != LightningDiTPipeline.__name__:
         raise ValueError(f"expected a saved LightningDiTPipeline, {index} says {class_name!r}")
-    for file in sorted(folder.glob("*/*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):  # reads the header and compares it with the file's length
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    for name in _components(folder):
+        files = sorted((folder / name).glob("*.safetensors"))
+        if not files and name != "scheduler":
+            raise ValueError(f"{folder / name} holds no weights: expected *.safetensors")
+        for file in files:
+            try:
+                with safe_open(file, framework="pt"):  # reads the header and compares it with the file's length
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
 def self_contained_source(package: Path | None = None) -> str:

@@ -154,10 +154,15 @@ class LightningDiTPipeline(DiffusionPipeline):
             )
         return int(label)
 
+    def named_classes(self, name: str) -> set[int]:
+        """The classes of a name: none, one, or several that share it as a synonym."""
+        name = normal_name(name)
+        return set(self._shared_names.get(name, [self.labels[name]] if name in self.labels else []))
+
     def _named(self, label: str) -> int:
         name = normal_name(label)
         digits = name.removeprefix("index=")
-        meant = set(self._shared_names.get(name, [self.labels[name]] if name in self.labels else []))
+        meant = self.named_classes(name)
         if digits.isascii() and digits.isdecimal() and len(digits) < 16:
             if not meant or digits == name and int(digits) < self.transformer.config.num_classes:
                 meant.add(int(digits))

@@ -41,6 +41,32 @@ def draw_labels(
     return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
 
 
+def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequence[str]) -> list[int]:
+    """Labels of a data set as a pipeline numbers its classes: found by name where both have names, for one number may
+    mean two classes.
+
+    Args: `names`: of the data set's classes; a class that is called by its own number has no name.
+    Raises: ValueError naming classes that the pipeline does not have, or has twice.
+    """
+    known = pipe.config.id2label or {}
+    if not any(name != str(k) for k, name in enumerate(names)) or not any(name != k for k, name in known.items()):
+        return list(labels)
+    found, missing = {}, []
+    for label in sorted(set(labels)):
+        whole = pipe.named_classes(names[label])
+        classes = whole or {k for name in names[label].split(",") for k in pipe.named_classes(name)}
+        if len(classes) == 1:
+            found[label] = classes.pop()
+        else:
+            missing.append(names[label])
+    if missing:
+        raise ValueError(
+            f"labels 'reference': {len(missing)} classes of the reference are none, or several, of the pipeline's "
+            f"{len(known)}, the first is {missing[0]!r}: expected the same names (id2label)"
+        )
+    return [found[label] for label in labels]
+
+
 def initial_noise(pipe: DiffusionPipeline, numbers: Sequence[int], seed: int) -> torch.Tensor:
     """Noise (B, C, h, w) float32 of the images with these numbers, on the pipeline's device.
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..runtime.optional_packages import MissingExtraError, require
+from ..runtime.optional_packages import MissingExtraError, install_hint, require
 
 # Indices of the convolutions in torchvision's `features`; LPIPS has one head behind each of five activations.
 CONVOLUTIONS = {
@@ -231,7 +231,7 @@ def load_trunk(network: str, source: str | Path) -> tuple[dict[str, torch.Tensor
 
 def load_heads(network: str) -> dict[str, torch.Tensor]:
     """The five LPIPS heads of version 0.1, `heads.<i>` of shape (C_i,), from the files of the `lpips` package."""
-    path = package_file("lpips", f"weights/v0.1/{network}.pth", "pip install 'vtp-diffusion[train]'")
+    path = package_file("lpips", f"weights/v0.1/{network}.pth", install_hint("train"))
     state = torch.load(path, map_location="cpu", weights_only=True)
     return {f"heads.{i}": state[f"lin{i}.model.1.weight"].flatten() for i in range(5)}
 

@@ -56,6 +56,9 @@ class Settings:
             check_bounds(field, getattr(self, field.name), field.name)
 
 
+LARGEST_BITS = 62  # a seed plus a number of images stays an integer that torch takes
+
+
 def check_bounds(field: dataclasses.Field, value: Any, name: str) -> None:
     """Raises: ValueError naming the setting, its value and the numbers it takes."""
     bounds = {key: field.metadata[key] for key in BOUNDS if key in field.metadata}
@@ -116,6 +119,10 @@ def _refusal(value: Any, annotation: Any, name: str, where: str) -> ValueError:
 def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
     """`value` as the annotation wants it, or a ValueError naming key, place, value and expected type."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if type(value) is int and value.bit_length() > LARGEST_BITS:
+        raise ValueError(
+            f"{where}: {name} is an integer of {value.bit_length()} bits, expected {LARGEST_BITS} at most"
+        )
     if dataclasses.is_dataclass(annotation):
         if isinstance(value, annotation):
             return value
