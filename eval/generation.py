@@ -29,7 +29,8 @@ images can be compared with real ones; and what real images get there, the floor
 it from real images outside it. A control (images of an untrained network) shows what no learning gets. Variants that a
 data set draws less often (skin tones) are left out of the reference; neighbours are looked for among all of it.
 
-Features are kept, images are not: 0.7 GB for 50,000 images on inception, whatever their size. Equal images are
+Features are kept, images are not: 0.7 GB for 50,000 images on inception, whatever their size, and as much again while
+neighbours are looked for; the rest does not grow with their number. Equal images are
 counted, and refused in a folder or an npz, where they come from files that are there twice. Real images that cannot
 be read (--data.skip_unreadable) are left out and counted, smaller ones are enlarged and counted.
 """

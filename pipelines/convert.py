@@ -52,7 +52,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pipeline.add_argument("--vae", required=True, metavar="DIR", help="folder of a diffusers autoencoder")
     pipeline.add_argument("--transformer", required=True, metavar="DIR", help="folder of the transformer")
     pipeline.add_argument("--shift", type=float, default=1.0, help="of the scheduler: 1/s for upstream's s [1.0]")
-    pipeline.add_argument("--id2label", metavar="FILE", help="JSON: class index -> name, or a list of names")
+    pipeline.add_argument(
+        "--id2label",
+        metavar="FILE",
+        help="JSON: class index -> name, or a list of names; those that are WordNet ids become words; "
+        "imagenet: its 1000 classes",
+    )
     return parser.parse_args(argv)
 
 
@@ -88,6 +93,19 @@ def read_latent_statistics(file: str) -> tuple[list[float], list[float]]:
         found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
         raise ValueError(f"{file} must hold 'mean' and 'std', it holds {found}; FILE:NAME picks an entry")
     return tuple(torch.as_tensor(entry[key], dtype=torch.float32).flatten().tolist() for key in ("mean", "std"))
+
+
+def read_names(file: str) -> dict[int | str, str]:
+    """Class index -> name from a JSON file, or those of ImageNet."""
+    from vtp_diffusion.data.imagenet import IMAGENET, names_of_wnids
+
+    if file == IMAGENET:
+        return dict(enumerate(names_of_wnids()))
+    names = read_json(file)
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{file} must hold texts, as a list or by class index")
+    return dict(zip(names, names_of_wnids([*names.values()]), strict=True))
 
 
 def convert_vtp(arguments: argparse.Namespace) -> AutoencoderVTP:
@@ -126,12 +144,11 @@ def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
     for folder in (arguments.vae, arguments.transformer):
         if not (Path(folder) / "config.json").is_file():
             raise ValueError(f"{folder} is not the folder of a diffusers model: it has no config.json")
-    names = None if arguments.id2label is None else read_json(arguments.id2label)
     return LightningDiTPipeline(
         vae=load_saved(AutoModel, arguments.vae),
         transformer=load_saved(LightningDiTTransformer2DModel, arguments.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=arguments.shift),
-        id2label=dict(enumerate(names)) if isinstance(names, list) else names,
+        id2label=None if arguments.id2label is None else read_names(arguments.id2label),
     )
 
 

@@ -10,13 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
-from test_pipeline_lightning_dit import tiny_pipeline
+from test_pipeline_lightning_dit import tiny_pipeline, tiny_transformer
 from test_report import files, generation  # noqa: F401
 
+from vtp_diffusion.data.image_datasets import sorted_names
+from vtp_diffusion.data.imagenet import names_of_wnids
+from vtp_diffusion.evaluation.one_pass import Record, Wanted
 from vtp_diffusion.evaluation.report_page import markdown_text
 from vtp_diffusion.generation.export import export_pipeline
 from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
 from vtp_diffusion.generation.sampling import labels_by_name
+from vtp_diffusion.generation.transformer_config import ModelConfig, build_transformer
+from vtp_diffusion.metrics import scores
 from vtp_diffusion.runtime.cli import run
 
 ROOT = Path(__file__).parents[2]
@@ -270,3 +275,61 @@ def test_a_pipeline_that_cannot_sample_is_not_saved_over(folder):
     change(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     with pytest.raises(ValueError, match="scheduler is DDIMScheduler.*expected FlowMatchEulerDiscreteScheduler"):
         DiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["n02012849", "n03126707"], {0: "crane, n02012849", 1: "crane, n03126707"}),
+        ({"2": "n02099601"}, {"2": "golden retriever, n02099601"}),
+        (["n02099601", "cat"], {0: "n02099601", 1: "cat"}),
+        (["n99999999"], "n99999999 is no class of ImageNet"),
+        ([["cat"]], "must hold texts"),
+        ("cat", "must hold texts"),
+    ],
+)
+def test_names_for_a_pipeline(tmp_path, names, expected):
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    read_names = main_of("pipelines/convert.py").__globals__["read_names"]
+    if isinstance(expected, dict):
+        assert read_names(str(tmp_path / "names.json")) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            read_names(str(tmp_path / "names.json"))
+
+
+def test_imagenet_has_a_name_for_each_class():
+    names = names_of_wnids()
+    assert len(set(names)) == 1000 and names[207] == "golden retriever, n02099601"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [({"10", "2", "1"}, ["1", "2", "10"]), ({"b10", "b2", "10"}, ["10", "b10", "b2"]), ({"02", "1"}, ["1", "02"])],
+)
+def test_numbers_are_sorted_as_numbers(names, expected):
+    assert sorted_names(names) == expected
+
+
+def test_a_generator_is_tuned_to_other_classes(tmp_path, capsys):
+    before = tiny_transformer()
+    before.save_pretrained(tmp_path / "released")
+    config = ModelConfig(num_layers=2, num_attention_heads=2, attention_head_dim=8)
+    after = build_transformer(config, (4, 4, 4), 5, 0.2, str(tmp_path / "released"))
+    assert "released: 3 classes give way to 5 others" in capsys.readouterr().out
+    assert after.config.num_classes == 5 and after.class_embed.weight.shape == (6, 16)
+    old, new = before.state_dict(), after.state_dict()
+    assert torch.equal(new.pop("class_embed.weight")[-1], old.pop("class_embed.weight")[-1])
+    assert all(torch.equal(value, old[name]) for name, value in new.items())
+
+
+def test_what_a_measurement_holds_is_the_features_alone(monkeypatch):
+    record = Record(3, 1000, Wanted(0, None), 0, "cpu")
+    block = record._rows.data_ptr()
+    for start in range(0, 1000, 10):
+        record.add(range(start, start + 10), torch.full((10, 3), float(start)))
+    record.gather()
+    assert record.features.data_ptr() == block and record.features[995].tolist() == [990.0] * 3
+    monkeypatch.setattr(scores, "LARGEST_PRODUCT", 1000)  # ten rows of a hundred at once
+    generated, reference = torch.randn(100, 3), torch.randn(90, 3)
+    assert scores.precision_recall(generated, reference) == scores.precision_recall(generated, reference, chunk=10)

@@ -6,7 +6,7 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 import hashlib
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -233,7 +233,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     column = config.label_column or OPENMOJI_LABELS[0]
     if column not in OPENMOJI_LABELS:
         raise ValueError(f"label_column is {column!r}, expected {' or '.join(OPENMOJI_LABELS)} for openmoji")
-    names = sorted({row[column] for row in rows})
+    names = sorted_names({row[column] for row in rows})
     wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
     rows = [row for row in rows if is_held_out(row["base"], config.holdout, config.holdout_seed) in wanted]
     if not rows:
@@ -259,7 +259,8 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
     if splits and split != "all" and split not in splits:
         raise ValueError(f"{folder} has no {split} split: it holds {', '.join(splits)}")
     roots = [folder / name for name in splits if split in (name, "all")] or [folder]
-    classes = sorted({entry.name for root in roots for entry in root.iterdir() if entry.is_dir() and _images(entry)})
+    folders = (entry for root in roots for entry in root.iterdir() if entry.is_dir() and _images(entry))
+    classes = sorted_names({entry.name for entry in folders})
     loose = [path for root in roots for path in _images(root)]
     if classes and loose:
         raise ValueError(f"{folder} holds classes ({', '.join(classes[:3])}) and, beside them, images: {loose[0]}")
@@ -288,6 +289,12 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
         fingerprint=_fingerprint("folder", config.resolution, [f"{k}:{s}" for k, s in zip(keys, sizes, strict=True)]),
         skip_unreadable=config.skip_unreadable,
     )
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Names of classes in alphabetical order; if all are numbers, in theirs: "10" comes after "2"."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
 def _images(folder: Path) -> list[Path]:
@@ -366,7 +373,7 @@ def _collection_labels(table, config: DataConfig) -> tuple[list[int], list[str],
         return [0] * len(table), ["image"], True
     labels = list(table[config.label_column])
     if all(isinstance(label, str) for label in labels):
-        names = sorted(set(labels))
+        names = sorted_names(set(labels))
         indices = {name: index for index, name in enumerate(names)}
         return [indices[label] for label in labels], names, True
     wrong = [label for label in labels if not isinstance(label, int) or isinstance(label, bool) or label < 0]

@@ -38,6 +38,7 @@ LEFT_OUT = (
     "AutoencoderVTP.with_latent_statistics",
     "LightningDiTTransformer2DModel.from_released",
     "LightningDiTTransformer2DModel.initialize_weights",
+    "LightningDiTTransformer2DModel.replace_classes",
     "VTPAttentionProcessor._causal_mask",
     "VTPBlock._update_kept",
 )

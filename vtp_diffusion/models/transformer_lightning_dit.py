@@ -166,6 +166,15 @@ class LightningDiTTransformer2DModel(
         tokens = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (grid, grid))  # (B, h, w, p, p, C)
         return tokens.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
+    def replace_classes(self, num_classes: int) -> None:
+        """Other classes: their embeddings are drawn anew as in `initialize_weights`, "no class" keeps its own."""
+        table = nn.Embedding(num_classes + 1, self.class_embed.embedding_dim)
+        nn.init.normal_(table.weight, std=0.02)
+        with torch.no_grad():
+            table.weight[-1] = self.class_embed.weight[-1]
+        self.class_embed = table.to(self.class_embed.weight)
+        self.register_to_config(num_classes=num_classes)
+
     def initialize_weights(self) -> None:
         """DiT's published initialisation, to call before training from scratch: xavier, N(0, 0.02) for the class table
         and the time MLP, and zeros for the modulations and the output, so that every block starts as the identity
