@@ -83,11 +83,6 @@ class Config(TrainingConfig, FlowMatchingConfig):
         super().__post_init__()
         if self.guide.step is not None and self.guide.step > self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
-        if self.class_dropout_prob == 0 and self.validation.guidance_scale != 1:
-            raise ValueError(
-                f"validation.guidance_scale is {self.validation.guidance_scale}, expected 1: with class_dropout_prob "
-                "0 no unconditional class is trained"
-            )
         if self.latents is None and self.data is None:
             raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
         if self.latents is not None and self.augmentation != AugmentationConfig():

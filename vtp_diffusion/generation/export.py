@@ -30,12 +30,10 @@ COMPONENTS = ("vae", "transformer", "scheduler", "guidance_transformer")
 OWN_LIBRARIES = ("vtp_diffusion", "diffusers", "diffusers_modules")
 # What may stand in a folder that is loaded with trust_remote_code: nothing that Python could run.
 COPIED = (".json", ".safetensors", ".md")
-# For training, features, texts and released weights: what they need stays out with them.
+# For training, texts and released weights: what they need stays out with them.
 LEFT_OUT = (
-    "AutoencoderVTP.encode_features",
     "AutoencoderVTP.encode_raw",
     "AutoencoderVTP.from_released",
-    "AutoencoderVTP.with_latent_statistics",
     "LightningDiTTransformer2DModel.from_released",
     "LightningDiTTransformer2DModel.initialize_weights",
     "LightningDiTTransformer2DModel.replace_classes",
@@ -201,6 +199,7 @@ class _Module:
         self.lines = self.path.read_text(encoding="utf-8").splitlines()
         self.tree = ast.parse("\n".join(self.lines), filename=str(self.path))
         self._leave_out()
+        self._shorten_docstrings()
         self.imports: dict[str, str] = {}  # bound name -> statement
         self.needs_first: list[str] = []  # modules imported at the top
         self.needs_later: list[str] = []  # modules imported inside functions
@@ -221,6 +220,22 @@ class _Module:
                 if f"{owner.name}.{getattr(node, 'name', None)}" in LEFT_OUT:
                     owner.body.remove(node)
                     self._blank(node)
+
+    def _shorten_docstrings(self) -> None:
+        """To their first paragraph, but for the exported classes and the methods that users call."""
+        owners = [node for node in self.tree.body if getattr(node, "name", None) in EXPORTED_CLASSES]
+        kept = [
+            *owners,
+            *(node for owner in owners for node in owner.body if not getattr(node, "name", "_")[0] == "_"),
+        ]
+        for node in ast.walk(self.tree):
+            if node in kept or not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            first, _, rest = (ast.get_docstring(node, clean=False) or "").partition("\n\n")
+            if rest:
+                last = node.body[0].lineno - 1 + first.count("\n")
+                self.lines[last] += '"""'
+                self.lines[last + 1 : node.body[0].end_lineno] = [""] * (node.body[0].end_lineno - last - 1)
 
     def _blank(self, node: ast.stmt, first_line: str = "") -> None:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
@@ -246,7 +261,8 @@ class _Module:
             segment, end = self.lines[end : node.end_lineno], node.end_lineno
             if node in wanted:
                 kept += segment
-        return re.sub(r"\n{4,}", "\n\n\n", "\n".join(kept))
+        text = re.sub(r'"""\n{3,}(?= )', '"""\n', "\n".join(kept))  # where a docstring was shortened
+        return re.sub(r"\n{4,}", "\n\n\n", text)
 
 
 def _bound_imports(modules: Iterable[_Module]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import difflib
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from pathlib import Path
@@ -293,7 +294,6 @@ class LightningDiTPipeline(DiffusionPipeline):
             raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
         check_scheduler(self.scheduler)  # a pipeline's scheduler may be replaced
         config, known = self.transformer.config, self._callback_tensor_inputs
-        untrained = config.class_dropout_prob == 0 and self.guidance_transformer is None and scale != 1
         pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
         types = OUTPUT_TYPES if self.vae is not None else ("latent",)
         no_vae = "" if self.vae is not None else ": this pipeline has no vae"
@@ -302,7 +302,6 @@ class LightningDiTPipeline(DiffusionPipeline):
             ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
             ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
             ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
-            ("guidance_scale", scale, not untrained, "1: no unconditional class was trained (class_dropout_prob 0)"),
             (
                 "guidance_interval", interval,
                 pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
@@ -324,6 +323,12 @@ class LightningDiTPipeline(DiffusionPipeline):
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
+        if scale != 1 and self.guidance_transformer is None and config.class_dropout_prob == 0:
+            warnings.warn(
+                f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
+                "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
+                stacklevel=4,
+            )
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> torch.Tensor:
         # Left to itself the scheduler builds the grid between already shifted ends and shifts it once more.
