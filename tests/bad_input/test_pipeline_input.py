@@ -53,6 +53,7 @@ class NeverEvaluated(torch.nn.Module):
         ({"generator": 0}, "generator is 0, expected a torch.Generator or a list of them"),
         ({"generator": (torch.Generator(), torch.Generator())}, "expected a torch.Generator or a list"),
         ({"generator": [0, 1]}, "expected a torch.Generator or a list"),
+        ({"generator": [None, None]}, "expected a torch.Generator or a list"),
         ({"generator": [torch.Generator()], "latents": NOISE}, "1 generators for 2 images"),
         ({"latents": NOISE.tolist()}, "latents must be a floating-point tensor, got list"),
         ({"latents": NOISE.numpy()}, "latents must be a floating-point tensor, got ndarray"),
@@ -279,6 +280,14 @@ def test_callbacks():
         )
         assert torch.equal(found, plain)
     assert seen == [set(), {"latents"}, {"latents"}, {"latents"}]
+    with pytest.raises(ValueError, match="callback_on_step_end gave a Tensor, expected a dict"):
+        sample(tiny_pipeline(), callback_on_step_end=lambda *_: NOISE)
+
+
+@pytest.mark.parametrize("name", ["vae", "transformer", "guidance_transformer"])
+def test_a_component_that_is_no_model_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is a str, expected a model"):
+        tiny_pipeline(**{name: "folder"})
 
 
 def test_a_pipeline_of_another_ones_components_has_its_names():

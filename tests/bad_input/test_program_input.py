@@ -223,6 +223,7 @@ def test_export_refuses_a_foreign_component_in_memory(tmp_path):
         (lambda r: r["distances"][0].update(value=float("nan")), "NaN is no number that can be shown"),
         (lambda r: r["distances"][0].update(value=1e305), "1e+305 is no number that can be shown"),
         (lambda r: r["sampling"]["generated"].update(guidance_scale="high"), "guidance-1.json is an incomplete"),
+        (lambda r: r["settings"].update(nearest_neighbours=5), "guidance-1.json is an incomplete"),
         (lambda r: r.update(settings=[]), "guidance-1.json is an incomplete"),
     ],
 )

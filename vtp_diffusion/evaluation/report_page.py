@@ -151,10 +151,11 @@ def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) 
     titles = {"generation": "nearest real images, below each generated one", "reconstruction": "worst cases"}
     pictures = list(given)
     for result in results:
-        recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
-        if recorded is None:
+        with reading(result):
+            recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
+            places = () if recorded is None else (result.folder / Path(recorded).name, Path(recorded))
+        if not places:
             continue
-        places = (result.folder / Path(recorded).name, Path(recorded))
         file = next((place for place in places if place.is_file()), None)
         caption = f"{result.name}: {titles[result.evaluation]}"
         pictures.append((caption if file else f"{caption}: picture {recorded} is not there", file))

@@ -5,6 +5,8 @@ import unicodedata
 from numbers import Real
 from typing import Any
 
+import torch
+
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # These follow the flow when their settings say so.
 SOLVERS = (
@@ -24,7 +26,10 @@ def normal_name(name: str) -> str:
 
 
 def check_components(vae, transformer, guidance_transformer) -> None:
-    """Raises: ValueError if the components are made for other latents or classes."""
+    """Raises: ValueError if the components are no models, or made for other latents or classes."""
+    for name, model in (("vae", vae), ("transformer", transformer), ("guidance_transformer", guidance_transformer)):
+        if not isinstance(model, torch.nn.Module | None):
+            raise ValueError(f"{name} is a {type(model).__name__}, expected a model")
     if transformer is None:  # diffusers allows pipelines that lack components
         return
     config = transformer.config

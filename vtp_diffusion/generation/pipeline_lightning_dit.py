@@ -246,8 +246,10 @@ class LightningDiTPipeline(DiffusionPipeline):
                         latents = self.scheduler.step(-velocity, timestep, latents, **step_options)[0]
                     if callback_on_step_end is not None:
                         tensors = {name: latents for name in (["latents"] if tensor_inputs is None else tensor_inputs)}
-                        changed = callback_on_step_end(self, step, timestep, tensors) or {}
-                        latents = changed.get("latents", latents)
+                        changed = callback_on_step_end(self, step, timestep, tensors)
+                        if not isinstance(changed, dict | None):
+                            raise ValueError(f"callback_on_step_end gave a {type(changed).__name__}, expected a dict")
+                        latents = (changed or {}).get("latents", latents)
                     progress.update()
 
             self._current_timestep = None
@@ -267,7 +269,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         config = self.transformer.config
         shape = (batch, config.in_channels, config.sample_size, config.sample_size)
         generators = generator if isinstance(generator, list) else [generator] * batch
-        if not all(isinstance(one, torch.Generator | None) for one in generators):
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
             raise ValueError(f"generator is {generator!r}, expected a torch.Generator or a list of them")
         if len(generators) != batch:
             raise ValueError(f"got {len(generators)} generators for {batch} images: give one, or one an image")
