@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchLCMScheduler
 from test_pipeline_lightning_dit import tiny_pipeline, tiny_transformer
 from test_report import files, generation  # noqa: F401
 
@@ -19,7 +19,7 @@ from vtp_diffusion.evaluation.one_pass import Record, Wanted
 from vtp_diffusion.evaluation.report_page import markdown_text
 from vtp_diffusion.generation.export import export_pipeline
 from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
-from vtp_diffusion.generation.sampling import labels_by_name
+from vtp_diffusion.generation.sampling import labels_by_name, sample_numbers
 from vtp_diffusion.generation.transformer_config import ModelConfig, build_transformer
 from vtp_diffusion.metrics import scores
 from vtp_diffusion.runtime.cli import run
@@ -128,6 +128,14 @@ def test_labels_of_a_reference_are_compared_by_name(names, labels, expected):
             labels_by_name(tiny_pipeline(), labels, names)
 
 
+def test_noise_that_a_scheduler_adds_is_keyed_by_the_image():
+    pipe = tiny_pipeline(scheduler=FlowMatchLCMScheduler())
+    labels, settings = [0, 1, 2], {"num_inference_steps": 3}
+    together = sample_numbers(pipe, labels, [0, 1, 2], 5, **settings).int()
+    alone = torch.cat([sample_numbers(pipe, labels, [k], 5, **settings) for k in range(3)]).int()
+    assert (together - alone).abs().max() <= 1 and (together[0] - together[1]).abs().max() > 1
+
+
 @pytest.mark.parametrize("kind", [SampleFolder, SampleNpz])
 def test_a_second_run_on_one_output_is_refused(tmp_path, kind):
     images = kind(tmp_path / "out.npz", {"num_images": 2})
@@ -189,6 +197,7 @@ def test_export_copies_nothing_that_could_run(folder, tmp_path, where):
         ("model_index.json", {"vae": ["vtp_diffusion", "Other"]}, "Other"),
         ("model_index.json", {"scheduler": ["os", "system"]}, "system"),
         ("model_index.json", {"scheduler": ["diffusers", "NoSuchScheduler"]}, "NoSuchScheduler"),
+        ("model_index.json", {"scheduler": ["diffusers", "utils"]}, "utils"),
         ("model_index.json", {"safety_checker": ["diffusers", "AutoencoderKL"]}, "safety_checker"),
         ("model_index.json", {"_class_name": ["pipeline", "LightningDiTPipeline"]}, "says"),
         ("vae/config.json", {"auto_map": {"AutoModel": "vae.X"}}, "auto_map"),

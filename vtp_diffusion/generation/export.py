@@ -108,7 +108,12 @@ def _components(folder: Path) -> list[str]:
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (entry, None)
         own = str(library).partition(".")[0] in OWN_LIBRARIES
         known = isinstance(class_name, str) and (class_name in EXPORTED_CLASSES or library == "diffusers")
-        if name not in COMPONENTS or not own or not known or not hasattr(diffusers, class_name):
+        if (
+            name not in COMPONENTS
+            or not own
+            or not known
+            or not isinstance(getattr(diffusers, class_name, None), type)
+        ):
             raise ValueError(
                 f"{index_file} has {name}: {entry}, expected {', '.join(COMPONENTS)} of the classes "
                 f"{', '.join(EXPORTED_CLASSES)} or of diffusers' own: code of others is not exported"
