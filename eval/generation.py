@@ -29,7 +29,8 @@ images can be compared with real ones; and what real images get there, the floor
 it from real images outside it. A control (images of an untrained network) shows what no learning gets. Variants that a
 data set draws less often (skin tones) are left out of the reference; neighbours are looked for among all of it.
 
-Features are kept, images are not: 0.7 GB for 50,000 images on inception, whatever their size. Equal images are
+Features are kept, images are not: 0.7 GB for 50,000 images on inception, whatever their size, and as much again while
+neighbours are looked for; the rest does not grow with their number. Equal images are
 counted, and refused in a folder or an npz, where they come from files that are there twice. Real images that cannot
 be read (--data.skip_unreadable) are left out and counted, smaller ones are enlarged and counted.
 """
@@ -68,13 +69,14 @@ from vtp_diffusion.evaluation.sources import (
 )
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
-from vtp_diffusion.generation.sampling import LabelRule, draw_labels
+from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
 from vtp_diffusion.metrics.scores import SMALL_SPLIT
+from vtp_diffusion.models.loading import load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
+from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
 from vtp_diffusion.runtime.random_streams import random_stream, stream_seed
 
@@ -156,8 +158,8 @@ def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) ->
     """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=config.torch_dtype(torch.device(config.device)))
-    pipe = pipe.to(config.device)
+    dtype = config.torch_dtype(torch.device(config.device))
+    pipe = load_saved(DiffusionPipeline, folder, dtype=dtype).to(config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:
@@ -174,10 +176,14 @@ def open_wanted(config: GenerationConfig, source: str) -> "ImageSource | Diffusi
     return load_pipeline(config, source) if is_pipeline(source) else open_images(source)
 
 
-def sampled(config: GenerationConfig, pipe: "DiffusionPipeline", reference_labels: list[int] | None) -> PipelineImages:
-    """The images that a pipeline will make."""
-    num_classes = pipe.transformer.config.num_classes
-    labels = draw_labels(config.labels, config.num_images, num_classes, config.seed, reference_labels)
+def sampled(
+    config: GenerationConfig, pipe: "DiffusionPipeline", reference: DatasetImages | None, base: list[int]
+) -> PipelineImages:
+    """The images that a pipeline will make; `base`: which images of the reference count."""
+    num_classes, theirs = pipe.transformer.config.num_classes, None
+    if reference is not None and config.labels == "reference":
+        theirs = labels_by_name(pipe, [reference.labels[k] for k in base], reference.dataset.label_names)
+    labels = draw_labels(config.labels, config.num_images, num_classes, config.seed, theirs)
     images = PipelineImages(
         pipe,
         labels,
@@ -221,14 +227,14 @@ def collect_images(config: GenerationConfig) -> Sources:
         if floor is None:
             raise ValueError(f"floor_images {config.floor_images} holds statistics, expected images")
         real["floor"] = floor[0], floor[1]
-    labels = None
+    labelled, base = None, []
     reference = open_reference(config.data, config.reference, "train", size)
     if reference is not None:
         source, base, variants = reference
         real["reference"] = source, base
         if config.nearest_neighbours is not None and variants:
             real["variants"] = source, variants
-        labels = [source.labels[i] for i in base] if isinstance(source, DatasetImages) else None
+        labelled = source if isinstance(source, DatasetImages) else None
     elif config.nearest_neighbours is not None or config.floor_images is not None:
         raise ValueError(f"{config.reference} holds statistics only: neighbours and floors need images")
     if "floor" in real and _fingerprint(real["floor"]) == _fingerprint(real.get("reference")) is not None:
@@ -238,7 +244,7 @@ def collect_images(config: GenerationConfig) -> Sources:
     sources: Sources = {}
     for name, source in opened.items():
         if isinstance(source, DiffusionPipeline):
-            source = sampled(config, source, labels)
+            source = sampled(config, source, labelled, base)
         found = f"the {name} images are {len(source)}"
         sources[name] = source, chosen_images(config.num_images, len(source), config.seed, found)
     for name, (_, kept) in (sources | real).items():
@@ -315,7 +321,7 @@ def count_near_duplicates(
     among, _ = nearest_neighbours(features["reference"], features["reference"], exclude_self=True)
     close = int((among < threshold).sum())
     result["reference"] = {"near_duplicates": close, "num_images": len(base), "share": close / len(base)}
-    picture.save(config.nearest_neighbours)
+    write_picture(Path(config.nearest_neighbours), picture)
     return result
 
 

@@ -16,6 +16,7 @@ processes.
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -52,7 +53,7 @@ from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
 from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import check_output, file_sha256, write_results
+from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import check_device, gather_objects, join_processes, this_process
 
 WORST = 16
@@ -235,7 +236,7 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
         "worst": [{"key": images.dataset.keys[k], "psnr": ratio} for k, ratio, *_ in worst.sorted()],
     }
     if config.worst_cases is not None:
-        worst.picture().save(config.worst_cases)
+        write_picture(Path(config.worst_cases), worst.picture())
     results = write_results(config.output, "reconstruction", config, results)
     print_results(config, results)
 

@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtp_diffusion.evaluation.report import NOT_MEASURED, read_result, result_names, table_rows
-from vtp_diffusion.evaluation.report_page import find_charts, find_pictures, html_page, markdown_table
+from vtp_diffusion.evaluation.report_page import (
+    find_charts,
+    find_pictures,
+    html_page,
+    markdown_table,
+    markdown_text,
+)
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import check_output
+from vtp_diffusion.runtime.disk import check_output, write_text
 
 
 @dataclass(kw_only=True)
@@ -42,8 +48,8 @@ class ReportConfig(Settings):
                 raise ValueError(f"picture {file} is not there")
 
 
-def main() -> None:
-    config = parse_config(ReportConfig, description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(ReportConfig, argv, __doc__)
     names = result_names(config.results)
     results = [read_result(file, name) for file, name in zip(config.results, names, strict=True)]
     rows, charts = table_rows(results), find_charts(results)
@@ -51,8 +57,8 @@ def main() -> None:
     pictures = find_pictures(results, given)
     page = html_page(config.title, rows, charts, pictures, results)
     output = Path(config.output)
-    output.write_text(page, encoding="utf-8")
-    output.with_suffix(".md").write_text(f"# {config.title}\n\n{markdown_table(rows)}", encoding="utf-8")
+    write_text(output, page)
+    write_text(output.with_suffix(".md"), f"# {markdown_text(config.title)}\n\n{markdown_table(rows)}")
     for row in rows:
         if row.value == NOT_MEASURED:
             print(f"{row.name}: not measured: {row.what}: {row.details}")

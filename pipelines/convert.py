@@ -56,7 +56,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shifts = pipeline.add_mutually_exclusive_group()
     shifts.add_argument("--time-shift", "--time_shift", metavar="S", type=float, help="s, as `shift` of training [1]")
     shifts.add_argument("--shift", metavar="1/S", type=float, help="the same as the scheduler counts it, 1/s")
-    pipeline.add_argument("--id2label", metavar="FILE", help="JSON: class index -> name, or a list of names")
+    pipeline.add_argument(
+        "--id2label",
+        metavar="FILE",
+        help="JSON: class index -> name, or a list of names; those that are WordNet ids become words; "
+        "imagenet: its 1000 classes",
+    )
     return parser.parse_args(argv)
 
 
@@ -94,6 +99,19 @@ def read_latent_statistics(file: str) -> tuple[list[float], list[float]]:
         raise ValueError(f"{file}: 'mean' and 'std' must be lists of numbers: {error}") from error
 
 
+def read_names(file: str) -> dict[int | str, str]:
+    """Class index -> name from a JSON file, or those of ImageNet."""
+    from vtp_diffusion.data.imagenet import IMAGENET, names_of_wnids
+
+    if file == IMAGENET:
+        return dict(enumerate(names_of_wnids()))
+    names = read_json(file)
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{file} must hold texts, as a list or by class index")
+    return dict(zip(names, names_of_wnids([*names.values()]), strict=True))
+
+
 def convert_vtp(arguments: argparse.Namespace) -> AutoencoderVTP:
     """The autoencoder of a released checkpoint, with latent statistics if they are given."""
     from vtp_diffusion import AutoencoderVTP
@@ -127,7 +145,7 @@ def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
     from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
     from vtp_diffusion.generation.flow_matching import scheduler_shift
     from vtp_diffusion.models.latent_space import latent_statistics
-    from vtp_diffusion.models.loading import load_autoencoder
+    from vtp_diffusion.models.loading import load_autoencoder, load_saved
 
     shift = scheduler_shift(1.0 if arguments.time_shift is None else arguments.time_shift)
     if arguments.shift is not None:
@@ -136,12 +154,11 @@ def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
     latent_statistics(vae)  # refuses an autoencoder that should have them and does not
     if not (Path(arguments.transformer) / "config.json").is_file():
         raise ValueError(f"{arguments.transformer} is not the folder of a diffusers model: it has no config.json")
-    names = None if arguments.id2label is None else read_json(arguments.id2label)
     return LightningDiTPipeline(
         vae=vae,
-        transformer=LightningDiTTransformer2DModel.from_pretrained(arguments.transformer),
+        transformer=load_saved(LightningDiTTransformer2DModel, arguments.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        id2label=dict(enumerate(names)) if isinstance(names, list) else names,
+        id2label=None if arguments.id2label is None else read_names(arguments.id2label),
     )
 
 

@@ -2,12 +2,14 @@
 
     python pipelines/export.py --pipeline weights/openmoji-128 --output exported
 
-and anywhere with diffusers
+Weights, configurations and model cards are copied; what else lies in the folder is left out and named. Components of
+other classes than the exported ones and diffusers' own are refused. Then, anywhere with diffusers:
 
     DiffusionPipeline.from_pretrained("exported", custom_pipeline="pipeline", trust_remote_code=True)
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
@@ -27,6 +29,9 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = export_pipeline(config.pipeline, config.output)
     print(f"self-contained pipeline: {folder}")
+    files = sorted(path.relative_to(config.pipeline) for path in Path(config.pipeline).rglob("*") if path.is_file())
+    if left_out := [str(path) for path in files if not (folder / path).exists()]:
+        print(f"left out: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":

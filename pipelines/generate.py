@@ -18,6 +18,7 @@ pipeline itself without writing anything.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ import torch
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.disk import write_picture
 from vtp_diffusion.runtime.processes import check_device, join_processes, this_process
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class GenerateConfig(SamplerConfig):
 
     pipeline: str = setting(help="folder of a saved pipeline")
     output: str = setting(help="FILE.png for one labelled picture, FILE.npz, or a folder of files")
-    labels: list[str] = setting(default_factory=list, help="class indices or names")
+    labels: list[str] = setting(default_factory=list, help="class names or indices; index=4 where both are possible")
     num_images_per_label: int = setting(1, "images of each of the labels", at_least=1)
     num_images: int | None = setting(None, "so many images of drawn labels", at_least=1)
     label_rule: Literal["random", "balanced"] = setting(
@@ -80,11 +82,10 @@ def load_pipeline(config: GenerateConfig, device: torch.device | str) -> Lightni
     if not (Path(config.pipeline) / "model_index.json").is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     from diffusers import DiffusionPipeline
-    from diffusers.utils import is_accelerate_available
 
-    # the default of low_cpu_mem_usage, which warns where accelerate is not installed
-    options = {"dtype": config.torch_dtype(torch.device(device)), "low_cpu_mem_usage": is_accelerate_available()}
-    pipe = DiffusionPipeline.from_pretrained(config.pipeline, **options)
+    from vtp_diffusion.models.loading import load_saved
+
+    pipe = load_saved(DiffusionPipeline, config.pipeline, dtype=config.torch_dtype(torch.device(device)))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -96,8 +97,7 @@ def image_labels(config: GenerateConfig, pipe: LightningDiTPipeline) -> tuple[li
     if config.num_images is not None:
         labels = draw_labels(config.label_rule, config.num_images, pipe.transformer.config.num_classes, config.seed)
         return labels, {"labels": config.label_rule}
-    # a word of digits is an index
-    given = pipe.get_label_ids([int(label) if label.isdecimal() else label for label in config.labels])
+    given = pipe.get_label_ids(config.labels)
     labels = [label for label in given for _ in range(config.num_images_per_label)]
     return labels, {"labels": "given", "label_ids": given, "num_images_per_label": config.num_images_per_label}
 
@@ -140,7 +140,7 @@ def generate(
         written.result()
 
 
-def write_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int]) -> None:
+def draw_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: list[int]) -> None:
     """One labelled picture of all images."""
     from vtp_diffusion.data.images import image_grid, to_pil
 
@@ -151,8 +151,7 @@ def write_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: li
     each = config.num_images_per_label
     columns = each if each > 1 else math.ceil(math.sqrt(len(labels)))
     picture = image_grid(to_pil(torch.stack([images[k] for k in range(len(labels))])), columns, names)
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(config.output)
+    write_picture(Path(config.output), picture)
     print(f"{len(labels)} images: {config.output}")
 
 
@@ -171,13 +170,14 @@ def write_files(
     settings |= pipeline_identity(pipe) | label_settings | ({"fp8": True} if config.fp8 else {})
     files = (SampleNpz if config.kind == ".npz" else SampleFolder)(config.output, settings)
     rank, world_size = this_process()
-    missing, numbers = len(files.missing()), files.missing(rank, world_size)
-    wait()  # all have looked before one writes
-    generate(config, pipe, labels, numbers, files.write)
-    wait()
-    if rank == 0:
-        files.finish(labels)
-        print(f"{missing} images made, {len(labels) - missing} were there: {config.output}")
+    with files.locked() if rank == 0 else contextlib.nullcontext():
+        missing, numbers = len(files.missing()), files.missing(rank, world_size)
+        wait()  # all have looked before one writes
+        generate(config, pipe, labels, numbers, files.write)
+        wait()
+        if rank == 0:
+            files.finish(labels)
+            print(f"{missing} images made, {len(labels) - missing} were there: {config.output}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe = load_pipeline(config, accelerator.device if several else config.device)
     labels, label_settings = image_labels(config, pipe)
     if config.kind == ".png":
-        write_picture(config, pipe, labels)
+        draw_picture(config, pipe, labels)
         return
     write_files(config, pipe, labels, label_settings, accelerator.wait_for_everyone if several else lambda: None)
     if several:

@@ -18,6 +18,7 @@ from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, re
 from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
+from vtp_diffusion.runtime.disk import write_picture
 from vtp_diffusion.runtime.processes import check_device
 
 
@@ -70,13 +71,12 @@ def open_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     return vae.to(config.device), resolution
 
 
-def write_picture(output: str, images: list[Image.Image], ratios: list[float]) -> None:
+def draw_picture(output: str, images: list[Image.Image], ratios: list[float]) -> None:
     """`images` are originals and reconstructions in turn, `ratios` the PSNR of each pair."""
     if not images:
         return
     labels = [label for ratio in ratios for label in ("original", f"{ratio:.1f} dB")]
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, 2 * min(4, len(ratios)), labels).save(output)
+    write_picture(Path(output), image_grid(images, 2 * min(4, len(ratios)), labels))
     print(f"{'mean of ' + str(len(ratios)):40} {sum(ratios) / len(ratios):7.2f} dB\npicture: {output}")
 
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             image = center_crop(read_image(file), resolution)
         except UnreadableImageError:
             if not config.skip_unreadable:
-                write_picture(config.output, images, ratios)
+                draw_picture(config.output, images, ratios)
                 raise
             skipped.append(file)
             continue
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         ratios.append(psnr(original, reconstruction).item())
         images += [image, to_pil(reconstruction)[0]]
         tqdm.write(f"{file.name:40} {ratios[-1]:7.2f} dB")
-    write_picture(config.output, images, ratios)
+    draw_picture(config.output, images, ratios)
     if skipped:
         print(f"{len(skipped)} of {len(files)} files can't be read: {', '.join(map(str, skipped))}")
     if not images:

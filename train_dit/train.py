@@ -69,7 +69,9 @@ class Config(TrainingConfig, FlowMatchingConfig):
     random_flip: bool = setting(True, "mirror half of the images")
     model: ModelConfig = setting(default_factory=ModelConfig)
     initial_transformer: str | None = setting(
-        None, "folder of a saved transformer to start from, as transformer_ema/; none = fresh"
+        None,
+        "folder of a saved transformer to start from, as transformer_ema/; of another number of classes it gets a new "
+        "class table; none = fresh",
     )
     shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with, as time_shift", above=0)
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)

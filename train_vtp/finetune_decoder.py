@@ -215,8 +215,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("FSDP was asked for: the decoder and its discriminator are trained with whole weights only")
     folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
     from vtp_diffusion import AutoencoderVTP
+    from vtp_diffusion.models.loading import load_saved
 
-    autoencoder, reference = (AutoencoderVTP.from_pretrained(source).eval() for _ in range(2))
+    autoencoder, reference = (load_saved(AutoencoderVTP, source).eval() for _ in range(2))
     if config.data.resolution % autoencoder.spatial_compression_ratio:
         raise ValueError(
             f"data.resolution is {config.data.resolution}, expected a multiple of the patch size of {source}, "

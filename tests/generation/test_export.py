@@ -162,7 +162,15 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path):
 def test_the_code_is_what_a_pipeline_uses(tmp_path):
     source = self_contained_source()
     assert len(source.encode()) < 80_000
-    for absent in ("from_released", "load_strict", "initialize_weights", "VTP_SIZES", "image_grid", "load_file"):
+    for absent in (
+        "from_released",
+        "load_strict",
+        "initialize_weights",
+        "VTP_SIZES",
+        "image_grid",
+        "load_file",
+        "_KeptSamples",
+    ):
         assert absent not in source
     file = tmp_path / "pipeline.py"
     file.write_text(source)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.models.large_products import use_large_products
+from vtp_diffusion.models.stochastic_depth import draw_kept, num_kept
 from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPRMSNorm, residual_update
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
@@ -31,8 +32,6 @@ from vtp_diffusion.pretraining.joint import (
     checkpoint_blocks,
     choose_share,
     compile_parts,
-    draw_kept,
-    num_kept,
 )
 from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective

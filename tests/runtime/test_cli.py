@@ -34,7 +34,7 @@ def wrong_value():
         (lambda: open("absent.yaml"), "error: [Errno 2] No such file or directory: 'absent.yaml'"),
         (
             lambda: require("no_such_package", "train"),
-            "error: no_such_package is needed here: pip install 'vtp-diffusion[train]'",
+            "error: no_such_package is needed here: in a clone of the repository, pip install -e '.[train]'",
         ),
         (lambda: next(iter(DataLoader(Unreadable(), num_workers=1))), "error: ValueError: cat.png cannot be read"),
     ],

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import tarfile
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -296,7 +296,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     column = config.label_column or OPENMOJI_LABELS[0]
     if column not in OPENMOJI_LABELS:
         raise ValueError(f"label_column is {column!r}, expected {' or '.join(OPENMOJI_LABELS)} for openmoji")
-    names = sorted({row[column] for row in rows})
+    names = sorted_names({row[column] for row in rows})
     wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
     rows = [row for row in rows if is_held_out(row["base"], config.holdout, config.holdout_seed) in wanted]
     if not rows:
@@ -342,6 +342,12 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
 def _turned(config: DataConfig) -> list[str]:
     """What a fingerprint says of the orientation; nothing where it is left alone, as it was before it was known."""
     return ["EXIF orientation"] if config.exif_orientation else []
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Names of classes in alphabetical order; if all are numbers, in theirs: "10" comes after "2"."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
 def _open_collection(config: DataConfig, split: str) -> ImageDataset:
@@ -405,7 +411,7 @@ def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int]
     for name in sorted(collection, key=lambda name: name != "train"):
         values = collection[name].unique(column) if column in collection[name].column_names else []
         if all(isinstance(value, str) for value in values):
-            found += sorted({unicodedata.normalize("NFC", value) for value in values}.difference(found))
+            found += sorted_names({unicodedata.normalize("NFC", value) for value in values}.difference(found))
         else:
             found += [check_label(value, f"{config.source}: {column}") for value in values]
     if all(isinstance(name, str) for name in found):

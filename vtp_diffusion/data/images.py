@@ -22,17 +22,22 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def finite_to_uint8(images: torch.Tensor, names: Sequence[object] | None = None) -> torch.Tensor:
     """`to_uint8` of images (B, ...) that are to be measured: it alone would make black pixels of what is not a number.
 
-    Raises: ValueError if some of them are not finite, by their names or else their places.
+    Raises: ValueError as of `check_finite`.
     """
-    finite = images.isfinite().flatten(1).all(1)  # (B,)
+    check_finite(images, "pixels", names)
+    return to_uint8(images)
+
+
+def check_finite(values: torch.Tensor, what: str, names: Sequence[object] | None = None) -> None:
+    """Raises: ValueError if values (B, ...) are not finite, naming the images by `names` or else by their places."""
+    finite = values.isfinite().flatten(1).all(1)  # (B,)
     if not finite.all():
-        names = range(len(images)) if names is None else names
+        names = range(len(values)) if names is None else names
         broken = [str(name) for name, good in zip(names, finite.tolist(), strict=True) if not good]
         raise ValueError(
-            f"pixels of image {', '.join(broken)} are not finite: expected numbers; the weights, their precision "
-            f"({images.dtype} pixels) or the settings of the sampler make none"
+            f"{what} of image {', '.join(broken)} are not finite: expected numbers; the weights, their precision "
+            f"({values.dtype} {what}) or the settings of the sampler make none"
         )
-    return to_uint8(images)
 
 
 def from_uint8(images: torch.Tensor) -> torch.Tensor:

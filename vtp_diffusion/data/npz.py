@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..runtime.disk import replacing
+from ..runtime.disk import replacing, writing
 
 IMAGES_KEY = "arr_0"
 READ_BYTES = 1 << 24
@@ -213,8 +213,11 @@ class ImageSpool:
     def create(self) -> None:
         """By one process, before any writes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.file, "wb") as file:
-            file.truncate(self.count * self.size[0] * self.size[1] * 3)
+        size = self.count * self.size[0] * self.size[1] * 3
+        with writing(self.file), open(self.file, "wb") as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process without a word
+                os.posix_fallocate(file.fileno(), 0, size)
 
     def write(self, rows: Sequence[int], images: np.ndarray) -> None:
         """uint8 images (B, H, W, 3) to their rows."""

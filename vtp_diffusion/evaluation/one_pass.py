@@ -142,8 +142,9 @@ class Record:
         self._chosen = np.zeros(count, dtype=bool)
         self._chosen[self.kept] = True
         self._positions: list[np.ndarray] = []
-        # on that device until `gather`: a copy would wait for the network after every batch
-        self._rows: list[torch.Tensor] = [torch.zeros(0, dim, device=device)]
+        # One block, since thousands of small ones cost several times their size. On that device until `gather`: a copy
+        # would wait for the network after every batch.
+        self._rows, self._filled = torch.empty(len(self.kept), dim, device=device), 0
 
     def add(self, positions: Sequence[int], rows: torch.Tensor) -> None:
         """Rows (B, D) of the images at these places of the set."""
@@ -154,22 +155,23 @@ class Record:
                 group.update(_take(rows, members))
         kept = np.flatnonzero(self._chosen[positions])
         self._positions.append(positions[kept])
-        self._rows.append(_take(rows, kept).to(self._rows[0].device))  # mps: to the CPU, as its statistics
+        self._rows[self._filled : self._filled + len(kept)] = _take(rows, kept)  # mps: to the CPU, as its statistics
+        self._filled += len(kept)
 
     def gather(self) -> None:
         """Make this the record of all processes' images, on every process."""
         self.groups = list(map(gathered, self.groups))  # one at a time: 33 MB each of 2048 features
-        mine = np.concatenate([np.zeros(0, dtype=int), *self._positions]), torch.cat(self._rows).cpu()
+        mine = np.concatenate([np.zeros(0, dtype=int), *self._positions]), self._rows[: self._filled].cpu()
         positions, rows = zip(*gather_objects(mine), strict=True)
         places, features = np.concatenate(positions), rows[0] if len(rows) == 1 else torch.cat(rows)
         if (np.diff(places) < 0).any():  # processes take turns; one has them in order, and 400 MB need no copy
             features = features[torch.from_numpy(np.argsort(places, kind="stable"))]
-        self._positions, self._rows = [self.kept], [features]
+        self._positions, self._rows = [self.kept], features
 
     @property
     def features(self) -> torch.Tensor:
         """(len(kept), D) float32 on the CPU, in the order of the images. After `gather`."""
-        return self._rows[0]
+        return self._rows
 
     @property
     def statistics(self) -> GaussianStatistics:

@@ -1,7 +1,8 @@
 """Result files of eval/ and the rows of a table that they give."""
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ REQUIRED = {
     "linear_probe": ("settings", "linear", "neighbours", "chance", "counts", "heads"),
     "zero_shot": ("settings", "top1", "top5", "chance", "num_images", "num_classes"),
 }
+LARGEST = 1e300
 NOT_MEASURED = "not measured"  # in the place of a value
 
 
@@ -73,8 +75,9 @@ def read_result(path: str | Path, name: str | None = None) -> Result:
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_int=_parse_number, parse_float=_parse_number, parse_constant=_parse_number)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a complete JSON file: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, expected the results of a program of eval/")
@@ -84,6 +87,23 @@ def read_result(path: str | Path, name: str | None = None) -> Result:
     if missing := [key for key in REQUIRED[evaluation] if key not in values]:
         raise ValueError(f"{path} is an incomplete {evaluation} result: it lacks {', '.join(missing)}")
     return Result(name or path.stem, evaluation, values, path.parent)
+
+
+def _parse_number(text: str) -> int | float:
+    """Raises: ValueError for what no program of eval/ writes and no chart could show."""
+    value = float(text)
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{text[:20]} is no number that can be shown")
+    return int(text) if text.lstrip("-").isdecimal() else value
+
+
+@contextlib.contextmanager
+def reading(result: Result) -> Iterator[None]:
+    """Within it a result is read. Raises: ValueError naming it, if values are missing or of other types."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{result.name}.json is an incomplete {result.evaluation} result: {error!r}") from error
 
 
 def _number(value: float, digits: int = 4) -> str:
@@ -237,10 +257,8 @@ def table_rows(results: Sequence[Result]) -> list[Row]:
     """
     rows = []
     for result in results:
-        try:
+        with reading(result):
             own = list(ROWS[result.evaluation](result))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{result.name}.json is an incomplete {result.evaluation} result: {error!r}") from error
         if not own:
             raise ValueError(f"{result.name}.json is a {result.evaluation} result that holds no numbers")
         rows += own

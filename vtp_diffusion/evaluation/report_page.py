@@ -6,6 +6,7 @@ Nothing depends on when or where it is made: the same files give the same bytes.
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..data.image_files import read_image
-from .report import Result, Row
+from .report import Result, Row, reading
 
 PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
 AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
@@ -55,27 +56,31 @@ def _training_step(result: Result) -> int | None:
     return int(found[1]) if found else None
 
 
+def _add_points(groups: dict[tuple, list], result: Result) -> None:
+    """The distances of a result, under everything that points of one curve share."""
+    made, step = _sampling(result), _training_step(result)
+    places = [(axis, made.get(key), {k: v for k, v in made.items() if k != key}) for key, axis in AXES.items()]
+    if step is not None:
+        places.append((STEP_AXIS, step, {k: v for k, v in made.items() if k != "weights"}))
+    for row in result.values["distances"]:
+        if row["images"] != "generated":
+            continue
+        for axis, x, rest in places:
+            mode = result.values["settings"].get("feature_mode", "exact")
+            sizes = row["num_images"], row["num_reference"]
+            others = json.dumps([rest, *sizes, row["network"], mode], sort_keys=True)
+            if x is not None:
+                groups.setdefault((row["distance"], axis, others), []).append((float(x), row, result.name))
+
+
 def find_charts(results: Sequence[Result]) -> list[Chart]:
     """Distances against whatever single thing the files differ in: sampling steps, guidance, or training step (read
     from checkpoint-N or step-N in the path of the images). What differs in more is not drawn together."""
     groups: dict[tuple, list] = {}
     for result in results:
-        if result.evaluation != "generation":
-            continue
-        made, step = _sampling(result), _training_step(result)
-        places = [(axis, made.get(key), {k: v for k, v in made.items() if k != key}) for key, axis in AXES.items()]
-        if step is not None:
-            places.append((STEP_AXIS, step, {k: v for k, v in made.items() if k != "weights"}))
-        for row in result.values["distances"]:
-            if row["images"] != "generated":
-                continue
-            for axis, x, rest in places:
-                mode = result.values["settings"].get("feature_mode", "exact")
-                sizes = row["num_images"], row["num_reference"]
-                others = json.dumps([rest, *sizes, row["network"], mode], sort_keys=True)
-                key = (row["distance"], axis, others)
-                if x is not None:
-                    groups.setdefault(key, []).append((float(x), row, result.name))
+        if result.evaluation == "generation":
+            with reading(result):
+                _add_points(groups, result)
     charts = []
     for (title, axis, _), found in groups.items():
         if len({x for x, *_ in found}) < 2:
@@ -92,9 +97,8 @@ def find_charts(results: Sequence[Result]) -> list[Chart]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers that lie between, about five of them."""
-    for step in (base * 10.0**power for power in range(-6, 9) for base in (1, 2, 5)):
-        if (high - low) / step <= 5:
-            break
+    power = math.floor(math.log10((high - low) / 5))
+    step = next(base * 10.0**power for base in (1, 2, 5, 10) if (high - low) / (base * 10.0**power) <= 5)
     first = -(-low // step)
     return [k * step for k in range(int(first), int(high / step + 1e-9) + 1)]
 
@@ -104,7 +108,7 @@ def chart_svg(chart: Chart) -> Markup:
     xs = [x for x, *_ in chart.points]
     floors = [(x, floor) for x, _, floor, _ in chart.points if floor is not None]
     x_low, x_high = min(xs), max(xs)
-    y_high = max([value for _, value, *_ in chart.points] + [floor for _, floor in floors]) * 1.08 or 1.0
+    y_high = max(0.0, *(value for _, value, *_ in chart.points), *(floor for _, floor in floors)) * 1.08 or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low)
@@ -147,10 +151,11 @@ def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) 
     titles = {"generation": "nearest real images, below each generated one", "reconstruction": "worst cases"}
     pictures = list(given)
     for result in results:
-        recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
-        if recorded is None:
+        with reading(result):
+            recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
+            places = () if recorded is None else (result.folder / Path(recorded).name, Path(recorded))
+        if not places:
             continue
-        places = (result.folder / Path(recorded).name, Path(recorded))
         file = next((place for place in places if place.is_file()), None)
         caption = f"{result.name}: {titles[result.evaluation]}"
         pictures.append((caption if file else f"{caption}: picture {recorded} is not there", file))
@@ -158,12 +163,17 @@ def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) 
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """The table as GitHub shows it."""
+    """The table as GitHub shows it, every cell as plain text."""
     lines = ["| what | value | floor | images | from | details |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = (row.what, row.value, row.floor or "–", row.images, row.name, row.details)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def markdown_text(text: str) -> str:
+    """Text in one line in which nothing is markup: no link, picture, HTML, emphasis or column."""
+    return re.sub(r"[\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w)|(?<=:)//|(?<=www)\.", r"\\\g<0>", " ".join(text.split()))
 
 
 def html_page(

@@ -61,8 +61,9 @@ def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDi
 
 def open_guide(config: GuideConfig, folder: RunFolder) -> LightningDiTTransformer2DModel | None:
     """The guide, once the run has reached its step; None without one."""
+    from ..models.loading import load_saved
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
     if config.transformer is None and config.step is None:
         return None
-    return LightningDiTTransformer2DModel.from_pretrained(config.transformer or folder.path / GUIDE)
+    return load_saved(LightningDiTTransformer2DModel, config.transformer or folder.path / GUIDE)

@@ -1,9 +1,13 @@
 """`LightningDiTPipeline`: class labels -> images with a LightningDiT and any latent autoencoder."""
 
+import contextlib
 import difflib
 import inspect
 import json
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,13 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..data.images import to_pil
+from ..data.images import check_finite, to_pil
 from ..models.autoencoder_vtp import AutoencoderVTP
 from ..models.latent_space import decode_to_images
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
+from .pipeline_checks import check_components, check_names, check_scheduler, is_number, normal_name
 
+MANY = 1_000_000
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -33,13 +39,14 @@ class LightningDiTPipeline(DiffusionPipeline):
     Args:
         vae: `AutoencoderVTP` or another diffusers autoencoder; None when only latents are wanted.
         transformer: the velocity network.
-        scheduler: a flow-matching scheduler. Upstream's time shift s is `FlowMatchEulerDiscreteScheduler(shift=1/s)`.
+        scheduler: one of `FLOW_SCHEDULERS`, or of `SOLVERS` with use_flow_sigmas=True, prediction_type=
+            "flow_prediction" and flow_shift. Upstream's time shift s is `FlowMatchEulerDiscreteScheduler(shift=1/s)`.
         guidance_transformer: optional weaker network for autoguidance (Karras et al., arXiv:2406.02507): its
             conditional prediction takes the place of the unconditional one.
         id2label: class index -> name; comma-separated names are synonyms.
 
     Raises: ValueError if the autoencoder or the guidance transformer works on other latents or classes than the
-    transformer, or `id2label` names a class that the transformer does not have.
+    transformer, the scheduler does not follow the flow, or `id2label` does not name the transformer's classes.
     """
 
     model_cpu_offload_seq = "guidance_transformer->transformer->vae"
@@ -58,7 +65,10 @@ class LightningDiTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        _check_components(vae, transformer, guidance_transformer, id2label)
+        check_components(vae, transformer, guidance_transformer)
+        check_names(id2label, transformer)
+        if scheduler is not None:
+            check_scheduler(scheduler)
         if vae is not None:
             # Only a pipeline that was made without an autoencoder is complete without one.
             self._optional_components = ["guidance_transformer"]
@@ -69,10 +79,11 @@ class LightningDiTPipeline(DiffusionPipeline):
         self.register_to_config(
             id2label=None if id2label is None else {str(index): name for index, name in id2label.items()}
         )
-        self.labels = {}
+        self.labels, self._shared_names = {}, {}
         for index, names in (id2label or {}).items():
-            for name in (names, *names.split(",")):
-                self.labels.setdefault(name.strip(), int(index))
+            for name in {normal_name(name) for name in (names, *names.split(","))}:
+                if self.labels.setdefault(name, int(index)) != int(index):
+                    self._shared_names.setdefault(name, [self.labels[name]]).append(int(index))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Write `model_index.json`, the last step of `save_pretrained`.
@@ -83,6 +94,20 @@ class LightningDiTPipeline(DiffusionPipeline):
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         if self.exported_source is not None:
             write_self_contained(save_directory, self.exported_source)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What a pipeline like this one is made from: the components, and `id2label` where there are names."""
+        names = {} if self.config.id2label is None else {"id2label": dict(self.config.id2label)}
+        return super().components | names
+
+    def enable_vae_slicing(self) -> None:
+        """Decode one image at a time."""
+        self.vae.enable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode in tiles, if the autoencoder can."""
+        self.vae.enable_tiling()
 
     @property
     def guidance_scale(self) -> float:
@@ -105,36 +130,53 @@ class LightningDiTPipeline(DiffusionPipeline):
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def get_label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor) -> list[int]:
-        """Class indices of the given indices or names. Raises: ValueError naming a label that does not exist."""
-        if isinstance(class_labels, torch.Tensor):
+    def get_label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray) -> list[int]:
+        """Class indices of the given indices or names, nested lists flattened.
+
+        A text that is no name is an index if it is a number; "index=4" is one in any case.
+        Raises: ValueError naming a label that does not exist, or may mean several classes.
+        """
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.flatten().tolist()
-        if isinstance(class_labels, int | str | np.integer):
-            class_labels = [class_labels]
+        if not isinstance(class_labels, list | tuple | range):
+            return [self._label_id(class_labels)]
         if not class_labels:
             raise ValueError("class_labels is empty: give at least one class index or name")
-        label_ids = []
-        for label in class_labels:  # lists of lists are flattened, as diffusers' own class-conditional pipeline does
-            label_ids += self.get_label_ids(label) if isinstance(label, list) else [self._label_id(label)]
-        return label_ids
+        return [index for label in class_labels for index in self.get_label_ids(label)]
 
     def _label_id(self, label: int | str) -> int:
-        num_classes = self.transformer.config.num_classes
         if isinstance(label, str):
-            if label in self.labels:
-                return self.labels[label]
-            if not self.labels:
-                raise ValueError(f"unknown label {label!r}: this pipeline has no id2label, give an index")
-            close = difflib.get_close_matches(label, self.labels, n=5, cutoff=0.4)
-            hint = f"; similar names: {', '.join(close)}" if close else ""
-            raise ValueError(
-                f"unknown label {label!r}: expected one of the {len(self.labels)} names in `labels`{hint}"
-            )
-        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            label = self._named(label)
+        if not is_number(label, -math.inf, math.inf, Integral):
             raise ValueError(f"a class label must be an index or a name, got {label!r}")
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class index {label} does not exist: expected 0 to {num_classes - 1}")
+        if not 0 <= label < self.transformer.config.num_classes:
+            raise ValueError(
+                f"class index {label} does not exist: expected 0 to {self.transformer.config.num_classes - 1}"
+            )
         return int(label)
+
+    def named_classes(self, name: str) -> set[int]:
+        """The classes of a name: none, one, or several that share it as a synonym."""
+        name = normal_name(name)
+        return set(self._shared_names.get(name, [self.labels[name]] if name in self.labels else []))
+
+    def _named(self, label: str) -> int:
+        name = normal_name(label)
+        digits = name.removeprefix("index=")
+        meant = self.named_classes(name)
+        if digits.isascii() and digits.isdecimal() and len(digits) < 16:
+            if not meant or digits == name and int(digits) < self.transformer.config.num_classes:
+                meant.add(int(digits))
+        if len(meant) > 1:
+            expected = " or ".join(f"index={index}" for index in sorted(meant))
+            raise ValueError(f"label {label!r} may mean several classes: expected {expected}")
+        if meant:
+            return meant.pop()
+        if not self.labels:
+            raise ValueError(f"unknown label {label!r}: this pipeline has no id2label, give an index")
+        close = difflib.get_close_matches(name, self.labels, n=5, cutoff=0.4)
+        hint = f"; similar names: {', '.join(close)}" if close else ""
+        raise ValueError(f"unknown label {label!r}: expected one of the {len(self.labels)} names in `labels`{hint}")
 
     @torch.no_grad()
     def __call__(
@@ -155,7 +197,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         """Generate images.
 
         Args:
-            class_labels: class indices and names, mixed freely.
+            class_labels: class indices and names, mixed freely (see `get_label_ids`).
             num_inference_steps: evaluations of the network with the Euler scheduler (N - 1 for upstream's N grid
                 points).
             guidance_scale: w in weak + w·(v - weak) (Ho and Salimans, arXiv:2207.12598); 1.0 = no guidance.
@@ -163,46 +205,57 @@ class LightningDiTPipeline(DiffusionPipeline):
                 arXiv:2404.07724).
             guidance_channels: guide only the first so many latent channels; 3 is upstream's rule. None = all.
             num_images_per_label: images a label; those of one label follow each other.
-            generator: one for all images, or a list with one an image.
+            generator: one for all images, or a list with one an image; of the noise and of a scheduler that adds some.
             latents: initial noise (B, C, h, w), B = labels x images a label.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; may return new
-                "latents".
+                "latents". A `PipelineCallback` says itself which tensors it gets.
         Returns: `ImagePipelineOutput` with `.images`, or a tuple of them.
-        Raises: ValueError on any argument that does not fit, before the first evaluation.
+        Raises: ValueError on any argument that does not fit, before the first evaluation, and on results that are not
+        finite.
         """
         label_ids = self.get_label_ids(class_labels)
+        tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self._check_inputs(
             num_inference_steps, guidance_scale, guidance_interval, guidance_channels, num_images_per_label,
-            output_type, callback_on_step_end_tensor_inputs,
+            output_type, callback_on_step_end, tensor_inputs,
         )  # fmt: skip
         self._guidance_scale = guidance_scale
-        self._interrupt = False
-        self._current_timestep = None
+        self._interrupt, self._current_timestep = False, None
         device = self._execution_device
         labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)  # (B,)
         latents = self.prepare_latents(len(labels), generator, latents, device)
+        step_options = {"return_dict": False}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_options["generator"] = generator
 
         timesteps = self._set_timesteps(num_inference_steps, device)
         sigmas = self.scheduler.sigmas.tolist()  # at once: asked for step by step, the device would be waited for
-        with self.progress_bar(total=len(timesteps)) as progress:
-            for step, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = timestep
-                t = 1 - sigmas[step]
-                # read at every step: a callback may change it
-                scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
-                velocity = self._velocity(latents, t, labels, scale, guidance_channels)
-                # diffusers' flow models predict noise - data
-                latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {name: latents for name in callback_on_step_end_tensor_inputs or ["latents"]}
-                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
-                progress.update()
+        with _evaluation_mode(self.vae, self.transformer, self.guidance_transformer):
+            with self.progress_bar(total=len(timesteps)) as progress:
+                for step, timestep in enumerate(timesteps):
+                    if self.interrupt:
+                        continue
+                    self._current_timestep = timestep
+                    t = 1 - sigmas[step]
+                    # read at every step: a callback may change it
+                    scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
+                    velocity = self._velocity(latents, t, labels, scale, guidance_channels)
+                    if step + 1 == len(timesteps) and sigmas[-1] > 0:  # DEIS and SASolver leave the last noise in
+                        latents = latents + (1 - t) * velocity
+                    else:  # diffusers' flow models predict noise - data
+                        latents = self.scheduler.step(-velocity, timestep, latents, **step_options)[0]
+                    if callback_on_step_end is not None:
+                        tensors = {name: latents for name in (["latents"] if tensor_inputs is None else tensor_inputs)}
+                        changed = callback_on_step_end(self, step, timestep, tensors)
+                        if not isinstance(changed, dict | None):
+                            raise ValueError(f"callback_on_step_end gave a {type(changed).__name__}, expected a dict")
+                        latents = (changed or {}).get("latents", latents)
+                    progress.update()
 
-        self._current_timestep = None
-        images = latents if output_type == "latent" else self._postprocess(self.decode_latents(latents), output_type)
+            self._current_timestep = None
+            check_finite(latents, "latents")
+            images = latents if output_type == "latent" else self._decoded(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -216,12 +269,18 @@ class LightningDiTPipeline(DiffusionPipeline):
         """Initial noise (B, C, h, w) in float32, which the sampling loop keeps whatever the network's precision."""
         config = self.transformer.config
         shape = (batch, config.in_channels, config.sample_size, config.sample_size)
+        generators = generator if isinstance(generator, list) else [generator] * batch
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"generator is {generator!r}, expected a torch.Generator or a list of them")
+        if len(generators) != batch:
+            raise ValueError(f"got {len(generators)} generators for {batch} images: give one, or one an image")
         if latents is not None:
+            if not isinstance(latents, torch.Tensor) or not latents.is_floating_point():
+                raise ValueError(f"latents must be a floating-point tensor, got {type(latents).__name__}")
             if tuple(latents.shape) != shape:
                 raise ValueError(f"expected latents {shape}, got {tuple(latents.shape)}")
+            check_finite(latents, "given latents")
             return latents.to(device, torch.float32)
-        if isinstance(generator, list) and len(generator) != batch:
-            raise ValueError(f"got {len(generator)} generators for {batch} images: give one, or one an image")
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
@@ -232,32 +291,47 @@ class LightningDiTPipeline(DiffusionPipeline):
         """
         return decode_to_images(self.vae, latents)
 
-    def _check_inputs(self, steps, scale, interval, channels, images_per_label, output_type, tensor_inputs) -> None:
+    def _check_inputs(self, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs) -> None:
         """Raises: ValueError naming the first argument of a call that does not fit."""
-        all_channels, known_inputs = self.transformer.config.in_channels, self._callback_tensor_inputs
-        interval_fits = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
+        if self.transformer is None or self.scheduler is None:
+            raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
+        check_scheduler(self.scheduler)  # a pipeline's scheduler may be replaced
+        config, known = self.transformer.config, self._callback_tensor_inputs
+        pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
+        types = OUTPUT_TYPES if self.vae is not None else ("latent",)
+        no_vae = "" if self.vae is not None else ": this pipeline has no vae"
+        inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
         for name, value, fits, expected in (
-            ("num_inference_steps", steps, steps >= 1, "1 or more"),
-            ("num_images_per_label", images_per_label, images_per_label >= 1, "1 or more"),
-            ("guidance_scale", scale, not scale < 0, "0 or a positive number"),
-            ("guidance_interval", interval, interval_fits, "(low, high) with 0 <= low <= high <= 1"),
-            ("guidance_channels", channels, channels is None or 1 <= channels <= all_channels, f"1 to {all_channels}"),
-            ("output_type", output_type, output_type in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}"),
+            ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
+            ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
+            ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
             (
-                "output_type",
-                output_type,
-                self.vae is not None or output_type == "latent",
-                "latent: this pipeline has no vae",
+                "guidance_interval", interval,
+                pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
+                "(low, high) with 0 <= low <= high <= 1",
             ),
             (
-                "callback_on_step_end_tensor_inputs",
-                tensor_inputs,
-                set(tensor_inputs or ()) <= set(known_inputs),
-                f"some of {known_inputs}",
+                "guidance_channels", channels,
+                channels is None or is_number(channels, 1, config.in_channels, Integral), f"1 to {config.in_channels}",
             ),
-        ):
+            (
+                "output_type", output_type, isinstance(output_type, str) and output_type in types,
+                f"one of {', '.join(types)}{no_vae}",
+            ),
+            ("callback_on_step_end", callback, callback is None or callable(callback), "a function"),
+            (
+                "callback_on_step_end_tensor_inputs", tensor_inputs, tensor_inputs is None or inputs,
+                f"some of {known}",
+            ),
+        ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
+        if scale != 1 and self.guidance_transformer is None and config.class_dropout_prob == 0:
+            warnings.warn(
+                f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
+                "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
+                stacklevel=4,
+            )
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> torch.Tensor:
         # Left to itself the scheduler builds the grid between already shifted ends and shifts it once more.
@@ -303,28 +377,26 @@ class LightningDiTPipeline(DiffusionPipeline):
             dtype = transformer.patch_embed.weight.dtype  # asking for the model's walks over all modules
             return transformer(latents.to(dtype), timestep, labels, return_dict=False)[0].float()
 
-    def _postprocess(self, images: torch.Tensor, output_type: str) -> Any:
+    def _decoded(self, latents: torch.Tensor, output_type: str) -> Any:
+        images = self.decode_latents(latents)
+        check_finite(images, "pixels")
         if output_type == "pil":
             return to_pil(images)
         images = (images / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _check_components(vae, transformer, guidance_transformer, id2label: dict[Any, str] | None) -> None:
-    """Raises: ValueError if the components are made for other latents or classes."""
-    if transformer is None:  # diffusers allows pipelines that lack components
-        return
-    config = transformer.config
-    channels = getattr(getattr(vae, "config", None), "latent_channels", None)  # AutoencoderRAE has no such entry
-    if channels is not None and channels != config.in_channels:
-        raise ValueError(f"the autoencoder has {channels} latent channels, the transformer {config.in_channels}")
-    for key in ("in_channels", "sample_size", "num_classes") if guidance_transformer is not None else ():
-        theirs = guidance_transformer.config[key]
-        if theirs != config[key]:
-            raise ValueError(f"the guidance transformer has {key} {theirs}, the transformer {config[key]}")
-    expected = {str(index) for index in range(config.num_classes)}
-    if wrong := [index for index in id2label or {} if str(index) not in expected]:
-        raise ValueError(f"id2label has {wrong[:5]}, expected class indices from 0 to {config.num_classes - 1}")
+@contextlib.contextmanager
+def _evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
+    """In training mode a transformer drops labels."""
+    training = [module for model in models if model is not None for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def write_self_contained(folder: str | Path, source: str) -> None:

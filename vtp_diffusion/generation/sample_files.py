@@ -3,6 +3,7 @@
 What is there under its final name is complete; the rest is made again. Nothing depends on how many processes wrote it.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from ..data.image_files import is_whole_png
 from ..data.images import to_pil
 from ..data.npz import NpzImages, write_npz
 from ..runtime.config import setting_differences
-from ..runtime.disk import is_unfinished, read_json, write_json
+from ..runtime.disk import is_unfinished, read_json, write_json, writing
 
+KEPT = "What is there is kept: the same command goes on"
 SETTINGS_NAME = "settings.json"
 PART_IMAGES = 256  # images a part of an npz: what a kill loses at most, for each process
 
@@ -26,6 +28,11 @@ def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
     """Raises: ValueError naming every setting in which the run whose images are there differs."""
     if lines := setting_differences(there or {}, settings):
         raise ValueError(f"{place} holds another run's images:\n" + "\n".join(lines))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a hidden file is what a killed run leaves before its first image."""
+    return is_unfinished(path) or path.name == ".lock"
 
 
 class _SampleFiles:
@@ -42,10 +49,24 @@ class _SampleFiles:
         file = self.folder / SETTINGS_NAME
         if file.is_file():
             check_same_run(read_json(file), settings, self.path)
-        elif self.folder.exists() and not (self.folder.is_dir() and all(map(is_unfinished, self.folder.iterdir()))):
+        elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_ours, self.folder.iterdir()))):
             raise ValueError(
                 f"{self.folder} holds files of something else: expected a new or empty folder, or one of this run"
             )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, by one process, no other run works here. Raises: ValueError naming one that does."""
+        from ..runtime import folder_lock
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        folder_lock.acquire(self.folder)
+        try:
+            yield
+        finally:
+            folder_lock.release(self.folder, remove=True)
+            if self.folder.is_dir() and not any(self.folder.iterdir()):  # nothing was made
+                self.folder.rmdir()
 
     def _claim(self) -> None:
         """With the first images, so that bad settings leave nothing behind. Several processes may do so at once."""
@@ -72,8 +93,9 @@ class SampleFolder(_SampleFiles):
         """One image, uint8 (3, H, W)."""
         self._claim()
         unfinished = self.folder / f".{number:06d}.png"  # renamed when complete: a kill leaves no half image
-        to_pil(image[None])[0].save(unfinished)
-        unfinished.rename(self.folder / f"{number:06d}.png")
+        with writing(self.folder / f"{number:06d}.png", KEPT):
+            to_pil(image[None])[0].save(unfinished)
+            unfinished.rename(self.folder / f"{number:06d}.png")
 
     def finish(self, labels: list[int]) -> None:
         """By one process, when all have written. Raises: ValueError if images are missing."""
@@ -129,8 +151,9 @@ class SampleNpz(_SampleFiles):
         if len(part) == len(self._numbers(index)):
             self._claim()
             unfinished = self.folder / f".{index:06d}.npy"
-            np.save(unfinished, torch.stack(self._pending.pop(index)).permute(0, 2, 3, 1).contiguous().numpy())
-            unfinished.rename(self._part(index))
+            with writing(self._part(index), KEPT):
+                np.save(unfinished, torch.stack(self._pending.pop(index)).permute(0, 2, 3, 1).contiguous().numpy())
+                unfinished.rename(self._part(index))
 
     def finish(self, labels: list[int]) -> None:
         """By one process, when all have written. Raises: ValueError if images are missing."""

@@ -43,14 +43,44 @@ def draw_labels(
     return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
 
 
+def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequence[str]) -> list[int]:
+    """Labels of a data set as a pipeline numbers its classes: found by name where both have names, for one number may
+    mean two classes.
+
+    Args: `names`: of the data set's classes; a class that is called by its own number has no name.
+    Raises: ValueError naming classes that the pipeline does not have, or has twice.
+    """
+    known = pipe.config.id2label or {}
+    if not any(name != str(k) for k, name in enumerate(names)) or not any(name != k for k, name in known.items()):
+        return list(labels)
+    found, missing = {}, []
+    for label in sorted(set(labels)):
+        whole = pipe.named_classes(names[label])
+        classes = whole or {k for name in names[label].split(",") for k in pipe.named_classes(name)}
+        if len(classes) == 1:
+            found[label] = classes.pop()
+        else:
+            missing.append(names[label])
+    if missing:
+        raise ValueError(
+            f"labels 'reference': {len(missing)} classes of the reference are none, or several, of the pipeline's "
+            f"{len(known)}, the first is {missing[0]!r}: expected the same names (id2label)"
+        )
+    return [found[label] for label in labels]
+
+
 def initial_noise(pipe: DiffusionPipeline, numbers: Sequence[int], seed: int) -> torch.Tensor:
     """Noise (B, C, h, w) float32 of the images with these numbers, on the pipeline's device.
 
     That of image k is drawn on the CPU, so that every device starts from the same, from a generator of its own for
     (seed, k): different seeds share no image, and a spread over seeds is one over independent samples.
     """
-    generators = [torch.Generator().manual_seed(stream_seed("noise", seed, number)) for number in numbers]
-    return pipe.prepare_latents(len(numbers), generators, None, pipe.device)
+    return pipe.prepare_latents(len(numbers), image_generators(numbers, seed), None, pipe.device)
+
+
+def image_generators(numbers: Sequence[int], seed: int) -> list[torch.Generator]:
+    """A generator on the CPU for each image."""
+    return [torch.Generator().manual_seed(stream_seed("noise", seed, number)) for number in numbers]
 
 
 def sample_numbers(
@@ -81,10 +111,13 @@ def sample_numbers(
         on_step()
         return {}
 
+    generators = image_generators(numbers, seed)  # a scheduler that adds noise goes on with them
+    noise = pipe.prepare_latents(len(numbers), generators, None, pipe.device)
     with exact_float32() if pipe.dtype == torch.float32 else contextlib.nullcontext():
         latents = pipe(
             [labels[number] for number in numbers],
-            latents=initial_noise(pipe, numbers, seed),
+            generator=generators,
+            latents=noise,
             output_type="latent",
             callback_on_step_end=None if on_step is None else callback,
             **settings,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..runtime.config import Settings, setting
+from ..runtime.processes import this_process
 
 if TYPE_CHECKING:
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
@@ -36,10 +37,12 @@ def build_transformer(
         latent_shape: (C, h, w) of the latents.
         num_classes: classes, without the null class.
         class_dropout_prob: what the transformer's own configuration says.
-        initial_transformer: folder of the saved one.
+        initial_transformer: folder of the saved one. If it has another number of classes, its class table is drawn
+            anew but for the row of "no class", everything else is kept, and a line says so.
 
     Raises: ValueError if the saved one has another architecture than the configuration and the latents ask for.
     """
+    from ..models.loading import load_saved
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
     architecture = {"sample_size": latent_shape[-1], "in_channels": latent_shape[0]}
@@ -48,9 +51,14 @@ def build_transformer(
         transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=class_dropout_prob)
         transformer.initialize_weights()
         return transformer
-    transformer = LightningDiTTransformer2DModel.from_pretrained(initial_transformer)
-    if different := different_settings(transformer.config, architecture):
+    transformer = load_saved(LightningDiTTransformer2DModel, initial_transformer)
+    before = transformer.config.num_classes
+    if different := different_settings(transformer.config, architecture | {"num_classes": before}):
         raise ValueError(f"initial_transformer {initial_transformer} does not fit: {different}")
+    if before != num_classes:
+        transformer.replace_classes(num_classes)
+        if this_process()[0] == 0:
+            print(f"initial_transformer {initial_transformer}: {before} classes give way to {num_classes} others")
     transformer.register_to_config(class_dropout_prob=class_dropout_prob)
     return transformer
 

@@ -11,6 +11,7 @@ import torch
 INCEPTION_SPLITS = 10
 ADM_IMAGES = 50_000  # whose 10 parts in file order are what ADM's evaluator scores
 SMALL_SPLIT = 100  # images, below which a score says more about the size of its parts than about the images
+LARGEST_PRODUCT = 2**24  # distances held at once, 64 MB, however many images there are
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 KERNEL_SUBSETS = 100
@@ -89,14 +90,20 @@ def _check_pair(x: torch.Tensor, y: torch.Tensor, minimum: int) -> None:
         raise ValueError("features are not finite: neighbours of them would mean nothing")
 
 
-def neighbour_radii(features: torch.Tensor, neighbours: int, chunk: int = 2048) -> torch.Tensor:
+def _chunk(*sets: torch.Tensor) -> int:
+    """How many rows are compared with all others at once."""
+    return max(1, min(2048, LARGEST_PRODUCT // max(map(len, sets))))
+
+
+def neighbour_radii(features: torch.Tensor, neighbours: int, chunk: int | None = None) -> torch.Tensor:
     """Distance (N,) of each feature (N, D) to its `neighbours`-th nearest other one."""
+    chunk = chunk or _chunk(features)
     parts = [_distances(part, features).kthvalue(neighbours + 1, dim=1).values for part in features.split(chunk)]
     return torch.cat(parts)  # + 1: the nearest is the feature itself
 
 
 def precision_recall(
-    generated: torch.Tensor, reference: torch.Tensor, neighbours: int = PRECISION_NEIGHBOURS, chunk: int = 2048
+    generated: torch.Tensor, reference: torch.Tensor, neighbours: int = PRECISION_NEIGHBOURS, chunk: int | None = None
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al., arXiv:1904.06991), as in ADM's evaluator.
 
@@ -113,6 +120,7 @@ def precision_recall(
     # distances do not change, but products of numbers with a common offset lose digits
     centre = reference.mean(0)
     generated, reference = generated - centre, reference - centre
+    chunk = chunk or _chunk(generated, reference)
     radii, other_radii = neighbour_radii(reference, neighbours, chunk), neighbour_radii(generated, neighbours, chunk)
     precise = 0
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
@@ -124,7 +132,7 @@ def precision_recall(
 
 
 def density_coverage(
-    generated: torch.Tensor, reference: torch.Tensor, neighbours: int = DENSITY_NEIGHBOURS, chunk: int = 2048
+    generated: torch.Tensor, reference: torch.Tensor, neighbours: int = DENSITY_NEIGHBOURS, chunk: int | None = None
 ) -> tuple[float, float]:
     """Density and coverage (Naeem et al., arXiv:2002.09797, equations 3 and 4, k = 5).
 
@@ -137,6 +145,7 @@ def density_coverage(
     _check_pair(generated, reference, neighbours + 1)
     centre = reference.mean(0)
     generated, reference = generated - centre, reference - centre
+    chunk = chunk or _chunk(generated, reference)
     radii = neighbour_radii(reference, neighbours, chunk)
     inside = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)

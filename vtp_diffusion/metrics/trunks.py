@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..models.conversion import read_safetensors
-from ..runtime.optional_packages import MissingExtraError, require
+from ..runtime.optional_packages import MissingExtraError, install_hint, require
 from ..runtime.tensor_files import read_torch
 
 # Indices of the convolutions in torchvision's `features`; LPIPS has one head behind each of five activations.
@@ -233,7 +233,7 @@ def load_trunk(network: str, source: str | Path) -> tuple[dict[str, torch.Tensor
 
 def load_heads(network: str) -> dict[str, torch.Tensor]:
     """The five LPIPS heads of version 0.1, `heads.<i>` of shape (C_i,), from the files of the `lpips` package."""
-    path = package_file("lpips", f"weights/v0.1/{network}.pth", "pip install 'vtp-diffusion[train]'")
+    path = package_file("lpips", f"weights/v0.1/{network}.pth", install_hint("train"))
     state = read_torch(path)
     return {f"heads.{i}": state[f"lin{i}.model.1.weight"].flatten() for i in range(5)}
 

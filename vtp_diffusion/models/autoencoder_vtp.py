@@ -256,6 +256,10 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         features = [VTPFeatures(cls_token=tokens[:, 0], patch_tokens=tokens[:, 1:]) for tokens in layers]
         return features[0] if num_layers is None else features
 
+    def enable_tiling(self) -> None:
+        """Raises: NotImplementedError; every patch attends to all others, so that tiles would not fit together."""
+        raise NotImplementedError("AutoencoderVTP has no tiling, its patches attend to all others: use enable_slicing")
+
     def with_latent_statistics(self, mean: Sequence[float], std: Sequence[float]) -> "AutoencoderVTP":
         """Set the latent statistics, one value per latent channel, and return this model.
 

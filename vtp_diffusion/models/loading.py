@@ -1,11 +1,28 @@
-"""Loading a saved autoencoder of any class, with one message for whatever is wrong with its folder."""
+"""Opening folders of saved models and pipelines, with one message for whatever is wrong with their files."""
 
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..runtime.disk import read_json
 
 LARGEST_SETTING = 2**31  # of a config.json: a larger number is a mistake, and layers are built by number
+# What diffusers and our constructors raise of settings of wrong types, sizes or combinations, and of damaged weights.
+FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, SafetensorError)
+
+
+def load_saved(loader: Any, folder: str | Path, **options) -> Any:
+    """`loader.from_pretrained(folder, **options)`. Raises: ValueError naming the folder; OSError."""
+    try:
+        return loader.from_pretrained(folder, **options)
+    except FAULTS as error:
+        if isinstance(error, ValueError) and str(folder) in str(error):
+            raise
+        raise ValueError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error}): expected a folder as save_pretrained "
+            "writes it, with the settings of its config.json and complete weights"
+        ) from error
 
 
 def load_autoencoder(folder: str | Path) -> Any:
@@ -23,16 +40,8 @@ def load_autoencoder(folder: str | Path) -> Any:
         if isinstance(value, int) and abs(value) > LARGEST_SETTING:
             raise ValueError(f"{file}: {name} is {str(value)[:40]}, expected at most {LARGEST_SETTING}")
     from diffusers import AutoModel
-    from diffusers.utils import is_accelerate_available
 
-    try:
-        # the default of low_cpu_mem_usage, which warns where accelerate is not installed
-        model = AutoModel.from_pretrained(str(folder), low_cpu_mem_usage=is_accelerate_available())
-    except (TypeError, AttributeError, LookupError, RuntimeError) as error:  # what constructors make of odd values
-        raise ValueError(
-            f"{folder} cannot be loaded: {file.name} describes no model, or other weights than are there "
-            f"({type(error).__name__}: {error})"
-        ) from error
+    model = load_saved(AutoModel, str(folder))
     if not hasattr(model, "encode"):
         raise ValueError(f"{folder} holds a {type(model).__name__}, expected an autoencoder")
     return model.eval().requires_grad_(False)

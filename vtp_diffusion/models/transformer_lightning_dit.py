@@ -6,6 +6,7 @@ and optional QK-norm. It predicts the velocity data - noise; time runs from 0 (n
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,12 +159,27 @@ class LightningDiTTransformer2DModel(
         timestep = torch.as_tensor(timestep, device=tokens.device).expand(batch)
         return tokens, self.time_embed(timestep, tokens.dtype) + self.class_embed(class_labels)
 
+    def enable_cache(self, config: Any) -> None:
+        """As diffusers' own. Raises: ValueError on FasterCache, which splits guided batches itself."""
+        if type(config).__name__ == "FasterCacheConfig":
+            raise ValueError("FasterCache does not fit LightningDiT: expected FirstBlockCache, MagCache or TaylorSeer")
+        super().enable_cache(config)
+
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """Pixels of the latents by token (B, N, p·p·C) -> (B, C, H, W)."""
         patch, channels = self.config.patch_size, self.config.in_channels
         grid = self.config.sample_size // patch
         tokens = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (grid, grid))  # (B, h, w, p, p, C)
         return tokens.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+    def replace_classes(self, num_classes: int) -> None:
+        """Other classes: their embeddings are drawn anew as in `initialize_weights`, "no class" keeps its own."""
+        table = nn.Embedding(num_classes + 1, self.class_embed.embedding_dim)
+        nn.init.normal_(table.weight, std=0.02)
+        with torch.no_grad():
+            table.weight[-1] = self.class_embed.weight[-1]
+        self.class_embed = table.to(self.class_embed.weight)
+        self.register_to_config(num_classes=num_classes)
 
     def initialize_weights(self) -> None:
         """DiT's published initialisation, to call before training from scratch: xavier, N(0, 0.02) for the class table

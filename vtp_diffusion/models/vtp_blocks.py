@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import (
 from torch import nn
 
 from .rotary import apply_rotary, rotary_tables
+from .stochastic_depth import residual_update
 
 
 class VTPTransformer(nn.Module):
@@ -150,65 +151,6 @@ class VTPEmbeddings(nn.Module):
         return self.patch_embed(images).flatten(2).transpose(1, 2)
 
 
-def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """hidden_states + branch(hidden_states), or with stochastic depth (arXiv:1603.09382) on a subset of the batch.
-
-    Only the K kept samples go through the branch, whose output is added to them B / K times: over a uniformly drawn
-    subset the expectation is the whole update. DINOv2 (arXiv:2304.07193, section 5) saves its time so.
-
-    Args: `hidden_states`: (B, S, D); `branch`: (K, S, D) -> (K, S, D); `kept`: (K,) int64 without repetition, or None.
-    """
-    if kept is None:
-        return hidden_states + branch(hidden_states)
-    place = places_of(kept, len(hidden_states))
-    update = branch(_KeptSamples.apply(hidden_states, kept, place))
-    return AddedUpdate.apply(hidden_states, update.to(hidden_states.dtype), kept, place)
-
-
-def places_of(kept: torch.Tensor, count: int) -> torch.Tensor:
-    """(count,) int64: where each of so many samples is in `kept` (K,), K if it is not."""
-    return kept.new_full((count,), len(kept)).scatter(0, kept, torch.arange(len(kept), device=kept.device))
-
-
-def _spread(samples: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """(K, S, D) and places (B,) in it -> (B, S, D), zero where the place is K."""
-    count = len(samples)
-    rows = samples.index_select(0, place.clamp(max=count - 1))
-    return torch.where((place < count)[:, None, None], rows, 0)
-
-
-# Both below read rows where autograd would add them up: a kept sample is in one place, so nothing has to be summed,
-# and compilation makes one kernel of it with what stands beside it.
-
-
-class _KeptSamples(torch.autograd.Function):
-    """x[kept]."""
-
-    @staticmethod
-    def forward(ctx, x, kept, place):
-        ctx.save_for_backward(place)
-        return x.index_select(0, kept)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _spread(grad, *ctx.saved_tensors), None, None
-
-
-class AddedUpdate(torch.autograd.Function):
-    """x, to whose kept samples the update is added B / K times."""
-
-    @staticmethod
-    def forward(ctx, x, update, kept, place):
-        ctx.save_for_backward(kept)
-        ctx.factor = len(x) / len(kept)
-        return x + ctx.factor * _spread(update, place)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (kept,) = ctx.saved_tensors
-        return grad, ctx.factor * grad.index_select(0, kept), None, None
-
-
 class VTPBlock(nn.Module):
     """Pre-norm transformer block: rotary self-attention and SwiGLU."""
 
@@ -244,6 +186,13 @@ class VTPBlock(nn.Module):
     ) -> torch.Tensor:
         if self.products is not None:
             return self.products.update(hidden_states, norm, branch, kept)
+        if kept is not None:
+            return self._update_kept(hidden_states, norm, branch, kept)
+        return hidden_states + branch(norm(hidden_states))
+
+    def _update_kept(
+        self, hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor
+    ) -> torch.Tensor:
         return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
 
 

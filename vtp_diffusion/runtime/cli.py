@@ -16,11 +16,16 @@ def run(main: Callable[[], None]) -> None:
     """Call the `main` of a program.
 
     A `ValueError`, an `OSError` or a missing extra is printed as `error: ...` with the place that raised it, and the
-    program exits with status 2, as for a wrong option. With VTP_DIFFUSION_TRACEBACK=1 in the environment, and for
-    every other exception, Python prints its traceback.
+    program exits with status 2, as for a wrong option; Ctrl-C is one line and status 130. With
+    VTP_DIFFUSION_TRACEBACK=1 in the environment, and for every other exception, Python prints its traceback.
     """
     try:
         main()
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"\ninterrupted; what is finished is kept ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
+        sys.exit(130)  # what a shell reports of a program that Ctrl-C ended
     except INPUT_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

@@ -23,7 +23,7 @@ import yaml
 from .yaml_files import read_yaml
 
 Config = TypeVar("Config")
-LARGEST_INTEGER = 2**63 - 1  # of seeds, steps and sizes: what tensors and generators take
+LARGEST_INTEGER = 2**62  # a seed plus a number of images stays an integer that torch takes
 BOUNDS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata, see `setting`
 
 

@@ -116,6 +116,13 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     return values
 
 
+def write_picture(path: Path, picture: Any) -> None:
+    """Write a PIL image as PNG, as `write_text` does."""
+    with replacing(path) as unfinished:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(unfinished, "PNG")
+
+
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:

@@ -8,6 +8,11 @@ class MissingExtraError(ImportError):
     """A package that an extra installs is not there; the message says what to install."""
 
 
+def install_hint(extra: str) -> str:
+    """How an extra is installed: from a clone, since the package index has another project of that name."""
+    return f"in a clone of the repository, pip install -e '.[{extra}]'"
+
+
 def require(module_name: str, extra: str) -> ModuleType:
     """Imports a module that belongs to an extra of this package.
 
@@ -24,4 +29,4 @@ def require(module_name: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
             raise  # the package is there and lacks something of its own
-        raise MissingExtraError(f"{package} is needed here: pip install 'vtp-diffusion[{extra}]'") from error
+        raise MissingExtraError(f"{package} is needed here: {install_hint(extra)}") from error

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .optional_packages import require
-
 
 def join_processes(**settings: Any) -> Any:
     """The accelerator of this process, once it is sure that all processes share the work.
@@ -16,9 +14,10 @@ def join_processes(**settings: Any) -> Any:
 
     Raises:
         ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
-        ImportError: accelerate is not installed.
     """
-    accelerator, launched = require("accelerate", "train").Accelerator(**settings), this_process()[1]
+    from accelerate import Accelerator
+
+    accelerator, launched = Accelerator(**settings), this_process()[1]
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: where there is no "
@@ -60,7 +59,9 @@ def gather_objects(value: Any) -> list[Any]:
     """`value` of every process, in the order of their ranks, on every process. Tensors must lie on the CPU."""
     if this_process()[1] == 1:
         return [value]
-    return require("accelerate.utils", "train").gather_object([value])
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
 
 
 def this_process() -> tuple[int, int]:

@@ -35,7 +35,8 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
         ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, fp8 where
             accelerate has nothing that gives it, a batch that the processes cannot share.
     """
-    accelerate = require("accelerate", "train")
+    import accelerate
+
     # DDP sums gradients up in the last backward pass of a step: also those of parameters which only others reached,
     # if it is told to look for them
     ddp = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=in_parts)
