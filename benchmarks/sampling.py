@@ -133,6 +133,10 @@ def main(argv: list[str] | None = None) -> None:
         write_results(config.output, "sampling", config, results)
         print(json.dumps(row), flush=True)
 
+    if torch.cuda.is_available():
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        results["product_tflops"] = 2 * 8.192**3 / milliseconds(lambda: a @ a, 20)
+        del a
     for way in config.ways:
         keep("ways", measure(config, way))
         torch.cuda.empty_cache()

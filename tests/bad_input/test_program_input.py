@@ -65,10 +65,10 @@ GENERATE = ("pipelines/generate.py", "--pipeline", "saved", "--output", "out")
 @pytest.mark.parametrize(
     ("file", "values", "message"),
     [
-        ("transformer/config.json", {"num_layers": "2"}, "saved cannot be loaded (TypeError"),
+        ("transformer/config.json", {"num_layers": "2"}, "does not fit LightningDiTTransformer2DModel"),
         ("transformer/config.json", {"num_attention_heads": 0}, "saved cannot be loaded"),
-        ("transformer/config.json", {"class_dropout_prob": None}, "saved cannot be loaded"),
-        ("transformer/config.json", {"sample_size": [4]}, "saved cannot be loaded"),
+        ("transformer/config.json", {"class_dropout_prob": None}, "does not fit LightningDiTTransformer2DModel"),
+        ("transformer/config.json", {"sample_size": [4]}, "does not fit LightningDiTTransformer2DModel"),
         ("transformer/config.json", {"num_layers": -1}, "does not fit LightningDiTTransformer2DModel"),
         ("vae/config.json", {"patch_size": 0}, "saved cannot be loaded (ValueError"),
         ("vae/config.json", {"latents_std": "1"}, "saved cannot be loaded"),

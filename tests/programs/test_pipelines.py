@@ -292,7 +292,7 @@ def imported_packages(module: str) -> set[str]:
 
 @pytest.mark.parametrize("program", ["convert", "export", "generate", "reconstruct"])
 def test_programs_need_core_packages_only(program):
-    core = {"torch", "diffusers", "safetensors", "numpy", "PIL"}
+    core = {"torch", "diffusers", "safetensors", "numpy", "PIL", "einops"}
     with_diffusers = {"huggingface_hub", "tqdm", "yaml"}  # what diffusers and its hub client depend on themselves
     needed = imported_packages(f"pipelines.{program}") - sys.stdlib_module_names - {"vtp_diffusion"}
     assert "torch" in needed and needed <= core | with_diffusers

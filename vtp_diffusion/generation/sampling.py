@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -131,14 +132,19 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
     """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision, and
     how noise follows from the seed."""
     weights = {}
-    for name in ("vae", "transformer", "guidance_transformer"):
-        if getattr(pipe, name, None) is None:
-            continue
-        digest = hashlib.sha256()
-        for key, tensor in sorted(getattr(pipe, name).state_dict().items()):
-            digest.update(
-                f"{key} {tuple(tensor.shape)}".encode() + tensor.float().cpu().contiguous().numpy().tobytes()
-            )
-        weights[name] = digest.hexdigest()[:16]
+    with ThreadPoolExecutor() as pool:  # hashing is most of a start, and lets other threads run
+        for name in ("vae", "transformer", "guidance_transformer"):
+            if getattr(pipe, name, None) is not None:
+                digests = pool.map(
+                    _tensor_sha256, *zip(*sorted(getattr(pipe, name).state_dict().items()), strict=True)
+                )
+                weights[name] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
     return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype), "noise": NOISE_RULE}
+
+
+def _tensor_sha256(name: str, tensor: torch.Tensor) -> str:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(content)  # not joined: the tensors of XL/1 would be copied
+    return digest.hexdigest()
