@@ -75,9 +75,6 @@ class BenchmarkConfig:
     )
     batch_size: int | None = field(default=None, metadata={"help": "images a GPU; none: 128, for tiny 4"})
     steps: int = field(default=60, metadata={"help": "of every run"})
-    mixed_precision: Literal["bf16", "fp8"] = field(
-        default="bf16", metadata={"help": "on GPUs; fp8 takes torchao. A CPU trains in float32"}
-    )
     ways: list[str] = field(default_factory=lambda: ["fast"], metadata={"help": f"some of {', '.join(WAYS)}"})
     speed: bool = field(default=True, metadata={"help": "measure img/s, memory and scaling"})
     resume_check: bool = field(default=False, metadata={"help": "compare interrupted runs with straight ones"})
@@ -98,12 +95,8 @@ class BenchmarkConfig:
             raise ValueError(f"ways has {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")
         if not self.speed and not self.resume_check and not self.same_losses:
             raise ValueError("speed, resume_check and same_losses are false, expected one of them")
-        for wanted, asked in (
-            ("strategies has fsdp", "fsdp" in self.strategies),
-            ("mixed_precision is fp8", self.mixed_precision == "fp8"),
-        ):
-            if asked and not torch.cuda.is_available():
-                raise ValueError(f"{wanted}, which accelerate gives on GPUs only")
+        if "fsdp" in self.strategies and not torch.cuda.is_available():
+            raise ValueError("strategies has fsdp, which accelerate gives on GPUs only")
 
 
 def make_data(folder: Path, size: str) -> None:
@@ -154,7 +147,7 @@ def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) 
         if strategy == "fsdp" and processes == 1:
             continue
         every = max(1, config.steps // 12)
-        options = [f"--train_batch_size={images * processes}", f"--log_steps={every}", *precision(config)]
+        options = [f"--train_batch_size={images * processes}", f"--log_steps={every}", *precision()]
         options += ["--checkpointing_steps=1000000", *WAYS[way]]
         output = folder / f"{strategy}-{way}-{processes}"
         lines, seconds = train(data, size, processes, strategy, config.steps, output, *options)
@@ -179,7 +172,7 @@ def compare_losses(config: BenchmarkConfig, data: Path, size: str, folder: Path)
     options += ["--checkpointing_steps=1000000"]
     losses = {}
     for way in [*config.ways, "float32"]:
-        words = ["--fused=false", "--cuda_graphs=false"] if way == "float32" else [*precision(config), *WAYS[way]]
+        words = ["--fused=false", "--cuda_graphs=false"] if way == "float32" else [*precision(), *WAYS[way]]
         lines, _ = train(data, size, 1, "ddp", config.steps, folder / f"losses-{way}", *options, *words)
         losses[way] = torch.tensor([line["loss"] for line in lines], dtype=torch.float64)
         shutil.rmtree(folder / f"losses-{way}")
@@ -197,8 +190,8 @@ def images_per_process(config: BenchmarkConfig, size: str) -> int:
     return config.batch_size or (4 if size == "tiny" else 128)
 
 
-def precision(config: BenchmarkConfig) -> list[str]:
-    return [f"--mixed_precision={config.mixed_precision}"] if torch.cuda.is_available() else []
+def precision() -> list[str]:
+    return ["--mixed_precision=bf16"] if torch.cuda.is_available() else []
 
 
 def as_killed_after(step: int, run: Path, target: Path) -> None:
@@ -221,7 +214,7 @@ def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -
     first, second = config.processes[0], config.processes[-1]
     steps, half = config.steps, -(-config.steps // 2)
     options = [f"--train_batch_size={images_per_process(config, size) * max(config.processes)}", "--log_steps=1"]
-    options += precision(config)
+    options += precision()
     options += [f"--checkpointing_steps={half}", "--checkpoints_total_limit=2"]
     options += ["--deterministic", *WAYS[config.ways[0]]]
     result = {"size": size, "steps": steps, "seconds": {}}

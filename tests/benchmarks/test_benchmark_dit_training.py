@@ -64,7 +64,6 @@ time.sleep(60)"""
         (["--sizes", "XXL"], "size 'XXL' is unknown; known: tiny, B/1, XL/1"),
         (["--processes", "0"], r"processes is \[0\]"),
         (["--steps", "2"], "steps 2, expected positive numbers and 6"),
-        (["--mixed_precision", "fp8"], "mixed_precision is fp8, which accelerate gives on GPUs only"),
         (["--output", "x.txt"], "output must be a FILE.json"),
     ],
 )

@@ -37,9 +37,8 @@ def use_deterministic_algorithms() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a frozen autoencoder. `precision`: "no", "fp16" or "bf16", as accelerate's mixed_precision;
-    "fp8" is for what is trained, its companions take bfloat16."""
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
+    """The context of a frozen autoencoder. `precision`: "no", "fp16" or "bf16", as accelerate's mixed_precision."""
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 

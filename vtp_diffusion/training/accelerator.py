@@ -1,6 +1,5 @@
 """Set-up of accelerate for a training run: processes, DDP, FSDP2, precision, trackers; and signals that stop it."""
 
-import importlib.util
 import os
 import signal
 import threading
@@ -32,8 +31,8 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
         in_parts: the backward passes of a step do not all reach the same parameters, see `TrainingRun`.
 
     Raises:
-        ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, fp8 where
-            accelerate has nothing that gives it, a batch that the processes cannot share.
+        ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, a batch that the
+            processes cannot share.
     """
     import accelerate
 
@@ -41,8 +40,6 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
     # if it is told to look for them
     ddp = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=in_parts)
     handlers = [ddp, accelerate.InitProcessGroupKwargs(timeout=PATIENCE)]
-    if config.mixed_precision == "fp8":
-        handlers.append(_fp8_recipe(accelerate))
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None:
         require(tracker, "wandb" if tracker == "wandb" else "train")
@@ -57,18 +54,6 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
     _set_up_sharding(accelerate, accelerator, block_names)
     config.micro_batch_size(accelerator.num_processes)  # for its ValueError
     return accelerator
-
-
-def _fp8_recipe(accelerate: Any) -> Any:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    capable = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-    installed = importlib.util.find_spec("torchao") is not None
-    if not (capable and installed):
-        raise ValueError(
-            "mixed_precision is fp8, which accelerate gives through torchao on a GPU of compute capability 8.9 or "
-            f"more; here: {device}, torchao {'' if installed else 'not '}installed"
-        )
-    return accelerate.utils.AORecipeKwargs()  # torchao keeps the names of the weights, so that checkpoints fit
 
 
 def sharding_asked() -> bool:

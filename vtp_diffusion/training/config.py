@@ -33,7 +33,7 @@ class TrainingConfig(Settings):
         may_change=True,
         above=0,
     )
-    mixed_precision: Literal["no", "fp16", "bf16", "fp8"] = setting("no", "precision of the matrix products")
+    mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "precision of the matrix products")
     ema_decay: float = setting(
         0.9999, "decay of the averaged weights, constant from the first step", at_least=0, below=1
     )

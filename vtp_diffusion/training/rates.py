@@ -21,8 +21,7 @@ BF16_PEAK_FLOPS = {
 def peak_flops(device: torch.device, mixed_precision: str, given: float | None = None) -> float | None:
     """Peak that MFU is measured against, FLOP/s of one device: the one given, or the bfloat16 peak of a known GPU.
 
-    fp8 is measured against the bfloat16 peak as well, so that MFUs can be compared. None where there is no number: on
-    a CPU, in float32, on an unknown GPU.
+    None where there is no number: on a CPU, in float32, on an unknown GPU.
     """
     if given is not None:
         return given
