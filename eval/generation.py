@@ -70,6 +70,7 @@ from vtp_diffusion.evaluation.sources import (
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name
+from vtp_diffusion.generation.solvers import use_solver
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
 from vtp_diffusion.metrics.scores import SMALL_SPLIT
@@ -160,6 +161,7 @@ def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) ->
 
     dtype = config.torch_dtype(torch.device(config.device))
     pipe = load_saved(DiffusionPipeline, folder, dtype=dtype).to(config.device)
+    use_solver(pipe, config.solver, config.time_shift)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:

@@ -83,10 +83,12 @@ def load_pipeline(config: GenerateConfig, device: torch.device | str) -> Lightni
         raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     from diffusers import DiffusionPipeline
 
+    from vtp_diffusion.generation.solvers import use_solver
     from vtp_diffusion.models.loading import load_saved
 
     pipe = load_saved(DiffusionPipeline, config.pipeline, dtype=config.torch_dtype(torch.device(device)))
     pipe.set_progress_bar_config(disable=True)
+    use_solver(pipe, config.solver, config.time_shift)
     return pipe.to(device)
 
 

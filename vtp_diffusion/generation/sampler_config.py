@@ -16,7 +16,12 @@ class SamplerConfig(Settings):
     Raises: ValueError naming an option outside its bounds.
     """
 
-    num_inference_steps: int = setting(50, "evaluations of the network an image", at_least=1)
+    num_inference_steps: int = setting(50, "evaluations of the network an image, of Heun's method half", at_least=1)
+    solver: Literal["pipeline", "euler", "heun", "unipc", "dpm++", "dopri5"] = setting(
+        "pipeline", "of the flow; pipeline: its scheduler; dopri5 is adaptive and counts no steps"
+    )
+    time_shift: float | None = setting(None, "shift s of the sampling times; none: the pipeline's", above=0)
+    tolerance: float = setting(1e-3, "relative error of a step of dopri5", above=0)
     guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "times between which guidance is on, 0 is noise and 1 is data", at_least=0, at_most=1
@@ -37,6 +42,8 @@ class SamplerConfig(Settings):
         low, high = self.guidance_interval
         if low > high:
             raise ValueError(f"guidance_interval is {low}, {high}, expected the lower time first")
+        if self.solver == "dopri5" and self.time_shift is not None:
+            raise ValueError(f"time_shift is {self.time_shift}, but solver dopri5 chooses its times: expected none")
         if self.fp8 and self.fast is False:
             raise ValueError("fp8 is on and fast is off: float8 products are part of fast sampling")
 
@@ -53,4 +60,5 @@ class SamplerConfig(Settings):
     def sampler(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""
         names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels")
-        return {name: getattr(self, name) for name in names}
+        adaptive = {"solver": self.solver, "tolerance": self.tolerance} if self.solver == "dopri5" else {}
+        return {name: getattr(self, name) for name in names} | adaptive

@@ -15,6 +15,7 @@ import torch
 from ..data.images import finite_to_uint8
 from ..runtime.precision import exact_float32
 from ..runtime.random_streams import random_stream, stream_seed
+from .solvers import solve_adaptively
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -100,7 +101,8 @@ def sample_numbers(
     Args:
         labels: of all images; image k has labels[k].
         on_step: called after every evaluation of the network.
-        settings: of the sampler: num_inference_steps, guidance_scale, guidance_interval, guidance_channels.
+        settings: of the sampler: num_inference_steps, guidance_scale, guidance_interval, guidance_channels; solver
+            "dopri5" and its tolerance.
 
     Raises:
         ValueError: settings that the pipeline refuses, one without an autoencoder, or images that are not finite.
@@ -114,15 +116,20 @@ def sample_numbers(
 
     generators = image_generators(numbers, seed)  # a scheduler that adds noise goes on with them
     noise = pipe.prepare_latents(len(numbers), generators, None, pipe.device)
+    wanted = [labels[number] for number in numbers]
     with exact_float32() if pipe.dtype == torch.float32 else contextlib.nullcontext():
-        latents = pipe(
-            [labels[number] for number in numbers],
-            generator=generators,
-            latents=noise,
-            output_type="latent",
-            callback_on_step_end=None if on_step is None else callback,
-            **settings,
-        ).images
+        if settings.pop("solver", None) == "dopri5":
+            settings.pop("num_inference_steps")
+            latents = solve_adaptively(pipe, wanted, noise, on_evaluation=on_step, **settings)
+        else:
+            latents = pipe(
+                wanted,
+                generator=generators,
+                latents=noise,
+                output_type="latent",
+                callback_on_step_end=None if on_step is None else callback,
+                **settings,
+            ).images
         with torch.inference_mode():
             images = finite_to_uint8(pipe.decode_latents(latents), numbers)
     return images.cpu()
@@ -139,7 +146,8 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
                     _tensor_sha256, *zip(*sorted(getattr(pipe, name).state_dict().items()), strict=True)
                 )
                 weights[name] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-    scheduler = {"class": type(pipe.scheduler).__name__, "shift": pipe.scheduler.config.get("shift")}
+    config = pipe.scheduler.config
+    scheduler = {"class": type(pipe.scheduler).__name__, "shift": config.get("flow_shift", config.get("shift"))}
     return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype), "noise": NOISE_RULE}
 
 
