@@ -91,6 +91,9 @@ class Config(TrainingConfig, FlowMatchingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.fused and (self.compile or not torch.cuda.is_available()):
+            reason = "compile is on too: give one of them" if self.compile else "there is no CUDA GPU"
+            raise ValueError(f"fused is on, but {reason}")
         if self.guide.step is not None and self.guide.step > self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
@@ -143,7 +146,7 @@ def compile_training(config: Config, objective: FlowMatchingObjective) -> None:
 
 
 def use_fused_blocks(config: Config, run: TrainingRun) -> None:
-    """Fused kernels in the blocks, as the configuration asks for them. Raises: ValueError where there are none."""
+    """Fused kernels in the blocks, where the configuration asks for them or they can be had. Raises: ValueError."""
     from vtp_diffusion.models.fused_lightning_dit import fuse_training, why_not_fused
 
     reason = "compile is on" if config.compile else why_not_fused(run.model, run.device)

@@ -68,6 +68,30 @@ def test_in_bfloat16_a_fused_block_is_no_further_from_float32_than_a_plain_one(s
         assert errors[1] < 1.5 * errors[0] + 1e-6 and 0 < errors[1] < 0.05
 
 
+def test_large_products_keep_no_more_for_the_backward_pass():
+    """A part of a product keeps all of it in memory: 6 GiB of VTP Large, if values came with queries."""
+    kept = []
+    for large, programs in ((False, None), (True, None), (True, fused_formulae)):
+        torch.manual_seed(0)
+        block, x = VTPBlock(64, 2, False, VTPRMSNorm(64), VTPRMSNorm(64)), torch.randn(8, 64, 64).bfloat16()
+        if large:
+            use_large_products(block, programs)
+        step = torch.compile(block.forward, backend="aot_eager_decomp_partition", fullgraph=True)
+        weights, sizes = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
+
+        def keep(tensor, weights=weights, sizes=sizes):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16), hooks:
+            step(x.requires_grad_(), torch.ones(64, 32), torch.zeros(64, 32))
+        kept.append(sum(sizes.values()))
+    assert max(kept[1:]) <= kept[0] * 1.01
+
+
 def test_what_the_functions_do_not_know_is_computed_as_before():
     block, x, rest = block_and_inputs()
     use_large_products(block, fused_formulae)  # which are for any device

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import fused_formulae
 import numpy as np
 import pytest
 import torch
@@ -21,8 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.models.large_products import use_large_products
-from vtp_diffusion.models.stochastic_depth import draw_kept, num_kept
-from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPRMSNorm, residual_update
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
 from vtp_diffusion.pretraining.feature_evaluation import effective_rank, retrieval_recall
@@ -125,74 +122,6 @@ def test_large_products_have_the_gradients_of_the_layers_and_do_not_call_them():
         objective(**inputs)["loss"].backward()
     assert_same_gradients(plain, large)
     assert not called
-
-
-def test_large_products_keep_no_more_for_the_backward_pass():
-    """A part of a product keeps all of it in memory: 6 GiB of VTP Large, if values came with queries."""
-    kept = []
-    for large, programs in ((False, None), (True, None), (True, fused_formulae)):
-        torch.manual_seed(0)
-        block, x = VTPBlock(64, 2, False, VTPRMSNorm(64), VTPRMSNorm(64)), torch.randn(8, 64, 64).bfloat16()
-        if large:
-            use_large_products(block, programs)
-        step = torch.compile(block.forward, backend="aot_eager_decomp_partition", fullgraph=True)
-        weights, sizes = {p.untyped_storage().data_ptr() for p in block.parameters()}, {}
-
-        def keep(tensor, weights=weights, sizes=sizes):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.autocast("cpu", torch.bfloat16), hooks:
-            step(x.requires_grad_(), torch.ones(64, 32), torch.zeros(64, 32))
-        kept.append(sum(sizes.values()))
-    assert max(kept[1:]) <= kept[0] * 1.01
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_stochastic_depth_has_the_gradients_of_adding_into_rows(compiled):
-    """Against the plain formula, whose gradients are sums over rows."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(6, 3, 4, generator=generator), torch.randn(4, 4, generator=generator)
-    kept, seen = torch.tensor([4, 0, 5, 2]), torch.randn(6, 3, 4, generator=generator)
-
-    def ours(x, weight):
-        return residual_update(x, lambda part: torch.sin(part @ weight), kept)
-
-    def plain(x, weight):
-        return x.index_add(0, kept, torch.sin(x[kept] @ weight), alpha=6 / 4)
-
-    ours = torch.compile(ours, backend="aot_eager", fullgraph=True) if compiled else ours
-    results = []
-    for function in (ours, plain):
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        value = function(*leaves)
-        results.append([value.detach(), *torch.autograd.grad((value * seen).sum(), leaves)])
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(first, second)
-
-
-def test_stochastic_depth_computes_fewer_samples_and_its_expectation_is_the_whole_update():
-    x, seen = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(0)), []
-
-    def branch(part):
-        seen.append(len(part))
-        return torch.sin(part)
-
-    # over all pairs of samples the mean is exact
-    pairs = [torch.tensor([i, j]) for i in range(8) for j in range(i)]
-    mean = torch.stack([residual_update(x, branch, kept) for kept in pairs]).mean(0)
-    torch.testing.assert_close(mean, residual_update(x, torch.sin))
-    assert set(seen) == {2}
-    generator = torch.Generator().manual_seed(1)
-    kept = draw_kept(8, num_layers=500, rate=0.7, generator=generator)
-    assert kept.shape == (500, 2, num_kept(8, 0.7)) == (500, 2, 2)
-    assert all(len(set(row.tolist())) == 2 for row in kept.flatten(0, 1))
-    frequencies = kept.flatten().bincount(minlength=8) / 1000
-    assert (frequencies - 0.25).abs().max() < 0.06  # four standard deviations
-    assert draw_kept(8, 4, 0.0, generator) is None
 
 
 def test_mask_tokens_replace_patches_before_the_first_block():
