@@ -23,14 +23,16 @@ def network_and_inputs(**changes):
     return network, (torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 3, 1]))
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"patch_size": 2}])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"patch_size": 2}, {"base_head_layer": 1}])
 def test_the_fused_forward_is_the_network_s(changes):
-    network, inputs = network_and_inputs(**changes)
+    network, inputs = network_and_inputs(**changes, prediction="data" if "patch_size" in changes else "velocity")
+    base = "base_head_layer" in changes
     with torch.no_grad():
-        expected = network(*inputs).sample
-        found = FusedForward(network, lightning_dit_formulae)(*inputs)
+        expected = network(*inputs, return_dict=False, return_base=base)
+        found = FusedForward(network, lightning_dit_formulae)(*inputs, base)
         network.fuse_qkv_projections()
-        joined = FusedForward(network, lightning_dit_formulae)(*inputs)
+        joined = FusedForward(network, lightning_dit_formulae)(*inputs, base)
+    assert len(found) == 1 + base
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(joined, expected, rtol=1e-5, atol=1e-5)
 

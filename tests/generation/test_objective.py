@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_pipeline_lightning_dit import tiny_transformer
@@ -15,12 +17,17 @@ def draw(count: int, **settings) -> dict[str, torch.Tensor]:
 class Perfect(torch.nn.Module):
     """Knows the velocity."""
 
+    config = SimpleNamespace(base_head_layer=None)
+
     def __init__(self, velocity):
         super().__init__()
         self.velocity = velocity
 
-    def forward(self, hidden_states, timestep, class_labels, return_dict):
+    def forward(self, hidden_states, timestep, class_labels, return_dict, return_base):
         return (self.velocity,)
+
+    def target_scale(self, timestep):
+        return torch.ones_like(timestep)
 
 
 def test_a_perfect_network_has_no_loss_and_the_opposite_one_the_largest():

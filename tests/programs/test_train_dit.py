@@ -399,3 +399,14 @@ def test_other_files_in_the_output_folder_are_left_alone(tmp_path, made):
     with pytest.raises(ValueError, match="holds no run"):
         load_program("train_dit").main(arguments(tmp_path / "run", made))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_generator_with_a_base_head_is_trained_and_guides_itself(tmp_path, made):
+    options = ("--model.num_layers=2", "--model.base_head_layer=1", "--model.prediction=data", "--max_train_steps=2")
+    load_program("train_dit").main(arguments(tmp_path / "run", made, *options, "--log_steps=1"))
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    parts = ("squared_error", "cosine", "base_squared_error", "base_cosine")
+    assert line["loss"] == pytest.approx(sum(line[name] for name in parts), rel=1e-5)
+    pipeline = LightningDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipeline.transformer.config.prediction == "data" and pipeline.transformer.config.base_head_layer == 1
+    assert len(pipeline([0, 1], 2, guidance="internal", guidance_scale=1.5, output_type="pt").images) == 2

@@ -37,6 +37,7 @@ LEFT_OUT = (
     "LightningDiTTransformer2DModel.from_released",
     "LightningDiTTransformer2DModel.initialize_weights",
     "LightningDiTTransformer2DModel.replace_classes",
+    "LightningDiTTransformer2DModel.target_scale",
     "VTPAttentionProcessor._causal_mask",
     "VTPBlock._update_kept",
 )
@@ -227,8 +228,8 @@ class _Module:
                     self._blank(node)
 
     def _shorten_docstrings(self) -> None:
-        """To their first paragraph, but for the exported classes and the methods that users call."""
-        owners = [node for node in self.tree.body if getattr(node, "name", None) in EXPORTED_CLASSES]
+        """To their first paragraph, but for the pipeline's and those of its methods that users call."""
+        owners = [node for node in self.tree.body if getattr(node, "name", None) == EXPORTED_CLASSES[-1]]
         kept = [
             *owners,
             *(node for owner in owners for node in owner.body if not getattr(node, "name", "_")[0] == "_"),

@@ -119,33 +119,32 @@ class FusedForward:
         return {name: Product(*parameters, self.kernels, self.fp8) for name, parameters in products.items()}
 
     def __call__(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
-    ) -> torch.Tensor:
-        """As the network's `forward`: (B, C, H, W)."""
-        network = self.network
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_base: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """As the network's `forward` without `return_dict`: (B, C, H, W), with `return_base` two of them."""
+        network, base = self.network, ()
         tokens, conditioning = network.embed(hidden_states, timestep, class_labels)
-        tokens, last = tokens.contiguous(), len(network.blocks) - 1
+        tokens = tokens.contiguous()  # changed in place from here on
         modulations = [block.modulation(conditioning) for block in network.blocks]  # six of (B, 1, D) each
-        shift, scale = network.modulation_out(conditioning)
-        nothing = None, None, None
-        normed = self._norm(tokens, *nothing, network.blocks[0].norm1, *modulations[0][:2], self.fp8)  # and factors
+        # what each block hands on to: the first norm of the next one, or the last norm
+        norms = [(block.norm1, *six[:2], self.fp8) for block, six in zip(network.blocks, modulations, strict=True)]
+        norms.append((network.norm_out, *network.modulation_out(conditioning), False))
+        normed = self._norm(tokens, None, None, None, *norms[0])  # and, in float8, the factors
         for index, (block, products) in enumerate(zip(network.blocks, self.products, strict=True)):
             _, _, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulations[index]
-            update = self._attention(block.attn, products, normed)
-            normed = self._norm(
-                tokens, update, block.attn.to_out[0].bias, gate_attn, block.norm2, shift_mlp, scale_mlp, self.fp8
-            )
+            update, bias = self._attention(block.attn, products, normed), block.attn.to_out[0].bias
+            normed = self._norm(tokens, update, bias, gate_attn, block.norm2, shift_mlp, scale_mlp, self.fp8)
             update = products["w3"](*self.kernels.swiglu(products["w12"](*normed), self.fp8))
-            if index < last:  # of the next block
-                norm, (next_shift, next_scale), fp8 = (
-                    network.blocks[index + 1].norm1,
-                    modulations[index + 1][:2],
-                    self.fp8,
-                )
-            else:
-                norm, next_shift, next_scale, fp8 = network.norm_out, shift, scale, False
-            normed = self._norm(tokens, update, block.mlp.w3.bias, gate_mlp, norm, next_shift, next_scale, fp8)
-        return network.unpatchify(network.proj_out(normed[0]))
+            normed = self._norm(tokens, update, block.mlp.w3.bias, gate_mlp, *norms[index + 1])
+            if return_base and index + 1 == network.config.base_head_layer:
+                shift, scale = network.base_modulation_out(conditioning)
+                ends = self._norm(tokens, None, None, None, network.base_norm_out, shift, scale, False)
+                base = (network.to_velocity(network.base_proj_out(ends[0]), hidden_states, timestep),)
+        return network.to_velocity(network.proj_out(normed[0]), hidden_states, timestep), *base
 
     def _norm(self, tokens, update, bias, gate, norm, shift, scale, fp8):
         dtype = torch.float8_e4m3fn if fp8 else tokens.dtype
@@ -196,7 +195,7 @@ class GraphedForward:
 
     def __init__(self, network: nn.Module, forward: FusedForward):
         self.network, self.forward = network, forward
-        self.recordings: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
+        self.recordings: dict[Any, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], tuple[torch.Tensor, ...]]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(
@@ -205,35 +204,37 @@ class GraphedForward:
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         return_dict: bool = True,
+        return_base: bool = False,
     ) -> Any:
         """As `LightningDiTTransformer2DModel.forward`; with gradients it is that itself."""
         if torch.is_grad_enabled():
-            return type(self.network).forward(self.network, hidden_states, timestep, class_labels, return_dict)
+            plain = type(self.network).forward
+            return plain(self.network, hidden_states, timestep, class_labels, return_dict, return_base)
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
         inputs = [hidden_states, timestep, class_labels]
-        key = tuple((value.shape, value.dtype) for value in inputs)
+        key = return_base, *((value.shape, value.dtype) for value in inputs)
         if key not in self.recordings:
-            self.recordings[key] = self._record(inputs)
-        graph, places, result = self.recordings[key]
+            self.recordings[key] = self._record(inputs, return_base)
+        graph, places, results = self.recordings[key]
         for place, value in zip(places, inputs, strict=True):
             place.copy_(value)
         graph.replay()
-        sample = result.clone()  # the next replay writes over it
-        if not return_dict:
-            return (sample,)
+        outputs = tuple(result.clone() for result in results)  # the next replay writes over them
+        if return_base or not return_dict:
+            return outputs
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        return Transformer2DModelOutput(sample=sample)
+        return Transformer2DModelOutput(sample=outputs[0])
 
-    def _record(self, inputs: list[torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]:
+    def _record(self, inputs: list[torch.Tensor], return_base: bool) -> tuple[Any, ...]:
         places = [value.clone() for value in inputs]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # Triton compiles, cuBLAS and cuDNN choose
-                self.forward(*places)
+                self.forward(*places, return_base)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            result = self.forward(*places)
-        return graph, places, result
+            results = self.forward(*places, return_base)
+        return graph, places, results

@@ -79,11 +79,11 @@ def velocity(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def flow_matching_loss(
-    prediction: torch.Tensor, data: torch.Tensor, noise: torch.Tensor
+    prediction: torch.Tensor, data: torch.Tensor, noise: torch.Tensor, scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two terms of LightningDiT's loss (arXiv:2501.01423, section 3.3), one value a sample.
 
-    Args: `prediction`, `data`, `noise`: (B, C, H, W).
+    Args: `prediction`, `data`, `noise`: (B, C, H, W); `scale`: (B,), of the velocity that is aimed at, None is 1.
     Returns: the mean squared velocity error (B,) and the mean over positions of 1 - cosine similarity over channels
     (B,), both in float32. Training minimises the sum of their means.
     Raises: ValueError if the shapes differ.
@@ -94,6 +94,8 @@ def flow_matching_loss(
             f"{tuple(prediction.shape)}, {tuple(data.shape)}, {tuple(noise.shape)}"
         )
     prediction, target = prediction.float(), velocity(data, noise).float()
+    if scale is not None:
+        target = target * _per_sample(scale, target)
     squared_error = (prediction - target).square().flatten(1).mean(1)
     cosine = 1 - torch.nn.functional.cosine_similarity(prediction, target, dim=1)  # (B, H, W)
     return squared_error, cosine.flatten(1).mean(1)

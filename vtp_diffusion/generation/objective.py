@@ -76,12 +76,18 @@ class FlowMatchingObjective(nn.Module):
 
     def losses(self, latents, noise, times, labels) -> dict[str, torch.Tensor]:
         """`forward` without what accelerate wraps around it: this is what is compiled."""
-        prediction = self.transformer(interpolate(latents, noise, times), times, labels, return_dict=False)[0]
-        squared_errors, cosines = flow_matching_loss(prediction, latents, noise)  # (B,), (B,)
-        by_time = sums_by_time(squared_errors.detach(), times)
-        squared_error, cosine = squared_errors.mean(), cosines.mean()
-        total = squared_error + cosine if self.cosine_loss else squared_error
-        return {"loss": total, "squared_error": squared_error, "cosine": cosine, "squared_error_by_time": by_time}
+        has_base = self.transformer.config.base_head_layer is not None
+        predictions = self.transformer(
+            interpolate(latents, noise, times), times, labels, return_dict=False, return_base=has_base
+        )
+        scale, losses, total = self.transformer.target_scale(times), {}, 0.0
+        for name, prediction in zip(("", "base_"), predictions, strict=False):
+            squared_errors, cosines = flow_matching_loss(prediction, latents, noise, scale)  # (B,), (B,)
+            if not name:
+                losses["squared_error_by_time"] = sums_by_time(squared_errors.detach(), times)
+            losses[f"{name}squared_error"], losses[f"{name}cosine"] = squared_errors.mean(), cosines.mean()
+            total = total + losses[f"{name}squared_error"] + (losses[f"{name}cosine"] if self.cosine_loss else 0.0)
+        return losses | {"loss": total}
 
 
 def draw_inputs(

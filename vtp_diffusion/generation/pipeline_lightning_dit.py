@@ -193,6 +193,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["LightningDiTPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        guidance: str = "auto",
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -210,6 +211,9 @@ class LightningDiTPipeline(DiffusionPipeline):
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; may return new
                 "latents". A `PipelineCallback` says itself which tensors it gets.
+            guidance: what `weak` is: "classifier_free", the prediction without a class; "autoguidance", that of
+                `guidance_transformer`; "internal", that of the transformer's base head, in the same pass (RAEv2,
+                arXiv:2605.18324); "auto": the guidance transformer's where there is one, else without a class.
         Returns: `ImagePipelineOutput` with `.images`, or a tuple of them.
         Raises: ValueError on any argument that does not fit, before the first evaluation, and on results that are not
         finite.
@@ -218,7 +222,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         self._check_inputs(
             num_inference_steps, guidance_scale, guidance_interval, guidance_channels, num_images_per_label,
-            output_type, callback_on_step_end, tensor_inputs,
+            output_type, callback_on_step_end, tensor_inputs, guidance,
         )  # fmt: skip
         self._guidance_scale = guidance_scale
         self._interrupt, self._current_timestep = False, None
@@ -240,7 +244,7 @@ class LightningDiTPipeline(DiffusionPipeline):
                     t = 1 - sigmas[step]
                     # read at every step: a callback may change it
                     scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
-                    velocity = self._velocity(latents, t, labels, scale, guidance_channels)
+                    velocity = self._velocity(latents, t, labels, scale, guidance_channels, guidance)
                     if step + 1 == len(timesteps) and sigmas[-1] > 0:  # DEIS and SASolver leave the last noise in
                         latents = latents + (1 - t) * velocity
                     else:  # diffusers' flow models predict noise - data
@@ -291,7 +295,9 @@ class LightningDiTPipeline(DiffusionPipeline):
         """
         return decode_to_images(self.vae, latents)
 
-    def _check_inputs(self, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs) -> None:
+    def _check_inputs(
+        self, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind
+    ) -> None:
         """Raises: ValueError naming the first argument of a call that does not fit."""
         if self.transformer is None or self.scheduler is None:
             raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
@@ -300,11 +306,19 @@ class LightningDiTPipeline(DiffusionPipeline):
         pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
         types = OUTPUT_TYPES if self.vae is not None else ("latent",)
         no_vae = "" if self.vae is not None else ": this pipeline has no vae"
+        kinds = ["auto", "classifier_free"] + ["autoguidance"] * (self.guidance_transformer is not None)
+        kinds += ["internal"] * (config.get("base_head_layer") is not None)
         inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
         for name, value, fits, expected in (
             ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
             ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
             ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
+            (
+                "guidance", kind, isinstance(kind, str) and kind in kinds,
+                f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a transformer with a "
+                "base_head_layer",
+            ),
+            ("guidance_scale", scale, kind != "internal" or scale >= 1, "1 or more with internal guidance"),
             (
                 "guidance_interval", interval,
                 pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
@@ -326,7 +340,8 @@ class LightningDiTPipeline(DiffusionPipeline):
         ):  # fmt: skip
             if not fits:
                 raise ValueError(f"{name} is {value!r}, expected {expected}")
-        if scale != 1 and self.guidance_transformer is None and config.class_dropout_prob == 0:
+        free = kind == "classifier_free" or (kind == "auto" and self.guidance_transformer is None)
+        if scale != 1 and free and config.class_dropout_prob == 0:
             warnings.warn(
                 f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
                 "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
@@ -351,11 +366,14 @@ class LightningDiTPipeline(DiffusionPipeline):
         labels: torch.Tensor,
         guidance_scale: float,
         guidance_channels: int | None,
+        guidance: str = "auto",
     ) -> torch.Tensor:
         """data - noise at time t, guided when the scale is not 1. (B, C, h, w) in float32."""
         if guidance_scale == 1.0:
             return self._evaluate(self.transformer, "cond", latents, t, labels)
-        if self.guidance_transformer is not None:
+        if guidance == "internal":
+            strong, weak = self._evaluate(self.transformer, "cond", latents, t, labels, return_base=True)
+        elif self.guidance_transformer is not None and guidance != "classifier_free":
             strong = self._evaluate(self.transformer, "cond", latents, t, labels)
             weak = self._evaluate(self.guidance_transformer, "guidance", latents, t, labels)
         else:
@@ -370,12 +388,20 @@ class LightningDiTPipeline(DiffusionPipeline):
         return torch.cat([guided[:, :guidance_channels], strong[:, guidance_channels:]], dim=1)
 
     def _evaluate(
-        self, transformer: torch.nn.Module, cache: str, latents: torch.Tensor, t: float, labels: torch.Tensor
-    ) -> torch.Tensor:
+        self,
+        transformer: torch.nn.Module,
+        cache: str,
+        latents: torch.Tensor,
+        t: float,
+        labels: torch.Tensor,
+        return_base: bool = False,
+    ) -> Any:
+        """(B, C, h, w) float32; with `return_base` two of them. The transformer rounds the latents itself."""
         timestep = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
+        base = {"return_base": True} if return_base else {}
         with transformer.cache_context(cache):  # diffusers' step caches keep one state a context
-            dtype = transformer.patch_embed.weight.dtype  # asking for the model's walks over all modules
-            return transformer(latents.to(dtype), timestep, labels, return_dict=False)[0].float()
+            outputs = transformer(latents, timestep, labels, return_dict=False, **base)
+        return [output.float() for output in outputs] if return_base else outputs[0].float()
 
     def _decoded(self, latents: torch.Tensor, output_type: str) -> Any:
         images = self.decode_latents(latents)

@@ -23,6 +23,9 @@ class SamplerConfig(Settings):
     time_shift: float | None = setting(None, "shift s of the sampling times; none: the pipeline's", above=0)
     tolerance: float = setting(1e-3, "relative error of a step of dopri5", above=0)
     guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
+    guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
+        "auto", "by what; auto: the pipeline's guidance transformer, else without a class"
+    )
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "times between which guidance is on, 0 is noise and 1 is data", at_least=0, at_most=1
     )
@@ -61,4 +64,5 @@ class SamplerConfig(Settings):
         """Keyword arguments of the pipeline's call."""
         names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels")
         adaptive = {"solver": self.solver, "tolerance": self.tolerance} if self.solver == "dopri5" else {}
-        return {name: getattr(self, name) for name in names} | adaptive
+        guidance = {} if self.guidance == "auto" else {"guidance": self.guidance}
+        return {name: getattr(self, name) for name in names} | guidance | adaptive

@@ -60,6 +60,7 @@ def solve_adaptively(
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: int | None = None,
+    guidance: str = "auto",
     on_evaluation: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, h, w) that noise flows to, by Dormand and Prince's method of order 5 (torchdiffeq's dopri5).
@@ -79,7 +80,7 @@ def solve_adaptively(
         scale = guidance_scale if low <= t.item() <= high else 1.0
         if on_evaluation is not None:
             on_evaluation()
-        return pipe._velocity(x, t.item(), ids, scale, guidance_channels)
+        return pipe._velocity(x, t.item(), ids, scale, guidance_channels, guidance)
 
     ends = torch.tensor([0.0, 1.0], device=latents.device)
     return odeint(velocity, latents, ends, rtol=tolerance, atol=ABSOLUTE_TOLERANCE, method="dopri5")[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..runtime.config import Settings, setting
 from ..runtime.processes import this_process
@@ -22,6 +22,10 @@ class ModelConfig(Settings):
     num_attention_heads: int = setting(16, "heads; the width is heads x head dimension", at_least=1)
     attention_head_dim: int = setting(72, "channels of a head", at_least=1)
     qk_norm: bool = setting(False, "RMSNorm on queries and keys")
+    prediction: Literal["velocity", "data"] = setting("velocity", "what the output layer predicts")
+    base_head_layer: int | None = setting(
+        None, "block after which a second output layer predicts, for internal guidance; none has none", at_least=1
+    )
 
 
 def build_transformer(

@@ -31,6 +31,8 @@ LIGHTNING_DIT_SIZES = {
     "1p0B": {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64},  # 1029.5 M
 }
 
+CLOSEST = 0.05  # to the data: the time that is left where a prediction of it becomes a velocity
+
 
 class LightningDiTTransformer2DModel(
     StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
@@ -45,6 +47,9 @@ class LightningDiTTransformer2DModel(
         num_classes: number of classes; the label `num_classes` means "no class".
         class_dropout_prob: probability with which `forward` replaces a label by "no class" in training mode.
         qk_norm: RMSNorm on queries and keys of each head, before the rotation.
+        prediction: what the output layer predicts, "velocity" or "data"; `forward` gives the velocity of either.
+        base_head_layer: the block, counted from 1, after which a second output layer makes the weaker prediction of
+            internal guidance (RAEv2, arXiv:2605.18324); None has none.
     Raises: ValueError if `patch_size` does not divide `sample_size`, the head dimension is not a multiple of 4, or the
     dropout probability is outside [0, 1].
     """
@@ -67,8 +72,14 @@ class LightningDiTTransformer2DModel(
         num_classes: int = 1000,
         class_dropout_prob: float = 0.1,
         qk_norm: bool = False,
+        prediction: str = "velocity",
+        base_head_layer: int | None = None,
     ):
         super().__init__()
+        if prediction not in ("velocity", "data"):
+            raise ValueError(f"prediction is {prediction!r}, expected velocity or data")
+        if base_head_layer is not None and not 1 <= base_head_layer < num_layers:
+            raise ValueError(f"base_head_layer is {base_head_layer}, expected a block before the last, {num_layers}")
         if patch_size < 1 or sample_size % patch_size:
             raise ValueError(
                 f"patch_size must divide sample_size, got patch_size {patch_size}, sample_size {sample_size}"
@@ -90,6 +101,10 @@ class LightningDiTTransformer2DModel(
         self.norm_out = nn.RMSNorm(width, eps=1e-6)
         self.modulation_out = LightningDiTModulation(width, 2)
         self.proj_out = nn.Linear(width, patch_size**2 * in_channels)
+        if base_head_layer is not None:
+            self.base_norm_out = nn.RMSNorm(width, eps=1e-6)
+            self.base_modulation_out = LightningDiTModulation(width, 2)
+            self.base_proj_out = nn.Linear(width, patch_size**2 * in_channels)
         self.gradient_checkpointing = False
 
     @classmethod
@@ -114,27 +129,52 @@ class LightningDiTTransformer2DModel(
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        return_base: bool = False,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the velocity data - noise.
 
         Args:
             hidden_states: noisy latents x_t (B, C, H, W) with H = W = `sample_size`.
             timestep: t in [0, 1], 0 = noise and 1 = data; (B,) or a scalar.
             class_labels: (B,) integers in [0, num_classes]; `num_classes` is "no class".
-        Returns: an output with `.sample` (B, C, H, W), or a tuple of it.
+            return_base: also what the base head predicts, from the tokens after block `base_head_layer`.
+        Returns: an output with `.sample` (B, C, H, W), or a tuple of it; with `return_base` (sample, base).
         Raises: ValueError on latents or labels of another shape or type.
         """
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels)
         grid = self.config.sample_size // self.config.patch_size
         rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, rotary)
             else:
                 tokens = block(tokens, conditioning, rotary)
+            if return_base and number == self.config.base_head_layer:
+                shift, scale = self.base_modulation_out(conditioning)
+                base = self.base_proj_out(modulate(self.base_norm_out(tokens), shift, scale))
+                base = self.to_velocity(base, hidden_states, timestep)
         shift, scale = self.modulation_out(conditioning)
-        sample = self.unpatchify(self.proj_out(modulate(self.norm_out(tokens), shift, scale)))
+        output = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
+        sample = self.to_velocity(output, hidden_states, timestep)
+        if return_base:
+            return sample, base
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def to_velocity(self, output: torch.Tensor, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """What a head gives by token (B, N, p·p·C) -> the velocity (B, C, H, W): that, or with `prediction` "data", x,
+        (x - x_t) / max(1 - t, 0.05) in float32 (JiT, arXiv:2511.13720)."""
+        sample = self.unpatchify(output)
+        if self.config.prediction == "velocity":
+            return sample
+        t = torch.as_tensor(timestep, device=sample.device).float().expand(len(sample))
+        return (sample.float() - hidden_states.float()) / (1 - t).clamp(min=CLOSEST)[:, None, None, None]
+
+    def target_scale(self, timestep: torch.Tensor) -> torch.Tensor:
+        """(B,) times -> the factor on data - noise that makes it what `forward` should give: 1, but less where
+        `to_velocity` divides by 0.05 instead of 1 - t."""
+        if self.config.prediction == "velocity":
+            return torch.ones_like(timestep)
+        return ((1 - timestep) / CLOSEST).clamp(max=1)
 
     def embed(
         self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
@@ -154,6 +194,7 @@ class LightningDiTTransformer2DModel(
         if self.training and config.class_dropout_prob > 0:
             dropped = torch.rand(batch, device=class_labels.device) < config.class_dropout_prob
             class_labels = torch.where(dropped, config.num_classes, class_labels)
+        hidden_states = hidden_states.to(self.pos_embed.dtype)  # which storing weights in 8 bits leaves alone
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = tokens + self.pos_embed  # under autocast this makes the residual stream float32, as published
         timestep = torch.as_tensor(timestep, device=tokens.device).expand(batch)
@@ -202,7 +243,8 @@ class LightningDiTTransformer2DModel(
                 nn.init.zeros_(module.linear.weight)
         for table in (self.class_embed, self.time_embed.linear_1, self.time_embed.linear_2):
             nn.init.normal_(table.weight, std=0.02)
-        nn.init.zeros_(self.proj_out.weight)
+        for head in [self.proj_out] + ([] if self.config.base_head_layer is None else [self.base_proj_out]):
+            nn.init.zeros_(head.weight)
 
 
 class LightningDiTBlock(nn.Module):

@@ -59,10 +59,14 @@ class RunFolder:
         return (self.path / "log.jsonl").is_file() and any(record["step"] > 0 for record in self.read_log())
 
     def _differences(self) -> list[str]:
-        """A line for every key of the saved configuration that differs and may not."""
+        """A line for every key of the saved configuration that differs and may not; what was no setting yet has to be
+        at its default."""
         old = flatten_config(read_yaml(self.path / "config.yaml"))
         new, free = flatten_config(config_to_dict(self.config)), self.config.changeable_keys()
-        free |= {key for key, _, field in settings_of(self.config) if "before" in field.metadata}
+        for key, section, field in settings_of(self.config):
+            as_ever = key not in old and getattr(section, field.name) == field.default
+            if as_ever or "before" in field.metadata:
+                free.add(key)
         old, new = (
             {k: v for k, v in values.items() if k not in free and k.partition(".")[0] not in free}
             for values in (old, new)
