@@ -45,7 +45,7 @@ def swiglu(product, float8):
     return to_float8(result) if float8 else (result.to(product.dtype), None)
 
 
-def rotate_(x, cos, sin, norms, eps):
+def rotate_(x, cos, sin, norms=None, eps=0.0):
     for k, part in enumerate(x.unflatten(-1, (3, -1, cos.shape[1])).unbind(2)[:2]):  # (B, N, heads, d), views
         values = part.float()
         if norms is not None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .large_products import SwiGLU, compute_dtype, joined_parameters
+from .large_products import RotatedProjections, SwiGLU, compute_dtype, joined_parameters
 from .transformer_lightning_dit import LightningDiTAttention, LightningDiTBlock, LightningDiTTransformer2DModel
 
 # In this order: on an H100 cuDNN's is the fastest at 72 channels a head.
@@ -114,25 +114,3 @@ class ResidualNorm(torch.autograd.Function):
             scale_grad = (by_norm * weight).to(scale.dtype)
             weight_grad = (by_norm * (1 + scale)).sum((0, 1)).to(weight.dtype)
         return x_grad, update_grad, bias_grad, gate_grad, weight_grad, shift_grad, scale_grad, None, None, None
-
-
-class RotatedProjections(torch.autograd.Function):
-    """Queries, keys and values of x (B, N, D) from one product, queries and keys rotated: each (B, N, heads, d).
-
-    Args: weight (3 · heads · d, D) in the dtype of x, bias (3 · heads · d,); cos, sin: tables (N, d) float32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, cos, sin, kernels):
-        ctx.save_for_backward(x, weight, cos, sin)
-        ctx.bias_dtype, ctx.kernels = bias.dtype, kernels
-        projected = F.linear(x, weight, bias.to(x.dtype))
-        kernels.rotate_(projected, cos, sin, None, 0.0)
-        return projected.unflatten(-1, (3, -1, cos.shape[1])).unbind(2)
-
-    @staticmethod
-    def backward(ctx, query, key, value):
-        x, weight, cos, sin = ctx.saved_tensors
-        grad, bias_grad = ctx.kernels.rotate_back(query, key, value, cos, sin)
-        weight_grad = grad.flatten(0, 1).T @ x.flatten(0, 1)
-        return grad @ weight, weight_grad, bias_grad.to(ctx.bias_dtype), None, None, None

@@ -289,7 +289,11 @@ def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotate_(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norms: tuple[torch.Tensor, torch.Tensor] | None, eps: float
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
 ) -> None:
     """Norm (if there are weights of norms) and rotate, in place, queries and keys of x (B, N, 3 · heads · d).
 
