@@ -148,4 +148,6 @@ def test_kernels_agree_with_their_formulae():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("this version of Triton's interpreter cannot count with new NumPy's numbers")  # 3.6 with 2.5
     assert done.returncode == 0 and "all equal" in done.stdout, done.stderr
