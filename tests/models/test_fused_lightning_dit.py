@@ -78,6 +78,23 @@ def test_on_a_gpu_kernels_are_no_further_from_float32_than_plain_blocks(changes)
     check_errors(exact, plain, result_and_gradients(network, inputs, autocast=True))
 
 
+def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
+    pytest.importorskip("triton")
+    from vtp_diffusion.models import fused_lightning_dit, lightning_dit_kernels
+
+    network, _ = network_and_inputs()
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert fused_lightning_dit.why_not_fused(network, cpu) == "the device is cpu, not a CUDA GPU"
+    assert "is a Linear, not a LightningDiT" in fused_lightning_dit.why_not_fused(nn.Linear(1, 1), gpu)
+
+    def fails(*arguments, **options):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(lightning_dit_kernels, "swiglu", fails)
+    found = fused_lightning_dit._why_kernels_fail(cpu)
+    assert found == "Triton's kernels do not run here (Failed to find C compiler.)"
+
+
 PROGRAM = """
 import torch
 import lightning_dit_formulae

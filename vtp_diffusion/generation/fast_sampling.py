@@ -80,6 +80,9 @@ def why_not(pipe: DiffusionPipeline, fp8: bool = False) -> str | None:
             return "the transformer has adapters beside its weights, which are to be fused and unloaded before"
         if fp8 and dtype != torch.bfloat16:
             return f"float8 products give bfloat16, and the precision is {dtype}"
+        layers = network.blocks[0].mlp.w12, network.blocks[0].mlp.w3
+        if fp8 and any(size % 16 for layer in layers for size in layer.weight.shape):
+            return f"layers of {[tuple(layer.weight.shape) for layer in layers]}, no multiples of 16, have no float8"
         if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
             return f"{torch.cuda.get_device_name(device)} has no float8 units, expected Ada, Hopper or later"
     return None

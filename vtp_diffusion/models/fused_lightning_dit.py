@@ -2,6 +2,7 @@
 matrix products. Nothing is compiled ahead; under autocast they compute what the plain ones do, but for rounding."""
 
 import importlib.util
+import subprocess
 from types import ModuleType
 
 import torch
@@ -24,6 +25,19 @@ def why_not_fused(network: nn.Module, device: torch.device) -> str | None:
         return f"the device is {device}, not a CUDA GPU"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    return _why_kernels_fail(device)
+
+
+def _why_kernels_fail(device: torch.device) -> str | None:
+    """Runs a small kernel: Triton may lack a compiler for C, or not know the GPU."""
+    from triton.errors import TritonError
+
+    try:
+        from . import lightning_dit_kernels
+
+        lightning_dit_kernels.swiglu(torch.ones(1, 1, 32, device=device), float8=False)
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return f"Triton's kernels do not run here ({str(error).strip().partition(chr(10))[0][:200]})"
     return None
 
 
