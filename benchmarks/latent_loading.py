@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, help="threads of ours, processes of the peer")
     parser.add_argument("--num_batches", type=int, default=200, help="measured, of ours")
     parser.add_argument("--peer_batches", type=int, default=20, help="measured, of the peer")
-    parser.add_argument("--cold_batches", type=int, default=20, help="measured cold, of each")
+    parser.add_argument("--cold_batches", type=int, default=60, help="measured cold, of each")
     parser.add_argument("--folder", type=Path, help="where the shards are written, on the disk to be measured")
     parser.add_argument("--repeats", type=int, default=5, help="the median counts")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -135,7 +135,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
                 ("ours", lambda repeat=repeat: ours(dataset, arguments, repeat), arguments.num_batches),
                 ("peer", lambda: peer(dataset, arguments), arguments.peer_batches),
             ):
-                count = min(count, arguments.cold_batches) if case == "cold" else count
+                count = min(count, arguments.cold_batches) if case == "cold" else count  # each row once, as an epoch
                 if case == "cold":
                     drop_from_memory(dataset.files)
                 before = bytes_from_disk()

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from vtp_diffusion.runtime import random_reads
-from vtp_diffusion.runtime.random_reads import RandomReads, allow_open_files, available_memory
+from vtp_diffusion.runtime.random_reads import RandomReads, allow_open_files, available_memory, read_rows
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -20,10 +20,11 @@ def test_threads_read_what_is_there(plain, tmp_path, monkeypatch):
     (tmp_path / "x").write_bytes(content.tobytes())
     file, rows = RandomReads(tmp_path / "x"), np.empty((500, 20), dtype=np.uint8)
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda k: file.read_into(rows[k], 20 * k), range(500)))
+        jobs = [range(k, k + 25) for k in range(0, 500, 25)]
+        list(threads.map(lambda ks: read_rows([file] * 25, [20 * k for k in ks], rows[ks.start : ks.stop]), jobs))
     assert (rows.reshape(-1) == content).all()
     with pytest.raises(ValueError, match="x ends at byte 10000: it was cut while it was read"):
-        file.read_into(rows[0], 9_990)
+        read_rows([file], [9_990], rows[:1])
 
 
 def test_more_open_files_than_the_system_allows_are_refused():

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from ..runtime import folder_lock
 from ..runtime.config import setting_differences
 from ..runtime.disk import is_unfinished, read_json, replacing, write_json
-from ..runtime.random_reads import RandomReads, allow_open_files
+from ..runtime.random_reads import RandomReads, allow_open_files, read_rows
 from .channel_statistics import ChannelStatistics
 from .image_datasets import MAX_CLASSES
 
@@ -227,7 +227,8 @@ class LatentDataset(Dataset):
             raise ValueError(f"the extraction of {self.folder} has not finished: run the same command again")
         self._open: dict[int, RandomReads] = {}
         headers = [_read_header(path) for path in self.files]
-        self._offsets = [{name: header[name]["data_offsets"][0] for name in _TENSORS} for header in headers]
+        # (shards, 2): where latents and mirrored latents begin
+        self._offsets = np.array([[header[name]["data_offsets"][0] for name in _TENSORS[:2]] for header in headers])
         allow_open_files(len(self.files))
         counts = self._check_headers(headers)
         self.ends = np.cumsum(counts)
@@ -354,11 +355,9 @@ class LatentDataset(Dataset):
         latents = torch.empty(len(wanted), *self.shape, dtype=self.dtype, pin_memory=pin_memory)
         rows = latents.flatten(1).view(torch.uint8).numpy()  # (B, bytes of a latent)
         shards = np.searchsorted(self.ends, wanted, side="right")
-        starts = np.concatenate([[0], self.ends])[shards]
-        places = zip(shards.tolist(), (wanted - starts).tolist(), mirrored.tolist(), strict=True)
-        for k, (shard, row, flip) in enumerate(places):
-            first = self._offsets[shard]["latents_flip" if flip else "latents"]
-            self._file(shard).read_into(rows[k], first + row * rows.shape[1])
+        places = wanted - np.concatenate([[0], self.ends])[shards]
+        offsets = self._offsets[shards, mirrored.astype(int)] + places * rows.shape[1]
+        read_rows([self._file(shard) for shard in shards.tolist()], offsets.tolist(), rows)
         return {"latents": latents, "labels": self.labels[torch.from_numpy(wanted)]}
 
     def _shard(self, index: int) -> dict[str, torch.Tensor]:
