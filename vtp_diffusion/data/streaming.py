@@ -252,13 +252,15 @@ def open_splits(
         if training.has_validation:
             measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
         return training, measured
-    training = open_dataset(config, "train")
+    training = open_dataset(config, "train", together=True)
     if len(training) < batch_size:
         raise ValueError(
             f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
             "a batch would hold an image twice"
         )
-    held_out = {"held_out": open_dataset(config, "validation")} if has_held_out(config) else {}
+    held_out = {}
+    if has_held_out(config, together=True):
+        held_out["held_out"] = open_dataset(config, "validation", together=True)
     return training, {"train": training} | held_out
 
 
