@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}
-    for name in ("cache_dir", "exif_orientation", "max_pixels"):  # the fingerprint tells the second
+    for name in ("cache_dir", "exif_orientation", "max_pixels", "stream_restart"):  # the fingerprint tells the second
         settings["data"].pop(name)
     plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
     vae.to(accelerator.device)

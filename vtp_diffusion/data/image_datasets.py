@@ -65,6 +65,9 @@ class DataConfig(Settings):
     skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
     streaming: bool = setting(False, "`datasets`: read the training shards as a stream, never as a whole")
     shuffle_buffer: int = setting(1000, "streaming: samples shuffled together", at_least=1)
+    stream_restart: bool = setting(
+        False, "streaming: other numbers of processes or workers resume at the start of an epoch", may_change=True
+    )
     skip_empty_captions: bool = setting(
         False, "streaming: leave samples without a text out of every objective, not one"
     )
@@ -86,6 +89,8 @@ class DataConfig(Settings):
                     f"{name} is {value!r} with source {self.source!r}, expected none without a builder of `datasets` "
                     "or a hub id as source"
                 )
+        if self.stream_restart and not self.streaming:
+            raise ValueError("stream_restart is true without streaming, expected false: nothing is read as a stream")
         self._check_effect(ours)
         if self.validation_files is not None:
             self._check_validation_files()
@@ -95,12 +100,8 @@ class DataConfig(Settings):
 
     def _check_effect(self, ours: bool) -> None:
         """Refuse what a source would not look at."""
-        idle = {
-            "image_column": ours and self.source != "openmoji",
-            "label_column": ours and self.source != "openmoji",
-            "holdout": self.source != "openmoji",
-            "holdout_seed": self.source != "openmoji",
-        }
+        idle = {name: ours and self.source != "openmoji" for name in ("image_column", "label_column")}
+        idle |= {name: self.source != "openmoji" for name in ("holdout", "holdout_seed")}
         for name, unused in idle.items():
             value, default = getattr(self, name), getattr(DataConfig, name)
             if unused and value != default:
@@ -271,9 +272,8 @@ def open_dataset(
 def has_held_out(config: DataConfig, together: bool = False) -> bool:
     """Whether the source has images held out, before any is read; a collection is taken to have some. See
     `open_dataset`."""
-    if not Path(config.source).is_dir() or config.source == "openmoji":
-        return True
-    return from_main(lambda: read_layout(config.source).has("validation"), together)
+    elsewhere = not Path(config.source).is_dir() or config.source == "openmoji"
+    return elsewhere or from_main(lambda: read_layout(config.source).has("validation"), together)
 
 
 def _say(line: str) -> None:
@@ -283,7 +283,7 @@ def _say(line: str) -> None:
 
 def check_label(label: Any, name: str, expected: str = "class indices or names") -> int:
     """A class index. Raises: ValueError naming what is none, or implausibly large."""
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < MAX_CLASSES:
+    if type(label) is not int or not 0 <= label < MAX_CLASSES:
         raise ValueError(f"{name} is {str(label)[:80]}, expected {expected}, below {MAX_CLASSES:,}")
     return label
 

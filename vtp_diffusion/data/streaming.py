@@ -365,7 +365,8 @@ class StreamBatches:
         if state is not None and (state["workers"], state["processes"]) != (workers, world_size):
             raise ValueError(
                 f"the stream was read by {state['processes']} processes with {state['workers']} workers each, now "
-                f"there are {world_size} with {workers}: a stream is resumed with the same numbers"
+                f"there are {world_size} with {workers}: a stream is resumed with the same numbers, or "
+                "with data.stream_restart true"
             )
         self.device, self.num_workers, self.workers, self.world_size = device, num_workers, workers, world_size
         self.next_worker = 0 if state is None else state["next_worker"]
