@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..runtime.optional_packages import require
+from ..runtime.processes import this_process
 from ..runtime.random_streams import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
 from .image_datasets import (
@@ -179,9 +179,9 @@ class StreamingImages:
             if len(items) == count:
                 break
         highest = max((item["label"] for item in items), default=0)
-        return ImageDataset(
-            references=[Image.fromarray(item["image"].permute(1, 2, 0).numpy()) for item in items],
-            read=_as_it_is,
+        dataset = ImageDataset(
+            references=range(len(items)),
+            read=None,  # all pixels are there
             resolution=self.resolution,
             keys=[item["key"] for item in items],
             labels=[item["label"] for item in items],
@@ -190,7 +190,9 @@ class StreamingImages:
             weights=torch.ones(len(items)),
             fingerprint=f"{self.fingerprint}-{len(items)}",
             classes_named=bool(self.label_names),
-        ).keep_in_memory()
+        )
+        dataset._pixels = np.stack([item["image"].permute(1, 2, 0).numpy() for item in items])
+        return dataset
 
 
 def first_batches(
@@ -240,17 +242,17 @@ def open_splits(
     """What is trained on, and what is measured: the training images and, where there are any, held-out ones.
 
     Args:
-        evaluation_images: of a stream, so many of either split are measured.
+        evaluation_images: of a stream, so many of either split are measured, by the main process; others have one.
         batch_size: images of a step, over all processes.
 
     Raises:
         ValueError: there are fewer training images than a step takes; reading shows it of a stream.
     """
     if config.streaming:
-        training = StreamingImages(config)
-        measured = {"train": training.take(evaluation_images)}
+        training, count = StreamingImages(config), evaluation_images if this_process()[0] == 0 else 1
+        measured = {"train": training.take(count)}
         if training.has_validation:
-            measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
+            measured["held_out"] = StreamingImages(config, "validation").take(count)
         return training, measured
     training = open_dataset(config, "train", together=True)
     if len(training) < batch_size:
@@ -262,10 +264,6 @@ def open_splits(
     if has_held_out(config, together=True):
         held_out["held_out"] = open_dataset(config, "validation", together=True)
     return training, {"train": training} | held_out
-
-
-def _as_it_is(image: Image.Image) -> Image.Image:
-    return image
 
 
 def _permutation(use: str, position: StreamPosition, count: int, *keys: int) -> np.ndarray:
