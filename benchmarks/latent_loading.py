@@ -1,8 +1,12 @@
-"""Latents a second that one process reads from warm files, against the target and against a loader like upstream's.
+"""Latents a second that one process reads from files, against the target and against a loader like upstream's.
 
     python benchmarks/latent_loading.py --output benchmarks/results/latent_loading.json
 
-Ours is what train_dit/train.py reads with: threads copying rows from mapped shards. The peer does what
+Two cases. Warm: all shards are in memory (the page cache). Cold: they are dropped from it before each measurement, as
+where latents are larger than memory, and every row comes from the disk; "read" is how many times the bytes of the rows
+came from it. To see one limit of memory instead, start this in a cgroup: `systemd-run --scope -p MemoryMax=3G ...`.
+
+Ours is what train_dit/train.py reads with: threads reading rows into the batch. The peer does what
 `ImgLatentDataset` of hustvl/LightningDiT does: it opens the shard for every sample, reads one row of one key and
 normalises it, in as many worker processes. Both shuffle, both draw the mirror image half of the time, and every batch
 is copied once into a waiting buffer, as it would be to a GPU. Shards of random numbers, 64 KiB a sample with its
@@ -39,6 +43,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=4, help="threads of ours, processes of the peer")
     parser.add_argument("--num_batches", type=int, default=200, help="measured, of ours")
     parser.add_argument("--peer_batches", type=int, default=20, help="measured, of the peer")
+    parser.add_argument("--cold_batches", type=int, default=60, help="measured cold, of each")
+    parser.add_argument("--folder", type=Path, help="where the shards are written, on the disk to be measured")
     parser.add_argument("--repeats", type=int, default=5, help="the median counts")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args(argv)
@@ -106,25 +112,51 @@ def peer(dataset: LatentDataset, arguments: argparse.Namespace) -> Iterator[torc
         yield latents
 
 
+def drop_from_memory(files: list[Path]) -> None:
+    for path in files:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_from_disk() -> int:
+    """So far, by this process; its children's are not in it."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+
+
 def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     write_latents(folder, arguments.num_samples, arguments.num_shards)
-    dataset = LatentDataset(folder)
+    dataset, rates, read = LatentDataset(folder), {}, []
     for path in dataset.files:
         path.read_bytes()  # into the page cache
-    rates = {"ours": [], "peer": []}
-    for repeat in range(arguments.repeats):  # in turns, so that other work on the machine meets both
-        rates["ours"].append(rate(ours(dataset, arguments, repeat), arguments.num_batches))
-        rates["peer"].append(rate(peer(dataset, arguments), arguments.peer_batches))
+    for repeat in range(arguments.repeats):  # in turns, so that other work on the machine meets all
+        for case in ("warm", "cold"):
+            for name, batches, count in (
+                ("ours", lambda repeat=repeat: ours(dataset, arguments, repeat), arguments.num_batches),
+                ("peer", lambda: peer(dataset, arguments), arguments.peer_batches),
+            ):
+                count = min(count, arguments.cold_batches) if case == "cold" else count  # each row once, as an epoch
+                if case == "cold":
+                    drop_from_memory(dataset.files)
+                before = bytes_from_disk()
+                rates.setdefault(f"{name}_{case}", []).append(rate(batches(), count))
+                if (name, case) == ("ours", "cold"):
+                    # threads have read ahead by then, so that this is an upper bound
+                    rows = (count + 1) * arguments.batch_size * dataset.num_bytes / (2 * len(dataset))
+                    read.append((bytes_from_disk() - before) / rows)
+        for path in dataset.files:
+            path.read_bytes()
     medians = {name: statistics.median(values) for name, values in rates.items()}
     return {
         "latents_per_second": medians,
         "all": rates,
-        "ratio_to_target": medians["ours"] / TARGET,
-        "ratio_to_peer": medians["ours"] / medians["peer"],
+        "ratio_to_target": {case: medians[f"ours_{case}"] / TARGET for case in ("warm", "cold")},
+        "ratio_to_peer": {case: medians[f"ours_{case}"] / medians[f"peer_{case}"] for case in ("warm", "cold")},
+        "read_from_disk_per_byte_used": statistics.median(read),
         "target": TARGET,
         "shape": SHAPE,
         "dtype": "bfloat16",
-        **{name: value for name, value in vars(arguments).items() if name != "output"},
+        **{name: value for name, value in vars(arguments).items() if name not in ("output", "folder")},
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
@@ -139,11 +171,17 @@ def main(argv: list[str] | None = None) -> None:
             f"--peer_batches {arguments.peer_batches} of {arguments.batch_size} and one more do not fit into "
             f"--num_samples {arguments.num_samples}: the peer reads each once"
         )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         results = measure(arguments, Path(folder))
-    medians = results["latents_per_second"]
-    print(f"ours  {medians['ours']:>9,.0f} latents/s, {results['ratio_to_target']:.2f} x the target of {TARGET:,}")
-    print(f"peer  {medians['peer']:>9,.0f} latents/s: ours is {results['ratio_to_peer']:.1f} x as fast")
+    medians, ratios, peers = (results[name] for name in ("latents_per_second", "ratio_to_target", "ratio_to_peer"))
+    for case in ("warm", "cold"):
+        print(
+            f"{case}: {medians[f'ours_{case}']:>9,.0f} latents/s, {ratios[case]:.2f} x the target of {TARGET:,}, "
+            f"{peers[case]:.1f} x the peer's {medians[f'peer_{case}']:,.0f}"
+        )
+    print(
+        f"cold: {results['read_from_disk_per_byte_used']:.1f} bytes come from the disk for one that is used, at most"
+    )
     if arguments.output is not None:
         write_json(arguments.output, results)
 

@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python tests/kill_saving.py --kills 20 --output benchmarks/results/kill_saving.json
 
-The run of tests/tiny_training.py saves after every step. It is killed (SIGKILL) at a random moment while a checkpoint
-is being written, started again by the same command, and so on; in the end it must equal a run that was never killed:
-weights, averages, optimiser, random state and log, bit for bit. After every kill the newest whole checkpoint must be
-the last one that had been finished.
+The run of tests/tiny_training.py saves after every step, while the next one is made. It is killed (SIGKILL) at a
+random moment while a checkpoint is being written, started again by the same command, and so on; in the end it must
+equal a run that was never killed: weights, averages, optimiser, random state and log, bit for bit. After every kill
+the newest whole checkpoint must be the last one that had been finished.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -116,9 +117,16 @@ def shard_on_cpu():
     accelerate.Accelerator = Sharding
 
 
+def send(asked, folder):
+    """A signal to this process, once `after` is in the run folder: checkpoints are written while training goes on."""
+    while "after" in asked and not (folder / asked["after"]).exists():
+        time.sleep(0.001)
+    os.kill(os.getpid(), asked["number"])
+
+
 def main():
-    """Run the jobs given as JSON one after the other: {"config": {...}, "shard": bool, "signal": {rank, step, number},
-    "broken": {rank, step}}."""
+    """Run the jobs given as JSON one after the other: {"config": {...}, "shard": bool, "signal": {rank, step, number,
+    after}, "broken": {rank, step}}."""
     import accelerate
     from accelerate.state import AcceleratorState
 
@@ -131,7 +139,7 @@ def main():
             shard_on_cpu()
         asked, actions, rank = job.get("signal"), {}, int(os.environ.get("RANK", 0))
         if asked is not None and rank == asked["rank"]:
-            actions[asked["step"]] = lambda number=asked["number"]: os.kill(os.getpid(), number)
+            actions[asked["step"]] = lambda job=job: send(job["signal"], Path(job["config"]["folder"]))
         broken = job.get("broken")
         broken_steps = {broken["step"]} if broken is not None and rank == broken["rank"] else ()
         config = tiny_config(**job["config"])

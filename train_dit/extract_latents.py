@@ -12,6 +12,7 @@ Upstream's loader reads the folder too, the statistics from latents_stats.pt. On
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,16 +22,20 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
+from vtp_diffusion.data.channel_statistics import ChannelStatistics
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import CROP
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.latent_shards import (
     LATENT_DTYPES,
     METADATA_NAME,
+    LatentDataset,
     begin_extraction,
     check_shard,
+    is_finished,
+    read_hashes,
     read_skipped,
-    verify_shards,
+    verify_shard,
     write_metadata,
     write_shard,
     write_statistics,
@@ -42,7 +47,7 @@ from vtp_diffusion.runtime import folder_lock
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.precision import autocast
-from vtp_diffusion.runtime.processes import join_processes
+from vtp_diffusion.runtime.processes import gather_objects, join_processes
 from vtp_diffusion.runtime.random_streams import stream_seed
 
 Sample = tuple[int, int]  # image, copy
@@ -126,23 +131,48 @@ def changed_images(config: Config, images: torch.Tensor, samples: list[Sample], 
     return torch.where(first, plain, augment_images(images, config.augmentation, draws=draws))
 
 
-def encode_missing(config: Config, accelerator, vae, dataset, shards: list[list[Sample]], paths: list[Path]) -> None:
-    """Write the shards that are not there yet, those of this process."""
+def encode_missing(
+    config: Config, accelerator, vae, dataset, shards: list[list[Sample]], paths: list[Path]
+) -> tuple[list[int], list[int]]:
+    """Write the shards that are not there yet, those of this process. Returns the numbers of the shards that this
+    process has found and checked, and of those that it wrote."""
+    rank, processes = accelerator.process_index, accelerator.num_processes
     written = [path.is_file() for path in paths]
-    for k in range(accelerator.process_index, len(paths), accelerator.num_processes):
-        if written[k]:
-            check_shard(paths[k], len(shards[k]), LATENT_DTYPES[config.dtype])
+    found = [k for k, there in enumerate(written) if there][rank::processes]
+    for k in found:
+        check_shard(paths[k], len(shards[k]), LATENT_DTYPES[config.dtype])
     accelerator.wait_for_everyone()  # all have looked before anyone writes
-    todo = [k for k, there in enumerate(written) if not there]
-    todo = todo[accelerator.process_index :: accelerator.num_processes]
+    todo = [k for k, there in enumerate(written) if not there][rank::processes]
     count = sum(len(shards[k]) for k in todo)
     encode = torch.compile(encode_raw) if config.compile else encode_raw
     batches = read_items(config, dataset, [shards[k] for k in todo])
-    with tqdm(total=count, desc="encoding", disable=not accelerator.is_main_process) as bar:
+    bar = tqdm(total=count, desc="encoding", disable=not accelerator.is_main_process)
+    with bar, ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is encoded
+        writing = None
         for k in todo:
             with autocast(accelerator.device, config.mixed_precision):
                 shard = encode_shard(config, vae, encode, dataset, shards[k], batches, bar)
-            write_shard(paths[k], *shard, first=k * config.shard_size)
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(write_shard, paths[k], *shard, first=k * config.shard_size)
+        if writing is not None:
+            writing.result()
+    return found, todo
+
+
+def verify(
+    dataset, shards: list[list[Sample]], paths: list[Path], found: list[int], written: list[int]
+) -> list[tuple[ChannelStatistics, list[str], int]]:
+    """Statistics, keys of skipped images and count of every shard, each verified by the process that wrote it or has
+    found it."""
+    own = {}
+    for k in (*found, *written):
+        skipped = read_skipped(paths[k])
+        missing = set(skipped)
+        labels = [dataset.labels[index] for index, _ in shards[k] if dataset.keys[index] not in missing]
+        own[k] = verify_shard(paths[k], labels, checked=k in found), skipped, len(labels)
+    every = {k: value for part in gather_objects(own) for k, value in part.items()}
+    return [every[k] for k in range(len(paths))]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,11 +184,11 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
     vae = load_autoencoder(config.vae)
     identity = autoencoder_identity(vae)
-    dataset = open_dataset(config.data, config.split)
+    dataset = open_dataset(config.data, config.split, together=True)
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}
-    for name in ("cache_dir", "exif_orientation", "max_pixels"):  # the fingerprint tells the second
+    for name in ("cache_dir", "exif_orientation", "max_pixels", "stream_restart"):  # the fingerprint tells the second
         settings["data"].pop(name)
     plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
     vae.to(accelerator.device)
@@ -170,29 +200,32 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
 
     paths = [folder / f"latents_{index:05d}.safetensors" for index in range(len(shards))]
-    encode_missing(config, accelerator, vae, dataset, shards, paths)
-    accelerator.wait_for_everyone()
+    finished = gather_objects(accelerator.is_main_process and is_finished(folder, paths))[0]
+    if not finished:
+        found, written = encode_missing(config, accelerator, vae, dataset, shards, paths)
+        verified = verify(dataset, shards, paths, found, written)
     if accelerator.is_main_process:
-        identity |= autoencoder_identity(vae, decoder=False)
-        finish(config, folder, dataset, dict(zip(paths, shards, strict=True)), identity)
+        if finished:
+            print(f"{folder} is finished: every shard has the SHA-256 that {METADATA_NAME} names. None was read again")
+        else:
+            identity |= autoencoder_identity(vae, decoder=False)
+            finish(config, folder, dataset, paths, verified, identity)
         folder_lock.release(folder, remove=True)  # the folder is finished: nothing but latents is to be in it
     accelerator.end_training()
 
 
-def finish(config: Config, folder: Path, dataset, shards: dict[Path, list[Sample]], identity: dict) -> None:
-    """Verify what was written, measure it, and write latents.json last: with it the folder is complete."""
-    labels, skipped, counts = [], set(dataset.skipped), {}
-    for path, samples in shards.items():
-        missing = set(read_skipped(path))
-        counts[path.name] = sum(dataset.keys[index] not in missing for index, _ in samples)
-        labels += [dataset.labels[index] for index, _ in samples if dataset.keys[index] not in missing]
-        skipped |= missing
-    with tqdm(total=len(labels), desc="verifying") as bar:
-        statistics = verify_shards(folder, labels, bar.update)
-    mean, std = statistics.result()
+def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: list[tuple], identity: dict) -> None:
+    """Write latents.json, last: with it the folder is complete.
+
+    Args: `verified`: of every shard its statistics, the keys of the images that are not in it, and its count.
+    """
+    LatentDataset(folder, unfinished=True)  # shards of another size or type, or that are not ours, are refused
+    mean, std = ChannelStatistics.merged(statistics for statistics, _, _ in verified).result()
+    skipped = set(dataset.skipped).union(*(keys for _, keys, _ in verified))
+    total = sum(count for _, _, count in verified)
     metadata = {
         "autoencoder": identity,
-        "num_samples": len(labels),
+        "num_samples": total,
         "num_images": len(set(dataset.keys) - skipped),
         "dtype": config.dtype,
         "mixed_precision": config.mixed_precision,
@@ -206,14 +239,15 @@ def finish(config: Config, folder: Path, dataset, shards: dict[Path, list[Sample
         "label_names": dataset.label_names,
         "license": LICENSE if config.data.source == "openmoji" else None,
         "attribution": ATTRIBUTION.strip() if config.data.source == "openmoji" else None,
-        "shards": counts,
+        "shards": {path.name: count for path, (_, _, count) in zip(paths, verified, strict=True)},
+        "hashes": read_hashes(paths),
         "mean": mean,
         "std": std,
     }
     metadata["data"].pop("cache_dir")
     write_statistics(folder, mean, std)
     write_metadata(folder, metadata)
-    print(f"{folder}: {len(labels)} latents, {len(skipped)} images skipped, {METADATA_NAME} written")
+    print(f"{folder}: {total} latents, {len(skipped)} images skipped, {METADATA_NAME} written")
     print(f"over channels: mean {min(mean):.3f} to {max(mean):.3f}, deviation {min(std):.3f} to {max(std):.3f}")
 
 

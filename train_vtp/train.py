@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> None:
     config.check_shares(this_process()[1])  # later the folder would hold a run that never was
     folder = RunFolder(config.output_dir, config)
     training, datasets = open_splits(config.data, config.evaluation_images, config.train_batch_size)
-    check_data(config, datasets["train"])
+    if this_process()[0] == 0:  # which alone measures, and has what of a stream is measured
+        check_data(config, datasets["train"])
     torch.manual_seed(config.seed)
     objective, model = build(config)
     if config.mixed_precision != "no":

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from vtp_diffusion import AutoencoderVTP
+from vtp_diffusion.data.channel_statistics import ChannelStatistics
 from vtp_diffusion.data.latent_shards import (
     METADATA_NAME,
     PLAN_NAME,
-    ChannelStatistics,
     LatentDataset,
     read_skipped,
-    verify_shards,
+    verify_shard,
     write_metadata,
     write_shard,
     write_statistics,
@@ -313,36 +313,36 @@ def test_a_full_disk_leaves_the_shards_that_are_there_and_names_the_next(tmp_pat
 
 
 def test_verification_measures_what_it_read(tmp_path):
-    everything = write(tmp_path)
-    read = []
-    mean, std = verify_shards(tmp_path, everything["labels"].tolist(), read.append).result()
+    """Shards without moments are measured, others say what they hold, and all are merged to the statistics of all."""
+    everything, parts = write(tmp_path), []
+    for k, rows in enumerate((slice(0, 5), slice(5, 8))):
+        upstream, ours = tmp_path / f"latents_rank00_shard{k:03d}.safetensors", tmp_path / f"ours_{k}.safetensors"
+        tensors = [everything[name][rows] for name in ("latents", "latents_flip", "labels")]
+        write_shard(ours, *tensors)
+        parts.append([verify_shard(path, tensors[2].tolist()).moments() for path in (upstream, ours)])
+        assert parts[k][0] == parts[k][1]
+    mean, std = ChannelStatistics.merged(ChannelStatistics.from_moments(part[0]) for part in parts).result()
     both = torch.cat([everything["latents"], everything["latents_flip"]]).double().transpose(0, 1).flatten(1)
-    assert torch.allclose(torch.tensor(mean).double(), both.mean(1)) and sum(read) == 8
+    assert torch.allclose(torch.tensor(mean).double(), both.mean(1))
     assert torch.allclose(torch.tensor(std).double(), both.std(1, unbiased=False))
 
 
 def test_verification_refuses(tmp_path):
-    labels = write(tmp_path)["labels"].tolist()
-    with pytest.raises(ValueError, match="holds 8 latents, expected 7"):
-        verify_shards(tmp_path, labels[:7])
-    with pytest.raises(ValueError, match="shard001.safetensors holds other labels"):
-        verify_shards(tmp_path, [*labels[:7], 0])
+    labels, first = write(tmp_path, (5,))["labels"].tolist(), tmp_path / "latents_rank00_shard000.safetensors"
+    for wrong in (labels[:4], [*labels[:4], 7]):
+        with pytest.raises(ValueError, match="shard000.safetensors holds other labels than the data set gives"):
+            verify_shard(first, wrong)
     broken = random(5, 0)
     broken[0] = float("nan")
     write(tmp_path, (5,), latents=broken)
     with pytest.raises(ValueError, match="shard000.safetensors: latents hold values that are not finite"):
-        verify_shards(tmp_path, labels)
-
-
-def test_streamed_statistics_survive_a_large_mean():
-    values = torch.randn(50, 3, 4, 4, dtype=torch.float64) + torch.tensor([0.0, 1e6, -1e8])[:, None, None]
-    statistics = ChannelStatistics()
-    for batch in values.split([1, 30, 19]):
-        statistics.update(batch)
-    mean, std = (torch.tensor(value, dtype=torch.float64) for value in statistics.result())
-    channels = values.transpose(0, 1).flatten(1)
-    assert torch.allclose(mean, channels.mean(1), rtol=1e-12)
-    assert torch.allclose(std, channels.std(1, unbiased=False), rtol=1e-6)
+        verify_shard(first, labels)
+    write_shard(tmp_path / "a.safetensors", random(5, 0), random(5, 1), torch.tensor(labels))
+    content = bytearray((tmp_path / "a.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="a.safetensors is damaged"):
+        verify_shard(tmp_path / "a.safetensors", labels)
 
 
 # --- autoencoders ---

@@ -250,6 +250,16 @@ def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trai
     assert alone.fingerprint == training.fingerprint and measured.keys() == {"train"}
 
 
+def test_only_the_main_process_holds_what_of_a_stream_is_measured_and_its_pixels_alone(tmp_path, offline, monkeypatch):
+    folder = write_shards(offline, tmp_path / "shards")
+    main = open_splits(config(folder), 6, 4)[1]["train"]
+    assert torch.equal(main[2]["image"], StreamingImages(config(folder)).take(3)[2]["image"])
+    assert len(main) == 6 and list(main.references) == list(range(6)), "no second copy as pictures"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(open_splits(config(folder), 6, 4)[1]["train"]) == 1
+
+
 # --- bad input ---
 
 

@@ -11,6 +11,7 @@ from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.latent_shards import LatentDataset, write_metadata
 from vtp_diffusion.data.order import StepBatchSampler
+from vtp_diffusion.generation import latent_inputs
 from vtp_diffusion.generation.latent_inputs import (
     OnlineLatents,
     check_latents,
@@ -63,6 +64,16 @@ def test_an_epoch_of_shards_holds_every_latent_once(keep, threads, tmp_path):
     names = ["latents_flip" if flip else "latents" for flip in flips]
     assert torch.equal(read["latents"], torch.stack([everything[n][k] for n, k in zip(names, order, strict=True)]))
     assert torch.equal(read["labels"], everything["labels"][order])
+
+
+def test_latents_that_exceed_memory_are_announced(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    dataset, sampler = LatentDataset(tmp_path), StepBatchSampler(8, 4, 0, 0, 1)
+    for free, words in ((10**12, ""), (100, "GiB of memory are available: most rows come from the disk")):
+        monkeypatch.setattr(latent_inputs, "available_memory", lambda free=free: free)
+        next(stored_latents(dataset, sampler, True, CPU, keep_on_device=False))
+        said = capsys.readouterr().out
+        assert words in said and bool(words) == bool(said)
 
 
 @pytest.mark.parametrize("keep", [True, False])

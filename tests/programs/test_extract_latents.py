@@ -140,6 +140,19 @@ def test_finished_shards_are_kept(program, made, tmp_path):
     assert all(torch.allclose(whole[name].float(), again[name].float(), atol=1e-5) for name in whole)
 
 
+def test_a_finished_folder_is_known_by_its_hashes_and_not_read_again(program, made, tmp_path, monkeypatch, capsys):
+    extract(program, made, tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "encode_missing", None)
+        extract(program, made, tmp_path)
+    assert "is finished: every shard has the SHA-256" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    (tmp_path / "latents_00000.safetensors").unlink()
+    extract(program, made, tmp_path)
+    assert (tmp_path / "latents_00000.safetensors").is_file() and "1 images skipped" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "key"),
     [

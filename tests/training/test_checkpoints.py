@@ -6,6 +6,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_training import assert_identical, everything, interrupted_copy, log_of, make_run, tiny_config, train
 
 from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion.training import checkpoints
 from vtp_diffusion.training.checkpoints import MANIFEST_NAME, Manifest, TrainingState, export_averaged, find_damage
 
 ROOT = Path(__file__).parents[2]
@@ -126,12 +129,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     config = tiny_config(tmp_path / "run")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limit = {4: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))}
+
+    def fill():
+        while not (tmp_path / "run" / "checkpoint-3").exists():  # it is written meanwhile
+            time.sleep(0.001)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+
     try:
         with pytest.raises(
             OSError, match=r"checkpoint 6 could not be written to .* MiB free\). .*are there: checkpoint-3"
         ):
-            train(config, at_step=limit)
+            train(config, at_step={4: fill})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-3"]
@@ -148,6 +156,23 @@ def test_a_device_out_of_memory_is_no_full_disk(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
         train(tiny_config(tmp_path / "run"))
     assert list((tmp_path / "run").glob("*checkpoint-*")) == []
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is written is the state of its step, whatever the steps after it change; the next save waits for it."""
+    config = tiny_config(tmp_path / "run", max_train_steps=4, checkpointing_steps=2)
+    straight = everything(train(tiny_config(tmp_path / "straight", max_train_steps=4, checkpointing_steps=2)))
+    goes_on, write = threading.Event(), checkpoints.write_model
+    monkeypatch.setattr(checkpoints, "write_model", lambda *args: goes_on.wait(10) and write(*args))
+    there = []
+    look = {3: lambda: (there.append(sorted((tmp_path / "run").glob("checkpoint-*"))), goes_on.set())}
+    assert_identical(everything(train(config, at_step=look)), straight)
+    assert there == [[]], "step 3 waited for the checkpoint of step 2"
+    for step in (2, 4):
+        one, other = (tmp_path / name / f"checkpoint-{step}" for name in ("run", "straight"))
+        assert find_damage(one) is None
+        for path in one.rglob("*.safetensors"):
+            assert_identical(load_file(path), load_file(other / path.relative_to(one)))
 
 
 def test_an_export_replaces_the_one_before_only_when_it_is_whole(tmp_path):
@@ -227,10 +252,10 @@ def test_steps_before_a_signal_are_in_the_log(tmp_path):
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
-    """Three steps, a checkpoint, a fourth step, kill -9, and the same command again."""
+    """Three steps, a checkpoint, a fourth step, kill -9 as soon as that is written, and the same command again."""
     config = {"folder": str(tmp_path / "killed"), "lr_scheduler": "cosine", "gradient_accumulation_steps": 2}
     config |= {"ema_further_decays": [0.5], "deterministic": True}
-    job = {"config": config, "signal": {"rank": 0, "step": 9, "number": signal.SIGKILL}}
+    job = {"config": config, "signal": {"rank": 0, "step": 9, "number": signal.SIGKILL, "after": "checkpoint-3"}}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ROOT / "tests" / "tiny_training.py", json.dumps([job])]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True)

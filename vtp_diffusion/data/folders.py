@@ -176,6 +176,12 @@ def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
     return named
 
 
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Names of classes in alphabetical order; if all are numbers, in theirs: "10" comes after "2"."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
+
+
 def _ordered(names: set[str]) -> list[str]:
     numbers = all(name.isascii() and name.isdigit() for name in names)
     return sorted(names, key=lambda name: (int(name), name) if numbers else (0, name))

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import tarfile
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 
 from ..runtime.config import Settings, setting
 from ..runtime.optional_packages import require
-from ..runtime.processes import this_process
-from .folders import content_hashes, read_layout
+from ..runtime.processes import from_main, this_process
+from .folders import content_hashes, read_layout, sorted_names
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
 from .shard_files import collection_builder
@@ -65,6 +65,9 @@ class DataConfig(Settings):
     skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
     streaming: bool = setting(False, "`datasets`: read the training shards as a stream, never as a whole")
     shuffle_buffer: int = setting(1000, "streaming: samples shuffled together", at_least=1)
+    stream_restart: bool = setting(
+        False, "streaming: other numbers of processes or workers resume at the start of an epoch", may_change=True
+    )
     skip_empty_captions: bool = setting(
         False, "streaming: leave samples without a text out of every objective, not one"
     )
@@ -86,6 +89,8 @@ class DataConfig(Settings):
                     f"{name} is {value!r} with source {self.source!r}, expected none without a builder of `datasets` "
                     "or a hub id as source"
                 )
+        if self.stream_restart and not self.streaming:
+            raise ValueError("stream_restart is true without streaming, expected false: nothing is read as a stream")
         self._check_effect(ours)
         if self.validation_files is not None:
             self._check_validation_files()
@@ -95,12 +100,8 @@ class DataConfig(Settings):
 
     def _check_effect(self, ours: bool) -> None:
         """Refuse what a source would not look at."""
-        idle = {
-            "image_column": ours and self.source != "openmoji",
-            "label_column": ours and self.source != "openmoji",
-            "holdout": self.source != "openmoji",
-            "holdout_seed": self.source != "openmoji",
-        }
+        idle = {name: ours and self.source != "openmoji" for name in ("image_column", "label_column")}
+        idle |= {name: self.source != "openmoji" for name in ("holdout", "holdout_seed")}
         for name, unused in idle.items():
             value, default = getattr(self, name), getattr(DataConfig, name)
             if unused and value != default:
@@ -231,7 +232,10 @@ class ImageDataset(Dataset):
 
 
 def open_dataset(
-    config: DataConfig, split: Literal["train", "validation", "all"] = "train", crop: Crop = center_crop
+    config: DataConfig,
+    split: Literal["train", "validation", "all"] = "train",
+    crop: Crop = center_crop,
+    together: bool = False,
 ) -> ImageDataset:
     """Open a data set.
 
@@ -239,7 +243,8 @@ def open_dataset(
     "validation" being `validation_files` where given, or its validation or else its test split. Classes have the same
     indices in all splits and under any `limit`. What was found is printed.
 
-    Args: `crop`: (image, resolution) -> the square that is seen of it.
+    Args: `crop`: (image, resolution) -> the square that is seen of it. `together`: every process opens it, so that the
+        main one alone looks into a folder, reads its files for the fingerprint and tells the others.
 
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
@@ -252,7 +257,7 @@ def open_dataset(
     if config.source == "openmoji":
         dataset = _open_openmoji(config, split)
     elif Path(config.source).is_dir():
-        dataset = _open_folder(config, split)
+        dataset = _open_folder(config, split, together)
     else:
         dataset = _open_collection(config, split)
         classes = f"{len(dataset.label_names)} classes" if config.label_column else "1 class (label_column is none)"
@@ -264,11 +269,11 @@ def open_dataset(
     return dataset
 
 
-def has_held_out(config: DataConfig) -> bool:
-    """Whether the source has images held out, before any is read; a collection is taken to have some."""
-    return (
-        not Path(config.source).is_dir() or config.source == "openmoji" or read_layout(config.source).has("validation")
-    )
+def has_held_out(config: DataConfig, together: bool = False) -> bool:
+    """Whether the source has images held out, before any is read; a collection is taken to have some. See
+    `open_dataset`."""
+    elsewhere = not Path(config.source).is_dir() or config.source == "openmoji"
+    return elsewhere or from_main(lambda: read_layout(config.source).has("validation"), together)
 
 
 def _say(line: str) -> None:
@@ -278,7 +283,7 @@ def _say(line: str) -> None:
 
 def check_label(label: Any, name: str, expected: str = "class indices or names") -> int:
     """A class index. Raises: ValueError naming what is none, or implausibly large."""
-    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < MAX_CLASSES:
+    if type(label) is not int or not 0 <= label < MAX_CLASSES:
         raise ValueError(f"{name} is {str(label)[:80]}, expected {expected}, below {MAX_CLASSES:,}")
     return label
 
@@ -316,25 +321,30 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     )
 
 
-def _open_folder(config: DataConfig, split: str) -> ImageDataset:
-    layout = read_layout(config.source)
-    pairs = layout.of_split(split)
-    _say(layout.describe())
-    pairs = _limited(pairs, config.limit)
-    paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
-    keys = [path.relative_to(layout.folder).as_posix() for path in paths]
-    named = layout.classes != ["image"]
-    known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
+def _open_folder(config: DataConfig, split: str, together: bool) -> ImageDataset:
+    def look() -> tuple[list[str], list[str], list[int], str]:
+        """Classes, keys, labels and fingerprint."""
+        layout = read_layout(config.source)
+        pairs = layout.of_split(split)
+        _say(layout.describe())
+        pairs = _limited(pairs, config.limit)
+        paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
+        keys = [path.relative_to(layout.folder).as_posix() for path in paths]
+        known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
+        return layout.classes, keys, labels, _fingerprint("folder", config.resolution, known + _turned(config))
+
+    classes, keys, labels, fingerprint = from_main(look, together)
+    folder, named = Path(config.source), classes != ["image"]
     return ImageDataset(
-        references=paths,
+        references=[folder / key for key in keys],
         read=functools.partial(read_image, orient=config.exif_orientation, max_pixels=config.max_pixels),
         resolution=config.resolution,
         keys=keys,
         labels=labels,
-        captions=[layout.classes[label] if named else "" for label in labels],
-        label_names=layout.classes,
-        weights=torch.ones(len(pairs)),
-        fingerprint=_fingerprint("folder", config.resolution, known + _turned(config)),
+        captions=[classes[label] if named else "" for label in labels],
+        label_names=classes,
+        weights=torch.ones(len(labels)),
+        fingerprint=fingerprint,
         skip_unreadable=config.skip_unreadable,
     )
 
@@ -342,12 +352,6 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
 def _turned(config: DataConfig) -> list[str]:
     """What a fingerprint says of the orientation; nothing where it is left alone, as it was before it was known."""
     return ["EXIF orientation"] if config.exif_orientation else []
-
-
-def sorted_names(names: Iterable[str]) -> list[str]:
-    """Names of classes in alphabetical order; if all are numbers, in theirs: "10" comes after "2"."""
-    names = sorted(names)
-    return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
 
 def _open_collection(config: DataConfig, split: str) -> ImageDataset:

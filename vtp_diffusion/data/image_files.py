@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import re
 import struct
 from pathlib import Path
@@ -46,7 +47,8 @@ def is_image_name(name: str) -> bool:
 def list_images(folder: Path) -> list[Path]:
     """Image files of a folder by name, hidden ones left out; folders in it are not looked into. Links to nothing and
     pipes are among them: reading refuses these by name."""
-    return sorted(path for path in folder.iterdir() if is_image_name(path.name) and not path.is_dir())
+    with os.scandir(folder) as entries:  # which says of an entry what it is, without a look at it
+        return sorted(folder / entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir())
 
 
 def _open(file: str | Path | io.BytesIO, max_pixels: int | None = None) -> ImageFile.ImageFile:

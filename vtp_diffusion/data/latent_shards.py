@@ -10,13 +10,12 @@ import hashlib
 import io
 import json
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
@@ -24,39 +23,18 @@ from torch.utils.data import Dataset
 from ..runtime import folder_lock
 from ..runtime.config import setting_differences
 from ..runtime.disk import is_unfinished, read_json, replacing, write_json
-from ..runtime.precision import to_float64
+from ..runtime.random_reads import RandomReads, allow_open_files, read_rows
+from .channel_statistics import ChannelStatistics
 from .image_datasets import MAX_CLASSES
 
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # what a begun extraction is about to write
 STATISTICS_NAME = "latents_stats.pt"  # what upstream's loader takes mean and standard deviation from
-STATISTICS_ROWS = 1024  # latents read at a time while they are verified
 LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LABEL_DTYPES = ("I64", "I32")
 _TENSORS = ("latents", "latents_flip", "labels")
 _NOTES = "shard"  # the one entry of a shard's metadata: several are written in no fixed order
-
-
-class ChannelStatistics:
-    """Mean and standard deviation of each channel, streamed in float64 (Chan et al. 1979, pairwise update)."""
-
-    def __init__(self):
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
-
-    def update(self, latents: torch.Tensor) -> None:
-        """Add latents (B, C, h, w)."""
-        values = rearrange(to_float64(latents), "b c h w -> c (b h w)")  # (C, B·h·w)
-        count, mean = values.shape[1], values.mean(1)
-        total, difference = self.count + count, mean - self.mean
-        self.squares = (
-            self.squares + (values - mean[:, None]).square().sum(1) + difference**2 * self.count * count / total
-        )
-        self.mean, self.count = self.mean + difference * count / total, total
-
-    def result(self) -> tuple[list[float], list[float]]:
-        """(mean, population standard deviation), one value a channel."""
-        return self.mean.tolist(), (self.squares / self.count).sqrt().tolist()
 
 
 def write_shard(
@@ -68,7 +46,7 @@ def write_shard(
     first: int | None = None,
 ) -> None:
     """Write one shard under another name, then rename it: a shard that exists is complete. The same values give the
-    same bytes, and a SHA-256 of them is in it.
+    same bytes; a SHA-256 of them and the moments of their channels are in it.
 
     Args:
         skipped: keys of the samples that should have been in this shard but whose images cannot be read.
@@ -82,21 +60,23 @@ def write_shard(
             raise ValueError(f"{path}: {name} in {values.dtype} hold values that are not finite")
     tensors = {"latents": latents, "latents_flip": latents_flip, "labels": labels}
     notes = {"skipped": list(skipped)} | ({} if first is None else {"first": first})
+    notes["moments"] = ChannelStatistics.of(latents, latents_flip).moments()
     notes["sha256"] = _sha256(notes, tensors)
     with replacing(path, "Shards that are complete stay: the same command goes on after them") as unfinished:
         save_file(tensors, unfinished, metadata={_NOTES: json.dumps(notes)})
 
 
 def _sha256(notes: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Of what a shard says and holds."""
-    digest = hashlib.sha256(json.dumps([notes.get("skipped"), notes.get("first")]).encode())
+    """Of what a shard says and holds; shards of before have no moments."""
+    says = [notes.get("skipped"), notes.get("first"), *([notes["moments"]] if "moments" in notes else [])]
+    digest = hashlib.sha256(json.dumps(says).encode())
     for name in _TENSORS:
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _read_notes(header: dict[str, Any]) -> dict[str, Any]:
-    """skipped, first and sha256 of a shard; version 0.1 wrote no hash and upstream's extraction nothing."""
+    """skipped, first, moments and sha256 of a shard; version 0.1 wrote the first two, upstream nothing."""
     metadata = header.get("__metadata__", {})
     if _NOTES in metadata:
         return json.loads(metadata[_NOTES])
@@ -164,6 +144,41 @@ def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
     check_content(path)
 
 
+def verify_shard(path: Path, expected_labels: Sequence[int], checked: bool = False) -> ChannelStatistics:
+    """Read a shard back: its SHA-256, its labels. Returns the statistics of its latents and mirrored latents, which
+    are in it; of a shard of before, without them, they are taken now.
+
+    Args: `expected_labels`: one a sample, in order; `checked`: its SHA-256 has been compared already.
+    Raises: ValueError naming the shard and what is wrong with it.
+    """
+    notes = _read_notes(_read_header(path))
+    if not checked:
+        check_content(path)
+    with safe_open(path, framework="pt") as file:
+        if file.get_tensor("labels").tolist() != list(expected_labels):
+            raise ValueError(f"{path} holds other labels than the data set gives, or another number of them")
+        if "moments" in notes:
+            return ChannelStatistics.from_moments(notes["moments"])
+        latents = {name: file.get_tensor(name) for name in ("latents", "latents_flip")}
+    for name, values in latents.items():
+        if not values.isfinite().all():
+            raise ValueError(f"{path}: {name} hold values that are not finite")
+    return ChannelStatistics.of(*latents.values())
+
+
+def read_hashes(paths: Sequence[Path]) -> dict[str, str | None]:
+    """Name of a shard -> the SHA-256 in it, None if it has none. Its content is not read."""
+    return {path.name: _read_notes(_read_header(path)).get("sha256") for path in paths}
+
+
+def is_finished(folder: Path, paths: Sequence[Path]) -> bool:
+    """Whether an extraction has ended, and all its shards are there and are, by their hashes, those it ended with."""
+    metadata = folder / METADATA_NAME
+    if not metadata.is_file() or not all(path.is_file() for path in paths):
+        return False
+    return _read_metadata(metadata).get("hashes") == read_hashes(paths)
+
+
 def read_skipped(path: Path) -> list[str]:
     """Keys that `write_shard` noted as skipped."""
     return _read_notes(_read_header(path)).get("skipped", [])
@@ -175,7 +190,10 @@ def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
 
 
 class LatentDataset(Dataset):
-    """Shards of a folder as one data set; files are memory-mapped and opened once a process.
+    """Shards of a folder as one data set; files are opened once a process.
+
+    Rows are read one by one into the batch, and not from a memory map: for every row of one, the kernel would read
+    its surroundings too, which is hundreds of times as much where the latents do not fit into memory.
 
     Args:
         folder: of the shards, ours or upstream's.
@@ -207,9 +225,11 @@ class LatentDataset(Dataset):
         metadata = self.folder / METADATA_NAME
         if not unfinished and not metadata.is_file() and (self.folder / PLAN_NAME).is_file():
             raise ValueError(f"the extraction of {self.folder} has not finished: run the same command again")
-        self._open: dict[int, dict[str, torch.Tensor]] = {}
-        self._bytes: dict[int, dict[str, np.ndarray]] = {}
+        self._open: dict[int, RandomReads] = {}
         headers = [_read_header(path) for path in self.files]
+        # (shards, 2): where latents and mirrored latents begin
+        self._offsets = np.array([[header[name]["data_offsets"][0] for name in _TENSORS[:2]] for header in headers])
+        allow_open_files(len(self.files))
         counts = self._check_headers(headers)
         self.ends = np.cumsum(counts)
         self.metadata = _read_metadata(metadata) if metadata.is_file() else None
@@ -333,32 +353,24 @@ class LatentDataset(Dataset):
         if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"indices {indices} of {len(self)} latents")
         latents = torch.empty(len(wanted), *self.shape, dtype=self.dtype, pin_memory=pin_memory)
-        # Bytes copied row by row, each read once and written once: gathering a shard at a time needs as many steps,
-        # there being as many shards as samples in a batch, and copies twice.
         rows = latents.flatten(1).view(torch.uint8).numpy()  # (B, bytes of a latent)
         shards = np.searchsorted(self.ends, wanted, side="right")
-        starts = np.concatenate([[0], self.ends])[shards]
-        places = zip(shards.tolist(), (wanted - starts).tolist(), mirrored.tolist(), strict=True)
-        for k, (shard, row, flip) in enumerate(places):
-            rows[k] = self._rows(shard)["latents_flip" if flip else "latents"][row]  # lets other threads run
+        places = wanted - np.concatenate([[0], self.ends])[shards]
+        offsets = self._offsets[shards, mirrored.astype(int)] + places * rows.shape[1]
+        read_rows([self._file(shard) for shard in shards.tolist()], offsets.tolist(), rows)
         return {"latents": latents, "labels": self.labels[torch.from_numpy(wanted)]}
 
     def _shard(self, index: int) -> dict[str, torch.Tensor]:
+        with safe_open(self.files[index], framework="pt") as file:  # tensors are views of the mapped file
+            return {name: file.get_tensor(name) for name in _TENSORS}
+
+    def _file(self, index: int) -> RandomReads:
         if index not in self._open:
-            with safe_open(self.files[index], framework="pt") as file:  # tensors are views of the mapped file
-                self._open[index] = {name: file.get_tensor(name) for name in _TENSORS}
+            self._open.setdefault(index, RandomReads(self.files[index]))  # of two threads, one is as good
         return self._open[index]
 
-    def _rows(self, index: int) -> dict[str, np.ndarray]:
-        """The latents of a shard as bytes, (N, bytes of a latent)."""
-        if index not in self._bytes:
-            shard = self._shard(index)
-            names = ("latents", "latents_flip")
-            self._bytes[index] = {name: shard[name].flatten(1).view(torch.uint8).numpy() for name in names}
-        return self._bytes[index]
-
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}, "_bytes": {}}  # mapped files do not travel to worker processes
+        return self.__dict__ | {"_open": {}}  # open files do not travel to worker processes
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -375,33 +387,6 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         found = "; ".join([f"lacks {', '.join(lacking)}"] * bool(lacking) + wrong)
         raise ValueError(f"{path} {found}: expected what train_dit/extract_latents.py writes")
     return metadata
-
-
-def verify_shards(
-    folder: str | Path, expected_labels: Iterable[int], progress: Callable[[int], Any] = lambda count: None
-) -> ChannelStatistics:
-    """Read every shard once: counts, labels, finite values. Returns the statistics of latents and mirrored latents.
-
-    Args: `expected_labels`: one a sample, in order; `progress`: called with the number of samples just read.
-    Raises: ValueError naming the shard and what is wrong with it.
-    """
-    dataset, expected = LatentDataset(folder, unfinished=True), torch.tensor(list(expected_labels))
-    if len(dataset) != len(expected):
-        raise ValueError(f"{folder} holds {len(dataset)} latents, expected {len(expected)}")
-    statistics, start = ChannelStatistics(), 0
-    for index, path in enumerate(dataset.files):
-        shard, end = dataset._shard(index), int(dataset.ends[index])
-        if not torch.equal(shard["labels"].long(), expected[start:end]):
-            raise ValueError(f"{path} holds other labels than the data set gives")
-        for rows in range(0, end - start, STATISTICS_ROWS):
-            for name in ("latents", "latents_flip"):
-                values = shard[name][rows : rows + STATISTICS_ROWS]
-                if not values.isfinite().all():
-                    raise ValueError(f"{path}: {name} hold values that are not finite")
-                statistics.update(values)
-            progress(len(values))
-        start = end
-    return statistics
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -423,6 +408,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no latents")
     if header["latents"]["dtype"] not in _SHARD_DTYPES or len(header["latents"]["shape"]) != 4:
         raise ValueError(f"{path}: latents are {header['latents']}, expected (N, C, h, w) in 16 or 32 bits")
+    for name in _TENSORS:  # from the start of the file
+        header[name]["data_offsets"] = [8 + length + offset for offset in header[name]["data_offsets"]]
     if header["labels"]["dtype"] not in _LABEL_DTYPES:
         raise ValueError(f"{path}: labels are {header['labels']['dtype']}, expected {' or '.join(_LABEL_DTYPES)}")
     return header

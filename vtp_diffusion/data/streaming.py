@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..runtime.optional_packages import require
+from ..runtime.processes import this_process
 from ..runtime.random_streams import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
 from .image_datasets import (
@@ -179,9 +179,9 @@ class StreamingImages:
             if len(items) == count:
                 break
         highest = max((item["label"] for item in items), default=0)
-        return ImageDataset(
-            references=[Image.fromarray(item["image"].permute(1, 2, 0).numpy()) for item in items],
-            read=_as_it_is,
+        dataset = ImageDataset(
+            references=range(len(items)),
+            read=None,  # all pixels are there
             resolution=self.resolution,
             keys=[item["key"] for item in items],
             labels=[item["label"] for item in items],
@@ -190,7 +190,9 @@ class StreamingImages:
             weights=torch.ones(len(items)),
             fingerprint=f"{self.fingerprint}-{len(items)}",
             classes_named=bool(self.label_names),
-        ).keep_in_memory()
+        )
+        dataset._pixels = np.stack([item["image"].permute(1, 2, 0).numpy() for item in items])
+        return dataset
 
 
 def first_batches(
@@ -240,30 +242,28 @@ def open_splits(
     """What is trained on, and what is measured: the training images and, where there are any, held-out ones.
 
     Args:
-        evaluation_images: of a stream, so many of either split are measured.
+        evaluation_images: of a stream, so many of either split are measured, by the main process; others have one.
         batch_size: images of a step, over all processes.
 
     Raises:
         ValueError: there are fewer training images than a step takes; reading shows it of a stream.
     """
     if config.streaming:
-        training = StreamingImages(config)
-        measured = {"train": training.take(evaluation_images)}
+        training, count = StreamingImages(config), evaluation_images if this_process()[0] == 0 else 1
+        measured = {"train": training.take(count)}
         if training.has_validation:
-            measured["held_out"] = StreamingImages(config, "validation").take(evaluation_images)
+            measured["held_out"] = StreamingImages(config, "validation").take(count)
         return training, measured
-    training = open_dataset(config, "train")
+    training = open_dataset(config, "train", together=True)
     if len(training) < batch_size:
         raise ValueError(
             f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
             "a batch would hold an image twice"
         )
-    held_out = {"held_out": open_dataset(config, "validation")} if has_held_out(config) else {}
+    held_out = {}
+    if has_held_out(config, together=True):
+        held_out["held_out"] = open_dataset(config, "validation", together=True)
     return training, {"train": training} | held_out
-
-
-def _as_it_is(image: Image.Image) -> Image.Image:
-    return image
 
 
 def _permutation(use: str, position: StreamPosition, count: int, *keys: int) -> np.ndarray:
@@ -363,7 +363,8 @@ class StreamBatches:
         if state is not None and (state["workers"], state["processes"]) != (workers, world_size):
             raise ValueError(
                 f"the stream was read by {state['processes']} processes with {state['workers']} workers each, now "
-                f"there are {world_size} with {workers}: a stream is resumed with the same numbers"
+                f"there are {world_size} with {workers}: a stream is resumed with the same numbers, or "
+                "with data.stream_restart true"
             )
         self.device, self.num_workers, self.workers, self.world_size = device, num_workers, workers, world_size
         self.next_worker = 0 if state is None else state["next_worker"]

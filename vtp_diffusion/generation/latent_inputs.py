@@ -32,6 +32,8 @@ from ..data.openmoji import ATTRIBUTION, LICENSE
 from ..data.order import StepBatchSampler, draw_for_positions
 from ..models.latent_space import autoencoder_identity, check_latents_fit, encode_raw, latent_statistics
 from ..runtime.precision import autocast
+from ..runtime.processes import this_process
+from ..runtime.random_reads import available_memory
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -78,6 +80,11 @@ def stored_latents(
             latents = torch.where(flips[:, None, None, None], batch["latents_flip"], batch["latents"])
             yield {"latents": latents, "labels": batch["labels"]}
         return
+    if dataset.num_bytes > (free := available_memory()) and this_process()[0] == 0:
+        print(
+            f"{dataset.folder} holds {dataset.num_bytes / 2**30:,.1f} GiB of latents, {free / 2**30:,.1f} GiB of "
+            "memory are available: most rows come from the disk, whose rate of random reads bounds training"
+        )
     pin = device.type == "cuda"
     jobs = ((indices, draw_flips(sampler, step, random_flip)) for step, indices in zip(steps, sampler, strict=True))
     for batch in read_ahead(lambda job: dataset.read(*job, pin_memory=pin), jobs, num_threads):

@@ -1,6 +1,8 @@
 """The batches that pre-training reads, of a data set or a stream, and how many samples were left out of them."""
 
+import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from ..data.batches import Columns, all_images, collate_images, fits_on_device, 
 from ..data.captions import tokenize_captions
 from ..data.image_datasets import ImageDataset
 from ..data.order import StepBatchSampler
-from ..data.streaming import Collate, StreamBatches, StreamingImages
+from ..data.streaming import Collate, StreamBatches, StreamingImages, StreamPosition
 from ..runtime.processes import gather_objects
 from ..training.loop import TrainingRun
 
@@ -54,12 +56,21 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
     """The batches of a run's micro-steps; where they are is saved with its checkpoints and resumed from there.
 
     Raises:
-        ValueError: the run is resumed with other numbers of processes or workers.
+        ValueError: the run is resumed with other numbers of processes or workers, and `data.stream_restart` is off.
     """
-    if run.first_step > 0 and run.state.resumed_data_state is None:
+    state, workers = run.state.resumed_data_state, max(1, num_workers)
+    if run.is_main:
+        buffered, local = images.config.shuffle_buffer, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        print(
+            f"streams hold up to {buffered * workers * local:,} encoded samples on each node: data.shuffle_buffer, "
+            f"{buffered:,}, in each of {workers * local} workers"
+        )
+    if run.first_step > 0 and images.config.stream_restart:
+        state = next_epoch(run, state, workers)
+    if run.first_step > 0 and state is None:
         raise ValueError(
             f"{run.folder.path}: the checkpoint of step {run.first_step} holds no stream position for process "
-            f"{run.rank}: a stream is resumed with the same number of processes"
+            f"{run.rank}: a stream is resumed with the same number of processes, or with data.stream_restart true"
         )
     batches = StreamBatches(
         images,
@@ -70,10 +81,27 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
         num_workers,
         run.rank,
         run.world_size,
-        run.state.resumed_data_state,
+        state,
     )
     run.state.data_state = batches.state_dict
     return batches
+
+
+def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int) -> dict[str, Any] | None:
+    """The state of a process, or where any process finds that of other numbers of processes or workers, the beginning
+    of the epoch after the furthest that they know; every process has to call this."""
+    same = state is not None and (state["processes"], state["workers"]) == (run.world_size, workers)
+    epochs = [position["epoch"] for position in (state or {"positions": []})["positions"]]
+    found = gather_objects((same, max(epochs, default=0)))
+    if all(matching for matching, _ in found):
+        return state
+    epoch = 1 + max(furthest for _, furthest in found)
+    run.accelerator.print(
+        f"the stream was read by other numbers of processes or workers: it goes on at the start of epoch {epoch}, the "
+        "rest of the one before is not seen, and samples left out are counted from here"
+    )
+    positions = [asdict(StreamPosition(epoch=epoch)) for _ in range(workers)]
+    return {"workers": workers, "processes": run.world_size, "next_worker": 0, "positions": positions}
 
 
 def count_left_out(run: TrainingRun, training: ImageDataset | StreamingImages, batches: Any) -> dict[str, int]:

@@ -1,23 +1,33 @@
 """Several processes that share one work: who they are, and what each of them has, gathered."""
 
 import os
-from typing import Any
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+Result = TypeVar("Result")
+
+# How long a process waits for others: one may list a folder, evaluate or write meanwhile, which NCCL would give up
+# after ten minutes. Where one dies, launchers end the others long before.
+PATIENCE = timedelta(hours=1)
+
 
 def join_processes(**settings: Any) -> Any:
-    """The accelerator of this process, once it is sure that all processes share the work.
+    """The accelerator of this process, once it is sure that all processes share the work. They wait for each other for
+    `PATIENCE`.
 
     Args: `settings`: of accelerate.Accelerator.
 
     Raises:
         ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
-    accelerator, launched = Accelerator(**settings), this_process()[1]
+    handlers = [*settings.pop("kwargs_handlers", ()), InitProcessGroupKwargs(timeout=PATIENCE)]
+    accelerator, launched = Accelerator(kwargs_handlers=handlers, **settings), this_process()[1]
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched but accelerate joined {accelerator.num_processes}: where there is no "
@@ -62,6 +72,33 @@ def gather_objects(value: Any) -> list[Any]:
     from accelerate.utils import gather_object
 
     return gather_object([value])
+
+
+def from_main(compute: Callable[[], Result], together: bool = True) -> Result:
+    """What the main process computes, handed on to the others, which wait; so is an error about input. To be called by
+    every process, before they have joined too.
+
+    Args: `together`: false where not every process calls this: then each computes it.
+    """
+    if not together or this_process()[1] == 1:
+        return compute()
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)  # as Accelerator does it
+    if not dist.is_initialized():  # on a CPU, where accelerate was not told to join: `join_processes` refuses that
+        return compute()
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [(compute(), None)]
+        except (ValueError, OSError) as error:
+            found = [(None, error)]
+    dist.broadcast_object_list(found)
+    value, error = found[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def this_process() -> tuple[int, int]:

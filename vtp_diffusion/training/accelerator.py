@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import uuid
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,6 @@ from torch.distributed.tensor import DTensor
 from ..runtime.optional_packages import require
 from ..runtime.processes import join_processes
 from .config import TrainingConfig
-
-# Others wait while one process evaluates, writes or reads a data set; NCCL would give that up after ten minutes. Where
-# one dies, launchers end the others long before.
-PATIENCE = timedelta(hours=1)
 
 
 def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: list[str], in_parts: bool = False) -> Any:
@@ -39,7 +34,7 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
     # DDP sums gradients up in the last backward pass of a step: also those of parameters which only others reached,
     # if it is told to look for them
     ddp = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=in_parts)
-    handlers = [ddp, accelerate.InitProcessGroupKwargs(timeout=PATIENCE)]
+    handlers = [ddp]
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None:
         require(tracker, "wandb" if tracker == "wandb" else "train")

@@ -1,7 +1,8 @@
 """Checkpoints of a training run: written whole or not at all, told from torn ones, resumed bit for bit.
 
-A checkpoint is written under another name, flushed to the disk, listed with sizes and hashes in `manifest.json`, and
-renamed at last. Whatever the processes were, and whether their weights were whole or sharded, its content is the same:
+A checkpoint is copied to the memory of the host, where a thread writes it: under another name, flushed to the disk,
+listed with sizes and hashes in `manifest.json`, and renamed at last. Whatever the processes were, and whether their
+weights were whole or sharded, its content is the same:
 
     <model>/, <model>_ema/     diffusers folders, which from_pretrained loads
     <model>_ema_<decay>/       the same for every further decay of the averages
@@ -12,12 +13,14 @@ renamed at last. Whatever the processes were, and whether their weights were who
     state.json                 step, data, counters
 """
 
+import contextlib
+import copy
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,14 +181,25 @@ class TrainingState:
         return {name: p for name, p in self.objective.named_parameters() if id(p) in trained}
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """AdamW's moments by the name of the parameter, whole and on the CPU of the main process; every process has to
-        call it."""
+        """AdamW's moments by the name of the parameter, whole and copied to the CPU of the main process; every process
+        has to call it."""
         states, is_main = {}, this_process()[0] == 0
         for name, parameter in self.trained_by_name().items():
             moments = {key: whole(value) for key, value in self.optimizer.state[parameter].items()}
             if is_main:
-                states[name] = {key: value.cpu() for key, value in moments.items()}
+                states[name] = {key: host_copy(value) for key, value in moments.items()}
         return states
+
+
+@dataclass
+class Snapshot:
+    """Copies of what a checkpoint holds, of one step, in the memory of the host; `model` gives its configuration."""
+
+    model: Any
+    optimizer: dict[str, Any]
+    models: dict[str, dict[str, torch.Tensor]]
+    beside: dict[str, torch.Tensor]
+    record: dict[str, Any]
 
 
 def averaged_state(model: Any, average: AveragedWeights) -> dict[str, torch.Tensor]:
@@ -219,40 +233,74 @@ def export_averaged(model: Any, average: AveragedWeights, path: Path) -> None:
     wait_for_everyone()
 
 
-def save_checkpoint(state: TrainingState, folder: RunFolder, limit: int | None) -> None:
-    """Write checkpoint-<step>; the ones before survive whatever happens meanwhile, and steps being left out.
+class CheckpointWriter:
+    """Writes checkpoint-<step> in a thread, from copies in the memory of the host: training waits for these alone.
 
-    Args: `limit`: how many to keep.
-    Raises:
-        OSError: it could not be written, for example because the disk is full. What was written of it is removed; if
-            it was another process than the main one that failed, by the next start.
+    The checkpoints before survive whatever happens meanwhile, and steps being left out. What fails is raised by the
+    next `save` or `wait`. A program that ends by an exception ends after what is being written is.
     """
-    path, is_main = folder.unfinished(state.step), this_process()[0] == 0
-    try:
-        with Manifest(path) as manifest:
-            _write_checkpoint(state, path, manifest)
+
+    def __init__(self, folder: RunFolder):
+        self.folder, self._thread, self._writing = folder, ThreadPoolExecutor(1), None
+
+    def save(self, state: TrainingState, limit: int | None) -> None:
+        """Copy the state and begin to write it, once the checkpoint before is written; for every process.
+
+        Args: `limit`: how many to keep.
+        Raises:
+            OSError: this one or the one before could not be written, for example because the disk is full. What was
+                written of it is removed; if it was another process than the main one that failed, by the next start.
+        """
+        self.wait()
+        path, is_main = self.folder.unfinished(state.step), this_process()[0] == 0
+        try:
+            with _named(state.step, self.folder):
+                snapshot = _take_snapshot(state, path)
+        except torch.OutOfMemoryError:  # a RuntimeError too, but of the device
             if is_main:
-                manifest.write()
+                shutil.rmtree(path, ignore_errors=True)
+            raise
         if is_main:
             # while steps are left out, what leads to that must not take the place of what came before
-            folder.finish(state.step, None if state.skipped[0] > 0 else limit)
-    except torch.OutOfMemoryError:  # a RuntimeError too, but of the device
-        if is_main:
-            shutil.rmtree(path, ignore_errors=True)
+            limit = None if state.skipped[0] > 0 else limit
+            self._writing = self._thread.submit(_write_snapshot, snapshot, state.step, self.folder, limit)
+
+    def wait(self) -> None:
+        """Until what is being written is there; for every process. Raises: OSError if it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+        wait_for_everyone()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._writing is not None:
+            self._writing.exception()  # waits; `wait` raises it
+
+
+@contextlib.contextmanager
+def _named(step: int, folder: RunFolder) -> Iterator[None]:
+    """What the disk does not take of a checkpoint is removed and named."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
         raise
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
         free = shutil.disk_usage(folder.path).free / 2**20  # torch.save does not say that there was no room
-        if is_main:
-            shutil.rmtree(path, ignore_errors=True)
+        if this_process()[0] == 0:
+            shutil.rmtree(folder.unfinished(step), ignore_errors=True)
         kept = [p.name for _, p in folder.checkpoints()]
         raise OSError(
-            f"checkpoint {state.step} could not be written to {folder.path}: {error} ({free:,.0f} MiB free). "
+            f"checkpoint {step} could not be written to {folder.path}: {error} ({free:,.0f} MiB free). "
             f"Checkpoints that are there: {', '.join(kept) or 'none'}"
         ) from error
-    wait_for_everyone()
 
 
-def _write_checkpoint(state: TrainingState, path: Path, manifest: Manifest) -> None:
+def _take_snapshot(state: TrainingState, path: Path) -> Snapshot | None:
+    """What the main process is to write, copied; None on the others. Every process has to call it: each writes its
+    random state, and its place in the data, into the unfinished checkpoint."""
     rank, processes = this_process()
     if rank == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -265,28 +313,42 @@ def _write_checkpoint(state: TrainingState, path: Path, manifest: Manifest) -> N
     if state.data_state is not None:
         (path / f"data_state_{rank}.json").write_text(json.dumps(state.data_state()), encoding="utf-8")
     moments = state.moments()
-    if rank == 0:  # first, as it takes longest to hash
-        scaler = None if state.scaler is None else state.scaler.state_dict()
-        torch.save({"optimizer": moments, "scaler": scaler}, path / "optimizer.pt")
+    models = {state.model_name: _copies({n: whole(v) for n, v in state.model.state_dict().items()})}
+    for name, average in state.averages.items():  # one after the other: each may be gigabytes of the device
+        models[name] = _copies(averaged_state(state.model, average))
+    beside = _copies({name: whole(value) for name, value in state.beside_model().items()})
+    scaler = None if state.scaler is None else copy.deepcopy(state.scaler.state_dict())
+    record = {"step": state.step, "fingerprint": state.fingerprint, "seconds": state.seconds}
+    record |= {"skipped": state.skipped.tolist(), "average_step": next(iter(state.averages.values())).step}
+    wait_for_everyone()  # all have written theirs
+    if rank != 0:
+        return None
+    optimizer, record = {"optimizer": moments, "scaler": scaler}, record | {"processes": processes}
+    return Snapshot(state.model, optimizer, models, beside, record)
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the host, for the main process alone."""
+    return {name: host_copy(value) for name, value in tensors.items()} if this_process()[0] == 0 else {}
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of its own in the memory of the host."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int | None) -> None:
+    path = folder.unfinished(step)
+    with _named(step, folder), Manifest(path) as manifest:
+        torch.save(snapshot.optimizer, path / "optimizer.pt")  # first, as it takes longest to hash
         manifest.add(path / "optimizer.pt")
-    del moments
-    models = {state.model_name: lambda: {n: whole(v) for n, v in state.model.state_dict().items()}}
-    for name, average in state.averages.items():
-        models[name] = lambda average=average: averaged_state(state.model, average)
-    for name, gather in models.items():  # one after the other: each may be gigabytes
-        weights = gather()
-        if rank == 0:
-            write_model(state.model, weights, path / name)
+        for name, weights in snapshot.models.items():
+            write_model(snapshot.model, weights, path / name)
             manifest.add(path / name)
-        del weights
-    beside = {name: whole(value).contiguous() for name, value in state.beside_model().items()}
-    if rank == 0:
-        save_file(beside, path / "objective.safetensors")
-        average_step = next(iter(state.averages.values())).step
-        record = {"step": state.step, "fingerprint": state.fingerprint, "seconds": state.seconds}
-        record |= {"skipped": state.skipped.tolist(), "average_step": average_step, "processes": processes}
-        (path / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-    wait_for_everyone()
+        save_file(snapshot.beside, path / "objective.safetensors")
+        (path / "state.json").write_text(json.dumps(snapshot.record, indent=2), encoding="utf-8")
+        manifest.write()
+        folder.finish(step, limit)
 
 
 def resume(state: TrainingState, folder: RunFolder) -> None:

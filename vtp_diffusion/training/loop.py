@@ -15,7 +15,7 @@ from ..data.order import StepBatchSampler, draw_for_positions, step_generator
 from ..runtime.precision import use_deterministic_algorithms
 from ..runtime.processes import gather_objects
 from .accelerator import StopRequest, is_sharded, make_accelerator
-from .checkpoints import TrainingState, averaged_state, resume, save_checkpoint
+from .checkpoints import CheckpointWriter, TrainingState, averaged_state, resume
 from .config import TrainingConfig
 from .cuda_graphs import GraphedPasses, why_not_recorded
 from .log import TrainingLog
@@ -106,6 +106,7 @@ class TrainingRun:
             skipped=self.optimisation.skipped,
         )
         resume(self.state, folder)
+        self._writer = CheckpointWriter(folder)
         self.first_step, self._saved = self.state.step, None
         self.log = TrainingLog(config, folder, self.accelerator, flops_per_image, self.first_step, self.state.seconds)
 
@@ -173,7 +174,7 @@ class TrainingRun:
         that a kill interrupts leaves the one before.
         """
         last, config = self.config.max_train_steps, self.config
-        with contextlib.closing(self.log.progress_bar()) as bar, StopRequest() as request:
+        with contextlib.closing(self.log.progress_bar()) as bar, StopRequest() as request, self._writer:
             for step in range(self.first_step, last):
                 yield step
                 bar.update()
@@ -190,6 +191,7 @@ class TrainingRun:
                     raise SystemExit(0)
                 if pause or self.due(step, config.validation_steps) or self._log_due(step):
                     self.log.restart_clock()
+        self._writer.wait()
         if self.skipped_steps >= last:
             raise RuntimeError(
                 f"not one of the {last} steps counted, their gradients were not finite: nothing was trained, and "
@@ -275,6 +277,7 @@ class TrainingRun:
         in_a_row, skipped = (int(n) for n in self.state.skipped.tolist())
         self.log.write(step + 1, learning_rate_at(step, self.config), skipped)
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self._writer.wait()
             before = [path.name for saved, path in self.folder.checkpoints() if saved <= step + 1 - in_a_row]
             raise RuntimeError(
                 f"the gradients of the last {in_a_row} steps up to step {step + 1} were not finite. Last checkpoint "
@@ -344,14 +347,15 @@ class TrainingRun:
             yield model.to(self.device).eval()
 
     def save(self, step: int) -> None:
-        """Write checkpoint-<step>, unless that was just done; see checkpoints.py."""
+        """Begin to write checkpoint-<step>, unless that was just done; see `CheckpointWriter`."""
         if step != self._saved:
             self.state.step, self.state.seconds = step, self.log.seconds
-            save_checkpoint(self.state, self.folder, self.config.checkpoints_total_limit)
+            self._writer.save(self.state, self.config.checkpoints_total_limit)
             self._saved = step
 
     def end(self) -> None:
-        """Close the trackers, and let another process have the run folder."""
+        """Wait for the last checkpoint, close the trackers, and let another process have the run folder."""
+        self._writer.wait()
         self.accelerator.end_training()
         if self.is_main:
             self.folder.release()

@@ -1,0 +1,88 @@
+"""Reading here and there in files that may be larger than memory."""
+
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+OPEN_FILES_BESIDE = 512  # for everything else that a process opens
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class RandomReads:
+    """A file that threads read at any place, straight into their memory.
+
+    The kernel is told not to read ahead, where it takes such advice: of what lies around a row, nothing is wanted.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._lock = path, threading.Lock()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 # for as long as this object lives
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        # (buffers, offset) -> bytes read
+        self.read = functools.partial(os.preadv, self._file.fileno()) if hasattr(os, "preadv") else self._seek_and_read
+
+    def _seek_and_read(self, buffers: tuple[np.ndarray], offset: int) -> int:
+        with self._lock:
+            self._file.seek(offset)
+            return self._file.readinto(buffers[0])
+
+    def read_rest(self, row: np.ndarray, offset: int, done: int) -> None:
+        """The bytes of a row after the first `done`."""
+        while done < len(row):
+            if (count := self.read((row[done:],), offset + done)) == 0:
+                raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut while it was read")
+            done += count
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            self._file.close()
+
+
+def read_rows(files: Sequence[RandomReads], offsets: Sequence[int], rows: np.ndarray) -> None:
+    """Fill each of `rows` (B, bytes of a row) uint8 with what lies in its file after its offset. Other threads run
+    meanwhile. Raises: ValueError naming a file that ends before."""
+    size = rows.shape[1]
+    for file, offset, row in zip(files, offsets, rows, strict=True):  # 100,000 times a second: nothing more in here
+        if (done := file.read((row,), offset)) != size:
+            file.read_rest(row, offset, done)
+
+
+def allow_open_files(count: int) -> None:
+    """Raise what this process may open, if need be, to `count` files beside others.
+
+    Raises: ValueError if the system's limit is lower.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows, which has a limit of its own
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OPEN_FILES_BESIDE
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise ValueError(
+            f"{count} files are to be open at once, the system allows {hard}, {OPEN_FILES_BESIDE} of them for others: "
+            "raise it (ulimit -n) or write fewer, larger files"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def available_memory() -> int:
+    """Bytes that this process could still take: what the machine has free, or the limit of its container (cgroup)."""
+    found, own = psutil.virtual_memory().available, Path("/proc/self/cgroup")
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, inside = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, name = (CGROUP, "memory.max") if not controllers else (CGROUP / "memory", "memory.limit_in_bytes")
+        for path in (root / inside.strip("/") / name, root / name):  # a container may see its own as the root
+            limit = path.read_text().strip() if path.is_file() else "max"
+            found = found if limit == "max" else min(found, int(limit))
+    return found
