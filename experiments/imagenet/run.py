@@ -35,6 +35,7 @@ class Config(Settings):
     training: str = setting("train_dit/configs/vtp_large_xl.yaml", "configuration of train_dit/train.py")
     pipeline: str | None = setting(None, "folder of a pipeline that is ready; none: train one")
     processes: int = setting(1, "GPUs", at_least=1)
+    gradient_accumulation_steps: int = setting(1, "parts a training step is made in; see docs/imagenet.md", at_least=1)
     device: str = setting("cuda", "of a single process")
     mixed_precision: Literal["no", "bf16"] = setting("bf16", "of the extraction")
     num_workers: int = setting(12, "processes that read images", at_least=0)
@@ -75,6 +76,7 @@ def training_steps(config: Config, folder: Path) -> Iterator[Step]:
     words = ["--vae", vae, "--output_dir", latents, *data, "--mixed_precision", config.mixed_precision]
     yield "train_dit/extract_latents.py", [*words, "--num_workers", str(config.num_workers)]
     words = ["--config", config.training, "--vae", vae, "--latents", latents, *data]
+    words += ["--gradient_accumulation_steps", str(config.gradient_accumulation_steps)]
     yield "train_dit/train.py", [*words, "--output_dir", str(folder / "generator")]
 
 

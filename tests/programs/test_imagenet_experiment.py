@@ -48,6 +48,7 @@ def test_from_images_to_a_report(words, tmp_path):
         *("convert", "extract_latents", "train", "generation", "generation", "report")
     ]
     results = [json.loads((tmp_path / "run" / f"{name}.json").read_text()) for name in ("unguided", "guided")]
+    assert "gradient_accumulation_steps: 2" in (tmp_path / "run" / "generator" / "config.yaml").read_text()
     scales = [result["settings"]["guidance_scale"] for result in results]
     assert scales == [1.0, 1.5] and (tmp_path / "run" / "report.html").is_file()
 
