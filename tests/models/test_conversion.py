@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from test_autoencoder_vtp import public_config
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
+from vtp_diffusion.models import conversion_vtp
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.models.conversion import load_strict
 from vtp_diffusion.models.conversion_vtp import convert_vtp_config, convert_vtp_state_dict
 from vtp_diffusion.models.rotary import rotary_periods
+from vtp_diffusion.models.vtp_model import load_vtp
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RELEASED = GOLDEN / "vtp_released"
@@ -173,3 +175,30 @@ def test_files_that_cannot_be_read(folder):
         AutoencoderVTP.from_released(folder)
     with pytest.raises(ValueError, match="neither a folder nor a hub repository id"):
         AutoencoderVTP.from_released(folder / "missing")
+
+
+def test_short_names_are_those_of_the_hub(monkeypatch):
+    asked = []
+
+    def download(repository, name):
+        asked.append(repository)
+        return str(RELEASED / name)
+
+    monkeypatch.setattr(conversion_vtp, "hf_hub_download", download)
+    for load in (AutoencoderVTP.from_released, VTPModel.from_released, load_vtp):
+        load("VTP-Large-f16d64")
+    load_vtp("MiniMaxAI/VTP-Large-f16d64")
+    assert asked == ["MiniMaxAI/VTP-Large-f16d64"] * 8  # the configuration and the weights, each time
+    with pytest.raises(ValueError, match="VTP-Huge is neither a folder .* nor one of VTP-Small-f16d64, "):
+        VTPModel.from_released("VTP-Huge")
+
+
+@pytest.mark.parametrize("model_class", [AutoencoderVTP, VTPModel])
+def test_each_loader_names_the_other(folder, tmp_path, model_class):
+    name = model_class.__name__
+    with pytest.raises(ValueError, match=f"holds a released checkpoint.*{name}.from_released"):
+        model_class.from_pretrained(folder)
+    model_class.from_released(folder).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=f"holds a saved {name}.*{name}.from_pretrained"):
+        model_class.from_released(tmp_path / "saved")
+    assert isinstance(model_class.from_pretrained(tmp_path / "saved"), model_class)

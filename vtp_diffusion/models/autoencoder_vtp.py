@@ -5,6 +5,7 @@ Tokenizers for Generation", arXiv:2512.13687): encoder, linear bottleneck, pixel
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -156,11 +157,19 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         self.apply(initialise_weights)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "AutoencoderVTP":
+        """Load a saved model, as diffusers does. Raises: ValueError for a released folder; as diffusers."""
+        from .conversion_vtp import refuse_released
+
+        refuse_released(pretrained_model_name_or_path, cls.__name__)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def from_released(cls, folder_or_hub_id: str, rope_dtype: str | None = None) -> "AutoencoderVTP":
         """Load the autoencoder's part of a released VTP checkpoint (`config.json` + `model.safetensors`), strictly.
 
         Args:
-            folder_or_hub_id: local folder or hub repository id.
+            folder_or_hub_id: local folder, hub repository id, or a short name such as VTP-Large-f16d64.
             rope_dtype: None keeps "bfloat16", which the released weights were trained with; or "float32".
 
         Returns:

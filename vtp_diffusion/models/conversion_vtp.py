@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 
+from ..runtime.disk import read_json
 from .conversion import RenameTable, StateDict, read_safetensors, rename_strictly, with_kinds
 from .rotary import ROTARY_DTYPES, rotary_periods
 
+# Names of released tokenizers that need no owner.
+RELEASED = ("VTP-Small-f16d64", "VTP-Base-f16d64", "VTP-Large-f16d64")
+RELEASED_BY = "MiniMaxAI"
 # Released option -> our configuration key.
 VTP_OPTIONS = {
     "image_size": "sample_size",
@@ -196,7 +200,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     """Configuration and state dict of `VTPModel` from a released `config.json` and `model.safetensors`.
 
     Args:
-        folder_or_hub_id: local folder or hub repository id.
+        folder_or_hub_id: local folder, hub repository id, or one of `RELEASED`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
 
     Raises:
@@ -211,6 +215,11 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
         raise ValueError(f"{config_file} is not valid JSON: {error}") from error
     if not isinstance(released, dict):
         raise ValueError(f"{config_file} holds {type(released).__name__}, expected an object of options.")
+    if (name := released.get("_class_name")) is not None:
+        raise ValueError(
+            f"{folder_or_hub_id} holds a saved {name}, expected a released checkpoint: load it with "
+            f"{name}.from_pretrained."
+        )
     config = convert_vtp_config(released, rope_dtype, source=str(config_file))
     weights_file = _released_file(folder_or_hub_id, "model.safetensors")
     return config, convert_vtp_state_dict(read_safetensors(weights_file), config, source=str(weights_file))
@@ -225,12 +234,30 @@ def autoencoder_part(config: Mapping[str, Any], state: Mapping[str, torch.Tensor
     )
 
 
+def refuse_released(folder: Any, loader: str) -> None:
+    """Raises: ValueError for a folder with a released `config.json`, which is for `from_released`."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        return
+    content = read_json(file)
+    if isinstance(content, dict) and "_class_name" not in content and content.get("model_type") == "vtp":
+        raise ValueError(
+            f"{folder} holds a released checkpoint, expected a folder that save_pretrained wrote: load it with "
+            f"{loader}.from_released."
+        )
+
+
 def _released_file(folder_or_hub_id: str | Path, name: str) -> Path:
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}; a released checkpoint is config.json and model.safetensors.")
         return folder / name
+    if str(folder_or_hub_id) in RELEASED:
+        folder_or_hub_id = f"{RELEASED_BY}/{folder_or_hub_id}"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder_or_hub_id)):
-        raise ValueError(f"{folder_or_hub_id} is neither a folder nor a hub repository id like 'owner/name'.")
+        raise ValueError(
+            f"{folder_or_hub_id} is neither a folder nor a hub repository id like 'owner/name', "
+            f"nor one of {', '.join(RELEASED)}."
+        )
     return Path(hf_hub_download(str(folder_or_hub_id), name))

@@ -101,11 +101,19 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "VTPModel":
+        """Load a saved model, as diffusers does. Raises: ValueError for a released folder; as diffusers."""
+        from .conversion_vtp import refuse_released
+
+        refuse_released(pretrained_model_name_or_path, cls.__name__)
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
+
+    @classmethod
     def from_released(cls, folder_or_hub_id: str, rope_dtype: str | None = None) -> "VTPModel":
         """Load a released VTP checkpoint (`config.json` + `model.safetensors`), strictly.
 
         Args:
-            folder_or_hub_id: local folder or hub repository id.
+            folder_or_hub_id: local folder, hub repository id, or a short name such as VTP-Large-f16d64.
             rope_dtype: None keeps "bfloat16", which the released weights were trained with; or "float32".
 
         Returns:
@@ -230,10 +238,15 @@ class VTPTextBlock(nn.Module):
 def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
     """A saved `AutoencoderVTP` or `VTPModel`, or the `VTPModel` of a released checkpoint, in eval mode.
 
+    Args:
+        folder: folder of a saved model, or what `VTPModel.from_released` takes.
+
     Raises:
         ValueError: the folder holds something else, or weights that do not fit.
     """
     file = Path(folder) / "config.json"
+    if not Path(folder).exists():
+        return VTPModel.from_released(str(folder))
     if not file.is_file():
         raise ValueError(
             f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel (config.json)"
