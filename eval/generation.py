@@ -12,11 +12,14 @@ the same on other networks; floors, spreads, a control and near-duplicates.
     python eval/generation.py reference --reference FOLDER --resolution 256 --feature_network inception \\
         --output reference.npz
 
+    python eval/generation.py compare A.json B.json
+
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
 sampled while it is measured: image k by the seed and k, nothing is written. --save_images keeps what was sampled, to
 be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
+`generation.py compare` prints the differences of two results, or refuses and says what the two do not share.
 
 With inception (the weights of 2015, whose hash is checked) the numbers are those of ADM's evaluator, which papers
 quote: FID, sFID, Inception score, precision and recall. Density and coverage are those of arXiv:2002.09797, KID is the
@@ -46,6 +49,7 @@ import numpy as np
 import torch
 
 from vtp_diffusion.data.npz import ImageSpool, NpzImages
+from vtp_diffusion.evaluation.comparison import compare_files
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
@@ -55,6 +59,7 @@ from vtp_diffusion.evaluation.one_pass import (
     settings_of,
     split_rule,
 )
+from vtp_diffusion.evaluation.printed_results import print_faults, print_results
 from vtp_diffusion.evaluation.references import read_statistics, write_statistics
 from vtp_diffusion.evaluation.sources import (
     DatasetImages,
@@ -73,7 +78,6 @@ from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_
 from vtp_diffusion.generation.solvers import use_solver
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
-from vtp_diffusion.metrics.scores import SMALL_SPLIT
 from vtp_diffusion.models.loading import load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
@@ -353,68 +357,6 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     }
 
 
-def deviation_text(deviation: float | None) -> str:
-    return "" if deviation is None else f"± {deviation:7.2g}"
-
-
-def print_results(results: dict) -> None:
-    print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
-    for row in results["distances"] + results["kernel_distances"]:
-        floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
-        print(f"{row['distance']:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
-        if floor is None:
-            held = "statistics only" if results["counts"]["reference"] is None else "too few images"
-            print(f"no floor: the reference holds {held}")
-            continue
-        print(
-            f"{floor['generated']:12.4g} {deviation_text(floor['generated_deviation']):9} "
-            f"{floor['real']:10.4g} {deviation_text(floor['real_deviation']):9}  "
-            f"{floor['sizes'][0]} against {floor['sizes'][1]} ({floor['kind']})"
-        )
-    for row in results["scores"]:
-        spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
-        print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}")
-        if row.get("images_per_split", SMALL_SPLIT) < SMALL_SPLIT:
-            print(
-                f"  its {row['splits']} parts hold {row['images_per_split']} images, which no score exceeds: "
-                "compare it at this size only (papers': 5,000)"
-            )
-        if "adm_value" in row:
-            print(f"  in the order of the files, as ADM's evaluator takes them: {row['adm_value']:.4f}")
-    if results["settings"]["feature_mode"] != "exact":
-        print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
-    for row in results["not_measured"]:
-        print(f"not measured: {row['what']} of {row['images']} on {row['network']}: {row['why']}")
-    for name, number in results["duplicates"].items():
-        if number:
-            print(f"{name}: images that equal an earlier one: {number}")
-    print_faults(results["skipped"], results["enlarged"])
-    hashes = results["images_sha256"]
-    for name in ("reference", "floor"):
-        if hashes.get(name) == hashes["generated"]:
-            print(
-                f"the generated images are those of the {name}, pixel for pixel: the numbers say nothing of new images"
-            )
-    for name, modes in results["converted"].items():
-        print(f"{name}: converted to 8-bit RGB: {', '.join(f'{n} of mode {mode}' for mode, n in modes.items())}")
-    if "near_duplicates" in results:
-        found = results["near_duplicates"]
-        print(f"near-duplicates in the reference (cosine distance below {found['threshold']:.4f}):")
-        for name in ("generated", "control", "floor", "reference"):
-            if name in found:
-                entry = found[name]
-                print(f"{name:12} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
-
-
-def print_faults(skipped: dict[str, list[str]], enlarged: dict[str, int]) -> None:
-    for name, keys in skipped.items():
-        if keys:
-            print(f"{name}: images that cannot be read, left out: {len(keys)} (the first is {keys[0]})")
-    for name, count in enlarged.items():
-        if count:
-            print(f"{name}: images that are smaller than what is measured, and were enlarged: {count}")
-
-
 def make_reference(config: ReferenceConfig) -> None:
     """Statistics of a data set in ADM's format."""
     (name,) = config.feature_network
@@ -472,6 +414,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["compare"]:
+        print("\n".join(compare_files(words[1:])))
+        return
     makes_reference = words[:1] == ["reference"]
     kind = ReferenceConfig if makes_reference else GenerationConfig
     config = parse_config(kind, words[1:] if makes_reference else words, __doc__)

@@ -1,0 +1,90 @@
+"""Two results of `eval/generation.py` compared: the difference of every distance, or the reasons why there is none."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def compare_files(paths: Sequence[str]) -> list[str]:
+    """Lines that say how far the distances of two result files are apart, B - A, with their standard error.
+
+    The images of A and B are taken as independent: the variances add. Images of one seed are not, and the error is
+    then only a guide. The kernel distances are left out: their spread is one of subsets, no standard error.
+
+    Raises:
+        ValueError: not two result files of `eval/generation.py`, or two that do not compare; every reason is named.
+    """
+    if len(paths) != 2:
+        raise ValueError(f"compare was given {len(paths)} words, expected two result files: compare A.json B.json")
+    first, second = (_read(Path(path)) for path in paths)
+    reasons = differing_conditions(first, second)
+    if reasons:
+        raise ValueError(f"{paths[0]} and {paths[1]} do not compare: " + "; ".join(reasons))
+    return [f"{'':12} {'A':>10} {'B':>10} {'B - A':>10}"] + [
+        f"{name:12} {a['value']:10.4g} {b['value']:10.4g} {b['value'] - a['value']:10.4g} "
+        f"± {math.hypot(a['spread']['value'], b['spread']['value']):.2g}"
+        for name, (a, b) in _paired(first, second).items()
+    ]
+
+
+def differing_conditions(first: dict, second: dict) -> list[str]:
+    """Why the distances of two results do not compare, one sentence a condition; empty where they do.
+
+    Compared are the image size, the label rule, the reference, the precision of features, and for every network its
+    weights and preprocessing, the number of images and the number of reference images. Distances fall with the number
+    of images (arXiv:1911.07023), and labels drawn evenly lower them, so both have to be equal.
+    """
+    conditions = [_conditions(first), _conditions(second)]
+    reasons = [
+        f"{name} is {conditions[0][name]} in A, {conditions[1][name]} in B"
+        for name in conditions[0]
+        if conditions[0][name] != conditions[1][name]
+    ]
+    pairs = _paired(first, second)
+    if not pairs:
+        return [*reasons, "no distance is in both"]
+    for name, rows in pairs.items():
+        for key in ("num_images", "num_reference"):
+            if rows[0][key] != rows[1][key]:
+                reasons.append(f"{key} of {name} is {rows[0][key]} in A, {rows[1][key]} in B")
+        networks = [_network(result, row["network"]) for result, row in zip((first, second), rows, strict=True)]
+        for key in ("sha256", "preprocessing"):
+            if networks[0][key] != networks[1][key]:
+                reasons.append(
+                    f"{key} of {rows[0]['network']}, the network of {name}, is {networks[0][key]} in A, "
+                    f"{networks[1][key]} in B"
+                )
+    return reasons
+
+
+def _conditions(result: dict) -> dict:
+    reference = result["files_sha256"].get("reference", result["images_sha256"].get("reference"))
+    return {
+        "image_size": result["image_size"],
+        "the label rule": result["labels_rule"]["generated"],
+        "SHA-256 of the reference": reference,
+        "feature_mode": result["settings"]["feature_mode"],
+    }
+
+
+def _network(result: dict, name: str) -> dict:
+    return next(network for network in result["networks"] if network["name"] == name)
+
+
+def _paired(first: dict, second: dict) -> dict[str, tuple[dict, dict]]:
+    """Name -> rows of both results, of the distances of generated images that both hold."""
+    a, b = ({r["distance"]: r for r in x["distances"] if r["images"] == "generated"} for x in (first, second))
+    return {name: (row, b[name]) for name, row in a.items() if name in b}
+
+
+def _read(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: expected a result of eval/generation.py") from error
+    needed = ("distances", "networks", "labels_rule", "image_size", "files_sha256", "images_sha256", "settings")
+    missing = list(needed) if not isinstance(result, dict) else [key for key in needed if key not in result]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}: expected a result of eval/generation.py")
+    return result

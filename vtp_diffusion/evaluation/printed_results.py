@@ -1,0 +1,67 @@
+"""Results of generated images as a table on the screen."""
+
+from ..metrics.scores import SMALL_SPLIT
+
+
+def _deviation_text(deviation: float | None) -> str:
+    return "" if deviation is None else f"± {deviation:7.2g}"
+
+
+def print_results(results: dict) -> None:
+    """Print what `eval/generation.py` writes: one line a distance, a score and a fault."""
+    print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
+    for row in results["distances"] + results["kernel_distances"]:
+        floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
+        print(f"{row['distance']:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
+        if floor is None:
+            held = "statistics only" if results["counts"]["reference"] is None else "too few images"
+            print(f"no floor: the reference holds {held}")
+            continue
+        print(
+            f"{floor['generated']:12.4g} {_deviation_text(floor['generated_deviation']):9} "
+            f"{floor['real']:10.4g} {_deviation_text(floor['real_deviation']):9}  "
+            f"{floor['sizes'][0]} against {floor['sizes'][1]} ({floor['kind']})"
+        )
+    for row in results["scores"]:
+        spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
+        print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}")
+        if row.get("images_per_split", SMALL_SPLIT) < SMALL_SPLIT:
+            print(
+                f"  its {row['splits']} parts hold {row['images_per_split']} images, which no score exceeds: "
+                "compare it at this size only (papers': 5,000)"
+            )
+        if "adm_value" in row:
+            print(f"  in the order of the files, as ADM's evaluator takes them: {row['adm_value']:.4f}")
+    if results["settings"]["feature_mode"] != "exact":
+        print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
+    for row in results["not_measured"]:
+        print(f"not measured: {row['what']} of {row['images']} on {row['network']}: {row['why']}")
+    for name, number in results["duplicates"].items():
+        if number:
+            print(f"{name}: images that equal an earlier one: {number}")
+    print_faults(results["skipped"], results["enlarged"])
+    hashes = results["images_sha256"]
+    for name in ("reference", "floor"):
+        if hashes.get(name) == hashes["generated"]:
+            print(
+                f"the generated images are those of the {name}, pixel for pixel: the numbers say nothing of new images"
+            )
+    for name, modes in results["converted"].items():
+        print(f"{name}: converted to 8-bit RGB: {', '.join(f'{n} of mode {mode}' for mode, n in modes.items())}")
+    if "near_duplicates" in results:
+        found = results["near_duplicates"]
+        print(f"near-duplicates in the reference (cosine distance below {found['threshold']:.4f}):")
+        for name in ("generated", "control", "floor", "reference"):
+            if name in found:
+                entry = found[name]
+                print(f"{name:12} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
+
+
+def print_faults(skipped: dict[str, list[str]], enlarged: dict[str, int]) -> None:
+    """Print how many images of every set were left out or enlarged."""
+    for name, keys in skipped.items():
+        if keys:
+            print(f"{name}: images that cannot be read, left out: {len(keys)} (the first is {keys[0]})")
+    for name, count in enlarged.items():
+        if count:
+            print(f"{name}: images that are smaller than what is measured, and were enlarged: {count}")
