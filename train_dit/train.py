@@ -157,6 +157,8 @@ def use_fused_blocks(config: Config, run: TrainingRun) -> None:
     if config.fused is not False and reason is None:
         fuse_training(run.model)
         run.accelerator.print("blocks run in fused kernels (fused)")
+    elif config.fused is None and run.device.type == "cuda":
+        run.accelerator.print(f"blocks run as they are, not in fused kernels: {reason}")
 
 
 def build_pipeline(config: Config, vae, transformer, dataset, guide=None) -> LightningDiTPipeline:
