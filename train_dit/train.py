@@ -84,6 +84,7 @@ class Config(TrainingConfig, FlowMatchingConfig):
         "memory during validation too",
         may_change=True,
     )
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices inside blocks, AdamW for the rest")
     save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
     validation: ValidationConfig = setting(
         default_factory=ValidationConfig, help="sample grids and distances", may_change=True
@@ -91,6 +92,16 @@ class Config(TrainingConfig, FlowMatchingConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        from vtp_diffusion.training.accelerator import sharding_asked
+
+        if self.optimizer == "muon" and sharding_asked():
+            raise ValueError(
+                "optimizer is muon, which takes whole matrices: expected adamw with sharded weights (FSDP)"
+            )
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "optimizer is muon and mixed_precision fp16, whose loss scaler skips steps: expected bf16"
+            )
         if self.fused and (self.compile or not torch.cuda.is_available()):
             reason = "compile is on too: give one of them" if self.compile else "there is no CUDA GPU"
             raise ValueError(f"fused is on, but {reason}")
@@ -231,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.models.loading import load_autoencoder
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
+    from vtp_diffusion.training.optimisation import muon_groups
     from vtp_diffusion.training.rates import forward_flops
     from vtp_diffusion.training.run_folder import RunFolder
 
@@ -263,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         transformer,
         "transformer",
         dataset.fingerprint,
+        groups=muon_groups(transformer, objective, config.adam_weight_decay) if config.optimizer == "muon" else None,
         flops_per_image=flops,
         cuda_graphs=False if config.compile and config.cuda_graphs is None else config.cuda_graphs,
     )

@@ -410,3 +410,16 @@ def test_a_generator_with_a_base_head_is_trained_and_guides_itself(tmp_path, mad
     pipeline = LightningDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipeline.transformer.config.prediction == "data" and pipeline.transformer.config.base_head_layer == 1
     assert len(pipeline([0, 1], 2, guidance="internal", guidance_scale=1.5, output_type="pt").images) == 2
+
+
+def test_a_run_with_muon_goes_on_bit_for_bit(tmp_path, made, monkeypatch):
+    options = ("--optimizer=muon", "--lr_scheduler=constant", "--adam_weight_decay=0.1")
+    program = load_program("train_dit")
+    program.main(arguments(tmp_path / "straight", made, *options))
+    program.main(arguments(tmp_path / "parts", made, *options, "--max_train_steps=3"))
+    program.main(arguments(tmp_path / "parts", made, *options))
+    straight, parts = (weights(tmp_path / name / "pipeline") for name in ("straight", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in straight.items())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="optimizer is muon, which takes whole matrices"):
+        program.main(arguments(tmp_path / "sharded", made, *options))

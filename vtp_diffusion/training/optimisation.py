@@ -41,6 +41,53 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
+def muon_groups(model: nn.Module, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """As `parameter_groups` of `module`, but for the matrices inside the blocks of `model`, which are for Muon.
+
+    Raises: ValueError if there are none.
+    """
+    inside = {id(p) for block in getattr(model, "blocks", ()) for p in block.parameters() if p.ndim == 2}
+    matrices = [p for p in module.parameters() if p.requires_grad and id(p) in inside]
+    if not matrices:
+        raise ValueError(f"optimizer is muon, but {type(model).__name__} has no blocks with matrices: expected adamw")
+    groups = [{"params": matrices, "weight_decay": weight_decay, "decayed": True, "muon": True}]
+    for group in parameter_groups(module, weight_decay):
+        others = [p for p in group["params"] if id(p) not in inside]
+        groups += [group | {"params": others}] if others else []
+    return groups
+
+
+class MuonWithAdamW(torch.optim.AdamW):
+    """Muon (torch.optim.Muon; Jordan et al., 2024) for groups with "muon" true, AdamW for the others. Muon's updates
+    have the root mean square of AdamW's (arXiv:2502.16982), so that one learning rate is for both."""
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any):
+        super().__init__(groups, **settings)
+        for group in self.param_groups:
+            group.setdefault("muon", False)
+        theirs = [group for group in self.param_groups if group["muon"]]
+        self._muon = torch.optim.Muon(
+            [{"params": group["params"]} for group in theirs], momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+        for group, muon in zip(theirs, self._muon.param_groups, strict=True):
+            group.update({key: value for key, value in muon.items() if key not in group})
+
+    def step(self, closure: Any = None) -> None:
+        """Leaves the step out where `found_inf` says so; torch's Muon cannot be told on the device, so it is asked."""
+        everything = self.param_groups
+        self.param_groups = [group for group in everything if not group["muon"]]
+        try:
+            super().step(closure)
+        finally:
+            self.param_groups = everything
+        left_out = getattr(self, "found_inf", None)
+        if left_out is None or not left_out.item():
+            # as they are now: `load_state_dict`, which accelerate calls too, puts others in their place
+            self._muon.param_groups = [group for group in everything if group["muon"]]
+            self._muon.state = self.state
+            self._muon.step()
+
+
 class AveragedWeights:
     """Exponential moving average of parameters, in float32 on their device: average += (1 - decay)(weights - average).
 
@@ -79,7 +126,7 @@ class Optimisation:
 
     Args:
         groups: parameter groups of AdamW. Beside its settings a group may have `lr_scale`, a factor on the learning
-            rate, and `network`, a name: the gradients of a network are clipped by themselves.
+            rate, `network`, a name: the gradients of a network are clipped by themselves, and `muon`, for Muon.
         accelerator: of the run; it prepares the objective and the optimiser.
         objective: what holds the trained parameters.
         model: the model inside it of which averages are kept, in checkpoints under `name`.
@@ -102,7 +149,8 @@ class Optimisation:
         name: str,
     ):
         self.config, self.accelerator = config, accelerator
-        self.optimizer = torch.optim.AdamW(
+        kind = MuonWithAdamW if any(group.get("muon") for group in groups) else torch.optim.AdamW
+        self.optimizer = kind(
             groups,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
