@@ -20,7 +20,7 @@ from launching import device_name
 
 import vtp_diffusion  # noqa: F401 (registers the pipeline)
 from vtp_diffusion.data.images import image_grid, to_pil
-from vtp_diffusion.generation.sampling import draw_labels, image_generators
+from vtp_diffusion.generation.sampling import draw_labels, initial_noise
 from vtp_diffusion.generation.solvers import SCHEDULERS, solve_adaptively, use_solver
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_picture, write_results
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     labels = draw_labels("balanced", config.num_images, pipe.transformer.config.num_classes, seed=0)
-    noise = pipe.prepare_latents(len(labels), image_generators(range(len(labels)), 0), None, pipe.device)
+    noise = initial_noise(pipe, range(len(labels)), seed=0)
     own, counted = pipe.scheduler, []
     end = solve_adaptively(
         pipe, labels, noise, TOLERANCE, config.guidance_scale, on_evaluation=lambda: counted.append(1)

@@ -74,11 +74,9 @@ from vtp_diffusion.evaluation.sources import (
 )
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
-from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name
-from vtp_diffusion.generation.solvers import use_solver
+from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
-from vtp_diffusion.models.loading import load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
@@ -161,18 +159,13 @@ def open_images(source: str) -> ImageSource:
 
 def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) -> "DiffusionPipeline":
     """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
-    from diffusers import DiffusionPipeline
-
-    dtype = config.torch_dtype(torch.device(config.device))
-    pipe = load_saved(DiffusionPipeline, folder, dtype=dtype).to(config.device)
-    use_solver(pipe, config.solver, config.time_shift)
+    pipe = open_pipeline(folder, config, config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:
         torch.manual_seed(stream_seed("untrained weights", config.seed))
         untrained = type(pipe.transformer).from_config(pipe.transformer.config)
         pipe.transformer = untrained.eval().to(config.device, pipe.dtype)
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
@@ -197,7 +190,7 @@ def sampled(
         config.batch_size,
         **config.sampler,
     )
-    images.settings |= {"labels": config.labels} | ({"fp8": True} if config.fp8 else {})
+    images.settings |= {"labels": config.labels} | config.precision
     speed = prepare_sampling(pipe, config)
     if this_process()[0] == 0:
         print(speed)

@@ -81,15 +81,9 @@ def load_pipeline(config: GenerateConfig, device: torch.device | str) -> Lightni
     """The pipeline in its precision, on the device. Raises: ValueError if there is none."""
     if not (Path(config.pipeline) / "model_index.json").is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
-    from diffusers import DiffusionPipeline
+    from vtp_diffusion.generation.sampling import open_pipeline
 
-    from vtp_diffusion.generation.solvers import use_solver
-    from vtp_diffusion.models.loading import load_saved
-
-    pipe = load_saved(DiffusionPipeline, config.pipeline, dtype=config.torch_dtype(torch.device(device)))
-    pipe.set_progress_bar_config(disable=True)
-    use_solver(pipe, config.solver, config.time_shift)
-    return pipe.to(device)
+    return open_pipeline(config.pipeline, config, device)
 
 
 def image_labels(config: GenerateConfig, pipe: LightningDiTPipeline) -> tuple[list[int], dict]:
@@ -169,7 +163,7 @@ def write_files(
     from vtp_diffusion.generation.sampling import pipeline_identity
 
     settings = config.sampler | {"seed": config.seed, "num_images": len(labels)}
-    settings |= pipeline_identity(pipe) | label_settings | ({"fp8": True} if config.fp8 else {})
+    settings |= pipeline_identity(pipe) | label_settings | config.precision
     files = (SampleNpz if config.kind == ".npz" else SampleFolder)(config.output, settings)
     rank, world_size = this_process()
     with files.locked() if rank == 0 else contextlib.nullcontext():

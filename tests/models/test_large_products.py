@@ -1,14 +1,11 @@
 """Blocks whose backward passes are written out against the ones autograd makes, and the Triton programs against the
 formulae."""
 
-import os
-import subprocess
-import sys
-
 import fused_formulae
 import pytest
 import torch
 from torch import nn
+from triton_interpreter import run_interpreted
 
 from vtp_diffusion.models.large_products import cuda_kernels, use_large_products
 from vtp_diffusion.models.rotary import rotary_tables
@@ -154,13 +151,8 @@ print("all equal")
 
 
 def test_kernels_agree_with_their_formulae():
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if "wrap_triton only works on functions annotated" in done.stderr:
-        pytest.skip("this version of torch has no way to Triton's interpreter")  # 2.11 has none, 2.14 has
-    assert done.returncode == 0 and "all equal" in done.stdout, done.stderr
+    why = "this version of torch has no way to Triton's interpreter"  # 2.11 has none, 2.14 has
+    run_interpreted(PROGRAM, "wrap_triton only works on functions annotated", why)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

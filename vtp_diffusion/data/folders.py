@@ -93,7 +93,7 @@ def read_layout(folder: str | Path) -> FolderLayout:
     roots = _roots(folder, top := _look(folder))
     content = {split: top if root == folder else _look(root) for split, root in roots.items()}
     classes = {split: _by_name(part.folders) for split, part in content.items()}
-    names = _ordered({name for part in classes.values() for name in part})
+    names = sorted_names({name for part in classes.values() for name in part})
     inside = {split: {name: _look(path) for name, path in part.items()} for split, part in classes.items()}
     filled = {name for part in inside.values() for name, found in part.items() if found.images}
     loose = [path for part in content.values() for path in part.images]
@@ -180,11 +180,6 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     """Names of classes in alphabetical order; if all are numbers, in theirs: "10" comes after "2"."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
-
-
-def _ordered(names: set[str]) -> list[str]:
-    numbers = all(name.isascii() and name.isdigit() for name in names)
-    return sorted(names, key=lambda name: (int(name), name) if numbers else (0, name))
 
 
 def _few(names: Iterable[str]) -> str:

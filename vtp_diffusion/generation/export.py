@@ -7,7 +7,6 @@ any other, without it through `from_pretrained(folder, custom_pipeline="pipeline
 """
 
 import ast
-import json
 import re
 import shutil
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
-from ..runtime.disk import replacing
+from ..runtime.disk import read_json, replacing
 from .pipeline_lightning_dit import LightningDiTPipeline, write_self_contained
 
 ROOT_MODULES = (
@@ -103,7 +102,7 @@ def _copy(pipeline: Path, folder: Path) -> None:
 def _components(folder: Path) -> list[str]:
     """The folders of a saved pipeline's components. Raises: ValueError naming one of a foreign class."""
     index_file, found = folder / "model_index.json", []
-    index = _read_object(index_file)
+    index = read_json(index_file)
     for name, entry in index.items():
         if name.startswith("_") or name == "id2label" or entry in (None, [None, None]):
             continue
@@ -122,26 +121,16 @@ def _components(folder: Path) -> list[str]:
             )
         found.append(name)
         for file in (folder / name).glob("*.json"):
-            if "auto_map" in _read_object(file):
+            if "auto_map" in read_json(file):
                 raise ValueError(f"{file} names code in auto_map, which is not exported: expected none")
     return found
-
-
-def _read_object(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}, expected an object")
-    return values
 
 
 def _check_pipeline_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {folder} has no model_index.json")
-    class_name = _read_object(index).get("_class_name")
+    class_name = read_json(index).get("_class_name")
     if class_name != LightningDiTPipeline.__name__:
         raise ValueError(f"expected a saved LightningDiTPipeline, {index} says {class_name!r}")
     for name in _components(folder):

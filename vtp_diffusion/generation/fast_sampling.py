@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
@@ -225,8 +226,6 @@ class GraphedForward:
         outputs = tuple(result.clone() for result in results)  # the next replay writes over them
         if return_base or not return_dict:
             return outputs
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
         return Transformer2DModelOutput(sample=outputs[0])
 
     def _record(self, inputs: list[torch.Tensor], return_base: bool) -> tuple[Any, ...]:

@@ -60,6 +60,11 @@ class SamplerConfig(Settings):
         return torch.bfloat16 if has_bfloat16 else torch.float32
 
     @property
+    def precision(self) -> dict[str, bool]:
+        """What decides the images beside the pipeline, its dtype and the arguments of its call, for their settings."""
+        return {"fp8": True} if self.fp8 else {}
+
+    @property
     def sampler(self) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""
         names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels")

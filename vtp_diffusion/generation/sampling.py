@@ -15,7 +15,8 @@ import torch
 from ..data.images import finite_to_uint8
 from ..runtime.precision import exact_float32
 from ..runtime.random_streams import random_stream, stream_seed
-from .solvers import solve_adaptively
+from .sampler_config import SamplerConfig
+from .solvers import solve_adaptively, use_solver
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -43,6 +44,19 @@ def draw_labels(
     if not reference or not all(0 <= label < num_classes for label in reference):
         raise ValueError(f"labels 'reference' needs a labelled reference with labels from 0 to {num_classes - 1}")
     return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
+
+
+def open_pipeline(folder: str, config: SamplerConfig, device: torch.device | str) -> DiffusionPipeline:
+    """The pipeline of a folder on a device, in the precision and with the solver of a configuration, without progress
+    bars. Raises: ValueError naming a folder that cannot be loaded."""
+    from diffusers import DiffusionPipeline
+
+    from ..models.loading import load_saved
+
+    pipe = load_saved(DiffusionPipeline, folder, dtype=config.torch_dtype(torch.device(device)))
+    pipe.set_progress_bar_config(disable=True)
+    use_solver(pipe, config.solver, config.time_shift)
+    return pipe.to(device)
 
 
 def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequence[str]) -> list[int]:

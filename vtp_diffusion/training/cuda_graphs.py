@@ -176,9 +176,8 @@ class GraphedPasses:
             return
         kept = _by_place(self._inputs)
         differing = [
-            f"  {name} of part {number}: {_kind(came.get((number, name)))}, expected {_kind(kept.get((number, name)))}"
-            for number, name in sorted(came.keys() | kept.keys())
-            for place in [(number, name)]
+            f"  {place[1]} of part {place[0]}: {_kind(came.get(place))}, expected {_kind(kept.get(place))}"
+            for place in sorted(came.keys() | kept.keys())
             if _kind(came.get(place)) != _kind(kept.get(place))
         ]
         if differing:
