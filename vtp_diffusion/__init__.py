@@ -32,8 +32,9 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def _give_classes_to(diffusers: Any) -> None:
-    """Our classes become attributes of diffusers, imported when they are asked for."""
+def _register(diffusers: Any) -> None:
+    """Our classes become attributes of diffusers, imported when they are asked for, and save_pretrained writes
+    ["vtp_diffusion", class] of them, which loads from a folder and from the Hub."""
 
     class Diffusers(type(diffusers)):
         def __getattr__(self, name: str) -> Any:
@@ -45,12 +46,8 @@ def _give_classes_to(diffusers: Any) -> None:
             return getattr(importlib.import_module(__package__), name)
 
     diffusers.__class__ = Diffusers
-
-
-def _name_library_in(loading: Any) -> None:
-    """With this entry save_pretrained writes ["vtp_diffusion", class], which loads from a folder and from the Hub."""
+    loading = importlib.import_module("diffusers.pipelines.pipeline_loading_utils")
     loading.LOADABLE_CLASSES.setdefault(__name__, {})
 
 
-after_import("diffusers", _give_classes_to)
-after_import("diffusers.pipelines.pipeline_loading_utils", _name_library_in)
+after_import("diffusers", _register)
