@@ -2,7 +2,7 @@
 
 import torch
 
-from vtp_diffusion.models.rotary import apply_rotary
+from vtp_diffusion.models.vtp_blocks import apply_rotary
 
 ANY_DEVICE = True  # where it runs: see `LargeProducts.can_fuse`
 

@@ -8,8 +8,7 @@ from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES, denormalize_images, normalize_images
-from vtp_diffusion.models.rotary import apply_rotary, rotary_periods, rotary_tables, round_to_bfloat16
-from vtp_diffusion.models.vtp_blocks import VTPSwiGLU
+from vtp_diffusion.models.vtp_blocks import VTPSwiGLU, apply_rotary, rotary_periods, rotary_tables, round_to_bfloat16
 
 VTP_SETS = ["vtp_released", "vtp_qk_norm"]
 TINY = dict(

@@ -8,8 +8,7 @@ from torch import nn
 from triton_interpreter import run_interpreted
 
 from vtp_diffusion.models.large_products import cuda_kernels, use_large_products
-from vtp_diffusion.models.rotary import rotary_tables
-from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPDecoderBlock, VTPRMSNorm
+from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPDecoderBlock, VTPRMSNorm, rotary_tables
 
 BATCH, LENGTH, WIDTH, HEADS = 6, 9, 64, 2
 

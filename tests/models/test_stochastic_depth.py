@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vtp_diffusion.models.stochastic_depth import draw_kept, num_kept, residual_update
+from vtp_diffusion.models.vtp_blocks import residual_update
+from vtp_diffusion.pretraining.joint import draw_kept, num_kept
 
 
 @pytest.mark.parametrize("compiled", [False, True])

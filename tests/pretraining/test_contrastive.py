@@ -10,7 +10,7 @@ from two_processes import run_on_two
 
 from vtp_diffusion.data.captions import clip_tokenizer, tokenize_captions
 from vtp_diffusion.pretraining.contrastive import clip_loss, sigmoid_loss
-from vtp_diffusion.runtime.distributed import gather_rows
+from vtp_diffusion.pretraining.joint import gather_rows
 
 ALL = torch.ones(6, dtype=torch.bool)
 

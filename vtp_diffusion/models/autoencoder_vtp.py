@@ -16,9 +16,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from .rotary import ROTARY_DTYPES
 from .strict_loading import StrictLoadingMixin
-from .vtp_blocks import VTPDecoder, VTPEncoder, initialise_weights
+from .vtp_blocks import ROTARY_DTYPES, VTPDecoder, VTPEncoder, initialise_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

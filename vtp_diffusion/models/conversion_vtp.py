@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 
 from ..runtime.disk import read_json
 from .conversion import RenameTable, StateDict, read_safetensors, rename_strictly, with_kinds
-from .rotary import ROTARY_DTYPES, rotary_periods
+from .vtp_blocks import ROTARY_DTYPES, rotary_periods
 
 # Names of released tokenizers that need no owner.
 RELEASED = ("VTP-Small-f16d64", "VTP-Base-f16d64", "VTP-Large-f16d64")

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .stochastic_depth import AddedUpdate, places_of, residual_update
 from .vtp_blocks import (
+    AddedUpdate,
     VTPAttention,
     VTPBlock,
     VTPEmbeddings,
     VTPRMSNorm,
     VTPSwiGLU,
+    places_of,
+    residual_update,
     rms_norm,
 )
 

@@ -1,5 +1,7 @@
-"""The networks inside a VTP autoencoder (arXiv:2512.13687): encoder, pixel decoder and their blocks."""
+"""The networks inside a VTP autoencoder (arXiv:2512.13687): encoder, pixel decoder, their blocks, rotary embedding and
+stochastic depth."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,8 +15,8 @@ from diffusers.models.attention_dispatch import (
 )
 from torch import nn
 
-from .rotary import apply_rotary, rotary_tables
-from .stochastic_depth import residual_update
+ROTARY_BASE = 100.0
+ROTARY_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class VTPTransformer(nn.Module):
@@ -174,11 +176,9 @@ class VTPBlock(nn.Module):
 
         Args: `kept_in_attention`, `kept_in_mlp`: (K,) samples whose branch is computed; None: all of them.
         """
-
-        def attention(x: torch.Tensor) -> torch.Tensor:
-            return self.attn(x, rotary=(cos, sin))
-
-        hidden_states = self._update(hidden_states, self.norm1, attention, kept_in_attention)
+        hidden_states = self._update(
+            hidden_states, self.norm1, lambda x: self.attn(x, rotary=(cos, sin)), kept_in_attention
+        )
         return self._update(hidden_states, self.norm2, self.mlp, kept_in_mlp)
 
     def _update(
@@ -190,9 +190,7 @@ class VTPBlock(nn.Module):
             return self._update_kept(hidden_states, norm, branch, kept)
         return hidden_states + branch(norm(hidden_states))
 
-    def _update_kept(
-        self, hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor
-    ) -> torch.Tensor:
+    def _update_kept(self, hidden_states, norm: nn.Module, branch: Callable, kept: torch.Tensor) -> torch.Tensor:
         return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
 
 
@@ -201,7 +199,6 @@ class VTPDecoderBlock(VTPBlock):
     encoder's has another norm, width and number of tokens."""
 
     def forward(self, hidden_states: torch.Tensor, *args) -> torch.Tensor:
-        """As `VTPBlock.forward`."""
         return super().forward(hidden_states, *args)
 
 
@@ -248,13 +245,10 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, is_causal: bool = False):
         super().__init__()
-        self.heads = num_heads
-        self.inner_dim = hidden_size
-        self.use_bias = True
-        self.is_causal = is_causal
-        self.is_cross_attention = False
-        self.cross_attention_dim = hidden_size
-        self.added_kv_proj_dim = None
+        self.heads, self.is_causal = num_heads, is_causal
+        # What diffusers' mixin and its tools read.
+        self.inner_dim = self.cross_attention_dim = hidden_size
+        self.use_bias, self.is_cross_attention, self.added_kv_proj_dim = True, False, None
         self.to_q = nn.Linear(hidden_size, hidden_size)
         self.to_k = nn.Linear(hidden_size, hidden_size)
         self.to_v = nn.Linear(hidden_size, hidden_size)
@@ -302,9 +296,8 @@ class VTPSwiGLU(nn.Module):
         self.products = None  # `LargeProducts` in compiled training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.products is not None:
-            return self.w3(self.products.swiglu(self, x))
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        inner = self.products.swiglu(self, x) if self.products is not None else F.silu(self.w1(x)) * self.w2(x)
+        return self.w3(inner)
 
 
 class VTPRMSNorm(nn.Module):
@@ -320,10 +313,129 @@ class VTPRMSNorm(nn.Module):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension in float32, cast back before the scale: see `VTPRMSNorm`."""
+    """As `VTPRMSNorm`, over the last dimension."""
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
+
+
+def rotary_periods(head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Periods 100^(2i / (head_dim/2)), i < head_dim/4, of the rotary embedding: (head_dim/4,) in dtype; released
+    checkpoints hold those in bfloat16."""
+    step = _rounding(dtype)
+    exponents = step(2.0 * torch.arange(head_dim // 4, dtype=torch.float32, device=device) / (head_dim // 2))
+    return step(ROTARY_BASE**exponents).to(dtype)
+
+
+def rotary_tables(
+    height: int, width: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the axial rotary embedding (RoPE, arXiv:2104.09864) of a grid of patches, each
+    (height · width, head_dim), row by row.
+
+    Patch centres are scaled to [-1, 1] per side; the angles are 2π · coordinate / period, heights then widths, tiled
+    twice for the half-split rotation. `dtype` is of the tables and of the arithmetic: in bfloat16 every step is
+    rounded, as when the released weights were trained.
+    """
+    step = _rounding(dtype)
+    periods = rotary_periods(head_dim, dtype, device).float()  # (head_dim/4,)
+    rows, columns = (
+        step(step(torch.arange(side, dtype=torch.float32, device=device) + 0.5) / side) for side in (height, width)
+    )
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
+    angles = step(step(2.0 * math.pi * step(2.0 * grid - 1.0))[:, :, None] / periods)  # (N, 2, head_dim/4)
+    angles = angles.flatten(1).tile(2)  # (N, head_dim)
+    return step(angles.cos()).to(dtype), step(angles.sin()).to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split rotation of x (B, S, H, D) by tables (S, D), in the arithmetic of the tables' dtype: with bfloat16
+    tables x and every step are rounded, whatever the dtype of x, as when the released weights were trained."""
+    cos, sin = cos[:, None], sin[:, None]  # (S, 1, D)
+    if cos.dtype == x.dtype:
+        return x * cos + _rotate_half(x) * sin
+    step = _rounding(cos.dtype)
+    cos, sin = cos.float(), sin.float()
+    rounded = step(x.float())
+    return step(step(rounded * cos) + step(_rotate_half(rounded) * sin)).to(x.dtype)
+
+
+def round_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """Round float32 to the nearest bfloat16 value, ties to even, kept in float32; the gradient passes unchanged.
+
+    torch.compile drops a cast to bfloat16 and back inside a fused kernel, which changes the rotary angles by up to
+    0.016 rad. Integer arithmetic on the bits is never dropped.
+    """
+    bits = x.detach().view(torch.int32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    # The difference is exact in float32, so the sum is the rounded value; a NaN stays one.
+    return x + (rounded - x).detach()
+
+
+def _rounding(dtype: torch.dtype) -> Callable:
+    return round_to_bfloat16 if dtype == torch.bfloat16 else torch.Tensor.float
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """hidden_states + branch(hidden_states), or with stochastic depth (drop path, arXiv:1603.09382) of a subset of the
+    batch: the K kept samples alone go through the branch, whose output is added to them B / K times. Over a uniformly
+    drawn subset the expectation is the whole update. DINOv2 (arXiv:2304.07193, section 5) saves its time so.
+
+    Args: `hidden_states`: (B, S, D); `branch`: (K, S, D) -> (K, S, D); `kept`: (K,) int64 without repetition, or None.
+    """
+    if kept is None:
+        return hidden_states + branch(hidden_states)
+    place = places_of(kept, len(hidden_states))
+    update = branch(_KeptSamples.apply(hidden_states, kept, place))
+    return AddedUpdate.apply(hidden_states, update.to(hidden_states.dtype), kept, place)
+
+
+def places_of(kept: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) int64: where each of so many samples is in `kept` (K,), K if it is not."""
+    return kept.new_full((count,), len(kept)).scatter(0, kept, torch.arange(len(kept), device=kept.device))
+
+
+def _spread(samples: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """(K, S, D) and places (B,) in it -> (B, S, D), zero where the place is K."""
+    rows = samples.index_select(0, place.clamp(max=len(samples) - 1))
+    return torch.where((place < len(samples))[:, None, None], rows, 0)
+
+
+# Both below read rows where autograd would add them up: a kept sample is in one place, so nothing has to be summed,
+# and compilation makes one kernel of it with what stands beside it.
+
+
+class _KeptSamples(torch.autograd.Function):
+    """x[kept]."""
+
+    @staticmethod
+    def forward(ctx, x, kept, place):
+        ctx.save_for_backward(place)
+        return x.index_select(0, kept)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _spread(grad, *ctx.saved_tensors), None, None
+
+
+class AddedUpdate(torch.autograd.Function):
+    """x, to whose kept samples the update is added B / K times."""
+
+    @staticmethod
+    def forward(ctx, x, update, kept, place):
+        ctx.save_for_backward(kept)
+        ctx.factor = len(x) / len(kept)
+        return x + ctx.factor * _spread(update, place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (kept,) = ctx.saved_tensors
+        return grad, ctx.factor * grad.index_select(0, kept), None, None
 
 
 def initialise_weights(module: nn.Module) -> None:

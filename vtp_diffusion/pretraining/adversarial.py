@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 
@@ -21,6 +20,7 @@ from ..runtime.disk import read_json
 from ..training.config import TrainingConfig
 from ..training.optimisation import parameter_groups
 from .discriminators import FeatureDiscriminator, PatchDiscriminator
+from .joint import num_processes, total
 from .reconstruction import ReconstructionObjective
 
 if TYPE_CHECKING:
@@ -107,18 +107,8 @@ def adaptive_weight(
     norms = []
     for gradient in (reconstruction, adversarial):
         (at_layer,) = torch.autograd.grad(decoded, last_layer, gradient.to(decoded.dtype), retain_graph=True)
-        norms.append(mean_over_processes(at_layer.float()).norm())
+        norms.append((total(at_layer.float()) / num_processes()).norm())
     return (norms[0] / (norms[1] + ADAPTIVE_EPSILON)).clamp(max=ADAPTIVE_LIMIT)
-
-
-def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all processes; no gradient."""
-    value = value.detach()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
-    return value
 
 
 class AdversarialDecoding(nn.Module):
@@ -193,11 +183,11 @@ class AdversarialDecoding(nn.Module):
         # zero, and its gradient at the decoder is that of the decoder's loss: the networks above are passed only once
         carrier = ((decoded - decoded.detach()) * gradient).sum()
         judged = self._judge(images, fake)
-        total = losses.pop("loss").detach() + weight * verdict.detach()
+        value = losses.pop("loss").detach() + weight * verdict.detach()
         losses = {name: value.detach() for name, value in losses.items()}
         losses |= {"adversarial": verdict.detach(), "adaptive_weight": balance}
         losses |= {f"discriminator/{name}": value for name, value in judged.items()}
-        return losses | {"loss": carrier + total + judged["loss"]}
+        return losses | {"loss": carrier + value + judged["loss"]}
 
     def _judge(self, images: torch.Tensor, fake: torch.Tensor) -> Losses:
         """The discriminator's loss on originals and the logits (B, M) of decoded images; how often it is right."""
@@ -208,7 +198,7 @@ class AdversarialDecoding(nn.Module):
         if config.lecam > 0:
             judged["lecam"] = lecam_penalty(real, fake, self.mean_real, self.mean_fake)
             for average, logits in ((self.mean_real, real), (self.mean_fake, fake)):
-                mean = mean_over_processes(logits.mean())
+                mean = total(logits.mean()) / num_processes()
                 # an average that is NaN once stays so
                 average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - LECAM_DECAY)
         if config.r1 > 0:

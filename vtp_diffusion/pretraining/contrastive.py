@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models.stochastic_depth import draw_kept, num_kept
 from ..runtime.config import Settings, setting
-from ..runtime.distributed import gather_rows, process_index, total
 from .flops import encoder_flops, transformer_flops
-from .joint import MicroBatch, Objective
+from .joint import MicroBatch, Objective, draw_kept, gather_rows, num_kept, process_index, total
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP

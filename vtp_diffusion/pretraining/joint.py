@@ -2,7 +2,8 @@
 
 An objective is a module in a file of its own. It owns its configuration (`config`, with a `weight`), draws its inputs
 from a micro-batch (`draw_inputs`), turns the autoencoder and them into named losses (`forward`), counts its operations
-(`flops`) and compiles its parts (`compile_parts`). What is here loops over objectives and knows nothing inside them.
+(`flops`) and compiles its parts (`compile_parts`). What is here loops over objectives and knows nothing inside them;
+it has what several of them use: the micro-batch, stochastic depth's draws, sums over processes with gradients.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -142,6 +144,76 @@ def choose_share(scores: torch.Tensor, share: float) -> torch.Tensor:
     blocks = rearrange(scores, "(blocks n) -> blocks n", n=n)
     chosen = blocks.argsort(dim=1, stable=True)[:, :k].sort(dim=1).values  # (N/n, k)
     return (chosen + torch.arange(0, len(scores), n)[:, None]).flatten()
+
+
+def num_kept(count: int, rate: float) -> int:
+    """Samples of `count` whose branch is computed at a drop rate, at least one (DINOv2's rule)."""
+    return max(int(count * (1 - rate)), 1)
+
+
+def draw_kept(count: int, num_layers: int, rate: float, generator: torch.Generator) -> torch.Tensor | None:
+    """A random subset of `count` samples for the two branches of every layer: (layers, 2, K) int64 on the generator's
+    device; None at rate 0. The rate is the same in all layers, as in DINOv2's published configuration."""
+    if rate == 0:
+        return None
+    noise = torch.rand(num_layers, 2, count, generator=generator, device=generator.device)
+    return noise.argsort(dim=-1)[..., : num_kept(count, rate)]
+
+
+def num_processes() -> int:
+    """Processes that train together; 1 without torch.distributed, whatever the launcher says."""
+    return this_process()[1] if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """The number of this process, from 0."""
+    return this_process()[0] if num_processes() > 1 else 0
+
+
+@torch.compiler.disable
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """Sum of the processes' tensors of one shape, without gradient."""
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """`sum_over_processes`, and x itself (detached) with one process, where a compiled graph is not broken."""
+    return sum_over_processes(x) if num_processes() > 1 else x.detach()
+
+
+class _Gather(torch.autograd.Function):
+    """Forward: every process's rows. Backward: what all processes' losses say about the rows of this one, summed."""
+
+    @staticmethod
+    def forward(ctx, x):
+        gathered = x.new_empty(num_processes() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(gathered, x.contiguous())
+        ctx.rows = len(x)
+        return gathered
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        first = process_index() * ctx.rows
+        return gradient[first : first + ctx.rows]
+
+
+@torch.compiler.disable
+def _gather(x: torch.Tensor) -> torch.Tensor:
+    return _Gather.apply(x)
+
+
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows (B, ...) of every process, in the order of the processes: (processes · B, ...), with gradients.
+
+    When every process takes the mean over its own rows as its loss, and the gradients of the processes are averaged
+    (as distributed data parallelism does), the result is the gradient of the mean over all rows. B must be the same in
+    all of them.
+    """
+    return _gather(x) if num_processes() > 1 else x
 
 
 class VTPForPreTraining(nn.Module):

@@ -12,11 +12,9 @@ from ..data.batches import collate_images, to_device
 from ..data.images import from_uint8, image_grid, to_pil, to_uint8
 from ..data.latent_shards import ChannelStatistics
 from ..metrics.pixels import psnr
-from ..models.stochastic_depth import draw_kept, num_kept
 from ..runtime.config import Settings, setting
-from ..runtime.distributed import num_processes, total
 from .flops import decoder_flops, encoder_flops, trunk_flops
-from .joint import NOISE, MicroBatch, Objective
+from .joint import NOISE, MicroBatch, Objective, draw_kept, num_kept, num_processes, total
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP

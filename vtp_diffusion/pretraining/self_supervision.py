@@ -18,13 +18,11 @@ from einops import rearrange
 from torch import nn
 
 from ..data.batches import to_device
-from ..models.stochastic_depth import draw_kept, num_kept
 from ..runtime.config import Settings, setting
-from ..runtime.distributed import gather_rows, num_processes, process_index, total
 from ..runtime.random_streams import random_stream
 from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
-from .joint import CROPS, MicroBatch, Objective
+from .joint import CROPS, MicroBatch, Objective, draw_kept, gather_rows, num_kept, num_processes, process_index, total
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
