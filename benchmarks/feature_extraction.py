@@ -50,8 +50,8 @@ from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
 from vtp_diffusion.metrics.inception import InceptionFeatures, save_random_inception
 from vtp_diffusion.runtime.disk import write_json
-from vtp_diffusion.runtime.precision import exact_float32
 from vtp_diffusion.runtime.processes import reading_processes
+from vtp_diffusion.runtime.reproducibility import exact_float32
 
 PEER_BATCH_SIZE = 64  # torch-fidelity's default
 DISTINCT_FILES = 1024

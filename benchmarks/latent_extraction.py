@@ -23,7 +23,7 @@ from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.models.latent_space import encode_raw
 from vtp_diffusion.runtime.disk import write_json
-from vtp_diffusion.runtime.precision import autocast
+from vtp_diffusion.runtime.reproducibility import autocast
 
 PEER = {"eager": 1177, "compiled": 2063}  # images a second, as shipped and with its whole model compiled
 WIDTHS = {"tiny": (16, 1, 2), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}

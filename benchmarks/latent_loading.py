@@ -26,8 +26,8 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader, Dataset
 
+from vtp_diffusion.data.batches import StepBatchSampler
 from vtp_diffusion.data.latent_shards import LatentDataset, write_shard
-from vtp_diffusion.data.order import StepBatchSampler
 from vtp_diffusion.generation.latent_inputs import stored_latents
 from vtp_diffusion.runtime.disk import write_json
 

@@ -22,9 +22,8 @@ import torch
 from PIL import Image
 
 import vtp_diffusion.data.image_datasets as data
-from vtp_diffusion.data.batches import collate_images, read_batches
+from vtp_diffusion.data.batches import StepBatchSampler, collate_images, read_batches
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.data.order import StepBatchSampler
 from vtp_diffusion.data.streaming import StreamBatches, StreamingImages
 from vtp_diffusion.runtime.disk import write_json
 

@@ -81,7 +81,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
-from vtp_diffusion.runtime.random_streams import random_stream, stream_seed
+from vtp_diffusion.runtime.reproducibility import random_stream, stream_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

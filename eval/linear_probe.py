@@ -42,7 +42,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.processes import check_alone, check_device, reading_processes
-from vtp_diffusion.runtime.random_streams import random_stream
+from vtp_diffusion.runtime.reproducibility import random_stream
 
 
 @dataclass(kw_only=True)

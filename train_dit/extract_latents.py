@@ -21,11 +21,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.channel_statistics import ChannelStatistics
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import CROP
-from vtp_diffusion.data.images import from_uint8
+from vtp_diffusion.data.images import NUM_DRAWS, AugmentationConfig, augment_images, from_uint8
 from vtp_diffusion.data.latent_shards import (
     LATENT_DTYPES,
     METADATA_NAME,
@@ -46,9 +45,8 @@ from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime import folder_lock
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
-from vtp_diffusion.runtime.precision import autocast
 from vtp_diffusion.runtime.processes import gather_objects, join_processes
-from vtp_diffusion.runtime.random_streams import stream_seed
+from vtp_diffusion.runtime.reproducibility import autocast, stream_seed
 
 Sample = tuple[int, int]  # image, copy
 FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that decide no latent

@@ -11,7 +11,6 @@ import torch
 from PIL import ExifTags, Image
 
 import vtp_diffusion.data.image_datasets as data
-from vtp_diffusion.data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.batches import collate_images, read_batches
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import (
@@ -19,7 +18,7 @@ from vtp_diffusion.data.image_files import (
     center_crop,
     read_image,
 )
-from vtp_diffusion.data.images import from_uint8
+from vtp_diffusion.data.images import NUM_DRAWS, AugmentationConfig, augment_images, from_uint8
 from vtp_diffusion.data.streaming import StreamingImages, open_splits
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vtp_diffusion.data.batches import fits_on_device, gathered_batches, read_batches
-from vtp_diffusion.data.order import StepBatchSampler, draw_for_positions, step_generator
+from vtp_diffusion.data.batches import StepBatchSampler, fits_on_device, gathered_batches, read_batches
+from vtp_diffusion.runtime.reproducibility import draw_for_positions, step_generator
 
 CPU = torch.device("cpu")
 

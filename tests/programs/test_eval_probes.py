@@ -16,7 +16,7 @@ import vtp_diffusion.data.image_datasets
 from vtp_diffusion import VTPModel
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.evaluation.probe_features import random_views
-from vtp_diffusion.runtime.random_streams import stream_seed
+from vtp_diffusion.runtime.reproducibility import stream_seed
 
 ROOT = Path(__file__).parents[2]
 COLOURS = {"blue": (0, 60, 200), "green": (0, 180, 0), "red": (220, 0, 30)}

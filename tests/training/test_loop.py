@@ -21,7 +21,7 @@ from tiny_training import (
 from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
-from vtp_diffusion.data.order import step_generator
+from vtp_diffusion.runtime.reproducibility import step_generator
 from vtp_diffusion.training.accelerator import tracker_settings
 from vtp_diffusion.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
 from vtp_diffusion.training.optimisation import AveragedWeights, learning_rate_at, parameter_groups

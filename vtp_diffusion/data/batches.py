@@ -1,4 +1,5 @@
-"""Batches on the device: gathered there from a data set held whole, or read ahead by processes or threads."""
+"""Batches on the device: which samples they hold, gathered from a data set held there or read ahead by processes or
+threads."""
 
 import multiprocessing
 import multiprocessing.context
@@ -8,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .images import from_uint8
-from .order import StepBatchSampler
 
 # A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
 # other users of the machine need the rest.
@@ -24,6 +25,99 @@ READ_AHEAD = 2  # batches a thread
 
 Columns = dict[str, torch.Tensor]
 Job, Result = TypeVar("Job"), TypeVar("Result")
+
+
+class StepBatchSampler:
+    """Batches of indices keyed by (seed, step): step s of process r is the same list whenever training starts.
+
+    A step may be divided into micro-steps, which are what is counted below; the samples of a step depend neither on
+    that number nor on that of the processes, as long as their product with `batch_size` stays the same.
+
+    Without weights the samples run through one random permutation an epoch, each seen once, epochs following each
+    other without a gap: a batch may span two. With weights, every step draws anew, with replacement and in proportion
+    to them; the draw is stratified, so that a batch follows the proportions more closely than independent draws would.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: indices a micro-step and process.
+        seed: of the run.
+        start_step, num_steps: iterating gives the micro-steps start_step ... start_step + num_steps - 1.
+        rank, world_size: this process and how many there are; together they read each epoch once.
+        weights: (num_samples,) not negative; all equal counts as none.
+        accumulation: micro-steps a step.
+
+    Raises:
+        ValueError: sizes that are not positive, weights of another shape, negative, not finite or all zero.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        num_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: torch.Tensor | None = None,
+        accumulation: int = 1,
+    ):
+        if num_samples <= 0 or batch_size <= 0 or num_steps < 0 or start_step < 0:
+            raise ValueError(
+                f"got {num_samples} samples, batches of {batch_size}, {num_steps} steps from {start_step}: samples "
+                "and batch size must be positive, steps not negative"
+            )
+        if accumulation < 1:
+            raise ValueError(f"got {accumulation} micro-steps a step, expected at least one")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} processes")
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.start_step, self.num_steps, self.rank, self.world_size = start_step, num_steps, rank, world_size
+        self.accumulation = accumulation
+        self._permutation: tuple[int, np.ndarray] | None = None
+        self._cumulative = None if weights is None else self._cumulate(weights)
+
+    def _cumulate(self, weights: torch.Tensor) -> np.ndarray | None:
+        values = np.asarray(weights, dtype=np.float64)
+        if values.shape != (self.num_samples,):
+            raise ValueError(f"weights have shape {values.shape}, expected ({self.num_samples},)")
+        if not np.isfinite(values).all() or (values < 0).any() or values.sum() == 0:
+            raise ValueError("weights must be finite and not negative, and not all zero")
+        return None if (values == values[0]).all() else np.cumsum(values) / values.sum()
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.start_step + self.num_steps):
+            yield self.batch(step)
+
+    def positions(self, step: int) -> range:
+        """Positions in the run of this process's samples at a micro-step, for `draw_for_positions`."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        return range(first, first + self.batch_size)
+
+    def batch(self, step: int) -> list[int]:
+        """The indices of this process at a micro-step."""
+        first = self.positions(step).start
+        if self._cumulative is not None:
+            total = self.batch_size * self.world_size * self.accumulation
+            random = np.random.default_rng([self.seed, step // self.accumulation])
+            # one draw in each of `total` equal slices of the distribution, then shuffled so that every rank sees all
+            points = random.permutation((np.arange(total) + random.random(total)) / total)
+            indices = np.searchsorted(self._cumulative, points, side="right").clip(max=self.num_samples - 1)
+            return indices[first % total : first % total + self.batch_size].tolist()
+        indices = []
+        while len(indices) < self.batch_size:
+            epoch, offset = divmod(first + len(indices), self.num_samples)
+            indices += self._epoch(epoch)[offset : offset + self.batch_size - len(indices)].tolist()
+        return indices
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._permutation is None or self._permutation[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            self._permutation = (epoch, order)
+        return self._permutation[1]
 
 
 def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = None) -> bool:

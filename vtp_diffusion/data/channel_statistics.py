@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.precision import to_float64
+from ..runtime.reproducibility import to_float64
 
 ROWS = 16  # latents at a time: what they take in float64 stays in the processor's cache, which is ten times as fast
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..runtime.optional_packages import require
 from ..runtime.processes import this_process
-from ..runtime.random_streams import random_stream
+from ..runtime.reproducibility import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
 from .image_datasets import (
     DataConfig,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..metrics.classification import top_k_accuracy
-from ..runtime.random_streams import stream_seed
+from ..runtime.reproducibility import stream_seed
 from .probe_features import ProbeFeatures
 
 # DINOv2's, for a batch of 256

@@ -27,8 +27,7 @@ from ..metrics.scores import (
     kernel_distance,
     precision_recall,
 )
-from ..runtime.precision import exact_float32
-from ..runtime.random_streams import random_stream
+from ..runtime.reproducibility import exact_float32, random_stream
 from .one_pass import ImageRecord, Wanted
 
 MEASURED = ("generated", "control")

@@ -20,7 +20,7 @@ from ..metrics.frechet import GaussianStatistics, jackknife_group
 from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
 from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
-from ..runtime.random_streams import random_stream
+from ..runtime.reproducibility import random_stream
 from .sources import ImageSource, PipelineImages, read_batches
 
 ON_CUDA = torch.cuda.is_available()

@@ -19,7 +19,7 @@ from ..data.images import from_uint8
 from ..models.latent_space import autoencoder_identity
 from ..runtime.disk import read_json, replacing
 from ..runtime.optional_packages import require
-from ..runtime.random_streams import stream_seed
+from ..runtime.reproducibility import stream_seed
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP

@@ -19,7 +19,7 @@ from ..data.image_files import center_crop, list_images, read_header, read_image
 from ..data.npz import IMAGES_KEY, NpzImages, open_npz
 from ..runtime.disk import read_json
 from ..runtime.processes import gather_objects, reading_processes, this_process
-from ..runtime.random_streams import random_stream
+from ..runtime.reproducibility import random_stream
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

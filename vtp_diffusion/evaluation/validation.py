@@ -15,7 +15,7 @@ from ..metrics.frechet import floor_of_halves
 from ..metrics.networks import feature_network
 from ..runtime.config import Settings, setting
 from ..runtime.processes import gather_objects, this_process
-from ..runtime.random_streams import random_stream
+from ..runtime.reproducibility import random_stream
 from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
 
 if TYPE_CHECKING:

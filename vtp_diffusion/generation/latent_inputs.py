@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..data.augmentation import NUM_DRAWS, AugmentationConfig, augment_images
 from ..data.batches import (
     Columns,
+    StepBatchSampler,
     all_images,
     collate_images,
     fits_on_device,
@@ -27,13 +27,13 @@ from ..data.batches import (
 )
 from ..data.image_datasets import DataConfig, ImageDataset
 from ..data.image_files import CROP
+from ..data.images import NUM_DRAWS, AugmentationConfig, augment_images
 from ..data.latent_shards import LatentDataset
 from ..data.openmoji import ATTRIBUTION, LICENSE
-from ..data.order import StepBatchSampler, draw_for_positions
 from ..models.latent_space import autoencoder_identity, check_latents_fit, encode_raw, latent_statistics
-from ..runtime.precision import autocast
 from ..runtime.processes import this_process
 from ..runtime.random_reads import available_memory
+from ..runtime.reproducibility import autocast, draw_for_positions
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from ..data.images import finite_to_uint8
-from ..runtime.precision import exact_float32
-from ..runtime.random_streams import random_stream, stream_seed
+from ..runtime.reproducibility import exact_float32, random_stream, stream_seed
 from .sampler_config import SamplerConfig
 from .solvers import solve_adaptively, use_solver
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..runtime.disk import file_sha256
-from ..runtime.precision import exact_float32
+from ..runtime.reproducibility import exact_float32
 
 FeatureMode = Literal["exact", "fast"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..runtime.random_streams import random_stream
+from ..runtime.reproducibility import random_stream
 
 JACKKNIFE_GROUPS = 10
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from ..data.images import image_grid, to_pil
-from ..runtime.random_streams import stream_seed
+from ..runtime.reproducibility import stream_seed
 
 
 def nearest_neighbours(

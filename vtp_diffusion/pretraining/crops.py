@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from ..data.batches import to_device
 from ..data.images import from_uint8
 from ..runtime.config import Settings, setting
-from ..runtime.precision import exact_float32
+from ..runtime.reproducibility import exact_float32
 
 # Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
 FLIP, JITTER, GREY = 0.5, 0.8, 0.2

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..data.batches import Columns, all_images, collate_images, fits_on_device, gathered_batches, read_batches
+from ..data.batches import (
+    Columns,
+    StepBatchSampler,
+    all_images,
+    collate_images,
+    fits_on_device,
+    gathered_batches,
+    read_batches,
+)
 from ..data.captions import tokenize_captions
 from ..data.image_datasets import ImageDataset
-from ..data.order import StepBatchSampler
 from ..data.streaming import Collate, StreamBatches, StreamingImages, StreamPosition
 from ..runtime.processes import gather_objects
 from ..training.loop import TrainingRun

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..data.batches import to_device
 from ..runtime.config import Settings, setting
-from ..runtime.random_streams import random_stream
+from ..runtime.reproducibility import random_stream
 from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
 from .joint import CROPS, MicroBatch, Objective, draw_kept, gather_rows, num_kept, num_processes, process_index, total

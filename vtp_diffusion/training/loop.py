@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.order import StepBatchSampler, draw_for_positions, step_generator
-from ..runtime.precision import use_deterministic_algorithms
+from ..data.batches import StepBatchSampler
 from ..runtime.processes import gather_objects
+from ..runtime.reproducibility import draw_for_positions, step_generator, use_deterministic_algorithms
 from .accelerator import StopRequest, is_sharded, make_accelerator
 from .checkpoints import CheckpointWriter, TrainingState, averaged_state, resume
 from .config import TrainingConfig

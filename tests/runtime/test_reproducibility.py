@@ -1,8 +1,8 @@
-"""Streams of random numbers."""
+"""Streams of random numbers, each of its own use and place."""
 
 import numpy as np
 
-from vtp_diffusion.runtime.random_streams import random_stream, stream_seed
+from vtp_diffusion.runtime.reproducibility import random_stream, stream_seed
 
 
 def test_every_use_and_every_key_has_a_stream_of_its_own():

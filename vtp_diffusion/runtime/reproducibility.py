@@ -1,0 +1,108 @@
+"""What makes a run's numbers the same again: random numbers keyed by what they are for, exact float32, deterministic
+algorithms.
+
+Random numbers are keyed by the seed and the place in the run, never by what was drawn before: that is what makes ten
+steps, a restart and ten more steps the same as twenty, bit for bit on a CPU.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+RANDOM_BLOCK = 16  # samples that share a generator: few enough to waste little, enough to keep a GPU busy
+
+
+def stream_seed(use: str, *keys: int) -> int:
+    """Seed, below 2**63, of the random numbers of one use at its keys: `stream_seed("noise", seed, image)`.
+
+    A hash of the text of both. Numbers alone would not do: seed + image gives neighbouring seeds all but one image in
+    common, and numpy fills up lists of numbers with zeros, so that [7, 3] and [7, 3, 0, 0] are one generator.
+
+    Training's order of images and its `step_generator` keep such lists, since runs resume; a training program draws
+    nothing else from them.
+    """
+    digest = hashlib.sha256(" ".join([use, *map(str, keys)]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def random_stream(use: str, *keys: int) -> np.random.Generator:
+    """NumPy's generator of that seed."""
+    return np.random.default_rng(stream_seed(use, *keys))
+
+
+def step_generator(
+    seed: int, step: int, rank: int = 0, stream: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator that depends on nothing but (seed, step, rank, stream): resuming at a step redraws the same numbers.
+
+    Args: `stream` separates draws made for different purposes in one step.
+    """
+    state = np.random.SeedSequence([seed, step, rank, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+def draw_for_positions(
+    draw: Callable[[int, torch.Generator], dict[str, torch.Tensor]],
+    positions: range,
+    seed: int,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, torch.Tensor]:
+    """Random tensors for samples at consecutive positions of a run, each depending on (seed, position, stream) only.
+
+    They are drawn in aligned blocks of `RANDOM_BLOCK` positions, each from its own generator, and cut to size.
+
+    Args:
+        draw: (count, generator) -> named tensors (count, ...).
+        positions: of the samples: step x images a step + place in the step.
+
+    Returns: named tensors (len(positions), ...).
+    """
+    blocks = range(positions.start // RANDOM_BLOCK, -(-positions.stop // RANDOM_BLOCK))
+    drawn = [draw(RANDOM_BLOCK, step_generator(seed, block, 0, stream, device)) for block in blocks]
+    first = positions.start - blocks.start * RANDOM_BLOCK
+    return {name: torch.cat([part[name] for part in drawn])[first : first + len(positions)] for name in drawn[0]}
+
+
+@contextlib.contextmanager
+def exact_float32(benchmark: bool = False) -> Iterator[None]:
+    """TensorFloat-32 is off inside, whatever the process has set: torch allows it to convolutions by default.
+
+    Args:
+        benchmark: let cuDNN try its algorithms for every new shape.
+    """
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        limit = torch.backends.cudnn.benchmark_limit  # of algorithms tried; else it would become PyTorch's
+        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, benchmark_limit=limit, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def use_deterministic_algorithms() -> None:
+    """The same bits on every run on the same kind of device, where PyTorch has such algorithms; else it raises.
+
+    To be called before the first product on a GPU, which fixes cuBLAS's workspace. What torch.compile measures to
+    choose between kernels is left out as well: another choice would round differently.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch._inductor.config.deterministic = True
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a frozen autoencoder. `precision`: "no", "fp16" or "bf16", as accelerate's mixed_precision."""
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def to_float64(values: torch.Tensor) -> torch.Tensor:
+    """The numbers in float64, on their device, or on the CPU where it has no such numbers (mps)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
