@@ -21,10 +21,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from vtp_diffusion.data.batches import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.channel_statistics import ChannelStatistics
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import CROP
-from vtp_diffusion.data.images import NUM_DRAWS, AugmentationConfig, augment_images, from_uint8
+from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.latent_shards import (
     LATENT_DTYPES,
     METADATA_NAME,

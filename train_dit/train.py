@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from vtp_diffusion.data.batches import AugmentationConfig
 from vtp_diffusion.data.image_datasets import DataConfig
-from vtp_diffusion.data.images import AugmentationConfig
 from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.autoguidance import GUIDE, GuideConfig, check_guide, open_guide
 from vtp_diffusion.generation.objective import (

@@ -19,9 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vtp_diffusion.data.batches import Columns, collate_images, image_batches, plain_batches
+from vtp_diffusion.data.batches import (
+    NUM_DRAWS,
+    AugmentationConfig,
+    Columns,
+    augment_images,
+    collate_images,
+    image_batches,
+    plain_batches,
+)
 from vtp_diffusion.data.image_datasets import DataConfig
-from vtp_diffusion.data.images import NUM_DRAWS, AugmentationConfig, augment_images
 from vtp_diffusion.data.streaming import StreamingImages, check_streaming, open_splits
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.models.latent_space import autoencoder_identity

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vtp_diffusion.data.batches import plain_batches
+from vtp_diffusion.data.batches import AugmentationConfig, plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
-from vtp_diffusion.data.images import AugmentationConfig
 from vtp_diffusion.data.streaming import StreamingImages, check_streaming, first_batches, open_splits
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.metrics.zero_shot import TEMPLATES, check_templates

@@ -11,14 +11,14 @@ import torch
 from PIL import ExifTags, Image
 
 import vtp_diffusion.data.image_datasets as data
-from vtp_diffusion.data.batches import collate_images, read_batches
+from vtp_diffusion.data.batches import NUM_DRAWS, AugmentationConfig, augment_images, collate_images, read_batches
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import (
     UnreadableImageError,
     center_crop,
     read_image,
 )
-from vtp_diffusion.data.images import NUM_DRAWS, AugmentationConfig, augment_images, from_uint8
+from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.streaming import StreamingImages, open_splits
 
 

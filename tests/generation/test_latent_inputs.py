@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from test_latent_shards import kl, vtp, write
 
-from vtp_diffusion.data.batches import StepBatchSampler
+from vtp_diffusion.data.batches import AugmentationConfig, StepBatchSampler
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.data.images import AugmentationConfig, from_uint8
+from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.latent_shards import LatentDataset, write_metadata
 from vtp_diffusion.generation import latent_inputs
 from vtp_diffusion.generation.latent_inputs import (

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 
 from ..data.batches import (
+    NUM_DRAWS,
+    AugmentationConfig,
     Columns,
     StepBatchSampler,
     all_images,
+    augment_images,
     collate_images,
     fits_on_device,
     gathered_batches,
@@ -27,7 +30,6 @@ from ..data.batches import (
 )
 from ..data.image_datasets import DataConfig, ImageDataset
 from ..data.image_files import CROP
-from ..data.images import NUM_DRAWS, AugmentationConfig, augment_images
 from ..data.latent_shards import LatentDataset
 from ..data.openmoji import ATTRIBUTION, LICENSE
 from ..models.latent_space import autoencoder_identity, check_latents_fit, encode_raw, latent_statistics

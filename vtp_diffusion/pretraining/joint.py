@@ -17,8 +17,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.batches import Columns
-from ..data.images import NUM_DRAWS, AugmentationConfig, augment_images
+from ..data.batches import NUM_DRAWS, AugmentationConfig, Columns, augment_images
 from ..runtime.processes import this_process
 from ..runtime.reproducibility import draw_for_positions
 from ..training.compilation import compile_modules, keep_rows_unpadded
