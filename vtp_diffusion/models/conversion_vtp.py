@@ -1,6 +1,5 @@
 """Released VTP checkpoints -> configuration and state dict of `VTPModel` or `AutoencoderVTP`."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,43 +34,25 @@ VTP_OPTIONS = {
     "text_context_length": "text_context_length",
     "text_vocab_size": "text_vocab_size",
 }
-# Released options with the one value that these models compute.
+# Released options with the one value that these models compute, where names and shapes of weights do not tell it.
 VTP_FIXED_OPTIONS = {
     "model_type": "vtp",
-    "train_clip": True,
-    "train_reconstruction": True,
     "vision_bottleneck_ae_only": True,
     "vision_clip_feat": "cls",
-    "vision_ffn_layer": "swiglu",
-    "vision_init_values": None,
-    "vision_mlp_ratio": 4.0,
     "vision_norm_layer": "rmsnorm",
-    "decoder_ffn_layer": "swiglu",
-    "decoder_init_values": None,
     "decoder_norm_layer": "layernorm",
-    "init_logit_bias": None,
-    "nonscalar_logit_scale": False,
-    "text_embed_cls": False,
-    "text_ls_init_value": None,
-    "text_mlp_ratio": 4.0,
     "text_no_causal_mask": False,
     "text_output_tokens": False,
     "text_pool_type": "argmax",
-    "text_proj_bias": False,
-    "text_proj_type": "linear",
     "text_quick_gelu": False,
 }
-# Without effect on a loaded model: the scale is in the weights, padding is not masked, the rest is bookkeeping.
-VTP_IGNORED_OPTIONS = {
-    "init_logit_scale",
-    "text_pad_id",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-}
+# Layers and widths that weights tell, which are loaded strictly; and what has no effect on a loaded model.
+VTP_IGNORED_OPTIONS = set(
+    """train_clip train_reconstruction vision_ffn_layer vision_init_values vision_mlp_ratio
+    decoder_ffn_layer decoder_init_values init_logit_bias nonscalar_logit_scale text_embed_cls
+    text_ls_init_value text_mlp_ratio text_proj_bias text_proj_type
+    init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path""".split()
+)
 
 
 def convert_vtp_config(
@@ -95,7 +76,8 @@ def convert_vtp_config(
     if missing:
         problems.append(f"missing options {missing}")
     for option, supported in VTP_FIXED_OPTIONS.items():
-        if option in released and not _same_option(released[option], supported):
+        # 1 and True are equal in Python, not in a configuration
+        if option in released and (type(released[option]), released[option]) != (type(supported), supported):
             problems.append(f"{option}={released[option]!r} is not supported (only {supported!r})")
     for option in VTP_OPTIONS:
         kind = bool if option.endswith("qk_norm") else int
@@ -111,11 +93,6 @@ def convert_vtp_config(
     # The common space of both towers has the width of the text tower.
     config["projection_dim"] = released["text_embed_dim"]
     return config
-
-
-def _same_option(given: Any, supported: Any) -> bool:
-    # 1 and True are equal in Python, not in a configuration; 4 and 4.0 are the same number.
-    return given == supported and isinstance(given, bool) == isinstance(supported, bool)
 
 
 def convert_vtp_state_dict(
@@ -209,12 +186,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     if rope_dtype is not None and rope_dtype not in ROTARY_DTYPES:
         raise ValueError(f"rope_dtype={rope_dtype!r} is not None or one of {sorted(ROTARY_DTYPES)}.")
     config_file = _released_file(folder_or_hub_id, "config.json")
-    try:
-        released = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{config_file} is not valid JSON: {error}") from error
-    if not isinstance(released, dict):
-        raise ValueError(f"{config_file} holds {type(released).__name__}, expected an object of options.")
+    released = read_json(config_file)
     if (name := released.get("_class_name")) is not None:
         raise ValueError(
             f"{folder_or_hub_id} holds a saved {name}, expected a released checkpoint: load it with "
@@ -240,7 +212,7 @@ def refuse_released(folder: Any, loader: str) -> None:
     if not file.is_file():
         return
     content = read_json(file)
-    if isinstance(content, dict) and "_class_name" not in content and content.get("model_type") == "vtp":
+    if "_class_name" not in content and content.get("model_type") == "vtp":
         raise ValueError(
             f"{folder} holds a released checkpoint, expected a folder that save_pretrained wrote: load it with "
             f"{loader}.from_released."

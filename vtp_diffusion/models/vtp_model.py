@@ -1,7 +1,6 @@
 """VTPModel: the autoencoder, the text tower and the CLIP projections, as released checkpoints hold them
 (arXiv:2512.13687, section 3; text tower as OpenCLIP's)."""
 
-import json
 import math
 from dataclasses import dataclass
 from inspect import signature
@@ -15,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from ..runtime.disk import read_json
 from .autoencoder_vtp import AutoencoderVTP
 from .strict_loading import StrictLoadingMixin
 from .vtp_blocks import VTPAttention, initialise_weights
@@ -110,19 +110,8 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
 
     @classmethod
     def from_released(cls, folder_or_hub_id: str, rope_dtype: str | None = None) -> "VTPModel":
-        """Load a released VTP checkpoint (`config.json` + `model.safetensors`), strictly.
-
-        Args:
-            folder_or_hub_id: local folder, hub repository id, or a short name such as VTP-Large-f16d64.
-            rope_dtype: None keeps "bfloat16", which the released weights were trained with; or "float32".
-
-        Returns:
-            The model in eval mode, without latent statistics.
-
-        Raises:
-            ValueError: for a file that is missing or truncated, an option that is not supported, or a checkpoint
-                whose keys or shapes differ from what its configuration asks for.
-        """
+        """Load a released VTP checkpoint (`config.json` + `model.safetensors`), strictly: see
+        `AutoencoderVTP.from_released`, which takes a part of it."""
         from .conversion import load_strict
         from .conversion_vtp import read_released_vtp
 
@@ -251,10 +240,7 @@ def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
         raise ValueError(
             f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel (config.json)"
         )
-    try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is not the configuration of a model: {error}") from error
+    name = read_json(file).get("_class_name")
     if name is None:
         return VTPModel.from_released(str(folder))
     saved_classes = {"AutoencoderVTP": AutoencoderVTP, "VTPModel": VTPModel}

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..runtime.config import Settings, setting
 from .flops import encoder_flops, transformer_flops
-from .joint import MicroBatch, Objective, draw_kept, gather_rows, num_kept, process_index, total
+from .joint import MicroBatch, Objective, draw_kept, gather_rows, process_index, total
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
@@ -110,14 +110,11 @@ class ContrastiveObjective(Objective):
         length, width = text.positional_embedding.shape
         tower = transformer_flops(text, length, width) + 2 * text.text_projection.numel()
         project = 2 * self.model.visual_projection.weight.numel()
-        kept = num_kept(10_000, self.config.stochastic_depth) / 10_000
-        return 3 * (encoder_flops(autoencoder, resolution, kept) + tower + project)
+        return 3 * (encoder_flops(autoencoder, resolution, self.config.stochastic_depth) + tower + project)
 
     def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The random inputs of `forward`: which of `count` samples stochastic depth keeps."""
-        depth = self.model.config.encoder_num_layers
-        kept = draw_kept(count, depth, self.config.stochastic_depth, generator)
-        return {} if kept is None else {"kept": kept}
+        return draw_kept(count, self.model.config.encoder_num_layers, self.config.stochastic_depth, generator)
 
     def forward(
         self,

@@ -14,22 +14,22 @@ def linear_parameters(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def transformer_flops(module: nn.Module, tokens: int, width: int, share: float = 1.0) -> float:
+def transformer_flops(module: nn.Module, tokens: int, width: int, drop_path: float = 0.0) -> float:
     """Forward pass of a stack of blocks on one sequence: 2 operations a weight and token, and 4 · tokens² · width a
     layer for attention (a causal mask is counted as if it hid nothing).
 
-    Args: `share`: of the samples that go through a residual branch.
+    Args: `drop_path`: share of samples that a residual branch leaves out.
     """
     blocks = module.blocks
-    return share * (2 * linear_parameters(blocks) * tokens + 4 * tokens**2 * width * len(blocks))
+    return (1 - drop_path) * (2 * linear_parameters(blocks) * tokens + 4 * tokens**2 * width * len(blocks))
 
 
-def encoder_flops(autoencoder: "AutoencoderVTP", size: int, share: float = 1.0) -> float:
+def encoder_flops(autoencoder: "AutoencoderVTP", size: int, drop_path: float = 0.0) -> float:
     """Forward pass of the encoder on one image of `size` pixels a side."""
     config = autoencoder.config
     patches = (size // config.patch_size) ** 2
     embedding = 2 * patches * config.encoder_hidden_size * config.in_channels * config.patch_size**2
-    return embedding + transformer_flops(autoencoder.encoder, patches + 1, config.encoder_hidden_size, share)
+    return embedding + transformer_flops(autoencoder.encoder, patches + 1, config.encoder_hidden_size, drop_path)
 
 
 def decoder_flops(autoencoder: "AutoencoderVTP", size: int) -> float:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +25,10 @@ from ..runtime.processes import gather_objects
 from ..training.loop import TrainingRun
 
 
-class _Collate:
-    """Items -> columns, captions tokenised in the process that reads; an object, since it travels to workers."""
-
-    def __init__(self, context_length: int | None):
-        self.context_length = context_length
-
-    def __call__(self, items: list[dict]) -> Columns:
-        columns = collate_images(items)
-        if self.context_length is not None:
-            captions = [item["caption"] for item in items]
-            columns["token_ids"], columns["paired"] = tokenize_captions(captions, self.context_length)
-        return columns
+def collate_captioned(items: list[dict], context_length: int) -> Columns:
+    """Items -> columns, captions tokenised in the process that reads."""
+    token_ids, paired = tokenize_captions([item["caption"] for item in items], context_length)
+    return collate_images(items) | {"token_ids": token_ids, "paired": paired}
 
 
 def training_batches(
@@ -47,11 +40,12 @@ def training_batches(
 ) -> Iterable[Columns]:
     """Batches of "image" uint8 (B, 3, R, R) and, with a context length, "token_ids" (B, L) and "paired" (B,) bool;
     one for each of the run's micro-steps, of a stream without end."""
+    collate = collate_images if context_length is None else partial(collate_captioned, context_length=context_length)
     if isinstance(dataset, StreamingImages):
-        return stream_batches(run, dataset, _Collate(context_length), num_workers)
+        return stream_batches(run, dataset, collate, num_workers)
     sampler: StepBatchSampler = run.batch_sampler(len(dataset), dataset.weights)
     if not fits_on_device(len(dataset) * 3 * dataset.resolution**2, run.device, keep_on_device):
-        return read_batches(dataset, sampler, _Collate(context_length), run.device, num_workers)
+        return read_batches(dataset, sampler, collate, run.device, num_workers)
     columns = {"image": all_images(dataset).to(run.device)}
     if context_length is not None:
         token_ids, paired = tokenize_captions(dataset.captions, context_length)

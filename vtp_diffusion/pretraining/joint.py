@@ -150,13 +150,16 @@ def num_kept(count: int, rate: float) -> int:
     return max(int(count * (1 - rate)), 1)
 
 
-def draw_kept(count: int, num_layers: int, rate: float, generator: torch.Generator) -> torch.Tensor | None:
-    """A random subset of `count` samples for the two branches of every layer: (layers, 2, K) int64 on the generator's
-    device; None at rate 0. The rate is the same in all layers, as in DINOv2's published configuration."""
-    if rate == 0:
-        return None
+def draw_kept(
+    count: int, num_layers: int, rate: float, generator: torch.Generator, name: str = "kept"
+) -> dict[str, torch.Tensor]:
+    """Under `name` a random subset of `count` samples for the two branches of every layer, (layers, 2, K) int64 on the
+    generator's device; nothing at rate 0. The rate is the same in all layers, as in DINOv2's published configuration.
+    """
+    if rate == 0 or count == 0:
+        return {}
     noise = torch.rand(num_layers, 2, count, generator=generator, device=generator.device)
-    return noise.argsort(dim=-1)[..., : num_kept(count, rate)]
+    return {name: noise.argsort(dim=-1)[..., : num_kept(count, rate)]}
 
 
 def num_processes() -> int:

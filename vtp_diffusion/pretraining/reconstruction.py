@@ -14,7 +14,7 @@ from ..data.latent_shards import ChannelStatistics
 from ..metrics.pixels import psnr
 from ..runtime.config import Settings, setting
 from .flops import decoder_flops, encoder_flops, trunk_flops
-from .joint import NOISE, MicroBatch, Objective, draw_kept, num_kept, num_processes, total
+from .joint import NOISE, MicroBatch, Objective, draw_kept, num_processes, total
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
@@ -114,13 +114,12 @@ class ReconstructionObjective(Objective):
         random = batch.draw(lambda n, g: self.draw(autoencoder, images[:1].expand(n, -1, -1, -1), g), NOISE)
         inputs = {name: value[rows] for name, value in random.items()} | {"images": images[rows]}
         depth = autoencoder.config.encoder_num_layers
-        kept = draw_kept(len(rows), depth, self.config.stochastic_depth, batch.generator)
-        return inputs if kept is None else inputs | {"kept": kept}
+        return inputs | draw_kept(len(rows), depth, self.config.stochastic_depth, batch.generator)
 
     def flops(self, autoencoder: "AutoencoderVTP", resolution: int) -> float:
         """Of LPIPS, which is frozen, there are two forward passes and the gradient with respect to one image."""
-        kept = num_kept(10_000, self.config.stochastic_depth) / 10_000
-        passes = encoder_flops(autoencoder, resolution, kept) + decoder_flops(autoencoder, resolution)
+        passes = encoder_flops(autoencoder, resolution, self.config.stochastic_depth)
+        passes += decoder_flops(autoencoder, resolution)
         perceptual = 0.0 if self.perceptual is None else trunk_flops(self.perceptual.trunk, resolution)
         return self.config.share * 3 * (passes + perceptual)
 

@@ -22,7 +22,7 @@ from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import random_stream
 from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
-from .joint import CROPS, MicroBatch, Objective, draw_kept, gather_rows, num_kept, num_processes, process_index, total
+from .joint import CROPS, MicroBatch, Objective, draw_kept, gather_rows, num_processes, process_index, total
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
@@ -222,9 +222,9 @@ class SelfSupervisionObjective(Objective):
         size = crops.global_size or resolution
         patches = (size // autoencoder.config.patch_size) ** 2
         masked = config.masked_crops * crops.global_crops * sum(config.mask_ratio) / 2 * patches
-        kept, head = num_kept(10_000, config.stochastic_depth) / 10_000, 2 * linear_parameters(self.head)
-        student = crops.global_crops * encoder_flops(autoencoder, size, kept)
-        student += crops.local_crops * encoder_flops(autoencoder, crops.local_size, kept)
+        rate, head = config.stochastic_depth, 2 * linear_parameters(self.head)
+        student = crops.global_crops * encoder_flops(autoencoder, size, rate)
+        student += crops.local_crops * encoder_flops(autoencoder, crops.local_size, rate)
         student += head * (crops.global_crops + crops.local_crops + masked)
         teacher = crops.global_crops * (encoder_flops(autoencoder, size) + head) + head * masked
         return config.share * (3 * student + teacher)
@@ -238,12 +238,8 @@ class SelfSupervisionObjective(Objective):
     def draw_kept(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """Which crops of `count` images stochastic depth keeps: "kept_global" and "kept_local"."""
         rate, crops = self.config.stochastic_depth, self.config.crops
-        views = {"kept_global": crops.global_crops, "kept_local": crops.local_crops}
-        return {
-            name: draw_kept(count * number, self.depth, rate, generator)
-            for name, number in views.items()
-            if rate > 0 and number > 0
-        }
+        kept = draw_kept(count * crops.global_crops, self.depth, rate, generator, "kept_global")
+        return kept | draw_kept(count * crops.local_crops, self.depth, rate, generator, "kept_local")
 
     def draw_masks(self, grid: tuple[int, int], position: int, seed: int) -> np.ndarray:
         """Masks (G, rows, columns) of one image's global crops: which crops, what share and which blocks depend on the
