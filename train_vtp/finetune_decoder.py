@@ -11,7 +11,7 @@ the run ends, and vae/ has that decoder (--stop_on_collapse false: it goes on).
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,17 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vtp_diffusion.data.batches import (
-    NUM_DRAWS,
-    AugmentationConfig,
-    Columns,
-    augment_images,
-    collate_images,
-    image_batches,
-    plain_batches,
-)
+from vtp_diffusion.data.batches import AugmentationConfig, plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig
-from vtp_diffusion.data.streaming import StreamingImages, check_streaming, open_splits
+from vtp_diffusion.data.streaming import check_streaming, open_splits
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.pretraining.adversarial import (
@@ -41,7 +33,8 @@ from vtp_diffusion.pretraining.adversarial import (
     has_fallen,
 )
 from vtp_diffusion.pretraining.discriminators import smallest_image
-from vtp_diffusion.pretraining.inputs import count_left_out, stream_batches
+from vtp_diffusion.pretraining.inputs import count_left_out, training_batches
+from vtp_diffusion.pretraining.joint import MicroBatch
 from vtp_diffusion.pretraining.reconstruction import (
     ReconstructionConfig,
     ReconstructionObjective,
@@ -107,28 +100,13 @@ class Config(TrainingConfig):
             )
 
 
-def training_batches(run: TrainingRun, config: Config, dataset) -> Iterable[Columns]:
-    """Batches of images, one for each of the run's micro-steps (a stream has more)."""
-    if isinstance(dataset, StreamingImages):
-        return stream_batches(run, dataset, collate_images, config.dataloader_num_workers)
-    sampler = run.batch_sampler(len(dataset), dataset.weights)
-    return image_batches(dataset, sampler, run.device, config.keep_on_device, config.dataloader_num_workers)
-
-
 def training_inputs(run: TrainingRun, config: Config, objective: AdversarialDecoding, batches) -> Iterator[dict]:
     """Inputs of the objective, micro-step by micro-step; everything random is keyed by the place in the run."""
-
-    def changes(count, generator):
-        return {"draws": torch.rand(count, NUM_DRAWS, generator=generator, device=run.device)}
-
-    for micro_step, batch in zip(run.micro_steps, batches, strict=False):
-        images = augment_images(batch["image"], config.augmentation, draws=run.draw(micro_step, changes)["draws"])
-
-        def noise(count, generator, like=images[:1]):
-            return objective.reconstruction.draw(objective.autoencoder, like.expand(count, -1, -1, -1), generator)
-
+    for micro_step, columns in zip(run.micro_steps, batches, strict=False):  # a stream does not end
+        batch = MicroBatch(run, micro_step, columns, config.augmentation)
         adversarial = micro_step // config.gradient_accumulation_steps >= config.adversarial.start_step
-        yield {"images": images, "adversarial": adversarial, **run.draw(micro_step, noise, stream=1)}
+        noise = objective.reconstruction.draw_noise(batch, objective.autoencoder)
+        yield {"images": batch.augmented, "adversarial": adversarial, **noise}
 
 
 def measure(autoencoder: "AutoencoderVTP", dataset, config: Config, perceptual) -> dict[str, float]:
@@ -261,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.is_main:
             with run.averaged_weights():  # at step 0 the initial ones
                 validate(run, config, autoencoder, datasets, perceptual, run.first_step)
-    batches = training_batches(run, config, training)
+    batches = training_batches(run, training)
     inputs = training_inputs(run, config, objective, batches)
     fallen = collapsed(run, config, datasets)
     for step in () if fallen else run.steps():

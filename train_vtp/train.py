@@ -18,10 +18,8 @@ import torch
 from vtp_diffusion.data.batches import AugmentationConfig, plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
 from vtp_diffusion.data.streaming import StreamingImages, check_streaming, first_batches, open_splits
-from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.metrics.zero_shot import TEMPLATES, check_templates
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
-from vtp_diffusion.pretraining.crops import MIN_MASK_GRID
 from vtp_diffusion.pretraining.feature_evaluation import evaluate_alignment, evaluate_features, unmeasured
 from vtp_diffusion.pretraining.inputs import count_left_out, training_batches
 from vtp_diffusion.pretraining.joint import (
@@ -54,7 +52,12 @@ if TYPE_CHECKING:
 
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
 NAMED = 10  # unreadable images of a data set that are named
-OBJECTIVES = ("contrastive", "self_supervision", "reconstruction")
+# In the order in which they draw random numbers; each has its settings in a field of `Config` of the same name.
+OBJECTIVES = {
+    "contrastive": ContrastiveObjective,
+    "self_supervision": SelfSupervisionObjective,
+    "reconstruction": ReconstructionObjective,
+}
 
 
 @dataclass(kw_only=True)
@@ -89,9 +92,7 @@ class TextConfig(Settings):
 class Config(TrainingConfig):
     """Settings of this program."""
 
-    objectives: tuple[Literal["contrastive", "self_supervision", "reconstruction"], ...] = setting(
-        ("reconstruction",), "what is trained for"
-    )
+    objectives: tuple[Literal[tuple(OBJECTIVES)], ...] = setting(("reconstruction",), "what is trained for")
     adam_weight_decay_end: float | None = setting(
         None, "weight decay at the end, reached along a cosine; none: constant", at_least=0
     )
@@ -137,20 +138,10 @@ class Config(TrainingConfig):
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives is {list(self.objectives)}, expected some of {', '.join(OBJECTIVES)}")
         resolution, patch = self.data.resolution, self.model.patch_size
-        sizes = {"data.resolution": resolution}
+        if resolution % patch:
+            raise ValueError(f"data.resolution is {resolution}, expected a multiple of model.patch_size, {patch}")
         if "self_supervision" in self.objectives:
-            crops = self.self_supervision.crops
-            sizes["self_supervision.crops.global_size"] = crops.global_size or resolution
-            sizes["self_supervision.crops.local_size"] = crops.local_size
-        for name, size in sizes.items():
-            if patch < 1 or size < 1 or size % patch:
-                raise ValueError(f"{name} is {size}, expected a multiple of model.patch_size, {patch}")
-        name = "self_supervision.crops.global_size"
-        if name in sizes and self.self_supervision.ibot_weight > 0 and sizes[name] < MIN_MASK_GRID * patch:
-            raise ValueError(
-                f"{name} is {sizes[name]} ({resolution} is data.resolution), expected {MIN_MASK_GRID} patches of "
-                f"{patch} or more: no block of masked patches fits into fewer"
-            )
+            self.self_supervision.check_sizes(resolution, patch)
         check_streaming(self)
         self.reconstruction = self.reconstruction.resolved(alone=self.objectives == ("reconstruction",))
         self.check_shares(processes=1)
@@ -158,8 +149,8 @@ class Config(TrainingConfig):
 
     def check_shares(self, processes: int) -> None:
         """ValueError unless each of so many processes has a whole number of samples of every share in a micro-step."""
-        for name in [name for name in ("self_supervision", "reconstruction") if name in self.objectives]:
-            check_share(name, getattr(self, name).share, self.micro_batch_size(processes))
+        for name in self.objectives:
+            check_share(name, getattr(getattr(self, name), "share", 1), self.micro_batch_size(processes))
 
     def changeable_keys(self) -> set[str]:
         """As of every run, but for what the objectives trained for depend on: negatives, neighbours, equal use of the
@@ -182,16 +173,9 @@ def build(config: Config) -> "tuple[VTPForPreTraining, AutoencoderVTP | VTPModel
     model = VTPModel(**architecture, **vars(config.text)) if with_text else AutoencoderVTP(**architecture)
     if config.gradient_checkpointing:
         checkpoint_blocks(model, config.checkpointed_share)
-    autoencoder, objectives = model.autoencoder if with_text else model, {}
-    if with_text:
-        objectives["contrastive"] = ContrastiveObjective(config.contrastive, model)
-    if "self_supervision" in config.objectives:
-        objectives["self_supervision"] = SelfSupervisionObjective(config.self_supervision, autoencoder)
-    if "reconstruction" in config.objectives:
-        settings = config.reconstruction
-        perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
-        objectives["reconstruction"] = ReconstructionObjective(settings, perceptual)
-    return VTPForPreTraining(autoencoder, objectives), model
+    kinds = {name: kind for name, kind in OBJECTIVES.items() if name in config.objectives}
+    objectives = {name: kind.build(getattr(config, name), model) for name, kind in kinds.items()}
+    return VTPForPreTraining(model.autoencoder if with_text else model, objectives), model
 
 
 def check_data(config: Config, dataset) -> None:
@@ -324,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
         announce(config, datasets)
     perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
     length = config.text.text_context_length if "contrastive" in config.objectives else None
-    batches = training_batches(run, training, length, config.keep_on_device, config.dataloader_num_workers)
+    batches = training_batches(run, training, length)
     inputs = training_inputs(run, config, objective, batches)
 
     def report(step: int, validation_due: bool) -> None:

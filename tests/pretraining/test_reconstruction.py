@@ -1,6 +1,7 @@
 """Objectives of the tokenizer and what is measured on it."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,7 +55,9 @@ def test_the_loss_is_the_weighted_sum_of_its_closed_forms():
 def test_noise_while_decoding_is_in_units_of_each_channels_spread():
     autoencoder, images = tiny_autoencoder(), some_images(4)
     objective = ReconstructionObjective(ReconstructionConfig(lpips=0, latent_noise=0.5), None)
-    random = objective.draw(autoencoder, images, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    batch = SimpleNamespace(images=images, draw=lambda draw, stream: draw(len(images), generator))
+    random = objective.draw_noise(batch, autoencoder)
     assert (
         random["noise"].shape == (4, 3, 4, 4) and 0 <= random["noise_level"].min() <= random["noise_level"].max() < 0.5
     )
@@ -68,10 +71,8 @@ def test_noise_while_decoding_is_in_units_of_each_channels_spread():
 
 def test_without_noise_nothing_is_drawn():
     objective = ReconstructionObjective(ReconstructionConfig(lpips=0), None)
-    generator = torch.Generator().manual_seed(1)
-    before = generator.get_state()
-    assert objective.draw(tiny_autoencoder(), some_images(), generator) == {}
-    assert torch.equal(generator.get_state(), before)
+    batch = SimpleNamespace(images=some_images())  # which could draw nothing
+    assert objective.draw_noise(batch, tiny_autoencoder()) == {}
 
 
 def test_every_weight_of_the_autoencoder_learns():

@@ -253,20 +253,6 @@ def all_images(dataset: Dataset) -> torch.Tensor:
     return torch.cat([collate_images(dataset.__getitems__(list(chunk)))["image"] for chunk in chunks])
 
 
-def image_batches(
-    dataset: Dataset,
-    sampler: StepBatchSampler,
-    device: torch.device,
-    keep_on_device: bool | None,
-    num_workers: int,
-) -> Iterator[Columns]:
-    """{"image": uint8 (B, 3, R, R)} batches of an `ImageDataset` on the device, where the whole set is held if it fits
-    (see `fits_on_device`)."""
-    if not fits_on_device(len(dataset) * 3 * dataset.resolution**2, device, keep_on_device):
-        return read_batches(dataset, sampler, collate_images, device, num_workers)
-    return gathered_batches({"image": all_images(dataset).to(device)}, sampler)
-
-
 def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = None) -> Iterator[torch.Tensor]:
     """The images of an `ImageDataset` in order, (B, 3, R, R) in [-1, 1].
 

@@ -161,7 +161,7 @@ class AdversarialDecoding(nn.Module):
         Args:
             images: (B, 3, H, W) in [-1, 1].
             adversarial: whether the verdict reaches the decoder.
-            noise, noise_level: as `ReconstructionObjective.draw` gives them.
+            noise, noise_level: as `ReconstructionObjective.draw_noise` gives them.
         """
         with torch.no_grad():
             latents = self.autoencoder.encode(images).latent.float()

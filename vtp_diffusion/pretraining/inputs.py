@@ -34,12 +34,11 @@ def collate_captioned(items: list[dict], context_length: int) -> Columns:
 def training_batches(
     run: TrainingRun,
     dataset: Dataset | StreamingImages,
-    context_length: int | None,
-    keep_on_device: bool | None,
-    num_workers: int,
+    context_length: int | None = None,
 ) -> Iterable[Columns]:
     """Batches of "image" uint8 (B, 3, R, R) and, with a context length, "token_ids" (B, L) and "paired" (B,) bool;
-    one for each of the run's micro-steps, of a stream without end."""
+    one for each of the run's micro-steps, of a stream without end. Read as the run's configuration says."""
+    keep_on_device, num_workers = run.config.keep_on_device, run.config.dataloader_num_workers
     collate = collate_images if context_length is None else partial(collate_captioned, context_length=context_length)
     if isinstance(dataset, StreamingImages):
         return stream_batches(run, dataset, collate, num_workers)

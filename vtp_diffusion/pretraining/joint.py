@@ -9,7 +9,7 @@ it has what several of them use: the micro-batch, stochastic depth's draws, sums
 from collections.abc import Callable
 from fractions import Fraction
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,11 @@ class Objective(nn.Module):
     place = 0
     trains: tuple[str, ...] = ()
     compiled_alone = False
+
+    @classmethod
+    def build(cls, config: Any, model: "AutoencoderVTP | VTPModel") -> "Objective":
+        """The objective for a model; the whole one where captions are trained on."""
+        return cls(config, model)
 
     def draw_inputs(self, batch: "MicroBatch", autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
         """The inputs of `forward` from a micro-batch, everything random in them keyed by the samples' positions."""

@@ -11,6 +11,7 @@ from torch import nn
 from ..data.batches import collate_images, to_device
 from ..data.images import from_uint8, image_grid, to_pil, to_uint8
 from ..data.latent_shards import ChannelStatistics
+from ..metrics.lpips import LPIPS
 from ..metrics.pixels import psnr
 from ..runtime.config import Settings, setting
 from .flops import decoder_flops, encoder_flops, trunk_flops
@@ -108,11 +109,14 @@ class ReconstructionObjective(Objective):
             )
         self.config, self.perceptual = config, perceptual
 
+    @classmethod
+    def build(cls, config: ReconstructionConfig, model: nn.Module) -> "ReconstructionObjective":
+        return cls(config, LPIPS("vgg", config.lpips_trunk) if config.lpips > 0 else None)
+
     def draw_inputs(self, batch: MicroBatch, autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
         rows = to_device(batch.chosen(self.config.share, which=1), batch.device)
-        images = batch.augmented
-        random = batch.draw(lambda n, g: self.draw(autoencoder, images[:1].expand(n, -1, -1, -1), g), NOISE)
-        inputs = {name: value[rows] for name, value in random.items()} | {"images": images[rows]}
+        inputs = self.draw_noise(batch, autoencoder) | {"images": batch.augmented}
+        inputs = {name: value[rows] for name, value in inputs.items()}
         depth = autoencoder.config.encoder_num_layers
         return inputs | draw_kept(len(rows), depth, self.config.stochastic_depth, batch.generator)
 
@@ -127,15 +131,19 @@ class ReconstructionObjective(Objective):
         if self.perceptual is not None and not stacks:
             self.perceptual.compile(dynamic=False)
 
-    def draw(self, autoencoder: "AutoencoderVTP", images: torch.Tensor, generator: torch.Generator) -> dict:
-        """The random inputs of `forward` for these images, from a generator on their device."""
+    def draw_noise(self, batch: MicroBatch, autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
+        """ "noise" and "noise_level" of `forward` for every sample of the batch; nothing without noise."""
         if self.config.latent_noise == 0:
             return {}
-        factor = autoencoder.spatial_compression_ratio
-        shape = (len(images), autoencoder.config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
-        noise = torch.randn(shape, generator=generator, device=images.device)
-        level = torch.rand(len(images), generator=generator, device=images.device)
-        return {"noise": noise, "noise_level": level * self.config.latent_noise}
+        grid = (side // autoencoder.spatial_compression_ratio for side in batch.images.shape[2:])
+        shape = (autoencoder.config.latent_channels, *grid)
+
+        def draw(count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+            noise = torch.randn(count, *shape, generator=generator, device=generator.device)
+            level = torch.rand(count, generator=generator, device=generator.device)
+            return {"noise": noise, "noise_level": level * self.config.latent_noise}
+
+        return batch.draw(draw, NOISE)
 
     def forward(
         self,

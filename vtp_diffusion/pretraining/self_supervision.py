@@ -20,12 +20,13 @@ from torch import nn
 from ..data.batches import to_device
 from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import random_stream
-from .crops import CropConfig, block_mask, draw_crops, make_crops, recolour_views
+from .crops import MIN_MASK_GRID, CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
 from .joint import CROPS, MicroBatch, Objective, draw_kept, gather_rows, num_processes, process_index, total
 
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
+    from ..models.vtp_model import VTPModel
 
 STUDENT_TEMPERATURE = 0.1
 CENTER_MOMENTUM = 0.9
@@ -70,6 +71,20 @@ class SelfSupervisionConfig(Settings):
         low, high = self.mask_ratio
         if low > high:
             raise ValueError(f"self_supervision.mask_ratio is {low} to {high}, expected the smaller share first")
+
+    def check_sizes(self, resolution: int, patch: int) -> None:
+        """ValueError unless crops are whole patches and a block of masked ones fits into a global one."""
+        large = self.crops.global_size or resolution
+        for name, size in (("global_size", large), ("local_size", self.crops.local_size)):
+            if size % patch:
+                raise ValueError(
+                    f"self_supervision.crops.{name} is {size}, expected a multiple of model.patch_size, {patch}"
+                )
+        if self.ibot_weight > 0 and large < MIN_MASK_GRID * patch:
+            raise ValueError(
+                f"self_supervision.crops.global_size is {large} ({resolution} is data.resolution), expected "
+                f"{MIN_MASK_GRID} patches of {patch} or more: no block of masked patches fits into fewer"
+            )
 
     def momentum_at(self, done: float) -> float:
         """The teacher's momentum after a share of training: a cosine from the first value to the last."""
@@ -182,13 +197,14 @@ class SelfSupervisionObjective(Objective):
 
     Args:
         config: losses, views, schedules.
-        autoencoder: whose encoder is the student; the teacher is a copy of it.
+        model: the autoencoder, or what holds it; its encoder is the student, the teacher a copy of it.
     """
 
     place, trains = 2, ("encoder.embeddings.mask_token",)
 
-    def __init__(self, config: SelfSupervisionConfig, autoencoder: "AutoencoderVTP"):
+    def __init__(self, config: SelfSupervisionConfig, model: "AutoencoderVTP | VTPModel"):
         super().__init__()
+        autoencoder = getattr(model, "autoencoder", model)
         self.config, self.depth = config, autoencoder.config.encoder_num_layers
         self.recolour_views = recolour_views  # for `make_crops`
         self.head = DINOHead(autoencoder.config.encoder_hidden_size, config)
