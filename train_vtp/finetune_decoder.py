@@ -120,13 +120,6 @@ def psnr_name(datasets: dict) -> str:
     return f"{list(datasets)[-1]}_psnr"
 
 
-def keep_while_sound(run: TrainingRun, autoencoder, signs: list[dict], step: int) -> None:
-    """Keep the decoder of this step in `SOUND`, if no sign of harm has been seen."""
-    if not harmful(signs):
-        with replacing(run.folder.path / SOUND) as unfinished:
-            save_file(autoencoder.decoder.state_dict(), unfinished, metadata={"step": str(step)})
-
-
 def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> None:
     """PSNR and LPIPS on held-out images, originals above reconstructions, and a word if the GAN collapses. As long as
     it does not, the decoder is kept."""
@@ -138,7 +131,9 @@ def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perc
     for sign in signs:
         if sign["step"] > step - config.validation_steps:  # the others were told before
             print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
-    keep_while_sound(run, autoencoder, signs, step)
+    if not harmful(signs):
+        with replacing(run.folder.path / SOUND) as unfinished:
+            save_file(autoencoder.decoder.state_dict(), unfinished, metadata={"step": str(step)})
     run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
 
 

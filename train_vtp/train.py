@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if run.is_main:
         announce(config, datasets)
-    perceptual = getattr(dict(objective.objectives.items()).get("reconstruction"), "perceptual", None)
+    perceptual = getattr(dict(objective.objectives).get("reconstruction"), "perceptual", None)
     length = config.text.text_context_length if "contrastive" in config.objectives else None
     batches = training_batches(run, training, length)
     inputs = training_inputs(run, config, objective, batches)

@@ -28,12 +28,8 @@ def rename_strictly(state: Mapping[str, torch.Tensor], table: RenameTable, what:
     Raises:
         ValueError: starting with `what`, naming the keys that are missing and those the table does not know.
     """
-    problems = []
-    if missing := sorted(set(table) - set(state)):
-        problems.append(f"missing keys {missing}")
-    if extra := sorted(set(state) - set(table)):
-        problems.append(f"unexpected keys {extra}")
-    if problems:
+    wrong = {"missing": sorted(set(table) - set(state)), "unexpected": sorted(set(state) - set(table))}
+    if problems := [f"{kind} keys {keys}" for kind, keys in wrong.items() if keys]:
         raise ValueError(f"{what}: {'; '.join(problems)}.")
     renamed = {}
     for theirs, ours in table.items():
@@ -47,27 +43,25 @@ def rename_strictly(state: Mapping[str, torch.Tensor], table: RenameTable, what:
 
 
 def load_strict(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> Any:
-    """`model` with the tensors of `state` as its parameters, after checking every key and shape.
+    """`model` with the tensors of `state` as its parameters, after checking every shape.
 
     The tensors take the place of the parameters, so that a model built on the meta device (nothing is initialised only
     to be overwritten) is complete afterwards.
 
     Args:
         model: without buffers outside its state dict, which the meta device would leave without values.
-        state: keys and shapes of `model.state_dict()`.
+        state: keys of `model.state_dict()`, which `rename_strictly` has seen to.
         source: where the weights come from, for the message.
 
     Raises:
-        ValueError: naming keys that are missing, left over, mis-shaped or not floating point.
+        ValueError: naming tensors that are mis-shaped or not floating point.
     """
-    expected = model.state_dict()
-    problems = [f"missing key {name}" for name in sorted(set(expected) - set(state))]
-    problems += [f"unexpected key {name}" for name in sorted(set(state) - set(expected))]
-    for name in sorted(set(expected) & set(state)):
-        if state[name].shape != expected[name].shape:
-            problems.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}")
-        elif not state[name].is_floating_point():
-            problems.append(f"{name} is {state[name].dtype}, expected floating point")
+    expected, problems = model.state_dict(), []
+    for name, tensor in sorted(state.items()):
+        if tensor.shape != expected[name].shape:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{name} is {tensor.dtype}, expected floating point")
     if problems:
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}.")
     model.load_state_dict(dict(state), strict=True, assign=True)

@@ -90,14 +90,8 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
         self.autoencoder = AutoencoderVTP(**{name: self.config[name] for name in signature(AutoencoderVTP).parameters})
         self.visual_projection = nn.Linear(encoder_hidden_size, projection_dim, bias=False)
         initialise_weights(self.visual_projection)
-        self.text_model = VTPTextModel(
-            hidden_size=text_hidden_size,
-            num_layers=text_num_layers,
-            num_attention_heads=text_num_attention_heads,
-            context_length=text_context_length,
-            vocab_size=text_vocab_size,
-            projection_dim=projection_dim,
-        )
+        width, depth, heads = text_hidden_size, text_num_layers, text_num_attention_heads
+        self.text_model = VTPTextModel(width, depth, heads, text_context_length, text_vocab_size, projection_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod

@@ -47,9 +47,7 @@ def clip_loss(
 
     Returns: a scalar, 0 if no row is paired.
     """
-    everywhere = gather_rows(paired.float()) > 0  # (W·B,)
-    count = everywhere.sum().clamp(min=1) / (len(everywhere) / len(paired))  # pairs a process, on average
-    own = torch.arange(len(paired), device=paired.device) + process_index() * len(paired)
+    everywhere, own, count = _pairs(paired)
     losses = 0.0
     for rows, columns in ((image_features, text_features), (text_features, image_features)):
         with torch.autocast(rows.device.type, enabled=False):
@@ -73,14 +71,19 @@ def sigmoid_loss(
 
     Args: as of `clip_loss`; `bias`: a scalar added to the similarities.
     """
-    everywhere = gather_rows(paired.float()) > 0  # (W·B,)
-    count = everywhere.sum().clamp(min=1) / (len(everywhere) / len(paired))
+    everywhere, own, count = _pairs(paired)
     with torch.autocast(image_features.device.type, enabled=False):
         logits = scale * image_features.float() @ gather_rows(text_features).float().T + bias  # (B, W·B)
-    own = torch.arange(len(paired), device=paired.device) + process_index() * len(paired)
     sign = 2 * F.one_hot(own, len(everywhere)) - 1
     losses = -F.logsigmoid(sign * logits)
     return torch.where(paired[:, None] & everywhere, losses, 0.0).sum() / count
+
+
+def _pairs(paired: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What is paired in all processes (W·B,), where this one's rows are (B,), and how many pairs it has on average."""
+    everywhere = gather_rows(paired.float()) > 0
+    own = torch.arange(len(paired), device=paired.device) + process_index() * len(paired)
+    return everywhere, own, everywhere.sum().clamp(min=1) / (len(everywhere) / len(paired))
 
 
 class ContrastiveObjective(Objective):

@@ -208,9 +208,7 @@ class _Gather(torch.autograd.Function):
         return gradient[first : first + ctx.rows]
 
 
-@torch.compiler.disable
-def _gather(x: torch.Tensor) -> torch.Tensor:
-    return _Gather.apply(x)
+_gather = torch.compiler.disable(_Gather.apply)
 
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:

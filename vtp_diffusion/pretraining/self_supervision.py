@@ -145,11 +145,6 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float | torch.Tensor, vali
     return q * count
 
 
-def cross_entropy(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """-sum_k targets · log softmax(logits / student temperature): (..., K) and (..., K) -> (...), float32."""
-    return -(targets * (logits.float() / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
-
-
 def dino_loss(targets: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """Mean over images and over all pairs of a teacher's global view and another view of the student.
 
@@ -173,7 +168,8 @@ def ibot_loss(targets: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor
 
     Args: `targets`, `logits`: (M, K); `weights`: (M,) 1 / (masked patches of the crop), 0 for padding.
     """
-    return (cross_entropy(targets, logits) * weights).sum() / num_crops
+    losses = -(targets * (logits.float() / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)  # (M,)
+    return (losses * weights).sum() / num_crops
 
 
 def koleo_loss(features: torch.Tensor) -> torch.Tensor:
