@@ -6,6 +6,7 @@ import pytest
 from test_joint import arguments
 from test_train_vtp import ROOT, load_program
 
+from vtp_diffusion.pretraining.joint import Objective
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.training.run_folder import RunFolder
 
@@ -31,6 +32,14 @@ def differing(folder, config, **changes):
     except ValueError as error:
         return str(error).partition("another configuration:\n")[2].strip()
     return None
+
+
+def test_an_objective_is_an_entry_with_a_class_and_a_field_of_settings():
+    program = load_program("train_vtp")
+    config = config_of(*ALL)
+    assert tuple(program.OBJECTIVES) == ALL
+    for name, kind in program.OBJECTIVES.items():
+        assert issubclass(kind, Objective) and getattr(config, name).weight > 0
 
 
 def test_a_setting_that_came_after_a_run_began_is_what_the_run_has_done_since(tmp_path, capsys):

@@ -22,6 +22,7 @@ assert type(AutoModel.from_pretrained({str(SHIPPED)!r}, subfolder="vae")) is vtp
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 assert "vtp_diffusion" in LOADABLE_CLASSES and diffusers.VTPModel is vtp_diffusion.VTPModel
+assert not any("vtp_diffusion" in type(finder).__module__ for finder in sys.meta_path), "asked at every import"
 assert not hasattr(diffusers, "SomethingElse") and not hasattr(vtp_diffusion, "SomethingElse")
 """
 THEIRS_FIRST = """

@@ -32,9 +32,7 @@ def collate_captioned(items: list[dict], context_length: int) -> Columns:
 
 
 def training_batches(
-    run: TrainingRun,
-    dataset: Dataset | StreamingImages,
-    context_length: int | None = None,
+    run: TrainingRun, dataset: Dataset | StreamingImages, context_length: int | None = None
 ) -> Iterable[Columns]:
     """Batches of "image" uint8 (B, 3, R, R) and, with a context length, "token_ids" (B, L) and "paired" (B,) bool;
     one for each of the run's micro-steps, of a stream without end. Read as the run's configuration says."""
@@ -72,17 +70,8 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
             f"{run.folder.path}: the checkpoint of step {run.first_step} holds no stream position for process "
             f"{run.rank}: a stream is resumed with the same number of processes, or with data.stream_restart true"
         )
-    batches = StreamBatches(
-        images,
-        run.micro_batch_size,
-        run.config.seed,
-        run.device,
-        collate,
-        num_workers,
-        run.rank,
-        run.world_size,
-        state,
-    )
+    size, seed = run.micro_batch_size, run.config.seed
+    batches = StreamBatches(images, size, seed, run.device, collate, num_workers, run.rank, run.world_size, state)
     run.state.data_state = batches.state_dict
     return batches
 

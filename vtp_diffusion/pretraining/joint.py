@@ -105,22 +105,17 @@ class MicroBatch:
         config = self.run.config
         return self.micro_step // config.gradient_accumulation_steps / config.max_train_steps
 
-    def draw(self, draw: Callable, stream: int) -> dict[str, torch.Tensor]:
-        """As `TrainingRun.draw`, for every sample of the batch."""
-        return self.run.draw(self.micro_step, draw, stream)
+    def draw(self, draw: Callable, stream: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+        """`draw_for_positions` of every sample of the batch, on its device or another."""
+        return draw_for_positions(draw, self.positions, self.run.config.seed, stream, device or self.device)
 
     def chosen(self, share: float, which: int) -> torch.Tensor:
         """Indices on the CPU of a random share of the batch. Args: `which`: choice, 0 or 1."""
         if share == 1:
             return torch.arange(len(self.positions))
         # On the CPU: masks, which are drawn there, need to know the samples too, and nobody waits for the device.
-        draw = draw_for_positions(
-            lambda n, generator: {"scores": torch.rand(n, 2, generator=generator)},
-            self.positions,
-            self.run.config.seed,
-            SHARES,
-        )
-        return choose_share(draw["scores"][:, which], share)
+        drawn = self.draw(lambda n, g: {"scores": torch.rand(n, 2, generator=g)}, SHARES, device="cpu")
+        return choose_share(drawn["scores"][:, which], share)
 
 
 def share_block(share: float) -> tuple[int, int]:
