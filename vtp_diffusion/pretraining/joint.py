@@ -145,11 +145,6 @@ def choose_share(scores: torch.Tensor, share: float) -> torch.Tensor:
     return (chosen + torch.arange(0, len(scores), n)[:, None]).flatten()
 
 
-def num_kept(count: int, rate: float) -> int:
-    """Samples of `count` whose branch is computed at a drop rate, at least one (DINOv2's rule)."""
-    return max(int(count * (1 - rate)), 1)
-
-
 def draw_kept(
     count: int, num_layers: int, rate: float, generator: torch.Generator, name: str = "kept"
 ) -> dict[str, torch.Tensor]:
@@ -159,7 +154,8 @@ def draw_kept(
     if rate == 0 or count == 0:
         return {}
     noise = torch.rand(num_layers, 2, count, generator=generator, device=generator.device)
-    return {name: noise.argsort(dim=-1)[..., : num_kept(count, rate)]}
+    kept = max(int(count * (1 - rate)), 1)  # DINOv2's rule
+    return {name: noise.argsort(dim=-1)[..., :kept]}
 
 
 def num_processes() -> int:
