@@ -93,6 +93,8 @@ def test_alignment_ends_at_its_step_also_where_passes_are_recorded(tmp_path, mad
     assert first["loss"] == pytest.approx(first["squared_error"] + first["cosine"] + 0.5 * first["alignment"])
     assert len(losses(tmp_path / "plain")) == 10 and losses(tmp_path / "plain") == losses(tmp_path / "graphed")
     LightningDiTPipeline.from_pretrained(tmp_path / "graphed" / "pipeline")  # strict: the projector stays out
+    card = (tmp_path / "graphed/pipeline/README.md").read_text()
+    assert "; tokens aligned with the encoder's features (REPA, arXiv:2410.06940), weight 0.5 in the first 5" in card
 
 
 def test_alignment_that_cannot_be_had_is_refused(tmp_path, made):
@@ -120,6 +122,7 @@ def test_other_tokenizers_are_trained_on_equal_terms(tmp_path, made, make, chann
     ("more", "message"),
     [
         (["--data.resolution=18"], "AutoencoderVTP cannot encode images of 18 pixels"),
+        (["--model.base_head_layer=1"], "model.base_head_layer is 1, expected a block before the last, 1"),
         (["--model.num_classes=1"], "model.num_classes is 1, but the labels of the training data go from 0 to 1"),
         (["--latents=somewhere"], "augmentation changes images while training online"),
     ],

@@ -40,6 +40,12 @@ class AlignmentConfig(Settings):
         """Whether a step, counted from 0, has the term."""
         return self.weight > 0 and (self.until_step is None or step < self.until_step)
 
+    @property
+    def text(self) -> str:
+        """What is aligned, for the model card."""
+        steps = "" if self.until_step is None else f" in the first {self.until_step} steps"
+        return f"tokens aligned with the encoder's features (REPA, arXiv:2410.06940), weight {self.weight}{steps}"
+
     def block(self, num_layers: int) -> int:
         """The number of the block that is compared. Raises: ValueError if there are fewer blocks."""
         if self.layer is None:
