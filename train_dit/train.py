@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 from vtp_diffusion.data.augmentation import AugmentationConfig
 from vtp_diffusion.data.image_datasets import DataConfig
@@ -161,15 +162,21 @@ def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset | On
     )
 
 
-def compile_training(config: Config, objective: FlowMatchingObjective) -> None:
-    """One program of forward and backward pass; block by block where several processes wrap or shard the blocks."""
+def build_objective(config: Config, transformer: nn.Module, vae: nn.Module) -> FlowMatchingObjective:
+    """The objective. Compiled, it is one program of forward and backward pass, or one a block where several processes
+    wrap or shard the blocks."""
     from vtp_diffusion.runtime.processes import this_process
     from vtp_diffusion.training.compilation import compile_modules
 
+    alignment = Alignment(config.alignment, transformer, vae) if config.alignment.weight > 0 else None
+    objective = FlowMatchingObjective(transformer, config.cosine_loss, alignment)
+    if config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")
     if config.compile and this_process()[1] == 1:
         objective.losses = torch.compile(objective.losses)
     elif config.compile:
-        compile_modules(objective.transformer, objective.transformer._repeated_blocks)
+        compile_modules(transformer, transformer._repeated_blocks)
+    return objective
 
 
 def use_fused_blocks(config: Config, run: TrainingRun) -> None:
@@ -276,14 +283,9 @@ def main(argv: list[str] | None = None) -> None:
     check_guide(config.guide, folder, transformer)
     distance = open_distance(config, pipeline)
 
-    if config.mixed_precision != "no":
-        torch.set_float32_matmul_precision("high")
-    aligned = config.alignment.weight > 0
-    alignment = Alignment(config.alignment, transformer, vae) if aligned else None
-    objective = FlowMatchingObjective(transformer, config.cosine_loss, alignment)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
-    compile_training(config, objective)
+    objective = build_objective(config, transformer, vae)
     run = TrainingRun(
         config,
         folder,
@@ -293,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset.fingerprint,
         groups=muon_groups(transformer, objective, config.adam_weight_decay) if config.optimizer == "muon" else None,
         flops_per_image=flops,
-        in_parts=aligned and config.alignment.until_step is not None,  # after it the projector gets no gradients
+        in_parts=config.alignment.ends,  # then its projector gets no more gradients
         cuda_graphs=False if config.compile and config.cuda_graphs is None else config.cuda_graphs,
     )
     use_fused_blocks(config, run)
@@ -303,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
         validate(config, run, vae, dataset, distance, run.first_step)
     for step in run.steps():
-        if step == config.alignment.until_step:
+        if config.alignment.ends and step == config.alignment.until_step:
             run.record_anew()
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide

@@ -6,12 +6,10 @@ from test_internal_guidance import inputs, tiny
 from test_latent_inputs import CPU, images  # noqa: F401
 from test_latent_shards import kl, pictures, vtp
 
-from vtp_diffusion.data.augmentation import AugmentationConfig
 from vtp_diffusion.data.image_datasets import open_dataset
-from vtp_diffusion.data.order import StepBatchSampler
 from vtp_diffusion.generation.alignment import Alignment, AlignmentConfig
 from vtp_diffusion.generation.flow_matching import interpolate
-from vtp_diffusion.generation.latent_inputs import OnlineLatents
+from vtp_diffusion.generation.latent_inputs import AugmentationConfig, OnlineLatents, StepBatchSampler
 from vtp_diffusion.generation.objective import FlowMatchingObjective
 from vtp_diffusion.models.latent_space import encode_raw, encode_with_features
 
@@ -58,6 +56,8 @@ def test_tokens_of_a_block_are_given_beside_the_prediction():
     assert tokens.shape == (5, 16, 16) and torch.equal(sample, network(*arguments).sample)
     both = network(*arguments, return_base=True, return_tokens=3)
     assert torch.equal(both[1], network(*arguments, return_base=True)[1]) and torch.equal(both[2], tokens)
+    with pytest.raises(ValueError, match="return_tokens is 4, expected a block from 1 to the last, 3"):
+        network(*arguments, return_tokens=4)
 
 
 def test_its_gradient_reaches_the_blocks_up_to_the_layer_and_not_the_encoder():

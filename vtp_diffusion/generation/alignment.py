@@ -41,6 +41,11 @@ class AlignmentConfig(Settings):
         return self.weight > 0 and (self.until_step is None or step < self.until_step)
 
     @property
+    def ends(self) -> bool:
+        """Whether there are steps with the term, and may be some without."""
+        return self.weight > 0 and self.until_step is not None
+
+    @property
     def text(self) -> str:
         """What is aligned, for the model card."""
         steps = "" if self.until_step is None else f" in the first {self.until_step} steps"

@@ -142,11 +142,15 @@ class LightningDiTTransformer2DModel(
             return_tokens: also the tokens (B, N, D) after this block, counted from 1.
         Returns: an output with `.sample` (B, C, H, W), or a tuple of it; with either of the two a tuple of the sample
             and what was asked for, in this order.
-        Raises: ValueError on latents or labels of another shape or type.
+        Raises: ValueError on latents or labels of another shape or type, and on a block that is not there.
         """
+        if return_tokens is not None and not 1 <= return_tokens <= len(self.blocks):
+            raise ValueError(
+                f"return_tokens is {return_tokens}, expected a block from 1 to the last, {len(self.blocks)}"
+            )
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels)
         grid = self.config.sample_size // self.config.patch_size
-        rotary, more = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device), {}
+        rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
         for number, block in enumerate(self.blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, rotary)
@@ -155,14 +159,14 @@ class LightningDiTTransformer2DModel(
             if return_base and number == self.config.base_head_layer:
                 shift, scale = self.base_modulation_out(conditioning)
                 base = self.base_proj_out(modulate(self.base_norm_out(tokens), shift, scale))
-                more["base"] = self.to_velocity(base, hidden_states, timestep)
+                base = self.to_velocity(base, hidden_states, timestep)
             if number == return_tokens:
-                more["tokens"] = tokens
+                asked = tokens
         shift, scale = self.modulation_out(conditioning)
         output = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
         sample = self.to_velocity(output, hidden_states, timestep)
         if return_base or return_tokens is not None:
-            return sample, *(more[name] for name in ("base", "tokens") if name in more)
+            return sample, *([base] if return_base else []), *([] if return_tokens is None else [asked])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def to_velocity(self, output: torch.Tensor, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
