@@ -282,7 +282,6 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.get_label_ids(config.validation.labels or [0])
     check_guide(config.guide, folder, transformer)
     distance = open_distance(config, pipeline)
-
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
     objective = build_objective(config, transformer, vae)

@@ -144,10 +144,9 @@ class LightningDiTTransformer2DModel(
             and what was asked for, in this order.
         Raises: ValueError on latents or labels of another shape or type, and on a block that is not there.
         """
-        if return_tokens is not None and not 1 <= return_tokens <= len(self.blocks):
-            raise ValueError(
-                f"return_tokens is {return_tokens}, expected a block from 1 to the last, {len(self.blocks)}"
-            )
+        last = len(self.blocks)
+        if return_tokens is not None and not 1 <= return_tokens <= last:
+            raise ValueError(f"return_tokens is {return_tokens}, expected a block from 1 to the last, {last}")
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels)
         grid = self.config.sample_size // self.config.patch_size
         rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
