@@ -80,8 +80,6 @@ class LightningDiTTransformer2DModel(
         student: dict[str, Any] | None = None,
     ):
         super().__init__()
-        if student is not None and set(student) != {"steps", "shift", "guidance"}:
-            raise ValueError(f"student is {student!r}, expected a dict of steps, shift and guidance")
         if prediction not in ("velocity", "data"):
             raise ValueError(f"prediction is {prediction!r}, expected velocity or data")
         if base_head_layer is not None and not 1 <= base_head_layer < num_layers:
@@ -220,7 +218,7 @@ class LightningDiTTransformer2DModel(
             later = timestep if next_timestep is None else torch.as_tensor(next_timestep, device=tokens.device)
             conditioning = conditioning + self.interval_embed(later - timestep, tokens.dtype)
         elif next_timestep is not None:
-            raise ValueError("next_timestep is given, but this network is no student (config.student): expected none")
+            raise ValueError("next_timestep is given, but this network is no student: expected none")
         return tokens, conditioning
 
     def enable_cache(self, config: Any) -> None:
