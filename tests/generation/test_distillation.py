@@ -62,9 +62,9 @@ def test_the_mean_velocity_of_a_gaussian_is_its_own_target():
     assert (wrong - exact).flatten(1).norm(dim=1)[[0, 2, 3, 5]].min() > 0.1
 
 
-@pytest.mark.parametrize("changes", [{}, GUIDED])
+@pytest.mark.parametrize("changes", [{}, GUIDED, {"guidance_scale": 1.5, "guidance": "internal"}])
 def test_trajectories_are_the_teacher_s_samples_and_pairs_their_mean_velocities(changes):
-    teacher, settings = tiny_pipeline(), config(**changes)
+    teacher, settings = tiny_pipeline(transformer=tiny_transformer(base_head_layer=1)), config(**changes)
     times = distillation.prepare_teacher(settings.teacher, teacher)
     noise = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = [0, 1, 2, 0, 1, 2]

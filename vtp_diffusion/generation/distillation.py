@@ -167,7 +167,9 @@ def build_student(config: DistillationConfig, teacher: DiffusionPipeline) -> Lig
     """The teacher's network with a second time, which has no effect yet."""
     network, guidance = teacher.transformer, config.teacher.guidance_settings
     student = {"steps": sorted(set(config.student_steps)), "shift": teacher_shift(teacher), "guidance": guidance}
-    model = type(network).from_config(network.config, student=student, base_head_layer=None, class_dropout_prob=0.0)
+    settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    settings |= {"student": student, "base_head_layer": None, "class_dropout_prob": 0.0}
+    model = type(network)(**settings)
     weights = {name: value for name, value in network.state_dict().items() if not name.startswith("base_")}
     own = {name: value for name, value in model.state_dict().items() if name.startswith("interval_embed.")}
     model.load_state_dict(weights | own)
@@ -377,6 +379,9 @@ def _mean_velocity_inputs(
             "times": sample_times(count, config.time_mu, config.time_sigma, **place),
         }
 
+    # A graph of the teacher's pass is recorded now, before threads that read batches use the device.
+    blank = torch.zeros(run.micro_batch_size, *shape, device=run.device)
+    teacher_velocity(teacher, config.teacher, blank, blank[:, 0, 0, 0], blank[:, 0, 0, 0].long())
     for micro_step, batch in zip(micro_steps, batches, strict=True):
         latents, random = (batch["latents"].float() - mean) / std, run.draw(micro_step, draw)
         some = slice(-run.positions(micro_step).start % EVERY, None, EVERY)
