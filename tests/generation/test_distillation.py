@@ -11,9 +11,9 @@ from test_pipeline_lightning_dit import tiny_pipeline, tiny_transformer
 from vtp_diffusion.generation import distillation
 from vtp_diffusion.generation.distillation import DistillationConfig, TeacherConfig
 from vtp_diffusion.generation.export import export_pipeline
-from vtp_diffusion.generation.fast_sampling import FusedForward
+from vtp_diffusion.generation.fast_sampling import FusedForward, speed_up
 from vtp_diffusion.generation.sampler_config import SamplerConfig
-from vtp_diffusion.generation.sampling import open_pipeline
+from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
 
 STUDENT = {"steps": [1, 2, 4], "shift": 2.0, "guidance": {"guidance_scale": 2.5}}
 GUIDED = {"guidance_scale": 2.5, "guidance_interval": (0.3, 0.9)}
@@ -137,6 +137,17 @@ def test_the_fused_forward_takes_the_second_time():
     torch.testing.assert_close(found, network(*inputs, next_timestep=later).sample, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_student_is_sped_up():
+    pipe = student_pipeline()
+    pipe.to("cuda", torch.bfloat16)
+    options = {"latents": torch.randn(2, 4, 4, 4, device="cuda"), "output_type": "latent"}
+    plain = [pipe([0, 1], n, **options).images for n in (1, 2, 1)]
+    speed_up(pipe)
+    for steps, expected in zip((1, 2, 1), plain, strict=True):
+        torch.testing.assert_close(pipe([0, 1], steps, **options).images, expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -160,7 +171,8 @@ def test_other_times_and_solvers_are_refused(tmp_path):
             pipe([0], 4)
     student_pipeline().save_pretrained(tmp_path)
     asked = SamplerConfig(num_inference_steps=2)
-    assert open_pipeline(tmp_path, asked, "cpu").transformer.config.student == STUDENT
+    opened = open_pipeline(tmp_path, asked, "cpu")  # as generate.py and eval/generation.py do
+    assert sample_numbers(opened, [0, 1, 2], [0, 2], seed=0, **asked.sampler).shape == (2, 3, 32, 32)
     for changes, message in (
         ({"num_inference_steps": 50}, "num_inference_steps is 50, expected what"),
         ({"guidance_scale": 1.5}, "has its guidance baked in"),
