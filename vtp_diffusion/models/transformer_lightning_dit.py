@@ -138,6 +138,7 @@ class LightningDiTTransformer2DModel(
         class_labels: torch.Tensor,
         return_dict: bool = True,
         return_base: bool = False,
+        return_tokens: int | None = None,
         next_timestep: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the velocity data - noise.
@@ -147,11 +148,17 @@ class LightningDiTTransformer2DModel(
             timestep: t in [0, 1], 0 = noise and 1 = data; (B,) or a scalar.
             class_labels: (B,) integers in [0, num_classes]; `num_classes` is "no class".
             return_base: also what the base head predicts, from the tokens after block `base_head_layer`.
+            return_tokens: also the tokens (B, N, D) after this block, counted from 1.
             next_timestep: of a student, the time r >= t, (B,) or a scalar: the prediction is (x_r - x_t) / (r - t).
                 None is t itself.
-        Returns: an output with `.sample` (B, C, H, W), or a tuple of it; with `return_base` (sample, base).
-        Raises: ValueError on latents or labels of another shape or type, and on a second time of what is no student.
+        Returns: an output with `.sample` (B, C, H, W), or a tuple of it; with `return_base` or `return_tokens` a tuple
+            of the sample and what was asked for, in this order.
+        Raises: ValueError on latents or labels of another shape or type, on a second time of what is no student, and
+            on a block that is not there.
         """
+        last = len(self.blocks)
+        if return_tokens is not None and not 1 <= return_tokens <= last:
+            raise ValueError(f"return_tokens is {return_tokens}, expected a block from 1 to the last, {last}")
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels, next_timestep)
         grid = self.config.sample_size // self.config.patch_size
         rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
@@ -164,11 +171,13 @@ class LightningDiTTransformer2DModel(
                 shift, scale = self.base_modulation_out(conditioning)
                 base = self.base_proj_out(modulate(self.base_norm_out(tokens), shift, scale))
                 base = self.to_velocity(base, hidden_states, timestep)
+            if number == return_tokens:
+                asked = tokens
         shift, scale = self.modulation_out(conditioning)
         output = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
         sample = self.to_velocity(output, hidden_states, timestep)
-        if return_base:
-            return sample, base
+        if return_base or return_tokens is not None:
+            return sample, *([base] if return_base else []), *([] if return_tokens is None else [asked])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def to_velocity(self, output: torch.Tensor, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
