@@ -1,5 +1,4 @@
-"""The networks inside a VTP autoencoder (arXiv:2512.13687): encoder, pixel decoder, their blocks, rotary embedding and
-stochastic depth."""
+"""The networks inside a VTP autoencoder (arXiv:2512.13687): encoder, pixel decoder and their parts."""
 
 import math
 from collections.abc import Callable
@@ -246,7 +245,6 @@ class VTPAttention(nn.Module, AttentionModuleMixin):
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False, is_causal: bool = False):
         super().__init__()
         self.heads, self.is_causal = num_heads, is_causal
-        # What diffusers' mixin and its tools read.
         self.inner_dim = self.cross_attention_dim = hidden_size
         self.use_bias, self.is_cross_attention, self.added_kv_proj_dim = True, False, None
         self.to_q = nn.Linear(hidden_size, hidden_size)
