@@ -209,12 +209,10 @@ def collect_images(config: GenerationConfig) -> Sources:
 
     Everything is opened and compared before a pipeline makes the first image.
     """
-    from diffusers import DiffusionPipeline
-
     wanted = {"generated": config.images} | ({"control": config.control} if config.control is not None else {})
     opened = {name: open_wanted(config, source) for name, source in wanted.items()}
     sizes = {
-        name: pipeline_image_size(source) if isinstance(source, DiffusionPipeline) else source.size
+        name: source.size if hasattr(source, "size") else pipeline_image_size(source)
         for name, source in opened.items()
     }
     size = sizes["generated"]
@@ -242,7 +240,7 @@ def collect_images(config: GenerationConfig) -> Sources:
         )
     sources: Sources = {}
     for name, source in opened.items():
-        if isinstance(source, DiffusionPipeline):
+        if not hasattr(source, "size"):  # a pipeline, whose images are still to be made
             source = sampled(config, source, labelled, base)
         found = f"the {name} images are {len(source)}"
         sources[name] = source, chosen_images(config.num_images, len(source), config.seed, found)
@@ -330,14 +328,14 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     files = {"images": config.images, "control": config.control, "reference": config.reference}
     files |= {"floor_images": config.floor_images}
     reference = sources.get("reference")
-    base = None if reference is None else len(reference[1])
+    real, base = (None, None) if reference is None else (reference[0], len(reference[1]))
     counts = {name: len(kept) for name, (_, kept) in sources.items() if name != "variants"}
-    counts |= {"reference": None if reference is None else len(reference[0]), "reference_without_variants": base}
+    counts |= {"reference": None if real is None else len(real), "reference_without_variants": base}
     return {
         "image_size": list(sources["generated"][0].size),
         "counts": counts,
         "labels_rule": {name: made.get(name, {}).get("labels", "unknown") for name in records if name in MEASURED},
-        "split_rule": split_rule(config),
+        "split_rule": split_rule(config, real),
         "subset_rule": {n: subset_rule(k, len(s), config.seed) for n, (s, k) in sources.items() if n in MEASURED},
         "duplicates": {name: found.duplicates for name, found in records.items()},
         "images_sha256": {name: found.sha256 for name, found in records.items()},
@@ -364,7 +362,7 @@ def make_reference(config: ReferenceConfig) -> None:
     faults = image_faults({"reference": (source, base)})
     if this_process()[0] == 0:
         settings = {"settings": settings_of(config), "num_reference": len(base)}
-        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, **faults}
+        settings |= {"split_rule": split_rule(config, source), "duplicates": found.duplicates, **faults}
         write_statistics(config.output, network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
         print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
