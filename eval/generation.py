@@ -13,13 +13,16 @@ the same on other networks; floors, spreads, a control and near-duplicates.
         --output reference.npz
 
     python eval/generation.py compare A.json B.json
+    python eval/generation.py reach RUN_FOLDER 20
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
 sampled while it is measured: image k by the seed and k, nothing is written. --save_images keeps what was sampled, to
 be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
-`generation.py compare` prints the differences of two results, or refuses and says what the two do not share.
+`generation.py compare` prints the differences of two results, or refuses and says what the two do not share;
+`generation.py reach` says how much training it took to a distance (E@FID-k), from the log of train_dit/train.py.
+--protocol names one of those that papers call FID-50K and fixes what it does: `evaluation/protocols.py`.
 
 With inception (the weights of 2015, whose hash is checked) the numbers are those of ADM's evaluator, which papers
 quote: FID, sFID, Inception score, precision and recall. Density and coverage are those of arXiv:2002.09797, KID is the
@@ -49,7 +52,9 @@ import numpy as np
 import torch
 
 from vtp_diffusion.data.npz import ImageSpool, NpzImages
+from vtp_diffusion.evaluation import protocols
 from vtp_diffusion.evaluation.comparison import compare_files
+from vtp_diffusion.evaluation.convergence import reach_line
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
@@ -72,6 +77,7 @@ from vtp_diffusion.evaluation.sources import (
     pipeline_image_size,
     subset_rule,
 )
+from vtp_diffusion.generation.cost import COST, sampling_cost
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
@@ -109,10 +115,12 @@ class GenerationConfig(FeaturesConfig, SamplerConfig):
     num_images: int | None = setting(
         None, "images to sample, or of those there at random; none = all there", at_least=3
     )
-    labels: LabelRule = setting("random", "classes of sampled images")
+    protocol: protocols.ProtocolName = setting("own", "whose FID-50K: fixes reference, network, labels and number")
+    labels: LabelRule | None = setting(None, "classes of sampled images; none: random, or as the protocol says")
     batch_size: int = setting(32, "images sampled at once", at_least=1)
 
     def __post_init__(self) -> None:
+        protocols.follow_protocol(self)
         super().__post_init__()
         check_output(self.output)
         if self.nearest_neighbours is not None:
@@ -189,8 +197,9 @@ def sampled(
         config.seed,
         config.batch_size,
         **config.sampler,
+        **protocols.rounding_of(config.protocol),
     )
-    images.settings |= {"labels": config.labels} | config.precision
+    images.settings |= {"labels": config.labels} | config.precision | sampling_cost(pipe, **config.sampler)
     speed = prepare_sampling(pipe, config)
     if this_process()[0] == 0:
         print(speed)
@@ -215,6 +224,8 @@ def collect_images(config: GenerationConfig) -> Sources:
         name: source.size if hasattr(source, "size") else pipeline_image_size(source)
         for name, source in opened.items()
     }
+    for name, source in opened.items():
+        protocols.check_samples(name, getattr(source, "settings", None), config.protocol)
     size = sizes["generated"]
     if sizes.get("control", size) != size:
         raise ValueError(f"control images are {sizes['control']}, the generated ones are {size}")
@@ -332,6 +343,7 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     counts = {name: len(kept) for name, (_, kept) in sources.items() if name != "variants"}
     counts |= {"reference": None if real is None else len(real), "reference_without_variants": base}
     return {
+        "protocol": protocols.describe_protocol(config.protocol, made.get("generated")),
         "image_size": list(sources["generated"][0].size),
         "counts": counts,
         "labels_rule": {name: made.get(name, {}).get("labels", "unknown") for name in records if name in MEASURED},
@@ -375,7 +387,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     extractors = open_networks(config, config.networks)
     statistics = {n: {} for n in config.feature_network}
     if config.reference.endswith(".npz"):
-        statistics = {n: read_statistics(config.reference, extractors[n].network, config.device) for n in statistics}
+        for n in statistics:
+            network = extractors[n].network
+            statistics[n] = read_statistics(config.reference, network, config.device, config.protocol)
     sources = collect_images(config)
     records = record_all(config, sources, extractors, wait)
     faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
@@ -390,6 +404,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
                 continue
             arguments = (extractors[network].network, name, records, statistics[network], config.seed, config.device)
             measured = Measurement(*arguments).run()
+            cost = {key: value for key, value in results["sampling"].get(name, {}).items() if key in COST}
+            for row in measured.distances + measured.kernel_distances:
+                row |= cost
             results["distances"] += measured.distances
             results["kernel_distances"] += measured.kernel_distances
             results["scores"] += measured.scores
@@ -407,6 +424,9 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["compare"]:
         print("\n".join(compare_files(words[1:])))
+        return
+    if words[:1] == ["reach"]:
+        print(reach_line(words[1:]))
         return
     makes_reference = words[:1] == ["reference"]
     kind = ReferenceConfig if makes_reference else GenerationConfig

@@ -9,6 +9,9 @@ def _deviation_text(deviation: float | None) -> str:
 
 def print_results(results: dict) -> None:
     """Print what `eval/generation.py` writes: one line a distance, a score and a fault."""
+    protocol = results["protocol"]["name"]
+    print(f"\nprotocol {protocol}" + ": " * (len(results["protocol"]) > 1), end="")
+    print(", ".join(f"{key} {value}" for key, value in results["protocol"].items() if key != "name"))
     print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
     for row in results["distances"] + results["kernel_distances"]:
         floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
@@ -22,6 +25,12 @@ def print_results(results: dict) -> None:
             f"{floor['real']:10.4g} {_deviation_text(floor['real_deviation']):9}  "
             f"{floor['sizes'][0]} against {floor['sizes'][1]} ({floor['kind']})"
         )
+        if row.get("active_parameters"):
+            flops = row["flops_per_image"]
+            print(
+                f"{'':12} sampled with {'an unknown number of' if flops is None else f'{flops:.4g}'} FLOPs an image, "
+                f"{row['active_parameters'] / 1e6:.4g} M active parameters a token"
+            )
     for row in results["scores"]:
         spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
         print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}")
