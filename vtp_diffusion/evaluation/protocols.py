@@ -102,7 +102,7 @@ def check_reference(path: str, arrays: Collection[str], protocol: str) -> None:
 
 
 def check_samples(name: str, settings: dict | None, protocol: str) -> None:
-    """Raises: ValueError if files say that they were made with other labels, or another rounding, than the protocol's."""
+    """Raises: ValueError if images say that they were made with labels or a rounding unlike the protocol's."""
     if protocol == OWN or settings is None:
         return
     for key in ("labels", "rounding"):
