@@ -37,6 +37,7 @@ def counted(pipe, **settings):
         ({"guidance_scale": 2.0}, {"guide": {"num_layers": 1}}),
         ({"guidance_scale": 2.0, "guidance": "internal"}, {"base_head_layer": 1}),
         ({"guidance_scale": 2.0}, {"scheduler": FlowMatchHeunDiscreteScheduler}),
+        ({"num_inference_steps": 2}, {"student": {"steps": [2], "shift": 2.0, "guidance": None}}),
     ],
 )
 def test_operations_are_those_that_torch_counts(settings, parts):

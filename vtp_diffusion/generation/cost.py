@@ -21,7 +21,8 @@ def evaluation_flops(config: Any) -> int:
     hidden, tokens = int(2 / 3 * 4 * width), (config.sample_size // config.patch_size) ** 2
     block = tokens * (4 * width**2 + 3 * width * hidden) + 6 * width**2  # projections and SwiGLU; modulation
     attention = 2 * tokens**2 * width
-    embedding = tokens * config.patch_size**2 * config.in_channels * width + (TIME_FREQUENCIES + width) * width
+    times = 1 if getattr(config, "student", None) is None else 2
+    embedding = tokens * config.patch_size**2 * config.in_channels * width + times * (TIME_FREQUENCIES + width) * width
     return 2 * (config.num_layers * (block + attention) + embedding) + head_flops(config)
 
 
@@ -59,7 +60,8 @@ def sampling_cost(
     count = len(pipe._set_timesteps(num_inference_steps, pipe.device))
     times = [1 - sigma for sigma in pipe.scheduler.sigmas.tolist()[:count]]
     low, high = guidance_interval
-    guided = sum(low <= t <= high for t in times) if guidance_scale != 1 else 0
+    asked = guidance_scale != 1 and getattr(config, "student", None) is None  # a student's guidance is baked in
+    guided = sum(low <= t <= high for t in times) if asked else 0
     if guidance == "internal":
         second = head_flops(config)
     else:
