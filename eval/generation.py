@@ -13,13 +13,16 @@ the same on other networks; floors, spreads, a control and near-duplicates.
         --output reference.npz
 
     python eval/generation.py compare A.json B.json
+    python eval/generation.py reach RUN_FOLDER 20
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
 sampled while it is measured: image k by the seed and k, nothing is written. --save_images keeps what was sampled, to
 be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
-`generation.py compare` prints the differences of two results, or refuses and says what the two do not share.
+`generation.py compare` prints the differences of two results, or refuses and says what the two do not share;
+`generation.py reach` says how much training it took to a distance (E@FID-k), from the log of train_dit/train.py.
+--protocol names one of those that papers call FID-50K and fixes what it does: `evaluation/protocols.py`.
 
 With inception (the weights of 2015, whose hash is checked) the numbers are those of ADM's evaluator, which papers
 quote: FID, sFID, Inception score, precision and recall. Density and coverage are those of arXiv:2002.09797, KID is the
@@ -49,7 +52,9 @@ import numpy as np
 import torch
 
 from vtp_diffusion.data.npz import ImageSpool, NpzImages
+from vtp_diffusion.evaluation import protocols
 from vtp_diffusion.evaluation.comparison import compare_files
+from vtp_diffusion.evaluation.convergence import reach_line
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
@@ -72,6 +77,7 @@ from vtp_diffusion.evaluation.sources import (
     pipeline_image_size,
     subset_rule,
 )
+from vtp_diffusion.generation.cost import COST, sampling_cost
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
@@ -109,10 +115,12 @@ class GenerationConfig(FeaturesConfig, SamplerConfig):
     num_images: int | None = setting(
         None, "images to sample, or of those there at random; none = all there", at_least=3
     )
-    labels: LabelRule = setting("random", "classes of sampled images")
+    protocol: protocols.ProtocolName = setting("own", "whose FID-50K: fixes reference, network, labels and number")
+    labels: LabelRule | None = setting(None, "classes of sampled images; none: random, or as the protocol says")
     batch_size: int = setting(32, "images sampled at once", at_least=1)
 
     def __post_init__(self) -> None:
+        protocols.follow_protocol(self)
         super().__post_init__()
         check_output(self.output)
         if self.nearest_neighbours is not None:
@@ -189,8 +197,9 @@ def sampled(
         config.seed,
         config.batch_size,
         **config.sampler,
+        **protocols.rounding_of(config.protocol),
     )
-    images.settings |= {"labels": config.labels} | config.precision
+    images.settings |= {"labels": config.labels} | config.precision | sampling_cost(pipe, **config.sampler)
     speed = prepare_sampling(pipe, config)
     if this_process()[0] == 0:
         print(speed)
@@ -209,14 +218,14 @@ def collect_images(config: GenerationConfig) -> Sources:
 
     Everything is opened and compared before a pipeline makes the first image.
     """
-    from diffusers import DiffusionPipeline
-
     wanted = {"generated": config.images} | ({"control": config.control} if config.control is not None else {})
     opened = {name: open_wanted(config, source) for name, source in wanted.items()}
     sizes = {
-        name: pipeline_image_size(source) if isinstance(source, DiffusionPipeline) else source.size
+        name: source.size if hasattr(source, "size") else pipeline_image_size(source)
         for name, source in opened.items()
     }
+    for name, source in opened.items():
+        protocols.check_samples(name, getattr(source, "settings", None), config.protocol)
     size = sizes["generated"]
     if sizes.get("control", size) != size:
         raise ValueError(f"control images are {sizes['control']}, the generated ones are {size}")
@@ -242,7 +251,7 @@ def collect_images(config: GenerationConfig) -> Sources:
         )
     sources: Sources = {}
     for name, source in opened.items():
-        if isinstance(source, DiffusionPipeline):
+        if not hasattr(source, "size"):  # a pipeline, whose images are still to be made
             source = sampled(config, source, labelled, base)
         found = f"the {name} images are {len(source)}"
         sources[name] = source, chosen_images(config.num_images, len(source), config.seed, found)
@@ -330,14 +339,15 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     files = {"images": config.images, "control": config.control, "reference": config.reference}
     files |= {"floor_images": config.floor_images}
     reference = sources.get("reference")
-    base = None if reference is None else len(reference[1])
+    real, base = (None, None) if reference is None else (reference[0], len(reference[1]))
     counts = {name: len(kept) for name, (_, kept) in sources.items() if name != "variants"}
-    counts |= {"reference": None if reference is None else len(reference[0]), "reference_without_variants": base}
+    counts |= {"reference": None if real is None else len(real), "reference_without_variants": base}
     return {
+        "protocol": protocols.describe_protocol(config.protocol, made.get("generated")),
         "image_size": list(sources["generated"][0].size),
         "counts": counts,
         "labels_rule": {name: made.get(name, {}).get("labels", "unknown") for name in records if name in MEASURED},
-        "split_rule": split_rule(config),
+        "split_rule": split_rule(config, real),
         "subset_rule": {n: subset_rule(k, len(s), config.seed) for n, (s, k) in sources.items() if n in MEASURED},
         "duplicates": {name: found.duplicates for name, found in records.items()},
         "images_sha256": {name: found.sha256 for name, found in records.items()},
@@ -364,7 +374,7 @@ def make_reference(config: ReferenceConfig) -> None:
     faults = image_faults({"reference": (source, base)})
     if this_process()[0] == 0:
         settings = {"settings": settings_of(config), "num_reference": len(base)}
-        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, **faults}
+        settings |= {"split_rule": split_rule(config, source), "duplicates": found.duplicates, **faults}
         write_statistics(config.output, network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
         print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
@@ -377,7 +387,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     extractors = open_networks(config, config.networks)
     statistics = {n: {} for n in config.feature_network}
     if config.reference.endswith(".npz"):
-        statistics = {n: read_statistics(config.reference, extractors[n].network, config.device) for n in statistics}
+        for n in statistics:
+            network = extractors[n].network
+            statistics[n] = read_statistics(config.reference, network, config.device, config.protocol)
     sources = collect_images(config)
     records = record_all(config, sources, extractors, wait)
     faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
@@ -392,6 +404,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
                 continue
             arguments = (extractors[network].network, name, records, statistics[network], config.seed, config.device)
             measured = Measurement(*arguments).run()
+            cost = {key: value for key, value in results["sampling"].get(name, {}).items() if key in COST}
+            for row in measured.distances + measured.kernel_distances:
+                row |= cost
             results["distances"] += measured.distances
             results["kernel_distances"] += measured.kernel_distances
             results["scores"] += measured.scores
@@ -409,6 +424,9 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["compare"]:
         print("\n".join(compare_files(words[1:])))
+        return
+    if words[:1] == ["reach"]:
+        print(reach_line(words[1:]))
         return
     makes_reference = words[:1] == ["reference"]
     kind = ReferenceConfig if makes_reference else GenerationConfig

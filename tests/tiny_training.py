@@ -17,7 +17,8 @@ from vtp_diffusion.training.loop import TrainingRun
 from vtp_diffusion.training.run_folder import RunFolder
 
 NUM_SAMPLES = 20
-TIMING = {"images_per_second", "seconds", "peak_memory_gib"}  # of a line of the log: what no two runs share
+# of a line of the log: what no two runs share
+TIMING = {"images_per_second", "seconds", "peak_memory_gib", "processes"}
 
 
 def tiny_config(folder, **changes):

@@ -41,6 +41,7 @@ def test_a_difference_comes_with_the_error_of_both(compare):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"protocol": {"name": "jit"}}, "the protocol is own in A, jit in B"),
         ({"num_images": 500}, "num_images of FID is 1000 in A, 500 in B"),
         ({"sha256": "bb"}, "sha256 of inception"),
         ({"preprocessing": "resize to 224"}, "preprocessing of inception"),

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from PIL import Image, ImageDraw
 import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.evaluation.one_pass import FeaturesConfig
+from vtp_diffusion.evaluation.protocols import PROTOCOLS
+from vtp_diffusion.metrics import inception
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,6 +150,24 @@ def test_saved_samples_give_the_same_numbers_and_say_what_made_them(evaluate, re
     assert made["guidance_channels"] == 1
     assert made["weights"]["vae"] == control["weights"]["vae"]
     assert made["weights"]["transformer"] != control["weights"]["transformer"]
+
+
+def test_a_protocol_is_followed_and_named_with_what_sampling_costs(evaluate, pipeline, tmp_path, monkeypatch):
+    weights, output = inception.save_random_inception(tmp_path / "random.pth", seed=0), tmp_path / "r.json"
+    monkeypatch.setattr(inception, "INCEPTION_SHA256_PREFIX", inception.file_sha256(weights)[:8])
+    monkeypatch.setitem(PROTOCOLS, "imf", replace(PROTOCOLS["imf"], num_images=3))
+    np.savez(tmp_path / "imf.npz", ref_mu=np.zeros(2048), ref_sigma=np.eye(2048))
+    words = ("--images", pipeline, "--reference", tmp_path / "imf.npz", "--protocol", "imf", "--weights", weights)
+    words += ("--num_inference_steps", 2, "--output", output)
+    printed = evaluate(*words)
+    assert "protocol imf: reference imagenet_256_fid_stats.npz, num_images 3, labels random" in printed
+    assert "FID (imf)" in printed and "FLOPs an image" in printed
+    results = json.loads(output.read_text())
+    (row,) = results["distances"]
+    assert results["protocol"]["name"] == "imf" and results["sampling"]["generated"]["rounding"] == "half up"
+    assert row["num_images"] == 3 and row["flops_per_image"] > row["active_parameters"] > 0
+    with pytest.raises(ValueError, match="labels is balanced, but protocol imf fixes random"):
+        evaluate(*words, "--labels", "balanced")
 
 
 def test_a_folder_as_reference_is_cropped_to_the_images(reference, tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline
 from vtp_diffusion.data.latent_shards import write_metadata, write_shard
 from vtp_diffusion.evaluation import validation
+from vtp_diffusion.evaluation.convergence import read_convergence
 from vtp_diffusion.generation.objective import FlowMatchingObjective, training_inputs
 from vtp_diffusion.generation.transformer_config import build_transformer
 from vtp_diffusion.metrics.networks import FeatureNetwork
@@ -329,6 +330,10 @@ def test_the_log_has_losses_by_time_and_a_distance_with_its_floor(tmp_path, made
     assert list(measured) == [3, 6] and measured[6]["FD-colour_images"] == 5
     assert measured[3]["FD-colour_floor"] == measured[6]["FD-colour_floor"] > 0
     assert measured[3]["FD-colour"] != measured[6]["FD-colour"]
+    early, late = read_convergence(tmp_path / "run")
+    assert (early["distance"], late["distance"]) == (measured[3]["FD-colour"], measured[6]["FD-colour"])
+    assert late["images"] == 24 and late["flops"] == 2 * early["flops"] > 0 and late["epochs"] == 2 * early["epochs"]
+    assert late["gpu_seconds"] > early["gpu_seconds"] > 0
     with pytest.raises(ValueError, match="num_images is 6: the floor takes twice as many real images, .* has 10"):
         load_program("train_dit").main(arguments(tmp_path / "two", made, source, f"{count}=6"))
     assert not (tmp_path / "two").exists()

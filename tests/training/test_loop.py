@@ -45,8 +45,9 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path):
     assert sorted(p.name for p in (tmp_path / "resumed").glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6"]
     logs = [log_of(tmp_path / name) for name in ("straight", "resumed")]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6]
-    for name in ("loss", "grad_norm", "learning_rate", "calls"):
+    for name in ("loss", "grad_norm", "learning_rate", "calls", "epochs", "processes"):
         assert [line[name] for line in logs[0]] == [line[name] for line in logs[1]]
+    assert logs[0][-1]["epochs"] == 6 * 4 / 20 and logs[0][-1]["processes"] == 1
 
 
 def test_the_log_of_a_resumed_run_averages_over_the_same_steps(tmp_path):

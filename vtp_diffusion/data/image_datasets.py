@@ -134,7 +134,7 @@ class ImageDataset(Dataset):
         fingerprint: identifies the content and the crop.
         skip_unreadable: an image that cannot be read gives way to the next one that can, label and key included: an
             index always gives the same item. A data set that is kept in memory leaves such images out instead.
-        classes_named: whether `label_names` are more than indices.
+        classes_named, whole: whether `label_names` are more than indices; whether a folder holds no images out.
 
     Attributes:
         skipped: keys of the images that could not be read, as far as this process and its workers have met them.
@@ -142,11 +142,11 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
-                 skip_unreadable=False, classes_named=True):  # fmt: skip
+                 skip_unreadable=False, classes_named=True, whole=False):  # fmt: skip
         self.references, self.read, self.resolution = references, read, resolution
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
-        self.classes_named, self._dropped, self.crop = classes_named, list[str](), center_crop
+        self.classes_named, self.whole, self._dropped, self.crop = classes_named, whole, list[str](), center_crop
         # in shared memory, since it is the workers of a loader that read
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
@@ -322,18 +322,18 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
 
 
 def _open_folder(config: DataConfig, split: str, together: bool) -> ImageDataset:
-    def look() -> tuple[list[str], list[str], list[int], str]:
-        """Classes, keys, labels and fingerprint."""
+    def look() -> tuple[list[str], list[str], list[int], str, bool]:
+        """Classes, keys, labels, fingerprint, and whether no images are held out."""
         layout = read_layout(config.source)
-        pairs = layout.of_split(split)
+        pairs = _limited(layout.of_split(split), config.limit)
         _say(layout.describe())
-        pairs = _limited(pairs, config.limit)
         paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
         keys = [path.relative_to(layout.folder).as_posix() for path in paths]
         known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
-        return layout.classes, keys, labels, _fingerprint("folder", config.resolution, known + _turned(config))
+        found = _fingerprint("folder", config.resolution, known + _turned(config)), not layout.has("validation")
+        return layout.classes, keys, labels, *found
 
-    classes, keys, labels, fingerprint = from_main(look, together)
+    classes, keys, labels, fingerprint, whole = from_main(look, together)
     folder, named = Path(config.source), classes != ["image"]
     return ImageDataset(
         references=[folder / key for key in keys],
@@ -346,6 +346,7 @@ def _open_folder(config: DataConfig, split: str, together: bool) -> ImageDataset
         weights=torch.ones(len(labels)),
         fingerprint=fingerprint,
         skip_unreadable=config.skip_unreadable,
+        whole=whole,
     )
 
 

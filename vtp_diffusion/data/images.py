@@ -1,31 +1,39 @@
 """Images as pixels: the one float-to-uint8 conversion, PIL and tensors, and labelled grids."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+Rounding = Literal["half to even", "half up"]
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
+
+def to_uint8(images: torch.Tensor, rounding: Rounding = "half to even") -> torch.Tensor:
     """Float images in [-1, 1] -> uint8 in [0, 255], clamped and rounded to nearest. Any shape.
 
     Every picture and every metric of this package goes through this function: projects that truncate or use other
     offsets get slightly different numbers from the same model.
+    Args: `rounding`: where that leaves a choice; "half up" is 127.5 x + 128 truncated, as DiT and iMF write it.
     Raises: ValueError if the tensor is not a floating-point one.
     """
     if not images.is_floating_point():
         raise ValueError(f"expected floating-point images in [-1, 1], got {images.dtype}")
+    if rounding == "half up":
+        return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def finite_to_uint8(images: torch.Tensor, names: Sequence[object] | None = None) -> torch.Tensor:
+def finite_to_uint8(
+    images: torch.Tensor, names: Sequence[object] | None = None, rounding: Rounding = "half to even"
+) -> torch.Tensor:
     """`to_uint8` of images (B, ...) that are to be measured: it alone would make black pixels of what is not a number.
 
     Raises: ValueError as of `check_finite`.
     """
     check_finite(images, "pixels", names)
-    return to_uint8(images)
+    return to_uint8(images, rounding)
 
 
 def check_finite(values: torch.Tensor, what: str, names: Sequence[object] | None = None) -> None:

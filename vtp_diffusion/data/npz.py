@@ -45,7 +45,7 @@ def open_npz(path: str | Path) -> dict[str, np.ndarray]:
                         pass
             except DAMAGE_ERRORS as error:
                 raise ValueError(f"{path} is damaged in its entry {name}: {error}") from error
-    if not {IMAGES_KEY, "mu"} & arrays.keys():
+    if not {IMAGES_KEY, "mu", "ref_mu"} & arrays.keys():
         raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}: expected {IMAGES_KEY}, or mu and sigma")
     return arrays
 

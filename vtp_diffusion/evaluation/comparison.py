@@ -31,9 +31,9 @@ def compare_files(paths: Sequence[str]) -> list[str]:
 def differing_conditions(first: dict, second: dict) -> list[str]:
     """Why the distances of two results do not compare, one sentence a condition; empty where they do.
 
-    Compared are the image size, the label rule, the reference, the precision of features, and for every network its
-    weights and preprocessing, the number of images and the number of reference images. Distances fall with the number
-    of images (arXiv:1911.07023), and labels drawn evenly lower them, so both have to be equal.
+    Compared are the protocol, the image size, the label rule, the reference, the precision of features, and for every
+    network its weights and preprocessing, the number of images and the number of reference images. Distances fall with
+    the number of images (arXiv:1911.07023), and labels drawn evenly lower them, so both have to be equal.
     """
     conditions = [_conditions(first), _conditions(second)]
     reasons = [
@@ -61,6 +61,7 @@ def differing_conditions(first: dict, second: dict) -> list[str]:
 def _conditions(result: dict) -> dict:
     reference = result["files_sha256"].get("reference", result["images_sha256"].get("reference"))
     return {
+        "the protocol": result.get("protocol", {"name": "own"})["name"],
         "image_size": result["image_size"],
         "the label rule": result["labels_rule"]["generated"],
         "SHA-256 of the reference": reference,

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.batches import to_device
-from ..data.image_datasets import DataConfig, has_held_out
+from ..data.image_datasets import DataConfig
 from ..data.npz import ImageSpool
 from ..metrics.features import Extractor, FeatureMode
 from ..metrics.frechet import GaussianStatistics, jackknife_group
@@ -90,8 +90,11 @@ def settings_of(config: FeaturesConfig) -> dict:
     return settings | {"processes": this_process()[1]}
 
 
-def split_rule(config: FeaturesConfig) -> str:
-    """How the images of the reference's split were told from the others."""
+def split_rule(config: FeaturesConfig, images: ImageSource | None) -> str:
+    """How the images of the reference's split were told from the others.
+
+    Args: `images`: those of the reference, as `open_reference` gives them.
+    """
     if config.reference.endswith(".npz"):
         return "the file as it is"
     if config.reference == "openmoji":
@@ -99,8 +102,7 @@ def split_rule(config: FeaturesConfig) -> str:
             f"train: by base emoji, a hash of its code and seed {config.data.holdout_seed} holds "
             f"{config.data.holdout:g} of them out"
         )
-    whole = not has_held_out(DataConfig(**vars(config.data) | {"source": config.reference}))
-    return "the whole folder, which has no splits" if whole else "train: the data set's own"
+    return "the whole folder, which has no splits" if images.dataset.whole else "train: the data set's own"
 
 
 def batches_of_this_process(count: int, batch_size: int) -> list[range]:

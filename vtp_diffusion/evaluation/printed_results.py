@@ -9,10 +9,14 @@ def _deviation_text(deviation: float | None) -> str:
 
 def print_results(results: dict) -> None:
     """Print what `eval/generation.py` writes: one line a distance, a score and a fault."""
+    protocol = results["protocol"]["name"]
+    print(f"\nprotocol {protocol}" + ": " * (len(results["protocol"]) > 1), end="")
+    print(", ".join(f"{key} {value}" for key, value in results["protocol"].items() if key != "name"))
     print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
     for row in results["distances"] + results["kernel_distances"]:
         floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
-        print(f"{row['distance']:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
+        title = row["distance"] + f" ({protocol})" * (protocol != "own")
+        print(f"{title:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
         if floor is None:
             held = "statistics only" if results["counts"]["reference"] is None else "too few images"
             print(f"no floor: the reference holds {held}")
@@ -22,6 +26,9 @@ def print_results(results: dict) -> None:
             f"{floor['real']:10.4g} {_deviation_text(floor['real_deviation']):9}  "
             f"{floor['sizes'][0]} against {floor['sizes'][1]} ({floor['kind']})"
         )
+    for name, row in {row["images"]: row for row in results["distances"] if "active_parameters" in row}.items():
+        flops = "an unknown number of" if row["flops_per_image"] is None else f"{row['flops_per_image']:.4g}"
+        print(f"{name}: {flops} FLOPs an image, {row['active_parameters'] / 1e6:.4g} M active parameters a token")
     for row in results["scores"]:
         spread = f" ± {row['spread']['value']:.3g}" if "spread" in row else ""
         print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}")

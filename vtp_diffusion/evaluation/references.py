@@ -2,7 +2,7 @@
 
 Arrays `mu, sigma` are of the features of FID, `mu_s, sigma_s` of those of sFID, over all images; `arr_0` holds up to
 10,000 of the images, for precision and recall. A file written here also says, in `settings`, what it is of; ADM's own
-files, which don't, are of Inception.
+files, which don't, are of Inception. `protocols.py` says whose files there are; iMF's are called `ref_mu, ref_sigma`.
 """
 
 import json
@@ -15,6 +15,7 @@ from ..data.npz import open_npz, write_npz
 from ..metrics.frechet import GaussianStatistics
 from ..metrics.networks import FeatureNetwork
 from .one_pass import ImageRecord
+from .protocols import OWN, check_reference
 from .sources import ImageSource, read_batches
 
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -30,14 +31,18 @@ def _made_with(path: str | Path, file: dict[str, np.ndarray]) -> dict:
 
 
 def read_statistics(
-    path: str | Path, network: FeatureNetwork, device: torch.device | str = "cpu"
+    path: str | Path, network: FeatureNetwork, device: torch.device | str = "cpu", protocol: str = OWN
 ) -> dict[str, GaussianStatistics]:
     """Statistics of a file, output of the network -> statistics; empty if the file holds images only.
 
     Raises:
-        ValueError: no npz; statistics of another network, or of another dimension than it has; half of them.
+        ValueError: no npz; statistics of another protocol or network, or of another dimension than it has; half of
+            them.
     """
-    if "mu" not in (file := open_npz(path)):
+    file = open_npz(path)
+    check_reference(str(path), file, protocol)
+    file = {name.removeprefix("ref_"): array for name, array in file.items()}
+    if "mu" not in file:
         return {}
     made = _made_with(path, file)
     ours = network.describe()

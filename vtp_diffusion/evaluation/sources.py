@@ -207,7 +207,8 @@ def open_reference(
     if size[0] != size[1]:
         raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
     data = DataConfig(**vars(data) | {"source": source, "resolution": size[0]})
-    images = open_measured(data, split if has_held_out(data) else "all")  # a folder without splits is what it is
+    # a folder without splits is what it is; all of it is its train split
+    images = open_measured(data, split if split == "train" or has_held_out(data) else "all")
     weights = images.dataset.weights
     is_base = weights == weights.max()
     base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (is_base, ~is_base))

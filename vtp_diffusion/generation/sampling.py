@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from ..data.images import finite_to_uint8
+from ..data.images import Rounding, finite_to_uint8
 from ..runtime.reproducibility import exact_float32, random_stream, stream_seed
 from .pipeline_checks import check_student
 from .sampler_config import SamplerConfig
@@ -107,6 +107,7 @@ def sample_numbers(
     numbers: Sequence[int],
     seed: int,
     on_step: Callable[[], None] | None = None,
+    rounding: Rounding = "half to even",
     **settings,
 ) -> torch.Tensor:
     """The images with the given numbers of a class-conditional pipeline, at once: uint8 (B, 3, H, W) on the CPU.
@@ -117,6 +118,7 @@ def sample_numbers(
     Args:
         labels: of all images; image k has labels[k].
         on_step: called after every evaluation of the network.
+        rounding: as of `to_uint8`.
         settings: of the sampler: num_inference_steps, guidance_scale, guidance_interval, guidance_channels; solver
             "dopri5" and its tolerance.
 
@@ -147,7 +149,7 @@ def sample_numbers(
                 **settings,
             ).images
         with torch.inference_mode():
-            images = finite_to_uint8(pipe.decode_latents(latents), numbers)
+            images = finite_to_uint8(pipe.decode_latents(latents), numbers, rounding)
     return images.cpu()
 
 

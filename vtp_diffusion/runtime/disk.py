@@ -178,3 +178,24 @@ def check_output(output: str, suffix: str = ".json", name: str = "output") -> No
             pass
     except OSError as error:
         raise ValueError(f"{name} {output} cannot be written: {error}") from error
+
+
+def log_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines of a log and what they say; the half line that a killed process may leave at its end is left out."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}, line {number}, is no record of a step: {line[:80]!r}. Delete or mend it")
+        found.append((line, record))
+    return found
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl, in order. Raises: ValueError naming the line that is no record of a step."""
+    return [record for _, record in log_lines(path)]

@@ -43,6 +43,7 @@ class TrainingLog:
     ):
         self.config, self.folder, self.accelerator, self.seconds = config, folder, accelerator, seconds
         self.first_step, self.is_main = first_step, accelerator.is_main_process
+        self.flops_per_image, self.num_samples = flops_per_image, None  # the latter is known once data is read
         self._sums: dict[str, torch.Tensor] | None = None  # of the losses over the steps that count
         self.summed = 0
         peak = peak_flops(accelerator.device, config.mixed_precision, config.peak_flops)
@@ -96,12 +97,21 @@ class TrainingLog:
         scalars = record | {f"{name}/{k}": value for name, row in tables.items() for k, value in enumerate(row)}
         self._sums, self.summed = None, 0
         if self.is_main:
-            counters = {"skipped_steps": skipped, "seconds": self.seconds}
+            counters = {"skipped_steps": skipped, "seconds": self.seconds} | self._amounts(step)
             self.folder.log({"step": step} | record | tables | counters)
             self.accelerator.log({name: value for name, value in scalars.items() if value is not None}, step=step)
             if self._bar is not None:
                 loss = math.nan if record["loss"] is None else record["loss"]
                 self._bar.set_postfix(loss=f"{loss:.4g}", images=f"{record['images_per_second']:.0f}/s")
+
+    def _amounts(self, step: int) -> dict[str, float]:
+        """What training has taken by a step, where that is known, and how many processes share the seconds."""
+        images = step * self.config.train_batch_size
+        known = {"epochs": self.num_samples and images / self.num_samples}
+        known["flops"] = self.flops_per_image and images * self.flops_per_image
+        return {name: value for name, value in known.items() if value is not None} | {
+            "processes": self.accelerator.num_processes
+        }
 
     def report(self, step: int, values: dict[str, float], picture: Any = None, name: str = "validation") -> None:
         """Log and print what a validation measured; log its picture (PIL), which is also written into samples/. The

@@ -128,6 +128,7 @@ class TrainingRun:
     def batch_sampler(self, num_samples: int, weights: torch.Tensor | None = None) -> StepBatchSampler:
         """The indices this process reads, one list for each of `micro_steps`: see StepBatchSampler."""
         todo, accumulation = self.micro_steps, self.config.gradient_accumulation_steps
+        self.log.num_samples = num_samples
         return StepBatchSampler(
             num_samples,
             self.micro_batch_size,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runtime import folder_lock
 from ..runtime.config import config_to_dict, flatten_config, save_config, setting_differences, settings_of
-from ..runtime.disk import is_unfinished, replacing, sync_folder, write_text, writing
+from ..runtime.disk import is_unfinished, log_lines, read_log, replacing, sync_folder, write_text, writing
 from ..runtime.processes import this_process
 from ..runtime.yaml_files import read_yaml
 
@@ -177,33 +177,15 @@ class RunFolder:
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _log_lines(self) -> list[tuple[bytes, dict[str, Any]]]:
-        """Lines of log.jsonl and what they say; the half line that a killed process may leave at its end is left out.
-
-        Raises: ValueError naming the line that is no record of a step.
-        """
-        path, found = self.path / "log.jsonl", []
-        for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if not isinstance(record, dict) or "step" not in record:
-                raise ValueError(f"{path}, line {number}, is no record of a step: {line[:80]!r}. Delete or mend it")
-            found.append((line, record))
-        return found
-
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl, in order. Raises: ValueError naming a line that is damaged."""
-        return [record for _, record in self._log_lines()]
+        """See the function."""
+        return read_log(self.path / "log.jsonl")
 
     def truncate_log(self, step: int) -> None:
         """Forget the lines after a step: they will be written again. Raises: as `read_log`."""
         path = self.path / "log.jsonl"
         if path.is_file():
-            kept = b"".join(line for line, record in self._log_lines() if record["step"] <= step)
+            kept = b"".join(line for line, record in log_lines(path) if record["step"] <= step)
             write_text(path, kept.decode("utf-8"))
 
     def samples(self, step: int, name: str = "step") -> Path:

@@ -1,0 +1,84 @@
+"""How fast a run gets to a distance: E@FID-k, the epochs that training takes to an FID of at most k, and the images,
+GPU-seconds and floating-point operations beside them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..runtime.config import flatten_config
+from ..runtime.disk import read_log
+from ..runtime.yaml_files import read_yaml
+
+AMOUNTS = {"epochs": "epochs", "images": "images", "gpu_seconds": "GPU-seconds", "flops": "FLOPs"}
+
+
+def read_convergence(run_folder: str | Path) -> list[dict]:
+    """The quick distances of a training run in order, each with what training had taken until then.
+
+    Returns: a dictionary for every validation that measured one, with
+        step, images: of training, done by then.
+        epochs, flops: of the training images; useful ones of forward and backward passes. None where the log, of an
+            earlier version, does not say.
+        gpu_seconds: of training alone, over all processes; on a CPU those of its processes. None as above.
+        distance, floor: the value and that of real images at the same sizes, of num_images samples.
+        name, network: what the distance is called, and its feature network.
+        guidance_scale: that samples were guided with; 1 is none.
+
+    Raises:
+        ValueError: no run folder, a damaged log, or one without distances.
+    """
+    folder = Path(run_folder)
+    for name in ("config.yaml", "log.jsonl"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: expected the run folder of train_dit/train.py")
+    config = flatten_config(read_yaml(folder / "config.yaml"))
+    rows, taken, seconds = [], dict.fromkeys(("epochs", "flops", "gpu_seconds"), 0.0), 0.0
+    for line in read_log(folder / "log.jsonl"):
+        if "seconds" in line:
+            spent, seconds = line["seconds"] - seconds, line["seconds"]
+            known = taken["gpu_seconds"] is not None and "processes" in line
+            taken = {"epochs": line.get("epochs"), "flops": line.get("flops")} | {
+                "gpu_seconds": taken["gpu_seconds"] + spent * line["processes"] if known else None
+            }
+        for name in (key.removesuffix("_floor") for key in line if key.endswith("_floor")):
+            rows.append(
+                {"step": line["step"], "images": line["step"] * config["train_batch_size"]}
+                | taken
+                | {"distance": line[name], "floor": line[f"{name}_floor"], "num_images": line[f"{name}_images"]}
+                | {"name": name, "network": config["validation.distance.network"]}
+                | {"guidance_scale": config["validation.guidance_scale"]}
+            )
+    if not rows:
+        raise ValueError(
+            f"{folder}/log.jsonl has no distances: expected a run with validation.distance.num_images above 0"
+        )
+    return rows
+
+
+def first_within(rows: Sequence[dict], distance: float) -> dict:
+    """The first of `read_convergence`'s rows whose distance is at most the given one. Raises: ValueError: none is."""
+    for row in rows:
+        if row["distance"] <= distance:
+            return row
+    best = min(rows, key=lambda row: row["distance"])
+    raise ValueError(
+        f"none of {len(rows)} validations reaches {distance:g}: the lowest {best['name']} is {best['distance']:.4g}, "
+        f"at step {best['step']}"
+    )
+
+
+def reach_line(words: Sequence[str]) -> str:
+    """What `eval/generation.py reach RUN_FOLDER K` prints. Raises: ValueError as above, or for other words."""
+    try:
+        folder, wanted = words
+        distance = float(wanted)
+    except ValueError as error:
+        raise ValueError(
+            f"reach was given {' '.join(words) or 'nothing'}, expected a run folder and a distance: reach RUN_FOLDER K"
+        ) from error
+    row = first_within(read_convergence(folder), distance)
+    amounts = [f"{'unknown' if row[key] is None else f'{row[key]:.4g}'} {text}" for key, text in AMOUNTS.items()]
+    guided = f"guidance {row['guidance_scale']:g}" if row["guidance_scale"] != 1 else "unguided"
+    return (
+        f"{row['name']} of {row['num_images']} samples, {guided}, is at most {wanted} after {', '.join(amounts)}: "
+        f"{row['distance']:.4g} at step {row['step']} (real images: {row['floor']:.4g})"
+    )

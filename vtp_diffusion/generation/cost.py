@@ -1,0 +1,69 @@
+"""What sampling costs: floating-point operations an image, and the parameters that a token passes through."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+COST = ("flops_per_image", "active_parameters")
+TIME_FREQUENCIES = 256  # sines and cosines that the time embedding starts from
+
+
+def evaluation_flops(config: Any) -> int:
+    """Floating-point operations of one LightningDiT evaluation of one image: matrix products and attention, two for
+    each multiplication with its addition, as `torch.utils.flop_counter` counts them.
+
+    Args: `config`: of a `LightningDiTTransformer2DModel`.
+    """
+    width = config.num_attention_heads * config.attention_head_dim
+    hidden, tokens = int(2 / 3 * 4 * width), (config.sample_size // config.patch_size) ** 2
+    block = tokens * (4 * width**2 + 3 * width * hidden) + 6 * width**2  # projections and SwiGLU; modulation
+    attention = 2 * tokens**2 * width
+    times = 1 if getattr(config, "student", None) is None else 2
+    embedding = tokens * config.patch_size**2 * config.in_channels * width + times * (TIME_FREQUENCIES + width) * width
+    return 2 * (config.num_layers * (block + attention) + embedding) + head_flops(config)
+
+
+def head_flops(config: Any) -> int:
+    """Those of an output layer, of which internal guidance has two."""
+    width = config.num_attention_heads * config.attention_head_dim
+    return 2 * (config.sample_size**2 * config.in_channels * width + 2 * width**2)
+
+
+def active_parameters(transformer: Any, internal: bool = False) -> int:
+    """Parameters that take part in one evaluation: all but the embeddings of other classes, and the base head where it
+    is not asked."""
+    unused = () if internal else ("base_",)
+    sizes = {name: p.numel() for name, p in transformer.named_parameters() if not name.startswith(("class_", *unused))}
+    return sum(sizes.values()) + transformer.config.num_attention_heads * transformer.config.attention_head_dim
+
+
+def sampling_cost(
+    pipe: DiffusionPipeline,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance: str = "auto",
+    solver: str | None = None,
+    **others: Any,
+) -> dict[str, int | None]:
+    """`COST` of sampling with a pipeline: its transformer's evaluations, guidance included. Decoding is not counted.
+
+    Args: of the pipeline's call. Solver "dopri5" chooses its evaluations: their number is not known, None.
+    """
+    config, weaker = pipe.transformer.config, pipe.guidance_transformer
+    found = dict(zip(COST, (None, active_parameters(pipe.transformer, guidance == "internal")), strict=True))
+    if solver == "dopri5":
+        return found
+    count = len(pipe._set_timesteps(num_inference_steps, pipe.device))
+    times = [1 - sigma for sigma in pipe.scheduler.sigmas.tolist()[:count]]
+    low, high = guidance_interval
+    asked = guidance_scale != 1 and getattr(config, "student", None) is None  # a student's guidance is baked in
+    guided = sum(low <= t <= high for t in times) if asked else 0
+    if guidance == "internal":
+        second = head_flops(config)
+    else:
+        second = evaluation_flops(config if weaker is None or guidance == "classifier_free" else weaker.config)
+    return found | {"flops_per_image": count * evaluation_flops(config) + guided * second}
