@@ -12,6 +12,9 @@ the same on other networks; floors, spreads, a control and near-duplicates.
     python eval/generation.py reference --reference FOLDER --resolution 256 --feature_network inception \\
         --output reference.npz
 
+    python eval/generation.py --images samples.npz --reference data/train --floor_images data/validation \
+        --feature_network fdr6 --metrics mind memorisation --output judges.json
+
     python eval/generation.py compare A.json B.json
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
@@ -25,6 +28,10 @@ With inception (the weights of 2015, whose hash is checked) the numbers are thos
 quote: FID, sFID, Inception score, precision and recall. Density and coverage are those of arXiv:2002.09797, KID is the
 unbiased estimate of arXiv:1801.01401, not multiplied by 1000. On other networks (vgg16, efficientnet_lite0, and
 vtp:FOLDER, the encoder of a saved VTP) the same things carry the network's name and are no FID.
+
+--feature_network fdr6 are the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/six.py`): their Fréchet
+distances, each over what validation images get, and the mean. MIND (`metrics/sliced.py`) is a distance for few images.
+Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
 
 Of every distance three numbers are given: to the whole reference, with its standard error; at the sizes at which real
 images can be compared with real ones; and what real images get there, the floor. The last two belong together
@@ -50,6 +57,15 @@ import torch
 
 from vtp_diffusion.data.npz import ImageSpool, NpzImages
 from vtp_diffusion.evaluation.comparison import compare_files
+from vtp_diffusion.evaluation.judges import (
+    JudgesConfig,
+    check_sizes,
+    measure_fdr6,
+    measure_memorisation,
+    reference_statistics,
+    statistics_files,
+    wanted_of,
+)
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
@@ -60,7 +76,7 @@ from vtp_diffusion.evaluation.one_pass import (
     split_rule,
 )
 from vtp_diffusion.evaluation.printed_results import print_faults, print_results
-from vtp_diffusion.evaluation.references import read_statistics, write_statistics
+from vtp_diffusion.evaluation.references import write_statistics
 from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     FolderImages,
@@ -93,11 +109,10 @@ PAIRS = 24
 
 
 @dataclass(kw_only=True)
-class GenerationConfig(FeaturesConfig, SamplerConfig):
+class GenerationConfig(JudgesConfig, SamplerConfig):
     """Settings of the measurement."""
 
     images: str = setting(help="folder of images, npz, or folder of a pipeline to sample")
-    floor_images: str | None = setting(None, "real images outside the reference, as it")
     control: str | None = setting(
         None, "images or pipeline of an untrained network; untrained = the pipeline, its transformer reset"
     )
@@ -231,7 +246,7 @@ def collect_images(config: GenerationConfig) -> Sources:
     if reference is not None:
         source, base, variants = reference
         real["reference"] = source, base
-        if config.nearest_neighbours is not None and variants:
+        if variants and (config.nearest_neighbours is not None or config.memorisation):
             real["variants"] = source, variants
         labelled = source if isinstance(source, DatasetImages) else None
     elif config.nearest_neighbours is not None or config.floor_images is not None:
@@ -257,7 +272,7 @@ def record_all(
     config: GenerationConfig, sources: Sources, extractors: dict[str, Extractor], wait: Callable[[], None]
 ) -> dict[str, ImageRecord]:
     """Name -> record of every set of images; what is sampled is kept if that is wanted. `wait` for all processes."""
-    records, neighbours = {}, config.nearest_neighbours is not None
+    records, neighbours = {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
     for name, (source, kept) in sources.items():
         spool = None
         if config.save_images is not None and isinstance(source, PipelineImages):
@@ -265,11 +280,7 @@ def record_all(
             if this_process()[0] == 0:
                 spool.create()
             wait()
-        wanted = {
-            network: wanted_outputs(extractor.network, name, all_features=neighbours and network == NEIGHBOUR_NETWORK)
-            for network, extractor in extractors.items()
-            if name != "variants" or network == NEIGHBOUR_NETWORK
-        }
+        wanted = wanted_of(config, name, extractors, neighbours)
         records[name] = record_source(config, name, source, kept, extractors, wanted, spool)
         if spool is not None and this_process()[0] == 0:
             spool.pack(settings=np.array(json.dumps(source.settings)))
@@ -329,6 +340,7 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     made = {name: source.settings for name, (source, _) in sources.items() if name in MEASURED and source.settings}
     files = {"images": config.images, "control": config.control, "reference": config.reference}
     files |= {"floor_images": config.floor_images}
+    files |= {f"reference of {n}": f for n, f in statistics_files(config).items() if f != config.reference}
     reference = sources.get("reference")
     base = None if reference is None else len(reference[1])
     counts = {name: len(kept) for name, (_, kept) in sources.items() if name != "variants"}
@@ -375,10 +387,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     if config.reference.endswith(".npz") and not Path(config.reference).is_file():
         raise ValueError(f"reference {config.reference} is not there")
     extractors = open_networks(config, config.networks)
-    statistics = {n: {} for n in config.feature_network}
-    if config.reference.endswith(".npz"):
-        statistics = {n: read_statistics(config.reference, extractors[n].network, config.device) for n in statistics}
+    statistics = reference_statistics(config, extractors)
     sources = collect_images(config)
+    check_sizes(config, {name: len(kept) for name, (_, kept) in sources.items()}, extractors)
     records = record_all(config, sources, extractors, wait)
     faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     if this_process()[0] > 0:
@@ -392,11 +403,17 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
                 continue
             arguments = (extractors[network].network, name, records, statistics[network], config.seed, config.device)
             measured = Measurement(*arguments).run()
+            if "mind" in config.metrics:
+                measured.measure_mind()
             results["distances"] += measured.distances
             results["kernel_distances"] += measured.kernel_distances
             results["scores"] += measured.scores
             missing = [{"what": what, "why": why} for what, why in measured.not_measured.items()]
             results["not_measured"] += [row | {"images": name, "network": network} for row in missing]
+    if config.has_fdr6:
+        results["fdr6"] = measure_fdr6(config, results["distances"], records, statistics, extractors)
+    if config.memorisation:
+        results["memorisation"] = measure_memorisation(config, records, extractors)
     if config.nearest_neighbours is not None:
         extractor = extractors[NEIGHBOUR_NETWORK]
         results["near_duplicates"] = count_near_duplicates(config, sources, records, extractor)
