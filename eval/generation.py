@@ -67,6 +67,7 @@ from vtp_diffusion.evaluation.judges import (
     wanted_of,
 )
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
+from vtp_diffusion.evaluation.near_duplicates import NEIGHBOUR_NETWORK, count_near_duplicates
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
     ImageRecord,
@@ -92,20 +93,16 @@ from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
-from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
-from vtp_diffusion.runtime.random_streams import random_stream, stream_seed
+from vtp_diffusion.runtime.random_streams import stream_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"
-CALIBRATION_IMAGES = 1000
-PAIRS = 24
 
 
 @dataclass(kw_only=True)
@@ -303,38 +300,6 @@ def check_duplicates(
         )
 
 
-def count_near_duplicates(
-    config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord], extractor: Extractor
-) -> dict:
-    """Shares of images that are near-duplicates of reference images; writes the picture of the nearest pairs."""
-
-    def extract(images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([extractor(batch)["features"].cpu() for batch in images.split(config.feature_batch_size)])
-
-    features = {n: r.outputs[NEIGHBOUR_NETWORK]["features"].features for n, r in records.items()}
-    reference, base = sources["reference"]
-    keys = torch.cat([features["reference"], *(features[n] for n in ("variants",) if n in features)])
-    key_indices = torch.tensor(base + (sources["variants"][1] if "variants" in sources else []))
-    chosen = random_stream("calibration images", config.seed).permutation(len(base))[:CALIBRATION_IMAGES].tolist()
-    calibration = reference.read([base[k] for k in chosen])
-    threshold = near_duplicate_threshold(calibration, features["reference"][chosen], extract, config.seed)
-    result = {"network": NEIGHBOUR_NETWORK, "threshold": threshold, "calibration_images": len(chosen)}
-    for name in features.keys() - {"reference", "variants"}:
-        distances, indices = nearest_neighbours(features[name], keys)
-        close = int((distances < threshold).sum())
-        result[name] = {"near_duplicates": close, "num_images": len(distances), "share": close / len(distances)}
-        if name == "generated":
-            source, kept = sources[name]
-            nearest = distances.argsort(stable=True)[:PAIRS]
-            shown = source.read([kept[k] for k in nearest.tolist()])
-            picture = neighbour_grid(shown, reference.read(key_indices[indices[nearest]].tolist()), distances[nearest])
-    among, _ = nearest_neighbours(features["reference"], features["reference"], exclude_self=True)
-    close = int((among < threshold).sum())
-    result["reference"] = {"near_duplicates": close, "num_images": len(base), "share": close / len(base)}
-    write_picture(Path(config.nearest_neighbours), picture)
-    return result
-
-
 def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:
     """What identifies the images: how many, which, what made them, which rules chose them."""
     made = {name: source.settings for name, (source, _) in sources.items() if name in MEASURED and source.settings}
@@ -415,8 +380,8 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     if config.memorisation:
         results["memorisation"] = measure_memorisation(config, records, extractors)
     if config.nearest_neighbours is not None:
-        extractor = extractors[NEIGHBOUR_NETWORK]
-        results["near_duplicates"] = count_near_duplicates(config, sources, records, extractor)
+        results["near_duplicates"], picture = count_near_duplicates(config, sources, records, extractors)
+        write_picture(Path(config.nearest_neighbours), picture)
     write_results(config.output, "generation", config, results)
     print_results(results)
     print(f"results: {config.output}")

@@ -55,17 +55,20 @@ def sliced_distance(
     check_pair(generated, reference, SLICED_MINIMUM)
     count, dim = min(len(generated), len(reference)), generated.shape[1]
     x, y = (_subset(features, count, name, seed) for name, features in (("x", generated), ("y", reference)))
-    centre = y.mean(0)  # distances do not change, but float32 products keep more digits
+    centre = y.mean(0)
+    x, y = x - centre, y - centre  # distances do not change, but float32 products keep more digits
     groups = min(groups, count)
     group = torch.from_numpy(jackknife_group(count, max(groups, 1), seed)).to(x.device)
     directions = torch.from_numpy(random_stream("projections", seed).standard_normal((projections, dim)))
     directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)  # (P, D)
     sums = torch.zeros(1 + groups, dtype=torch.float64)
     for part in directions.split(PROJECTIONS_AT_ONCE):
-        sides = [(part @ (side - centre).T).sort(1) for side in (x, y)]  # each (p, N), and places
+        sides = [(part @ side.T).sort(1) for side in (x, y)]  # each (p, N), and places
         sums[0] += _squares(*(side.values for side in sides))
+        labels = [group[side.indices] for side in sides]
         for k in range(groups):  # what is left of a sorted row is sorted
-            sums[1 + k] += _squares(*(s.values[group[s.indices] != k].view(len(part), -1) for s in sides))
+            left = (s.values[label != k].view(len(part), -1) for s, label in zip(sides, labels, strict=True))
+            sums[1 + k] += _squares(*left)
     whole, *without = (3 * dim / projections * sums).tolist()
     deviation = float(np.sqrt((groups - 1) * np.var(without))) if groups else float("nan")
     return SlicedDistance(whole, deviation, groups, count)
