@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,10 @@ def test_published_constants_and_statistics_of_files(files, sets, evaluate, tmp_
         compare_files([str(output) for output in outputs])
     with pytest.raises(ValueError, match="statistics of features of dinov2_l .* the feature network is clip_l"):
         evaluate(*common, "--reference_statistics", f"clip_l={statistics}", "--output", outputs[1])
+    shutil.copy(sets["train"], tmp_path / "images.npz")
+    for file, message in (("images.npz", "images.npz holds no statistics"), ("none.npz", "for clip_l, is not there")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(*common, "--reference_statistics", f"clip_l={tmp_path / file}", "--output", outputs[1])
 
 
 def test_what_a_judge_lacks_is_named_before_anything_is_read(files, sets, evaluate, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Judges beside the distances of one network: FDr6 and the memorised share; `--metrics` and their other settings."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -77,12 +78,19 @@ def statistics_files(config: JudgesConfig) -> dict[str, str]:
 def reference_statistics(
     config: JudgesConfig, extractors: dict[str, Extractor]
 ) -> dict[str, dict[str, GaussianStatistics]]:
-    """Network -> output -> statistics that files hold of the reference. Raises what `read_statistics` raises."""
-    files = statistics_files(config)
-    return {
-        name: read_statistics(files[name], extractors[name].network, config.device) if name in files else {}
-        for name in config.feature_network
-    }
+    """Network -> output -> statistics that files hold of the reference.
+
+    Raises:
+        ValueError: what `read_statistics` raises, or a file of `reference_statistics` that holds images only.
+    """
+    found: dict[str, dict[str, GaussianStatistics]] = {name: {} for name in config.feature_network}
+    for name, file in statistics_files(config).items():
+        if not Path(file).is_file():
+            raise ValueError(f"{file}, the statistics of the reference for {name}, is not there")
+        found[name] = read_statistics(file, extractors[name].network, config.device)
+        if not found[name] and file != config.reference:
+            raise ValueError(f"{file} holds no statistics: make them with `eval/generation.py reference`")
+    return found
 
 
 def wanted_of(
