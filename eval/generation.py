@@ -151,9 +151,17 @@ class ReferenceConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_output(self.output, ".npz")
-        if len(self.feature_network) != 1:
-            raise ValueError(f"a file holds statistics of one feature network, got {', '.join(self.feature_network)}")
+        for file in self.files.values():
+            check_output(str(file), ".npz")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Network -> file of its statistics: the output, or of several networks one each, named after them."""
+        path, several = Path(self.output), len(self.feature_network) > 1
+        names = {name: name.replace("/", "-").replace(":", "-") for name in self.feature_network}
+        return {
+            n: path.with_name(f"{path.stem}-{word}{path.suffix}") if several else path for n, word in names.items()
+        }
 
 
 def is_pipeline(source: str) -> bool:
@@ -328,24 +336,24 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
 
 
 def make_reference(config: ReferenceConfig) -> None:
-    """Statistics of a data set in ADM's format."""
-    (name,) = config.feature_network
-    extractors = open_networks(config, [name])
+    """Statistics of a data set in ADM's format, a file for every network, in one pass."""
+    extractors = open_networks(config, config.feature_network)
     opened = open_reference(config.data, config.reference, "train", (config.resolution,) * 2)
     if opened is None:
         raise ValueError(f"{config.reference} holds statistics already")
     source, base, _ = opened
-    network = extractors[name].network
-    wanted = {name: wanted_outputs(network, "reference")}
+    wanted = {name: wanted_outputs(extractor.network, "reference") for name, extractor in extractors.items()}
     found = record_source(config, "reference", source, base, extractors, wanted)
     faults = image_faults({"reference": (source, base)})
-    if this_process()[0] == 0:
-        settings = {"settings": settings_of(config), "num_reference": len(base)}
-        settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, **faults}
-        write_statistics(config.output, network, found, source, base, settings)
+    if this_process()[0] > 0:
+        return
+    settings = {"settings": settings_of(config), "num_reference": len(base)}
+    settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, **faults}
+    for name, file in config.files.items():
+        write_statistics(file, extractors[name].network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
-        print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
-        print_faults(**faults)
+        print(f"statistics of {len(base)} images on {name} and {kept} of the images: {file}")
+    print_faults(**faults)
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:

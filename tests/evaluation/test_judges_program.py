@@ -94,11 +94,14 @@ def test_six_networks_mind_and_memorisation_in_one_pass(files, sets, evaluate, t
 
 def test_published_constants_and_statistics_of_files(files, sets, evaluate, tmp_path):
     words = ("--reference", sets["train"], "--weights", *files)
-    statistics = tmp_path / "dinov2_l.npz"
-    evaluate(
-        "reference", "--reference", sets["train"], "--feature_network", "dinov2_l", "--weights", files[2],
-        "--resolution", 32, "--output", statistics,
+    printed = evaluate(
+        "reference", "--reference", sets["train"], "--feature_network", "dinov2_l", "mae_l", "--weights", *files[2:4],
+        "--resolution", 32, "--output", tmp_path / "made.npz",
     )  # fmt: skip
+    statistics = tmp_path / "made-dinov2_l.npz"
+    assert (
+        f"on dinov2_l and {COUNT} of the images: {statistics}" in printed and (tmp_path / "made-mae_l.npz").is_file()
+    )
     outputs = [tmp_path / "a.json", tmp_path / "b.json"]
     common = ("--images", sets["generated"], *words, "--feature_network", "fdr6")
     evaluate(*common, "--output", outputs[0])
