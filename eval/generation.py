@@ -12,6 +12,9 @@ the same on other networks; floors, spreads, a control and near-duplicates.
     python eval/generation.py reference --reference FOLDER --resolution 256 --feature_network inception \\
         --output reference.npz
 
+    python eval/generation.py --images samples.npz --reference data/train --floor_images data/validation \
+        --feature_network fdr6 --metrics mind memorisation --output judges.json
+
     python eval/generation.py compare A.json B.json
     python eval/generation.py reach RUN_FOLDER 20
 
@@ -28,6 +31,10 @@ With inception (the weights of 2015, whose hash is checked) the numbers are thos
 quote: FID, sFID, Inception score, precision and recall. Density and coverage are those of arXiv:2002.09797, KID is the
 unbiased estimate of arXiv:1801.01401, not multiplied by 1000. On other networks (vgg16, efficientnet_lite0, and
 vtp:FOLDER, the encoder of a saved VTP) the same things carry the network's name and are no FID.
+
+--feature_network fdr6 are the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/six.py`): their Fréchet
+distances, each over what validation images get, and the mean. MIND (`metrics/sliced.py`) is a distance for few images.
+Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
 
 Of every distance three numbers are given: to the whole reference, with its standard error; at the sizes at which real
 images can be compared with real ones; and what real images get there, the floor. The last two belong together
@@ -55,7 +62,17 @@ from vtp_diffusion.data.npz import ImageSpool, NpzImages
 from vtp_diffusion.evaluation import protocols
 from vtp_diffusion.evaluation.comparison import compare_files
 from vtp_diffusion.evaluation.convergence import reach_line
+from vtp_diffusion.evaluation.judges import (
+    JudgesConfig,
+    check_sizes,
+    measure_fdr6,
+    measure_memorisation,
+    reference_statistics,
+    statistics_files,
+    wanted_of,
+)
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
+from vtp_diffusion.evaluation.near_duplicates import NEIGHBOUR_NETWORK, count_near_duplicates
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
     ImageRecord,
@@ -65,7 +82,7 @@ from vtp_diffusion.evaluation.one_pass import (
     split_rule,
 )
 from vtp_diffusion.evaluation.printed_results import print_faults, print_results
-from vtp_diffusion.evaluation.references import read_statistics, write_statistics
+from vtp_diffusion.evaluation.references import write_statistics
 from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     FolderImages,
@@ -82,28 +99,23 @@ from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
-from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
-from vtp_diffusion.runtime.reproducibility import random_stream, stream_seed
+from vtp_diffusion.runtime.reproducibility import stream_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"
-CALIBRATION_IMAGES = 1000
-PAIRS = 24
 
 
 @dataclass(kw_only=True)
-class GenerationConfig(FeaturesConfig, SamplerConfig):
+class GenerationConfig(JudgesConfig, SamplerConfig):
     """Settings of the measurement."""
 
     images: str = setting(help="folder of images, npz, or folder of a pipeline to sample")
-    floor_images: str | None = setting(None, "real images outside the reference, as it")
     control: str | None = setting(
         None, "images or pipeline of an untrained network; untrained = the pipeline, its transformer reset"
     )
@@ -147,9 +159,17 @@ class ReferenceConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_output(self.output, ".npz")
-        if len(self.feature_network) != 1:
-            raise ValueError(f"a file holds statistics of one feature network, got {', '.join(self.feature_network)}")
+        for file in self.files.values():
+            check_output(str(file), ".npz")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Network -> file of its statistics: the output, or of several networks one each, named after them."""
+        path, several = Path(self.output), len(self.feature_network) > 1
+        names = {name: name.replace("/", "-").replace(":", "-") for name in self.feature_network}
+        return {
+            n: path.with_name(f"{path.stem}-{word}{path.suffix}") if several else path for n, word in names.items()
+        }
 
 
 def is_pipeline(source: str) -> bool:
@@ -240,7 +260,7 @@ def collect_images(config: GenerationConfig) -> Sources:
     if reference is not None:
         source, base, variants = reference
         real["reference"] = source, base
-        if config.nearest_neighbours is not None and variants:
+        if variants and (config.nearest_neighbours is not None or config.memorisation):
             real["variants"] = source, variants
         labelled = source if isinstance(source, DatasetImages) else None
     elif config.nearest_neighbours is not None or config.floor_images is not None:
@@ -266,7 +286,7 @@ def record_all(
     config: GenerationConfig, sources: Sources, extractors: dict[str, Extractor], wait: Callable[[], None]
 ) -> dict[str, ImageRecord]:
     """Name -> record of every set of images; what is sampled is kept if that is wanted. `wait` for all processes."""
-    records, neighbours = {}, config.nearest_neighbours is not None
+    records, neighbours = {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
     for name, (source, kept) in sources.items():
         spool = None
         if config.save_images is not None and isinstance(source, PipelineImages):
@@ -274,11 +294,7 @@ def record_all(
             if this_process()[0] == 0:
                 spool.create()
             wait()
-        wanted = {
-            network: wanted_outputs(extractor.network, name, all_features=neighbours and network == NEIGHBOUR_NETWORK)
-            for network, extractor in extractors.items()
-            if name != "variants" or network == NEIGHBOUR_NETWORK
-        }
+        wanted = wanted_of(config, name, extractors, neighbours)
         records[name] = record_source(config, name, source, kept, extractors, wanted, spool)
         if spool is not None and this_process()[0] == 0:
             spool.pack(settings=np.array(json.dumps(source.settings)))
@@ -301,43 +317,12 @@ def check_duplicates(
         )
 
 
-def count_near_duplicates(
-    config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord], extractor: Extractor
-) -> dict:
-    """Shares of images that are near-duplicates of reference images; writes the picture of the nearest pairs."""
-
-    def extract(images: torch.Tensor) -> torch.Tensor:
-        return torch.cat([extractor(batch)["features"].cpu() for batch in images.split(config.feature_batch_size)])
-
-    features = {n: r.outputs[NEIGHBOUR_NETWORK]["features"].features for n, r in records.items()}
-    reference, base = sources["reference"]
-    keys = torch.cat([features["reference"], *(features[n] for n in ("variants",) if n in features)])
-    key_indices = torch.tensor(base + (sources["variants"][1] if "variants" in sources else []))
-    chosen = random_stream("calibration images", config.seed).permutation(len(base))[:CALIBRATION_IMAGES].tolist()
-    calibration = reference.read([base[k] for k in chosen])
-    threshold = near_duplicate_threshold(calibration, features["reference"][chosen], extract, config.seed)
-    result = {"network": NEIGHBOUR_NETWORK, "threshold": threshold, "calibration_images": len(chosen)}
-    for name in features.keys() - {"reference", "variants"}:
-        distances, indices = nearest_neighbours(features[name], keys)
-        close = int((distances < threshold).sum())
-        result[name] = {"near_duplicates": close, "num_images": len(distances), "share": close / len(distances)}
-        if name == "generated":
-            source, kept = sources[name]
-            nearest = distances.argsort(stable=True)[:PAIRS]
-            shown = source.read([kept[k] for k in nearest.tolist()])
-            picture = neighbour_grid(shown, reference.read(key_indices[indices[nearest]].tolist()), distances[nearest])
-    among, _ = nearest_neighbours(features["reference"], features["reference"], exclude_self=True)
-    close = int((among < threshold).sum())
-    result["reference"] = {"near_duplicates": close, "num_images": len(base), "share": close / len(base)}
-    write_picture(Path(config.nearest_neighbours), picture)
-    return result
-
-
 def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:
     """What identifies the images: how many, which, what made them, which rules chose them."""
     made = {name: source.settings for name, (source, _) in sources.items() if name in MEASURED and source.settings}
     files = {"images": config.images, "control": config.control, "reference": config.reference}
     files |= {"floor_images": config.floor_images}
+    files |= {f"reference of {n}": f for n, f in statistics_files(config).items() if f != config.reference}
     reference = sources.get("reference")
     real, base = (None, None) if reference is None else (reference[0], len(reference[1]))
     counts = {name: len(kept) for name, (_, kept) in sources.items() if name != "variants"}
@@ -361,36 +346,33 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
 
 
 def make_reference(config: ReferenceConfig) -> None:
-    """Statistics of a data set in ADM's format."""
-    (name,) = config.feature_network
-    extractors = open_networks(config, [name])
+    """Statistics of a data set in ADM's format, a file for every network, in one pass."""
+    extractors = open_networks(config, config.feature_network)
     opened = open_reference(config.data, config.reference, "train", (config.resolution,) * 2)
     if opened is None:
         raise ValueError(f"{config.reference} holds statistics already")
     source, base, _ = opened
-    network = extractors[name].network
-    wanted = {name: wanted_outputs(network, "reference")}
+    wanted = {name: wanted_outputs(extractor.network, "reference") for name, extractor in extractors.items()}
     found = record_source(config, "reference", source, base, extractors, wanted)
     faults = image_faults({"reference": (source, base)})
-    if this_process()[0] == 0:
-        settings = {"settings": settings_of(config), "num_reference": len(base)}
-        settings |= {"split_rule": split_rule(config, source), "duplicates": found.duplicates, **faults}
-        write_statistics(config.output, network, found, source, base, settings)
+    if this_process()[0] > 0:
+        return
+    settings = {"settings": settings_of(config), "num_reference": len(base)}
+    settings |= {"split_rule": split_rule(config, source), "duplicates": found.duplicates, **faults}
+    for name, file in config.files.items():
+        write_statistics(file, extractors[name].network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
-        print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
-        print_faults(**faults)
+        print(f"statistics of {len(base)} images on {name} and {kept} of the images: {file}")
+    print_faults(**faults)
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     if config.reference.endswith(".npz") and not Path(config.reference).is_file():
         raise ValueError(f"reference {config.reference} is not there")
     extractors = open_networks(config, config.networks)
-    statistics = {n: {} for n in config.feature_network}
-    if config.reference.endswith(".npz"):
-        for n in statistics:
-            network = extractors[n].network
-            statistics[n] = read_statistics(config.reference, network, config.device, config.protocol)
+    statistics = reference_statistics(config, extractors, config.protocol)
     sources = collect_images(config)
+    check_sizes(config, {name: len(kept) for name, (_, kept) in sources.items()}, extractors)
     records = record_all(config, sources, extractors, wait)
     faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     if this_process()[0] > 0:
@@ -404,6 +386,8 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
                 continue
             arguments = (extractors[network].network, name, records, statistics[network], config.seed, config.device)
             measured = Measurement(*arguments).run()
+            if "mind" in config.metrics:
+                measured.measure_mind()
             cost = {key: value for key, value in results["sampling"].get(name, {}).items() if key in COST}
             for row in measured.distances + measured.kernel_distances:
                 row |= cost
@@ -412,9 +396,13 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
             results["scores"] += measured.scores
             missing = [{"what": what, "why": why} for what, why in measured.not_measured.items()]
             results["not_measured"] += [row | {"images": name, "network": network} for row in missing]
+    if config.has_fdr6:
+        results["fdr6"] = measure_fdr6(config, results["distances"], records, statistics, extractors)
+    if config.memorisation:
+        results["memorisation"] = measure_memorisation(config, records, extractors)
     if config.nearest_neighbours is not None:
-        extractor = extractors[NEIGHBOUR_NETWORK]
-        results["near_duplicates"] = count_near_duplicates(config, sources, records, extractor)
+        results["near_duplicates"], picture = count_near_duplicates(config, sources, records, extractors)
+        write_picture(Path(config.nearest_neighbours), picture)
     write_results(config.output, "generation", config, results)
     print_results(results)
     print(f"results: {config.output}")

@@ -48,6 +48,9 @@ def differing_conditions(first: dict, second: dict) -> list[str]:
         for key in ("num_images", "num_reference"):
             if rows[0][key] != rows[1][key]:
                 reasons.append(f"{key} of {name} is {rows[0][key]} in A, {rows[1][key]} in B")
+        files = [result["files_sha256"].get(f"reference of {rows[0]['network']}") for result in (first, second)]
+        if files[0] != files[1]:
+            reasons.append(f"the statistics of the reference of {name} are {files[0]} in A, {files[1]} in B")
         networks = [_network(result, row["network"]) for result, row in zip((first, second), rows, strict=True)]
         for key in ("sha256", "preprocessing"):
             if networks[0][key] != networks[1][key]:

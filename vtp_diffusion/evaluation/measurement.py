@@ -27,6 +27,7 @@ from ..metrics.scores import (
     kernel_distance,
     precision_recall,
 )
+from ..metrics.sliced import PROJECTIONS, SLICED_MINIMUM, sliced_distance
 from ..runtime.reproducibility import exact_float32, random_stream
 from .one_pass import ImageRecord, Wanted
 
@@ -162,6 +163,28 @@ class Measurement:
         row = self._row(title, found.value, {"kind": spread, "value": found.deviation}, len(reference), floor)
         subsets = {"subsets": found.subsets, "subset_size": found.subset_size, "subset_rule": SUBSET_RULE}
         self.kernel_distances.append(row | subsets)
+
+    def measure_mind(self) -> None:
+        """The sliced Wasserstein distance, among the distances: at the number of images of the smaller set."""
+        title = self.network.score_name("MIND")
+        if "reference" not in self.records:
+            self.not_measured[title] = "the reference holds statistics but no images"
+            return
+        generated, reference = self._features(self.name), self._features("reference")
+        if min(len(generated), len(reference)) < SLICED_MINIMUM:
+            why = f"{len(generated)} and {len(reference)} images, expected at least {SLICED_MINIMUM}"
+            self.not_measured[title] = why
+            return
+
+        def distance(real: torch.Tensor, others: torch.Tensor) -> float:
+            return sliced_distance(others, real, self.seed, groups=0).value
+
+        with exact_float32():
+            found = sliced_distance(generated, reference, self.seed)
+            floor = self._floor("features", SLICED_MINIMUM, prepare=lambda features: features, distance=distance)
+        spread = {"kind": f"jackknife of {found.groups} random groups of both sets", "value": found.deviation}
+        row = self._row(title, found.value, spread, found.num_images, floor)
+        self.distances.append(row | {"num_images": found.num_images, "projections": PROJECTIONS})
 
     def _row(self, title: str, value: float, spread: dict, num_reference: int | None, floor: Floor | None) -> dict:
         return {

@@ -17,7 +17,7 @@ from ..data.image_datasets import DataConfig
 from ..data.npz import ImageSpool
 from ..metrics.features import Extractor, FeatureMode
 from ..metrics.frechet import GaussianStatistics, jackknife_group
-from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
+from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_names, weight_files
 from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
 from ..runtime.reproducibility import random_stream
@@ -45,7 +45,7 @@ class FeaturesConfig(Settings):
     )
     feature_network: list[str] = setting(
         default_factory=lambda: ["vgg16", "efficientnet_lite0"],
-        help=f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER",
+        help=f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER; fdr6: six of them, for FDr6",
     )
     weights: list[str] = setting(
         default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE if there is one"
@@ -68,7 +68,7 @@ class FeaturesConfig(Settings):
             )
         if not self.feature_network:
             raise ValueError(f"feature_network is empty, expected one or more of {', '.join(FEATURE_NETWORKS)}")
-        self.feature_network = [network_name(name) for name in self.feature_network]
+        self.feature_network = network_names(self.feature_network)
         weight_files(self.weights, self.feature_network)
 
 
@@ -234,8 +234,9 @@ def record_images(
     hashes: dict[int, bytes] = {}
     for positions, images, digests in batches:
         hashes.update(zip(positions, digests, strict=True))
+        shared: dict = {}  # the batch on the device, and resized: once for all networks
         for name, records in outputs.items():
-            found = extractors[name](images)
+            found = extractors[name](images, shared)
             for output, record in records.items():
                 record.add(positions, found[output])
     for record in (record for records in outputs.values() for record in records.values()):

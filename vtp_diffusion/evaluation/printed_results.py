@@ -39,6 +39,7 @@ def print_results(results: dict) -> None:
             )
         if "adm_value" in row:
             print(f"  in the order of the files, as ADM's evaluator takes them: {row['adm_value']:.4f}")
+    _print_judges(results)
     if results["settings"]["feature_mode"] != "exact":
         print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
     for row in results["not_measured"]:
@@ -62,6 +63,24 @@ def print_results(results: dict) -> None:
             if name in found:
                 entry = found[name]
                 print(f"{name:12} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
+
+
+def _print_judges(results: dict) -> None:
+    found = results.get("fdr6", {})
+    for name, row in found.items():
+        if name != "constants_from":
+            value = f"{row['value']:.4g} ± at most {row['spread_at_most']:.2g}"
+            print(f"{'FDr6':12} {name:10} {row['num_images']:7} {value:>22}, the mean of")
+            for network, value in row["distances"].items():
+                constant, ratio = row["constants"][network], row["ratios"][network]
+                print(f"  {network:16} {value:10.4g} / {constant:.4g} = {ratio:.4g}")
+    if found:
+        print(f"  constants of FDr6: {found['constants_from']}")
+    for row in results.get("memorisation", []):
+        print(
+            f"memorised on {row['network']:14} {row['images']:10} {row['num_images']:7} {row['share']:.1%} "
+            f"(held-out images: {row['quantile']:.0%})"
+        )
 
 
 def print_faults(skipped: dict[str, list[str]], enlarged: dict[str, int]) -> None:

