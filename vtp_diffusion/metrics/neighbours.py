@@ -13,6 +13,8 @@ from torch.nn import functional
 from ..data.images import image_grid, to_pil
 from ..runtime.random_streams import stream_seed
 
+NEIGHBOUR_NETWORK = "efficientnet_lite0"
+
 
 def nearest_neighbours(
     queries: torch.Tensor, keys: torch.Tensor, exclude_self: bool = False, chunk: int = 1024
