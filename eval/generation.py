@@ -76,17 +76,22 @@ from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
-from vtp_diffusion.metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
+from vtp_diffusion.metrics.neighbours import (
+    NEIGHBOUR_NETWORK,
+    near_duplicate_threshold,
+    nearest_neighbours,
+    neighbour_grid,
+)
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
+from vtp_diffusion.runtime.programs import print_end, print_end_of_evaluation
 from vtp_diffusion.runtime.random_streams import random_stream, stream_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 UNTRAINED = "untrained"
 CALIBRATION_IMAGES = 1000
 PAIRS = 24
@@ -367,8 +372,10 @@ def make_reference(config: ReferenceConfig) -> None:
         settings |= {"split_rule": split_rule(config), "duplicates": found.duplicates, **faults}
         write_statistics(config.output, network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
-        print(f"statistics of {len(base)} images on {name} and {kept} of the images: {config.output}")
+        print(f"statistics of {len(base)} images on {name} and {kept} of the images")
         print_faults(**faults)
+        then = "eval/generation.py --images FOLDER --reference {} --output results.json"
+        print_end([config.output], then, config.output)
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
@@ -402,7 +409,7 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
         results["near_duplicates"] = count_near_duplicates(config, sources, records, extractor)
     write_results(config.output, "generation", config, results)
     print_results(results)
-    print(f"results: {config.output}")
+    print_end_of_evaluation(config.output, config.nearest_neighbours, config.save_images)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 Pictures = list[tuple[Image.Image, str]]  # with captions
 MOST_IMAGES = 64  # of one request
 SOLVERS = ("pipeline", "euler", "heun", "unipc", "dpm++", "dopri5")
-STYLE = ".grid-container {grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)) !important}"  # also on phones
+STYLE = "@media (max-width: 700px) {.grid-container {grid-template-columns: repeat(2, 1fr) !important}}"  # phones
 
 
 @dataclass(kw_only=True)
@@ -65,15 +65,15 @@ class AppConfig(Settings):
         check_device(self.device)
         if not self.pipeline:
             raise ValueError("pipeline is empty: give the folder of at least one saved pipeline")
-        for folder in self.pipeline:
-            if not (Path(folder) / "model_index.json").is_file():
-                raise ValueError(f"expected folders of saved pipelines, {folder} has no model_index.json")
 
 
 class Page:
     """What the page computes, of one pipeline at a time."""
 
     def __init__(self, config: AppConfig):
+        for folder in config.pipeline:
+            if not (Path(folder) / "model_index.json").is_file():
+                raise ValueError(f"expected folders of saved pipelines, {folder} has no model_index.json")
         self.config, self.folder, self.training = config, None, None
         pipe = self.open(config.pipeline[0])
         if config.reference is not None:
@@ -169,14 +169,14 @@ def build_page(page: Page) -> Blocks:
                 seed = gradio.Number(0, label="Seed", precision=0)
                 start = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=3, min_width=300):
-                images = gradio.Gallery(label="Images")
-                nearest = gradio.Gallery(label="Nearest training images", visible=page.training is not None)
+                images = gradio.Gallery(label="Images", columns=4, height="auto")
+                nearest = gradio.Gallery(label="Nearest", columns=4, height="auto", visible=page.training is not None)
         with gradio.Tab("Reconstruct"), gradio.Row():
             with gradio.Column(scale=2, min_width=300):
                 picture = gradio.File(label="Picture", type="filepath", file_types=["image"])
                 give_back = gradio.Button("Reconstruct", variant="primary")
             with gradio.Column(scale=3, min_width=300):
-                pair = gradio.Gallery(label="Original and reconstruction")
+                pair = gradio.Gallery(label="Original and reconstruction", columns=2, height="auto")
         sampling = [folder, labels, each, seed, steps, guidance, solver]
         start.click(generate, sampling, [images, nearest], api_name="generate", **alone)
         give_back.click(partial(readable, page.reconstruct), [folder, picture], pair, api_name="reconstruct", **alone)

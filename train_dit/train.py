@@ -1,6 +1,8 @@
 """Train a LightningDiT; the result is a diffusers pipeline.
 
-    accelerate launch train_dit/train.py --config train_dit/configs/openmoji.yaml
+    python train_dit/train.py --config tiny
+    accelerate launch train_dit/train.py --config openmoji
+    accelerate launch train_dit/train.py --config vtp_large_xl --latents latents/mine --output_dir runs/mine
 
 It learns from the latents that train_dit/extract_latents.py wrote. With `latents: null` it learns online, from the
 images of `data`: the autoencoder then runs in every step, on images changed as `augmentation` says.
@@ -41,6 +43,7 @@ from vtp_diffusion.generation.objective import (
 from vtp_diffusion.generation.transformer_config import ModelConfig, build_transformer
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from vtp_diffusion.evaluation.validation import QuickDistance
     from vtp_diffusion.generation.latent_inputs import OnlineLatents
     from vtp_diffusion.training.loop import TrainingRun
+
+CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.yaml"))
 
 
 @dataclass(kw_only=True)
@@ -238,7 +243,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(Config, argv, __doc__)
+    config = parse_config(Config, argv, __doc__, CONFIGS)
     from vtp_diffusion.models.loading import load_autoencoder
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
@@ -295,7 +300,10 @@ def main(argv: list[str] | None = None) -> None:
     with run.averaged_model() as model:
         if run.is_main:
             pipeline = build_pipeline(config, vae, model, dataset, open_guide(config.guide, folder))
-            print(f"the pipeline is in {save_pipeline(config, run, pipeline, dataset)}{run.skipped_note}")
+            saved = save_pipeline(config, run, pipeline, dataset)
+            print(f"the pipeline is in {saved}{run.skipped_note}")
+            then = "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png"
+            print_end([folder.path, saved], then, saved)
     run.end()
 
 

@@ -1,6 +1,8 @@
 """Pre-train a VTP tokenizer: contrastive, self-supervised and reconstruction objectives together, or some of them.
 
-    accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji.yaml
+    python train_vtp/train.py --config tiny
+    accelerate launch train_vtp/train.py --config openmoji
+    accelerate launch train_vtp/train.py --config openmoji_reconstruction --data.source FOLDER --output_dir runs/mine
 
 Every field of the configuration is also an option (--help lists them): --model.latent_channels 16, --data.limit 500,
 --objectives reconstruction. The same command again resumes an interrupted run. The run folder ends with results.json,
@@ -44,6 +46,7 @@ from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import numbers_line, write_json
 from vtp_diffusion.runtime.processes import this_process
+from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.loop import TrainingRun
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
 STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
 NAMED = 10  # unreadable images of a data set that are named
 OBJECTIVES = ("contrastive", "self_supervision", "reconstruction")
+CONFIGS = [file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")) if "decoder" not in file.name]
 
 
 @dataclass(kw_only=True)
@@ -292,7 +296,7 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(Config, argv, __doc__)
+    config = parse_config(Config, argv, __doc__, CONFIGS)
     if sharding_asked():  # reconstruction alone would come as far as its first validation
         raise ValueError(
             "FSDP was asked for: the teacher and the text tower are not trained sharded, and what is trained is "
@@ -358,6 +362,10 @@ def main(argv: list[str] | None = None) -> None:
         for name in datasets:
             print(f"{name}: {numbers_line(results[name])}")
         print(f"the autoencoder is in {folder.path / 'vae'}{run.skipped_note}")
+        written = [folder.path, *(folder.path / name for name in ("vae", "vtp", "results.json"))]
+        then = "train_dit/extract_latents.py --vae {} --data.source {} --data.resolution {} --output_dir latents"
+        values = written[1], config.data.source, config.data.resolution
+        print_end([path for path in written if path.exists()], then, *values)
     run.end()
 
 

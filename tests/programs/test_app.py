@@ -65,7 +65,7 @@ def test_a_picture_comes_back_beside_its_crop(page, tmp_path):
 
 def test_folders_that_hold_no_pipeline_are_refused(app, tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has no model_index.json"):
-        app.AppConfig(pipeline=[str(tmp_path)])
+        app.Page(app.AppConfig(pipeline=[str(tmp_path)], device="cpu"))
     with pytest.raises(ValueError, match="port is 70000"):
         app.AppConfig(port=70000)
 

@@ -59,16 +59,26 @@ def test_the_wheel_holds_every_file_of_library_and_programs_once(installed):
 def test_an_installed_program_starts_with_its_configurations(installed):
     assert "train-dit" in start(installed)
     printed = start(installed, "train-dit", "--help")
-    assert "--learning_rate" in printed and "openmoji" in printed
+    assert "--learning_rate" in printed and "\n  openmoji " in printed
+    assert "    vtp-diffusion train-dit --config tiny\n" in printed
+    assert "    accelerate launch --no_python vtp-diffusion train-dit --config openmoji\n" in printed
+    assert ".py --" not in printed
 
 
 def test_every_program_has_a_name_of_its_own():
     files = {path for folder in programs.FOLDERS for path in (ROOT / folder).glob("*.py")}
     assert set(programs.programs().values()) == files
     assert programs.programs()["evaluate"] == ROOT / "eval" / "generation.py"
-    assert programs.spoken("pipelines/generate.py", "--pipeline", "a b") == (
-        "python pipelines/generate.py --pipeline 'a b'"
-    )
+
+
+def test_the_last_line_names_what_was_written_and_the_next_command(capsys, monkeypatch):
+    arguments = [Path("run"), None, "a b"], "pipelines/generate.py --pipeline {} --num_images {}", "a b", 16
+    programs.print_end(*arguments)
+    line = "written: run, a b; next: {} --pipeline 'a b' --num_images 16\n"
+    assert capsys.readouterr().out == line.format("python pipelines/generate.py")
+    monkeypatch.setattr(programs, "INSTALLED", True)
+    programs.print_end(*arguments)
+    assert capsys.readouterr().out == line.format("vtp-diffusion generate")
 
 
 def test_a_name_that_is_none_is_refused():

@@ -189,8 +189,9 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
 
 
 def test_generate_one_picture(started):
+    assert started[1]["generate.py"].splitlines()[-1].startswith("written: a/b.png; next: python pipelines/app.py")
     width, height = Image.open(started[0] / "a" / "b.png").size
-    assert width >= 3 * 96 and height >= 2 * 96 and "6 images: a/b.png" in started[1]["generate.py"]
+    assert width >= 3 * 96 and height >= 2 * 96 and "6 images\n" in started[1]["generate.py"]
 
 
 def test_generate_a_folder_that_can_be_continued(tmp_path, pipeline_folder, capsys):
@@ -256,7 +257,9 @@ def test_reconstruct_keeps_what_was_done_before_an_unreadable_image(pipeline_fol
 
 def test_export_as_a_program(started):
     assert (started[0] / "exported" / "pipeline.py").is_file()
-    assert started[1]["export.py"] == "self-contained pipeline: exported\n"
+    first, last = started[1]["export.py"].splitlines()
+    assert first == "self-contained pipeline: exported"
+    assert last.startswith("written: exported; next: python pipelines/generate.py --pipeline exported")
 
 
 @pytest.mark.parametrize("program", ["convert.py", "export.py", "generate.py", "reconstruct.py"])

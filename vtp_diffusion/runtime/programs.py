@@ -6,8 +6,10 @@ The wheel holds them in vtp_diffusion/programs/ (setup.cfg maps the folders ther
 import ast
 import difflib
 import os
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import run
@@ -31,19 +33,28 @@ def programs() -> dict[str, Path]:
     return {NAMES.get(f"{file.parent.name}/{file.name}", file.stem.replace("_", "-")): file for file in files}
 
 
-def spoken(file: str, *words: object) -> str:
-    """The command of a program as a user types it here.
+def as_typed(text: str) -> str:
+    """A text with the commands of a clone, as they are typed here: where the programs are installed, by name."""
+    for name, path in programs().items() if INSTALLED else ():
+        file = re.escape(f"{path.parent.name}/{path.name}")
+        text = re.sub(rf"\bpython {file}", f"vtp-diffusion {name}", text)
+        text = re.sub(rf"accelerate launch(.*) {file}", rf"accelerate launch --no_python\1 vtp-diffusion {name}", text)
+    return text
 
-    Args: `file`: FOLDER/FILE.py, as a clone has it; `words`: its options.
+
+def print_end(written: Sequence[object], then: str, *values: object) -> None:
+    """The last line of a program: all that it wrote, None left out, and the command that comes next.
+
+    Args: `then`: FOLDER/FILE.py and its options, with {} in the place of each of the values.
     """
-    names = {path: name for name, path in programs().items()}
-    start = ["vtp-diffusion", names[ROOT / file]] if INSTALLED else ["python", file]
-    return shlex.join([*start, *map(str, words)])
+    command = then.format(*(shlex.quote(str(value)) for value in values))
+    places = ", ".join(str(path) for path in written if path is not None)
+    print(f"written: {places}; next: {as_typed('python ' + command)}")
 
 
-def print_end(*written: object, then: str) -> None:
-    """The last line of a program: all that it wrote, and the command that comes next."""
-    print(f"written: {', '.join(str(path) for path in written if path is not None)}; next: {then}")
+def print_end_of_evaluation(results: str, *pictures: str | None) -> None:
+    """The last line of a program that measures: a page of its results comes next."""
+    print_end([results, *pictures], "eval/report.py --results {} --output report.html", results)
 
 
 def main(argv: list[str] | None = None) -> None:
