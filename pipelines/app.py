@@ -6,7 +6,7 @@
 
 The page is served on this machine until Ctrl-C. With --reference, the images that the first pipeline learned from,
 each generated image is shown with the nearest of them (extra `eval`); their features are computed before the page
-opens: 3,400 of OpenMoji take two minutes of two CPU cores.
+opens: 3,415 of OpenMoji took 2.4 minutes of one CPU core.
 Image k of a request comes from the seed and k: it is the image that pipelines/generate.py makes of the same labels.
 """
 
