@@ -27,6 +27,14 @@ class ModelConfig(Settings):
         None, "block after which a second output layer predicts, for internal guidance; none has none", at_least=1
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.base_head_layer is not None and self.base_head_layer >= self.num_layers:
+            raise ValueError(
+                f"model.base_head_layer is {self.base_head_layer}, expected a block before the last, "
+                f"{self.num_layers} (model.num_layers)"
+            )
+
 
 def build_transformer(
     config: ModelConfig,
