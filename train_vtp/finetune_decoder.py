@@ -214,6 +214,14 @@ def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -
         perceptual.compile()
 
 
+def print_written(config: Config, run: TrainingRun) -> None:
+    vae, *others = (run.folder.path / name for name in ("vae", "results.json", SOUND))
+    print(f"the autoencoder is in {vae}{run.skipped_note}")
+    then = "eval/reconstruction.py --vae {} --data.source {} --data.resolution {} --output reconstruction.json"
+    written = [run.folder.path, vae, *(path for path in others if path.exists())]
+    print_end(written, then, vae, config.data.source, config.data.resolution)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
     if sharding_asked():
@@ -283,11 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
             print(f"{name}: {', '.join(changes)}")
-        print(f"the autoencoder is in {folder.path / 'vae'}{run.skipped_note}")
-        written = [folder.path / name for name in ("vae", "results.json", "decoder_before_collapse.safetensors")]
-        then = "eval/reconstruction.py --vae {} --data.source {} --data.resolution {} --output reconstruction.json"
-        values = written[0], config.data.source, config.data.resolution
-        print_end([folder.path, *(path for path in written if path.exists())], then, *values)
+        print_written(config, run)
     run.end()
 
 

@@ -295,6 +295,14 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
     return results
 
 
+def print_written(config: Config, run: TrainingRun) -> None:
+    vae, *others = (run.folder.path / name for name in ("vae", "vtp", "results.json"))
+    print(f"the autoencoder is in {vae}{run.skipped_note}")
+    then = "train_dit/extract_latents.py --vae {} --data.source {} --data.resolution {} --output_dir latents"
+    written = [run.folder.path, vae, *(path for path in others if path.exists())]
+    print_end(written, then, vae, config.data.source, config.data.resolution)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
     if sharding_asked():  # reconstruction alone would come as far as its first validation
@@ -361,11 +369,7 @@ def main(argv: list[str] | None = None) -> None:
             results = finish(run, config, model, training, datasets, perceptual, left_out)
         for name in datasets:
             print(f"{name}: {numbers_line(results[name])}")
-        print(f"the autoencoder is in {folder.path / 'vae'}{run.skipped_note}")
-        written = [folder.path, *(folder.path / name for name in ("vae", "vtp", "results.json"))]
-        then = "train_dit/extract_latents.py --vae {} --data.source {} --data.resolution {} --output_dir latents"
-        values = written[1], config.data.source, config.data.resolution
-        print_end([path for path in written if path.exists()], then, *values)
+        print_written(config, run)
     run.end()
 
 

@@ -29,6 +29,13 @@ def test_every_command_parses(checker, capsys):
     assert status.value.code == 0, capsys.readouterr().out
 
 
+def test_every_configuration_is_listed_by_one_program(checker):
+    for folder in ("train_dit", "train_vtp"):
+        modules = [checker.load(path) for path in sorted((ROOT / folder).glob("*.py"))]
+        listed = [path for module in modules for path in getattr(module, "CONFIGS", [])]
+        assert sorted(listed) == sorted((ROOT / folder / "configs").glob("*.yaml"))
+
+
 PROGRAMS = [path for path in programs().values() if path.name != "report.py"]  # its example names a picture
 
 
