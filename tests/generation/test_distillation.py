@@ -14,6 +14,7 @@ from vtp_diffusion.generation.export import export_pipeline
 from vtp_diffusion.generation.fast_sampling import FusedForward, speed_up
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
+from vtp_diffusion.generation.transformer_config import ModelConfig, build_transformer
 
 STUDENT = {"steps": [1, 2, 4], "shift": 2.0, "guidance": {"guidance_scale": 2.5}}
 GUIDED = {"guidance_scale": 2.5, "guidance_interval": (0.3, 0.9)}
@@ -104,7 +105,7 @@ def test_a_student_begins_as_its_teacher():
         assert torch.equal(student(x, t, labels, next_timestep=later).sample, expected)
     guidance = {"guidance_scale": 2.0, "guidance": "auto", "guidance_interval": (0.0, 1.0)}
     assert student.config.student == {"steps": [1, 2, 4], "shift": 2.0, "guidance": guidance}
-    with pytest.raises(ValueError, match="next_timestep is given, but this network is no student"):
+    with pytest.raises(ValueError, match="next_timestep is given, but this is no student"):
         teacher.transformer(x, t, labels, next_timestep=t)
 
 
@@ -181,6 +182,14 @@ def test_other_times_and_solvers_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             open_pipeline(tmp_path, replace(asked, **changes), "cpu")
+
+
+def test_a_student_is_no_start_of_ordinary_training(tmp_path):
+    network = tiny_transformer(student=STUDENT)
+    network.save_pretrained(tmp_path)
+    model = ModelConfig(num_layers=2, num_attention_heads=2, attention_head_dim=8)
+    with pytest.raises(ValueError, match="initial_transformer .* does not fit: student {.*} instead of None"):
+        build_transformer(model, (4, 4, 4), 3, 0.1, str(tmp_path))
 
 
 def test_a_teacher_keeps_to_the_times_of_its_student():

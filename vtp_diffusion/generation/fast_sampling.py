@@ -215,8 +215,8 @@ class GraphedForward:
         """As `LightningDiTTransformer2DModel.forward`; with gradients it is that itself."""
         if torch.is_grad_enabled():
             plain = type(self.network).forward
-            arguments = hidden_states, timestep, class_labels, return_dict, return_base, next_timestep
-            return plain(self.network, *arguments)
+            arguments = hidden_states, timestep, class_labels, return_dict, return_base
+            return plain(self.network, *arguments, next_timestep=next_timestep)
         times = [timestep] if next_timestep is None else [timestep, next_timestep]
         times = [torch.as_tensor(t, device=hidden_states.device).expand(len(hidden_states)) for t in times]
         inputs = [hidden_states, times[0], class_labels, *times[1:]]

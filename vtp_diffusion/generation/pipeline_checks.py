@@ -155,5 +155,5 @@ def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: fl
     if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:
         raise ValueError(
             f"scheduler is {type(scheduler).__name__}, expected FlowMatchEulerDiscreteScheduler with shift "
-            f"{student['shift']:.6g} and without noise: this student has learned its times"
+            f"{student['shift']:.6g} and no noise: this student's own"
         )

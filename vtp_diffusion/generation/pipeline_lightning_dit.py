@@ -218,7 +218,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         """
         label_ids = self.get_label_ids(class_labels)
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        student = None if self.transformer is None else self.transformer.config.get("student")
+        student = self.transformer.config.get("student")
         if num_inference_steps is None:
             num_inference_steps = DEFAULT_STEPS if student is None else max(student["steps"])
         check_call(
@@ -247,7 +247,7 @@ class LightningDiTPipeline(DiffusionPipeline):
                     scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
                     if student is None:
                         velocity = self._velocity(latents, t, labels, scale, guidance_channels, guidance)
-                    else:  # the mean one, up to the time of the next step
+                    else:  # the mean one, up to the next time
                         velocity = self._evaluate(self.transformer, "cond", latents, t, labels, 1 - sigmas[step + 1])
                     if step + 1 == len(timesteps) and sigmas[-1] > 0:  # DEIS and SASolver leave the last noise in
                         latents = latents + (1 - t) * velocity

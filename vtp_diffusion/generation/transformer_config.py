@@ -58,7 +58,7 @@ def build_transformer(
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
     architecture = {"sample_size": latent_shape[-1], "in_channels": latent_shape[0]}
-    architecture |= vars(config) | {"num_classes": num_classes}
+    architecture |= vars(config) | {"num_classes": num_classes, "student": None}  # train_dit/distill.py makes those
     if initial_transformer is None:
         transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=class_dropout_prob)
         transformer.initialize_weights()

@@ -227,7 +227,7 @@ class LightningDiTTransformer2DModel(
             later = timestep if next_timestep is None else torch.as_tensor(next_timestep, device=tokens.device)
             conditioning = conditioning + self.interval_embed(later - timestep, tokens.dtype)
         elif next_timestep is not None:
-            raise ValueError("next_timestep is given, but this network is no student: expected none")
+            raise ValueError("next_timestep is given, but this is no student: expected none")
         return tokens, conditioning
 
     def enable_cache(self, config: Any) -> None:
