@@ -72,7 +72,7 @@ from vtp_diffusion.evaluation.judges import (
     wanted_of,
 )
 from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
-from vtp_diffusion.evaluation.near_duplicates import NEIGHBOUR_NETWORK, count_near_duplicates
+from vtp_diffusion.evaluation.near_duplicates import count_near_duplicates
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
     ImageRecord,
@@ -99,10 +99,12 @@ from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
+from vtp_diffusion.metrics.neighbours import NEIGHBOUR_NETWORK
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
+from vtp_diffusion.runtime.programs import print_end, print_end_of_evaluation
 from vtp_diffusion.runtime.reproducibility import stream_seed
 
 if TYPE_CHECKING:
@@ -362,8 +364,10 @@ def make_reference(config: ReferenceConfig) -> None:
     for name, file in config.files.items():
         write_statistics(file, extractors[name].network, found, source, base, settings)
         kept = len(found.outputs[name]["features"].kept)
-        print(f"statistics of {len(base)} images on {name} and {kept} of the images: {file}")
+        print(f"statistics of {len(base)} images on {name} and {kept} of the images")
     print_faults(**faults)
+    then = "eval/generation.py --images FOLDER --reference {} --output results.json"
+    print_end([str(file) for file in config.files.values()], then, str(next(iter(config.files.values()))))
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
@@ -405,7 +409,7 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
         write_picture(Path(config.nearest_neighbours), picture)
     write_results(config.output, "generation", config, results)
     print_results(results)
-    print(f"results: {config.output}")
+    print_end_of_evaluation(config.output, config.nearest_neighbours, config.save_images)
 
 
 def main(argv: list[str] | None = None) -> None:

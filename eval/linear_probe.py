@@ -6,6 +6,8 @@
     python eval/linear_probe.py --model VTP-Large-f16d64 --data.source imagenet-1k --data.label_column label \\
         --protocol vtp --data.resolution 224 --head_choice 0 --output probe.json
 
+    python eval/linear_probe.py --model runs/mine/vae --data.source FOLDER --data.resolution 256 --output probe.json
+
 --model is the folder of an AutoencoderVTP, of a VTPModel or of a released checkpoint. Features of both splits are read
 once and kept in --features (beside the output unless it says otherwise); the same command again only trains.
 
@@ -42,6 +44,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.processes import check_alone, check_device, reading_processes
+from vtp_diffusion.runtime.programs import print_end_of_evaluation
 from vtp_diffusion.runtime.reproducibility import random_stream
 
 
@@ -197,7 +200,7 @@ def main() -> None:
     }
     results = write_results(config.output, "linear_probe", config, results)
     print_results(results)
-    print(f"results: {config.output}")
+    print_end_of_evaluation(config.output)
 
 
 def print_results(results: dict) -> None:

@@ -6,6 +6,8 @@
     python eval/reconstruction.py --vae FOLDER --data.source imagenet-1k --data.resolution 256 \\
         --feature_network inception --weights weights-inception-2015-12-05-6726825d.pth --output rfid.json
 
+    python eval/reconstruction.py --vae runs/mine/vae --data.source FOLDER --data.resolution 256 --output mine.json
+
 Images (ADM's centre crops) and reconstructions are compared as 8-bit images. The Fréchet distance is that to the very
 same images (as for rFID on the ImageNet validation set), so that a perfect autoencoder gets 0 and no floor of real
 images applies; on Inception's features it is the rFID. Works for any diffusers autoencoder; memory does not depend on
@@ -55,6 +57,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import check_device, gather_objects, join_processes, this_process
+from vtp_diffusion.runtime.programs import print_end_of_evaluation
 
 WORST = 16
 
@@ -265,8 +268,7 @@ def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None
     for name, distance in results["distances"].items():
         spread = results["distance_spreads"][name]["value"]
         print(f"{name:12} {distance:.3f} ± {spread:.2g} (against the same images)")
-    for place in filter(None, (config.worst_cases, config.output)):
-        print(f"written: {place}")
+    print_end_of_evaluation(config.output, config.worst_cases)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         if file is None:
             print(caption)
     numbers, shown = sum(row.value != NOT_MEASURED for row in rows), sum(file is not None for _, file in pictures)
-    print(f"{numbers} numbers, {len(charts)} curves, {shown} pictures: {output}, {output.with_suffix('.md')}")
+    print(f"{numbers} numbers, {len(charts)} curves, {shown} pictures")
+    print(f"written: {output}, {output.with_suffix('.md')}; next: open {output} in a browser")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
     python eval/zero_shot.py --model runs/vtp-openmoji/vtp --data.resolution 128 --data.label_column category \\
         --templates "an emoji of {}" "a picture of {}" --output zero_shot.json
 
+    python eval/zero_shot.py --model runs/mine/vtp --data.source FOLDER --data.resolution 256 --output zero_shot.json
+
 --model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet the
 names and CLIP's 80 templates are those of open_clip, and labels are ImageNet's indices; else the names are the data
 set's. A class is the average of its prompts, as in CLIP. Images are ADM's centre crops, or with --protocol vtp whole
@@ -38,6 +40,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.processes import check_alone, check_device
+from vtp_diffusion.runtime.programs import print_end_of_evaluation
 
 
 @dataclass(kw_only=True)
@@ -121,7 +124,8 @@ def main() -> None:
     for line in fault_lines(results["skipped"], results["enlarged"], config.data.resolution):
         print(line)
     print(f"chance  top-1 {results['chance']:6.1%}")
-    print(f"found   top-1 {results['top1']:6.1%}   top-5 {results['top5']:6.1%}\nresults: {config.output}")
+    print(f"found   top-1 {results['top1']:6.1%}   top-5 {results['top5']:6.1%}")
+    print_end_of_evaluation(config.output)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.disk import replacing
+from vtp_diffusion.runtime.programs import as_typed, print_end
 
 if TYPE_CHECKING:
     from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command and its options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=as_typed(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -181,7 +184,14 @@ def main(argv: list[str] | None = None) -> None:
         with replacing(output) as folder:
             result.save_pretrained(folder)
         progress.update()
-    print(f"{type(result).__name__} written: {output}")
+    print(f"{type(result).__name__} written")
+    if arguments.command == "vtp":
+        print_end([output], "train_dit/extract_latents.py --vae {} --data.source FOLDER --output_dir latents", output)
+    elif arguments.command == "lightning-dit":
+        then = "pipelines/convert.py pipeline --vae FOLDER --transformer {} --output pipeline"
+        print_end([output], then, output)
+    else:
+        print_end([output], "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png", output)
 
 
 if __name__ == "__main__":

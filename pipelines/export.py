@@ -1,6 +1,8 @@
 """Make a pipeline folder self-contained: it then also loads where this package is not installed.
 
     python pipelines/export.py --pipeline weights/openmoji-128 --output exported
+    python pipelines/export.py --pipeline runs/dit-openmoji/pipeline --output openmoji-128
+    python pipelines/export.py --pipeline pipeline --output vtp-large-xl
 
 Weights, configurations and model cards are copied; what else lies in the folder is left out and named. Components of
 other classes than the exported ones and diffusers' own are refused. Then, anywhere with diffusers:
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
+from vtp_diffusion.runtime.programs import print_end
 
 
 @dataclass(kw_only=True)
@@ -32,6 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     files = sorted(path.relative_to(config.pipeline) for path in Path(config.pipeline).rglob("*") if path.is_file())
     if left_out := [str(path) for path in files if not (folder / path).exists()]:
         print(f"left out: {', '.join(left_out)}")
+    print_end([folder], "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png", folder)
 
 
 if __name__ == "__main__":

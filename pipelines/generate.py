@@ -34,6 +34,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import write_picture
 from vtp_diffusion.runtime.processes import check_device, join_processes, this_process
+from vtp_diffusion.runtime.programs import print_end
 
 if TYPE_CHECKING:
     from vtp_diffusion import LightningDiTPipeline
@@ -148,7 +149,8 @@ def draw_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: lis
     columns = each if each > 1 else math.ceil(math.sqrt(len(labels)))
     picture = image_grid(to_pil(torch.stack([images[k] for k in range(len(labels))])), columns, names)
     write_picture(Path(config.output), picture)
-    print(f"{len(labels)} images: {config.output}")
+    print(f"{len(labels)} images")
+    print_end([config.output], "pipelines/app.py --pipeline {}", config.pipeline)
 
 
 def write_files(
@@ -173,7 +175,9 @@ def write_files(
         wait()
         if rank == 0:
             files.finish(labels)
-            print(f"{missing} images made, {len(labels) - missing} were there: {config.output}")
+            print(f"{missing} images made, {len(labels) - missing} were there")
+            then = "eval/generation.py --images {} --reference FOLDER --output results.json"
+            print_end([config.output], then, config.output)
 
 
 def main(argv: list[str] | None = None) -> None:

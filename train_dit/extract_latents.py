@@ -2,6 +2,10 @@
 
     accelerate launch train_dit/extract_latents.py --vae runs/vtp-openmoji/vae --output_dir runs/latents-openmoji \\
         --data.source openmoji --data.resolution 128 --copies 16 --augmentation.shift 4
+    accelerate launch train_dit/extract_latents.py --vae vtp-large --output_dir latents/vtp-large \\
+        --data.source imagenet --data.resolution 256 --mixed_precision bf16 --compile --num_workers 12
+    python train_dit/extract_latents.py --vae vtp-large --output_dir latents/mine --data.source FOLDER \\
+        --data.resolution 256
 
 Run again, it goes on after the last complete shard, with any number of processes. `--copies N` writes N copies of an
 image: the first as it is, the others changed as --augmentation says (an image of weight w gets round(N·w) copies, at
@@ -47,6 +51,7 @@ from vtp_diffusion.runtime import folder_lock
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.processes import gather_objects, join_processes
+from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.runtime.reproducibility import autocast, stream_seed
 
 Sample = tuple[int, int]  # image, copy
@@ -248,6 +253,8 @@ def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: l
     write_metadata(folder, metadata)
     print(f"{folder}: {total} latents, {len(skipped)} images skipped, {METADATA_NAME} written")
     print(f"over channels: mean {min(mean):.3f} to {max(mean):.3f}, deviation {min(std):.3f} to {max(std):.3f}")
+    then = "train_dit/train.py --config NAME --vae {} --latents {} --output_dir runs/dit"
+    print_end([folder], then, config.vae, folder)
 
 
 if __name__ == "__main__":

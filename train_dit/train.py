@@ -1,6 +1,8 @@
 """Train a LightningDiT; the result is a diffusers pipeline.
 
-    accelerate launch train_dit/train.py --config train_dit/configs/openmoji.yaml
+    python train_dit/train.py --config tiny
+    accelerate launch train_dit/train.py --config openmoji
+    accelerate launch train_dit/train.py --config vtp_large_xl --latents latents/mine --output_dir runs/mine
 
 It learns from the latents that train_dit/extract_latents.py wrote. With `latents: null` it learns online, from the
 images of `data`: the autoencoder then runs in every step, on images changed as `augmentation` says.
@@ -17,7 +19,7 @@ weights, for models that do not fit otherwise:
 Alignment (REPA, arXiv:2410.06940): with --alignment.weight 0.5 tokens of the transformer learn to resemble the
 features that VTP's encoder has of the image. Online training alone, where the encoder runs anyway:
 
-    accelerate launch train_dit/train.py --config train_dit/configs/openmoji.yaml --latents none \\
+    accelerate launch train_dit/train.py --config openmoji --latents none \\
       --data.source openmoji --data.resolution 128 --alignment.weight 0.5 --alignment.until_step 6000
 
 Autoguidance (arXiv:2406.02507): with --guide.step 20000 the EMA weights of that step, with --guide.transformer
@@ -49,6 +51,7 @@ from vtp_diffusion.generation.objective import (
 from vtp_diffusion.generation.transformer_config import ModelConfig, build_transformer
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -57,6 +60,9 @@ if TYPE_CHECKING:
     from vtp_diffusion.evaluation.validation import QuickDistance
     from vtp_diffusion.generation.latent_inputs import OnlineLatents
     from vtp_diffusion.training.loop import TrainingRun
+
+CONFIGS = [file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")) if "distill" not in file.name]
+NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png"
 
 
 @dataclass(kw_only=True)
@@ -229,7 +235,7 @@ def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDist
         run.report(step, values, sample_grid(config.validation, pipeline, run.device) if draw else None)
 
 
-def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> Path:
+def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> None:
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import write_model_card
     from vtp_diffusion.runtime.disk import writing
@@ -255,11 +261,12 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         time_shift=f"{resolve_shift(config.time_shift, dataset.shape):.4g}",
         shift=f"{resolve_shift(config.shift, dataset.shape):.4g}",
     )
-    return folder
+    print(f"the pipeline is in {folder}{run.skipped_note}")
+    print_end([run.folder.path, folder], NEXT, folder)
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(Config, argv, __doc__)
+    config = parse_config(Config, argv, __doc__, CONFIGS)
     from vtp_diffusion.models.loading import load_autoencoder
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
@@ -315,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.averaged_model() as model:
         if run.is_main:
             pipeline = build_pipeline(config, vae, model, dataset, open_guide(config.guide, folder))
-            print(f"the pipeline is in {save_pipeline(config, run, pipeline, dataset)}{run.skipped_note}")
+            save_pipeline(config, run, pipeline, dataset)
     run.end()
 
 

@@ -1,6 +1,8 @@
 """Fine-tune the pixel decoder of a VTP tokenizer with a GAN loss; encoder, bottleneck and latents stay as they are.
 
-    accelerate launch train_vtp/finetune_decoder.py --config train_vtp/configs/finetune_decoder_openmoji.yaml
+    python train_vtp/finetune_decoder.py --config finetune_decoder_tiny
+    accelerate launch train_vtp/finetune_decoder.py --config finetune_decoder_openmoji
+    accelerate launch train_vtp/finetune_decoder.py --config finetune_decoder_large --vae vtp-large
 
 `--vae` is an AutoencoderVTP folder or the run folder of train_vtp/train.py. Every field of the configuration is also
 an option (--help lists them). The same command again resumes an interrupted run. The run folder ends with vae/, whose
@@ -13,6 +15,7 @@ the run ends, and vae/ has that decoder (--stop_on_collapse false: it goes on).
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +48,7 @@ from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import replacing, write_json
 from vtp_diffusion.runtime.processes import gather_objects
+from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.compilation import compile_modules
 from vtp_diffusion.training.config import TrainingConfig
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from vtp_diffusion import AutoencoderVTP
 
 SOUND = "decoder_before_collapse.safetensors"  # in the run folder
+CONFIGS = sorted((Path(__file__).parent / "configs").glob("finetune_decoder*.yaml"))
 
 
 @dataclass(kw_only=True)
@@ -189,8 +194,16 @@ def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -
         perceptual.compile()
 
 
+def print_written(config: Config, run: TrainingRun) -> None:
+    vae, *others = (run.folder.path / name for name in ("vae", "results.json", SOUND))
+    print(f"the autoencoder is in {vae}{run.skipped_note}")
+    then = "eval/reconstruction.py --vae {} --data.source {} --data.resolution {} --output reconstruction.json"
+    written = [run.folder.path, vae, *(path for path in others if path.exists())]
+    print_end(written, then, vae, config.data.source, config.data.resolution)
+
+
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(Config, argv, __doc__)
+    config = parse_config(Config, argv, __doc__, CONFIGS)
     if sharding_asked():
         raise ValueError("FSDP was asked for: the decoder and its discriminator are trained with whole weights only")
     folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
@@ -258,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
             print(f"{name}: {', '.join(changes)}")
-        print(f"the autoencoder is in {folder.path / 'vae'}{run.skipped_note}")
+        print_written(config, run)
     run.end()
 
 

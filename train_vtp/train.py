@@ -1,6 +1,8 @@
 """Pre-train a VTP tokenizer: contrastive, self-supervised and reconstruction objectives together, or some of them.
 
-    accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji.yaml
+    python train_vtp/train.py --config tiny
+    accelerate launch train_vtp/train.py --config openmoji
+    accelerate launch train_vtp/train.py --config openmoji_reconstruction --data.source FOLDER --output_dir runs/mine
 
 Every field of the configuration is also an option (--help lists them): --model.latent_channels 16, --data.limit 500,
 --objectives reconstruction. The same command again resumes an interrupted run. The run folder ends with results.json,
@@ -41,6 +43,7 @@ from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import numbers_line, write_json
 from vtp_diffusion.runtime.processes import this_process
+from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.loop import TrainingRun
@@ -58,6 +61,7 @@ OBJECTIVES = {
     "self_supervision": SelfSupervisionObjective,
     "reconstruction": ReconstructionObjective,
 }
+CONFIGS = [file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")) if "decoder" not in file.name]
 
 
 @dataclass(kw_only=True)
@@ -274,8 +278,16 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
     return results
 
 
+def print_written(config: Config, run: TrainingRun) -> None:
+    vae, *others = (run.folder.path / name for name in ("vae", "vtp", "results.json"))
+    print(f"the autoencoder is in {vae}{run.skipped_note}")
+    then = "train_dit/extract_latents.py --vae {} --data.source {} --data.resolution {} --output_dir latents"
+    written = [run.folder.path, vae, *(path for path in others if path.exists())]
+    print_end(written, then, vae, config.data.source, config.data.resolution)
+
+
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(Config, argv, __doc__)
+    config = parse_config(Config, argv, __doc__, CONFIGS)
     if sharding_asked():  # reconstruction alone would come as far as its first validation
         raise ValueError(
             "FSDP was asked for: the teacher and the text tower are not trained sharded, and what is trained is "
@@ -340,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
             results = finish(run, config, model, training, datasets, perceptual, left_out)
         for name in datasets:
             print(f"{name}: {numbers_line(results[name])}")
-        print(f"the autoencoder is in {folder.path / 'vae'}{run.skipped_note}")
+        print_written(config, run)
     run.end()
 
 

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from torchvision import transforms
 
 from vtp_diffusion.data.image_files import resized_center_crop, squash
-from vtp_diffusion.data.images import from_pil, from_uint8, image_grid, to_pil, to_uint8
+from vtp_diffusion.data.images import _lines, enlarged, from_pil, from_uint8, image_grid, to_pil, to_uint8
 
 
 def test_uint8_round_trip_is_exact_for_every_level():
@@ -32,11 +32,28 @@ def test_transparent_pixels_show_white():
 
 def test_grid_places_images_row_by_row():
     colors = ["red", "green", "blue"]
-    grid = image_grid([Image.new("RGB", (10, 20), color) for color in colors], columns=2, padding=1)
-    assert grid.size == (24, 44)
-    assert [grid.getpixel(at) for at in ((5, 5), (17, 5), (5, 30))] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
-    labelled = image_grid([Image.new("RGB", (40, 40), "red")], columns=1, labels=["a label wider than its picture"])
-    assert labelled.height > 48
+    grid = image_grid([Image.new("RGB", (100, 20), color) for color in colors], columns=2, padding=1)
+    assert grid.size == (204, 44)
+    assert [grid.getpixel(at) for at in ((50, 5), (152, 5), (50, 30))] == [(255, 0, 0), (0, 128, 0), (0, 0, 255)]
+
+
+def test_tiny_images_are_enlarged_by_a_whole_factor():
+    tiny = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 10, 3), dtype=np.uint8))
+    assert np.array_equal(np.array(enlarged(tiny)), np.array(tiny).repeat(10, 0).repeat(10, 1))
+    large = Image.new("RGB", (96, 20))
+    assert enlarged(large).size == large.size
+    assert image_grid([tiny], columns=1, padding=0).size == (100, 200)
+
+
+def test_captions_take_several_lines_and_lose_nothing():
+    font = ImageFont.load_default(size=10)
+    for text in ("a label wider than its picture", "transport-ground", "x" * 60, "W", ""):
+        lines = _lines(text, 50, font)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert all(font.getlength(line) <= 50 for line in lines)
+    assert _lines("animal-amphibian", 70, font) == ["animal-", "amphibian"]
+    heights = [image_grid([Image.new("RGB", (96, 96))], 1, [text]).height for text in ("cat", "x" * 60)]
+    assert heights[0] < heights[1]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """The documentation: its commands parse, its files are there, its table has every configuration."""
 
+import ast
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from vtp_diffusion.runtime.programs import programs
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -23,6 +27,40 @@ def test_every_command_parses(checker, capsys):
     with pytest.raises(SystemExit) as status:
         checker.main()
     assert status.value.code == 0, capsys.readouterr().out
+
+
+def test_every_configuration_is_listed_by_one_program(checker):
+    for folder in ("train_dit", "train_vtp"):
+        modules = [checker.load(path) for path in sorted((ROOT / folder).glob("*.py"))]
+        listed = [path for module in modules for path in getattr(module, "CONFIGS", [])]
+        assert sorted(listed) == sorted((ROOT / folder / "configs").glob("*.yaml"))
+
+
+PROGRAMS = [path for path in programs().values() if path.name != "report.py"]  # its example names a picture
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_help_holds_three_commands_that_parse(checker, program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there are the files that examples name
+    Path("weights").symlink_to(ROOT / "weights")
+    text = ast.get_docstring(ast.parse(program.read_text(encoding="utf-8"))).replace("\\\n", " ")
+    found = [line for line in text.splitlines() if re.match("    (python|accelerate)", line) and "..." not in line]
+    assert len(found) >= 3
+    for line in found:
+        words = shlex.split(line)
+        for file in (word for word in words if word.endswith(".pth")):
+            Path(file).touch()
+        assert "compare" in words or checker.check(words) is None
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_command_that_a_program_names_last_parses(checker, program):
+    text = program.read_text(encoding="utf-8")
+    commands = re.findall(r'"((?:pipelines|train_dit|train_vtp|eval)/\w+\.py (?:pipeline )?--[^"]+)"', text)
+    assert len(commands) == text.count("print_end(")
+    assert commands or "print_end_of_evaluation(" in text or program.name == "app.py"
+    for command in commands:  # what is known only when the program runs is replaced by a number
+        checker.check(shlex.split("python " + command.replace("{}", "32").replace("NAME", "tiny")))
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,7 @@ def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_
         capture_output=True, text=True, env=os.environ | variables,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("results:") == 1, "not two processes but twice one"
+    assert done.stdout.count("written:") == 1, "not two processes but twice one"
     evaluate(*words, "--save_images", tmp_path / "one", "--output", tmp_path / "one.json")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["settings"]["processes"], two["settings"]["processes"]) == (1, 2)

@@ -79,6 +79,9 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "the autoencoder is in run/vae" in done.stdout and "held_out: psnr " in done.stdout
+    written, _, then = done.stdout.splitlines()[-1].partition("; next: ")
+    assert written == "written: run, run/vae, run/results.json, run/decoder_before_collapse.safetensors"
+    assert then.startswith("python eval/reconstruction.py --vae run/vae --data.source openmoji --data.resolution 32")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["held_out"]["after"]["psnr"] != results["held_out"]["before"]["psnr"]
     assert results["encoder_unchanged"] is True and isinstance(results["collapse"], list)

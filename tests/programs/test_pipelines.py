@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -58,13 +59,17 @@ def started(pipeline_folder, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-def call(program: str, *arguments) -> None:
-    """The same in this process, which saves the seconds of importing torch."""
+def load(program: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(program.removesuffix(".py"), ROOT / "pipelines" / program)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    module.main([str(argument) for argument in arguments])
+    return module
+
+
+def call(program: str, *arguments) -> None:
+    """The same in this process, which saves the seconds of importing torch."""
+    load(program).main([str(argument) for argument in arguments])
 
 
 def refused(message: str, program: str, *arguments) -> None:
@@ -184,8 +189,9 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
 
 
 def test_generate_one_picture(started):
+    assert started[1]["generate.py"].splitlines()[-1].startswith("written: a/b.png; next: python pipelines/app.py")
     width, height = Image.open(started[0] / "a" / "b.png").size
-    assert width >= 3 * 32 and height >= 2 * 32 and "6 images: a/b.png" in started[1]["generate.py"]
+    assert width >= 3 * 96 and height >= 2 * 96 and "6 images\n" in started[1]["generate.py"]
 
 
 def test_generate_a_folder_that_can_be_continued(tmp_path, pipeline_folder, capsys):
@@ -221,10 +227,10 @@ def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
 def test_reconstruct_side_by_side(started, tmp_path, pipeline_folder, images):
     printed = started[1]["reconstruct.py"]
     assert printed.count("dB") == 3 and "0.png" in printed and "mean of 2" in printed
-    assert Image.open(started[0] / "out.png").width >= 4 * 32
+    assert Image.open(started[0] / "out.png").width >= 4 * 96
     vae = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images")
     call(*vae, images / "1.png", "--resolution", 64)
-    assert 2 * 64 <= Image.open("out.png").width < 4 * 64
+    assert 2 * 128 <= Image.open("out.png").width < 3 * 128
     (tmp_path / "out.png").unlink()
     refused("multiple of the autoencoder's patch 8, got 60", *vae, images, "--resolution", 60)
     refused("absent.png is neither an image file nor a folder", *vae, "absent.png")
@@ -251,7 +257,9 @@ def test_reconstruct_keeps_what_was_done_before_an_unreadable_image(pipeline_fol
 
 def test_export_as_a_program(started):
     assert (started[0] / "exported" / "pipeline.py").is_file()
-    assert started[1]["export.py"] == "self-contained pipeline: exported\n"
+    first, last = started[1]["export.py"].splitlines()
+    assert first == "self-contained pipeline: exported"
+    assert last.startswith("written: exported; next: python pipelines/generate.py --pipeline exported")
 
 
 @pytest.mark.parametrize("program", ["convert.py", "export.py", "generate.py", "reconstruct.py"])

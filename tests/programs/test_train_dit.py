@@ -113,6 +113,8 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path, made):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "the pipeline is in run/pipeline" in done.stdout
+    end = "written: run, run/pipeline; next: python pipelines/generate.py --pipeline run/pipeline --num_images 16"
+    assert done.stdout.splitlines()[-1].startswith(end)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40 and lines[-1]["loss"] < lines[0]["loss"]
     assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == [

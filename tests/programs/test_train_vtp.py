@@ -78,6 +78,8 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "step 15: held_out_psnr " in done.stdout and "\nheld_out: psnr " in done.stdout
     assert "the autoencoder is in run/vae" in done.stdout
+    end = "written: run, run/vae, run/vtp, run/results.json; next: python train_dit/extract_latents.py --vae run/vae"
+    assert done.stdout.splitlines()[-1].startswith(end)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["steps"] == 30 and {"train", "held_out"} <= results.keys()
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -63,5 +63,5 @@ def test_faults_of_the_program_keep_their_traceback(capsys):
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_program_ends_this_way(program):
     text = program.read_text(encoding="utf-8")
-    assert "from vtp_diffusion.runtime.cli import run" in text
+    assert re.search("from vtp_diffusion.runtime.cli import .*run", text)
     assert re.search(r'if __name__ == "__main__":\n    run\w*\(main\)\n$', text)

@@ -227,6 +227,23 @@ def test_a_refused_command_line_says_what_was_meant(words, message):
         parse_config(TrainingConfig, words)
 
 
+def test_a_configuration_is_found_by_its_name_and_listed_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.yaml").write_text("# A small one, for\n# a laptop. Not run.\noutput: x\n")
+    shipped = sorted((tmp_path / "configs").glob("*.yaml"))
+    monkeypatch.chdir(tmp_path)
+    for word in ("small", "small.yaml", "configs/small.yaml"):
+        assert parse_config(Outer, ["--config", word], None, shipped).output == "x"
+    (tmp_path / "small").write_text("output: mine\n")
+    assert parse_config(Outer, ["--config", "small"], None, shipped).output == "mine", "a file that is there"
+    with pytest.raises(FileNotFoundError, match="large does not exist.*expected a file or one of small"):
+        parse_config(Outer, ["--config", "large"], None, shipped)
+    with pytest.raises(SystemExit):
+        parse_config(Outer, ["--help"], "What it does.\n\nMore.", shipped)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "What it does. configurations (--config NAME): small A small one More. options:" in printed
+
+
 def test_help_has_bounds_and_defaults(capsys):
     with pytest.raises(SystemExit):
         parse_config(TrainingConfig, ["--help"], "What it does.")

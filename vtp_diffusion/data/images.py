@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 Rounding = Literal["half to even", "half up"]
+SHOWN_SIDE = 96  # pixels: what is narrower is enlarged in pictures
 
 
 def to_uint8(images: torch.Tensor, rounding: Rounding = "half to even") -> torch.Tensor:
@@ -72,10 +73,18 @@ def from_pil(image: Image.Image) -> torch.Tensor:
     return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
+def enlarged(image: Image.Image) -> Image.Image:
+    """A tiny image with its pixels shown as squares, at least `SHOWN_SIDE` wide; other images as they are."""
+    factor = -(-SHOWN_SIDE // image.width)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
 def image_grid(
     images: Sequence[Image.Image], columns: int, labels: Sequence[str] | None = None, padding: int = 4
 ) -> Image.Image:
     """Paste equally sized images row by row on white, each with its label above it when labels are given.
+
+    Tiny images are `enlarged`; a label that is wider than its image takes several lines.
 
     Args: `columns`: images a row; `padding`: pixels around each image. Raises: ValueError on no images, mixed sizes,
     or a number of labels other than the number of images.
@@ -86,22 +95,28 @@ def image_grid(
         raise ValueError(f"a grid needs images of one size, got {sorted({image.size for image in images})}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"got {len(labels)} labels for {len(images)} images")
+    images = [enlarged(image.convert("RGB")) for image in images]
     width, height = images[0].size
     font = ImageFont.load_default(size=max(10, min(16, width // 10)))
-    text_height = font.size + 4 if labels is not None else 0
+    texts = ["\n".join(_lines(label, width, font)) for label in labels or []]
+    text_height = (font.size + 4) * max((text.count("\n") + 1 for text in texts), default=0)
     cell_width, cell_height = width + 2 * padding, height + 2 * padding + text_height
     rows = -(-len(images) // columns)
     grid = Image.new("RGB", (min(columns, len(images)) * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(grid)
     for index, image in enumerate(images):
         left, top = index % columns * cell_width + padding, index // columns * cell_height + padding
-        if labels is not None:
-            draw.text((left, top), _shorten(labels[index], width, font), fill="black", font=font)
-        grid.paste(image.convert("RGB"), (left, top + text_height))
+        if texts:
+            draw.multiline_text((left, top), texts[index], fill="black", font=font, spacing=2)
+        grid.paste(image, (left, top + text_height))
     return grid
 
 
-def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-2] + "…"
-    return text
+def _lines(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A text in lines no wider than `width`, broken after spaces and hyphens where there are any."""
+    lines = []
+    while font.getlength(text) > width and len(text) > 1:
+        fitting = max(1, next(k for k in range(len(text), -1, -1) if font.getlength(text[:k]) <= width))
+        end = max(text.rfind(mark, 0, fitting) + 1 for mark in " -") or fitting
+        lines, text = [*lines, text[:end].rstrip()], text[end:].lstrip()
+    return [*lines, text]

@@ -4,12 +4,11 @@ import torch
 from PIL import Image
 
 from ..metrics.features import Extractor
-from ..metrics.neighbours import near_duplicate_threshold, nearest_neighbours, neighbour_grid
+from ..metrics.neighbours import NEIGHBOUR_NETWORK, near_duplicate_threshold, nearest_neighbours, neighbour_grid
 from ..runtime.reproducibility import random_stream
 from .one_pass import FeaturesConfig, ImageRecord
 from .sources import ImageSource
 
-NEIGHBOUR_NETWORK = "efficientnet_lite0"  # metrics/neighbours.py says why
 CALIBRATION_IMAGES = 1000
 PAIRS = 24
 

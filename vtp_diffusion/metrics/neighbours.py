@@ -16,6 +16,8 @@ from ..runtime.reproducibility import stream_seed
 
 MEMORISED_QUANTILE = 0.05
 
+NEIGHBOUR_NETWORK = "efficientnet_lite0"
+
 
 def nearest_neighbours(
     queries: torch.Tensor, keys: torch.Tensor, exclude_self: bool = False, chunk: int = 1024

@@ -14,13 +14,14 @@ import operator
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from .yaml_files import read_yaml
+from .programs import as_typed
+from .yaml_files import describe_yaml, find_yaml, read_yaml
 
 Config = TypeVar("Config")
 LARGEST_INTEGER = 2**62  # a seed plus a number of images stays an integer that torch takes
@@ -330,14 +331,17 @@ def _sequence_of(annotation: Any) -> Any | None:
     return None
 
 
-def _help(leaves: list, description: str | None) -> str:
+def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str:
     """What --help prints."""
+    if shipped:
+        first, _, rest = (description or "").partition("\n\n")
+        description = f"{first}\n\nconfigurations (--config NAME):\n{describe_yaml(shipped)}\n\n{rest}"
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",  # else one screen of names before what it is about
-        description=description,
+        description=as_typed(description or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; options on the command line come after it")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, or a configuration's name; options come after it")
     for name, annotation, field in leaves:
         kind = _describe(annotation)
         if bounds := {key: field.metadata[key] for key in BOUNDS if key in field.metadata}:
@@ -383,7 +387,12 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     values[key] = value
 
 
-def parse_config(config_class: type[Config], argv: list[str] | None = None, description: str | None = None) -> Config:
+def parse_config(
+    config_class: type[Config],
+    argv: list[str] | None = None,
+    description: str | None = None,
+    shipped: Sequence[Path] = (),
+) -> Config:
     """The configuration of a program: dataclass defaults, then `--config FILE.yaml`, then the command line.
 
     Every field is an option, `--field value`, and those of a nested dataclass are `--section.field value`; lists take
@@ -393,6 +402,7 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
         config_class: the dataclass; `field(metadata={"help": ...})` is the text of `--help`.
         argv: the words of the command line, without the program's name; None means those of this process.
         description: what `--help` says first.
+        shipped: the configurations of this program, which `--config` takes by name too.
 
     Raises:
         ValueError: an unknown key or option, a value of another type, a missing required value.
@@ -401,13 +411,14 @@ def parse_config(config_class: type[Config], argv: list[str] | None = None, desc
     leaves = _leaves(config_class)
     words = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(words):
-        print(_help(leaves, description))
+        print(_help(leaves, description, shipped))
         raise SystemExit(0)
     given = _read_words(words, [name for name, _, _ in leaves] + ["config"])
     files = given.pop("config", [None])
     if len(files) != 1:
         raise ValueError(f"command line: --config is {' '.join(files) or 'given without a file'}, expected one file")
-    values, where = ({}, "command line") if files[0] is None else (read_yaml(files[0]), files[0])
+    where = "command line" if files[0] is None else find_yaml(files[0], shipped)
+    values = {} if files[0] is None else read_yaml(where)
     _check_partial(config_class, values, where)
     for name, annotation, _ in leaves:
         if name not in given:

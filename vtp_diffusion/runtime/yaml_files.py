@@ -1,6 +1,8 @@
 """Reading YAML 1.2 files of settings."""
 
+import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +71,27 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of keys to values, it holds a {type(values).__name__}")
     return values
+
+
+def find_yaml(word: str, shipped: Sequence[Path]) -> str:
+    """The file that is meant by a path, or by the name of one of the shipped files, with or without its suffix.
+
+    Raises: FileNotFoundError if it is neither.
+    """
+    named = {name: str(path) for path in shipped for name in (path.name, path.stem)}
+    if not shipped or Path(word).is_file():
+        return word
+    if word not in named:
+        known = ", ".join(path.stem for path in shipped)
+        raise FileNotFoundError(f"the configuration {word} does not exist: expected a file or one of {known}")
+    return named[word]
+
+
+def describe_yaml(shipped: Sequence[Path]) -> str:
+    """A line of each file: its name, and what its comment begins with."""
+    lines = []
+    for path in shipped:
+        rows = itertools.takewhile(lambda row: row.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        comment = " ".join(row.lstrip("# ") for row in rows)
+        lines.append(f"  {path.stem:28} {re.split('[.;?] |[.]$|, (?:so|for|as) ', comment)[0]}")
+    return "\n".join(lines)

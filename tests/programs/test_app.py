@@ -1,0 +1,90 @@
+"""The page of pipelines/app.py: what it computes, without gradio; where gradio is installed, the page itself."""
+
+import html
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_pipelines import load, pipeline_folder  # noqa: F401
+
+from vtp_diffusion.generation.sampler_config import SamplerConfig
+from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
+
+SAMPLER = {"seed": 3, "num_inference_steps": 2, "guidance_scale": 2.0, "solver": "unipc"}
+
+
+@pytest.fixture(scope="module")
+def app():
+    return load("app.py")
+
+
+@pytest.fixture(scope="module")
+def page(app, pipeline_folder):  # noqa: F811
+    return app.Page(app.AppConfig(pipeline=[str(pipeline_folder)], device="cpu"))
+
+
+def test_images_are_those_of_the_seed_and_their_number(page, pipeline_folder):  # noqa: F811
+    folder = str(pipeline_folder)
+    pictures, nearest = page.generate(folder, ["cat", "2"], 2, **SAMPLER)
+    assert [caption for _, caption in pictures] == ["cat", "cat", "bird", "bird"] and nearest == []
+    config = SamplerConfig(**SAMPLER)
+    expected = sample_numbers(open_pipeline(folder, config, "cpu"), [0, 0, 2, 2], range(4), 3, **config.sampler)
+    found = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1)[:, ::3, ::3] for p, _ in pictures])
+    assert torch.equal(found, expected)  # enlarged from 32 to 96 pixels
+    page.generate(folder, ["cat"], 1, **SAMPLER | {"solver": "pipeline"})
+    assert type(page.pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler", "unipc is not kept"
+
+
+@pytest.mark.parametrize(
+    ("labels", "changes", "message"),
+    [
+        (["cats"], {}, "unknown label 'cats'"),
+        ([], {}, "class_labels is empty"),
+        (["cat"] * 65, {}, "65 classes with 1 images each, expected 1 to 64 images"),
+        (["cat"], {"seed": None}, "seed is None, expected int"),
+        (["cat"], {"num_inference_steps": 0}, "num_inference_steps is 0, expected a positive number"),
+        (["cat"], {"solver": "magic"}, "solver is 'magic', expected one of"),
+    ],
+)
+def test_what_does_not_fit_is_one_message(page, labels, changes, message):
+    with pytest.raises(ValueError, match=message):
+        page.generate(page.folder, labels, 1, **SAMPLER | changes)
+
+
+def test_a_picture_comes_back_beside_its_crop(page, tmp_path):
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "red.png")
+    (given, first), (made, second) = page.reconstruct(page.folder, str(tmp_path / "red.png"))
+    assert given.size == made.size == (96, 96) and given.getpixel((0, 0)) == (255, 0, 0)
+    assert first == "original, 32 x 32" and second.endswith(" dB")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    for file, message in ((None, "choose one first"), (str(tmp_path / "broken.png"), "^broken.png cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            page.reconstruct(page.folder, file)
+
+
+def test_folders_that_hold_no_pipeline_are_refused(app, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} has no model_index.json"):
+        app.Page(app.AppConfig(pipeline=[str(tmp_path)], device="cpu"))
+    with pytest.raises(ValueError, match="port is 70000"):
+        app.AppConfig(port=70000)
+
+
+def test_the_page_as_a_browser_calls_it(app, page):
+    gradio = pytest.importorskip("gradio")
+    client = pytest.importorskip("gradio_client")
+    blocks = app.build_page(page)
+    _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        caller = client.Client(address, verbose=False, analytics_enabled=False)
+        images, nearest = caller.predict(page.folder, ["cat"], 2, 0, 2, 1.0, "euler", api_name="/generate")
+        assert [image["caption"] for image in images] == ["cat", "cat"] and nearest == []
+        with pytest.raises(Exception, match=html.escape("unknown label '<cats>'")):
+            caller.predict(page.folder, ["<cats>"], 2, 0, 2, 1.0, "euler", api_name="/generate")
+        with pytest.raises(Exception, match="choose one first"):
+            caller.predict(page.folder, None, api_name="/reconstruct")
+        classes = caller.predict(page.folder, api_name="/classes")
+        assert [name for name, _ in classes["choices"]] == ["cat", "golden retriever", "bird"]
+    finally:
+        blocks.close()
+    assert gradio.__version__.startswith("6.")

@@ -1,0 +1,85 @@
+"""The programs by name: `vtp-diffusion NAME ...` starts the same files as `python FOLDER/FILE.py ...` in a clone.
+
+The wheel holds them in vtp_diffusion/programs/ (setup.cfg maps the folders there); a clone has them at its root.
+"""
+
+import ast
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cli import run
+
+FOLDERS = ("pipelines", "train_dit", "train_vtp", "eval")
+# the others are called as their file, with - for _
+NAMES = {
+    "train_dit/train.py": "train-dit",
+    "train_vtp/train.py": "train-vtp",
+    "eval/generation.py": "evaluate",
+    "eval/reconstruction.py": "evaluate-reconstruction",
+}
+PACKAGE = Path(__file__).parents[1]
+INSTALLED = (PACKAGE / "programs").is_dir()
+ROOT = PACKAGE / "programs" if INSTALLED else PACKAGE.parent
+
+
+def programs() -> dict[str, Path]:
+    """Name -> file of every program."""
+    files = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
+    return {NAMES.get(f"{file.parent.name}/{file.name}", file.stem.replace("_", "-")): file for file in files}
+
+
+def as_typed(text: str) -> str:
+    """A text with the commands of a clone, as they are typed here: where the programs are installed, by name."""
+    for name, path in programs().items() if INSTALLED else ():
+        file = re.escape(f"{path.parent.name}/{path.name}")
+        text = re.sub(rf"\bpython {file}", f"vtp-diffusion {name}", text)
+        text = re.sub(rf"accelerate launch(.*) {file}", rf"accelerate launch --no_python\1 vtp-diffusion {name}", text)
+    return text
+
+
+def print_end(written: Sequence[object], then: str, *values: object) -> None:
+    """The last line of a program: all that it wrote, None left out, and the command that comes next.
+
+    Args: `then`: FOLDER/FILE.py and its options, with {} in the place of each of the values.
+    """
+    command = then.format(*(shlex.quote(str(value)) for value in values))
+    places = ", ".join(str(path) for path in written if path is not None)
+    print(f"written: {places}; next: {as_typed('python ' + command)}")
+
+
+def print_end_of_evaluation(results: str, *pictures: str | None) -> None:
+    """The last line of a program that measures: a page of its results comes next."""
+    print_end([results, *pictures], "eval/report.py --results {} --output report.html", results)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Replace this process by the program that the first word names, with the other words as its options."""
+    name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    known = programs()
+    if name in ("-h", "--help"):
+        lines = [f"  {name:24} {_first_line(file)}" for name, file in known.items()]
+        print("\n".join(["usage: vtp-diffusion PROGRAM [--help] [--OPTION VALUE ...]", "", *lines]))
+        return
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{name!r} is no program{hint} (expected one of {', '.join(known)})")
+    os.execv(sys.executable, [sys.executable, str(known[name]), *words])
+
+
+def _first_line(file: Path) -> str:
+    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n")[0]
+
+
+def command() -> None:
+    """What the console script `vtp-diffusion` calls."""
+    run(main)
+
+
+if __name__ == "__main__":
+    command()
