@@ -238,6 +238,9 @@ def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkey
     assert [(row[1], row[5]) for row in rows] == [
         ("25 ± 0.2", "run1/generation"), ("26 ± 0.2", "run2/generation"), ("1.25", "vae")
     ]  # fmt: skip
+    page = Path("page.html").read_text()
+    summary = page[page.index("<h2>Summary") : page.index("<h2>Distance")]
+    assert "<small>run1/generation</small>" in summary and "<small>vae</small>" not in summary
     assert result_names(["a/eval/x.json", "b/eval/x.json", "y.json"]) == ["a/eval/x", "b/eval/x", "y"]
     assert result_names(["x.json", "b/x.json"]) == ["x", "b/x"]
 
