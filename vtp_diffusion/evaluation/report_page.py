@@ -24,7 +24,7 @@ PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
 AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
 STEP_AXIS = "training step"
 AMOUNTS = {"epochs": "epochs", "images": "training images", "gpu_seconds": "GPU-seconds", "flops": "FLOPs"}
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 18, 18, 46  # of a chart and its margins
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 34, 18, 46  # of a chart and its margins
 HEADS = {
     "what": "what",
     "value": "value",
@@ -139,9 +139,9 @@ def chart_svg(chart: Chart) -> Markup:
 
     x_ticks: list[tuple[str, float]] = []
     for x in sorted(set(xs)):
-        left = place(x, 0)[0]
-        if not x_ticks or left - x_ticks[-1][1] >= 34:  # labels that would touch are left out, their points are not
-            x_ticks.append((f"{x:g}", left))
+        left, text = place(x, 0)[0], f"{x:.4g}" if x >= 1e6 else f"{x:g}"
+        if not x_ticks or left - x_ticks[-1][1] >= 10 + 8 * len(text):  # else labels would touch; points stay
+            x_ticks.append((text, left))
     values = [(x, value) for x, value, *_ in chart.points]
     lines = {"floor": floors, "line": values}
     ys = [y for _, y in values]
