@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.pipeline is None:
         return
     reference = load_file(config.reference)
-    sampler = SamplerConfig(solver=config.solver)
+    sampler = SamplerConfig(solver=config.solver, num_inference_steps=config.num_inference_steps[0])
     pipe = open_pipeline(config.pipeline, sampler, config.device)
     how = prepare_sampling(pipe, sampler)
     training = [json.loads(line) for line in Path(config.log).read_text().splitlines()] if config.log else []
