@@ -1,4 +1,4 @@
-"""Several results on one page: numbers with their floors, curves, sample grids, nearest neighbours, worst cases.
+"""Several results on one page: samples, a summary, numbers beside best possible and chance, curves, worst cases.
 
     python eval/report.py --results generation.json reconstruction.json probe.json \\
         --pictures "sampled=demo/generated.png" --output report.html
@@ -54,18 +54,19 @@ def main(argv: list[str] | None = None) -> None:
     results = [read_result(file, name) for file, name in zip(config.results, names, strict=True)]
     rows, charts = table_rows(results), find_charts(results)
     given = [(caption, Path(file)) for caption, _, file in (word.rpartition("=") for word in config.pictures)]
-    pictures = find_pictures(results, given)
-    page = html_page(config.title, rows, charts, pictures, results)
+    recorded = find_pictures(results)
+    page = html_page(config.title, rows, charts, given, recorded, results)
     output = Path(config.output)
     write_text(output, page)
     write_text(output.with_suffix(".md"), f"# {markdown_text(config.title)}\n\n{markdown_table(rows)}")
     for row in rows:
         if row.value == NOT_MEASURED:
             print(f"{row.name}: not measured: {row.what}: {row.details}")
-    for caption, file in pictures:
+    for caption, file in recorded:
         if file is None:
             print(caption)
-    numbers, shown = sum(row.value != NOT_MEASURED for row in rows), sum(file is not None for _, file in pictures)
+    numbers = sum(row.value != NOT_MEASURED for row in rows)
+    shown = sum(file is not None for _, file in given + recorded)
     print(f"{numbers} numbers, {len(charts)} curves, {shown} pictures")
     print(f"written: {output}, {output.with_suffix('.md')}; next: open {output} in a browser")
 

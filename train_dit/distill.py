@@ -135,7 +135,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         names=list((pipeline.config.id2label or dataset.id2label).values()),
         parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
         data=f"{len(dataset)} latents of training images",
-        batch=run.images_per_step,
+        batch=run.config.train_batch_size,
         speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
         student=pipeline.transformer.config.student
         | {"baked": "no guidance" if guidance is None else f"guidance of scale {guidance['guidance_scale']}"},

@@ -255,7 +255,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         names=list(dataset.id2label.values()),
         parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
         data=f"{len(dataset)} {source if config.latents else 'training images, encoded in every step'}",
-        batch=run.images_per_step,
+        batch=run.config.train_batch_size,
         speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
         times=config.times_text,
         time_shift=f"{resolve_shift(config.time_shift, dataset.shape):.4g}",

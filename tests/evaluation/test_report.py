@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from vtp_diffusion.evaluation.report import read_result, result_names, table_rows
-from vtp_diffusion.evaluation.report_page import chart_svg, find_charts
+from vtp_diffusion.evaluation.report_page import chart_svg, convergence_charts, find_charts
 
 PROGRAM = str(Path(__file__).parents[2] / "eval" / "report.py")
 
@@ -57,6 +57,11 @@ def files(tmp_path, monkeypatch):
     return ["guidance-4.json", "guidance-1.json", "guidance-2.5.json", "vae.json"]
 
 
+def read_result_of(values):
+    Path("made.json").write_text(json.dumps(values))
+    return read_result("made.json")
+
+
 def report(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [PROGRAM, *words])
     monkeypatch.setenv("VTP_DIFFUSION_TRACEBACK", "1")
@@ -82,10 +87,10 @@ def test_a_page_that_needs_nothing_else(files, tmp_path, monkeypatch, capsys):
     assert not re.search(r"https?://|<script|<link|url\(", page), "nothing is fetched"
     assert page.count("data:image/png;base64,") == 4 and "<svg" in page and "@media print" in page
     assert "A &amp; B" in page and "sampled &lt;b&gt;" in page and "runs/&lt;dit&gt;/pipeline" in page
-    for text in ("12 ± 0.5", "4 ± 0.1", "28.25 dB", "0.0367", "190 against 1713, held-out"):
+    for text in ("17 ± 0.2", "4 ± 0.1", "28.25 dB", "0.0367", "190 against 1713", "all 1713 real: 12 ± 0.5"):
         assert text in page
     markdown = (tmp_path / "out" / "page.md").read_text()
-    assert markdown.count("\n| ") == 11 and "| FD-VGG | 12 ± 0.5 | 4 ± 0.1 | 1000 against 1713 real |" in markdown
+    assert markdown.count("\n| ") == 11 and "| FD-VGG ↓ | 17 ± 0.2 | 4 ± 0.1 | – | 190 against 1713 |" in markdown
     report(monkeypatch, *words)
     assert (tmp_path / "out" / "page.html").read_bytes() == first
 
@@ -114,7 +119,7 @@ def test_curves_are_of_what_differs_in_one_thing_only(files):
         result.values["sampling"]["generated"]["num_inference_steps"] = 50
         result.values["distances"][0]["floor"] = None
     assert [point[1] for point in find_charts(without)[0].points] == [30.0, 12.0]
-    assert {row.floor for row in table_rows(without) if row.what == "FD-VGG"} == {"not available"}
+    assert {row.best for row in table_rows(without) if row.what == "FD-VGG"} == {"not available"}
 
 
 def test_what_keeps_a_number_out_of_a_table_stands_beside_it(files):
@@ -134,6 +139,38 @@ def test_what_keeps_a_number_out_of_a_table_stands_beside_it(files):
     assert [x for x, *_ in chart.points] == [2.5, 4.0], "no curve has points of two precisions"
 
 
+def test_the_control_is_the_chance_beside_the_value(files, tmp_path, monkeypatch):
+    values = generation(2.5, 12.0)
+    control = copy.deepcopy(values["distances"][0]) | {"images": "control", "value": 200.0}
+    control["floor"]["generated"] = 210.0
+    values["distances"].append(control)
+    values["scores"].append(values["scores"][0] | {"images": "control", "value": 0.02})
+    distance, score = table_rows([read_result_of(values)])
+    assert (distance.value, distance.best, distance.chance) == ("17 ± 0.2", "4 ± 0.1", "210 ± 0.2")
+    assert (distance.better, score.better, score.value, score.best, score.chance) == ("↓", "↑", "0.61", "", "0.02")
+    values["distances"] = [control]  # alone it is a row
+    assert table_rows([read_result_of(values)])[0].what == "FD-VGG of the control"
+
+
+def test_samples_come_first_and_the_summary_has_one_number_of_a_kind(files, monkeypatch):
+    report(monkeypatch, "--results", *files[:1], "vae.json", "--pictures", "s=grid.png", "--output", "page.html")
+    page = Path("page.html").read_text()
+    assert page.index('alt="s"') < page.index("<h2>Summary") < page.index("<h2>Distance to real") < page.index("pairs")
+    summary = page[page.index("<h2>Summary") : page.index("<h2>Distance")]
+    for text, count in (("FD-VGG", 1), ("precision (VGG)", 1), ("PSNR", 1), ("SSIM", 0), ("LPIPS", 0)):
+        assert summary.count(text) == count, text
+
+
+def test_a_run_is_drawn_against_every_amount_that_its_log_knows():
+    row = {"distance": 9.0, "floor": 2.0, "network": "vgg16", "step": 0, "gpu_seconds": None}
+    rows = [row | {"images": 10 * k, "epochs": k / 7, "flops": 1e12 * k, "distance": 50.0 / k} for k in range(1, 31)]
+    charts = convergence_charts("run", rows)
+    assert [chart.axis for chart in charts] == ["epochs", "training images", "FLOPs"]
+    assert charts[1].points[0] == (10.0, 50.0, 2.0, "run")
+    picture = ElementTree.fromstring(chart_svg(charts[0]))
+    assert [text.text for text in picture if text.get("class") == "value"] == ["50", "1.67"], "not thirty that touch"
+
+
 def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monkeypatch, capsys):
     values = generation(2.5, 12.0)
     why = "the reference holds statistics but no images"
@@ -145,9 +182,9 @@ def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monk
     Path("partly.json").write_text(json.dumps(values))
     report(monkeypatch, "--results", "partly.json", "--output", "page.html")
     printed, markdown, page = capsys.readouterr().out, Path("page.md").read_text(), Path("page.html").read_text()
-    assert "| FD-VGG | 12 ± 0.5 | 4 | 1000 against" in markdown and ": 17 ± 0.2" in markdown
+    assert "| FD-VGG ↓ | 17 ± 0.2 | 4 | – | 190 against" in markdown and ": 12 ± 0.5" in markdown
     assert "2 numbers, 0 curves, 0 pictures" in printed and f"recall on vgg16 of the control: {why}" in printed
-    assert f"| recall on vgg16 of the control | not measured | – |  | partly | {why} |" in markdown
+    assert f"| recall on vgg16 of the control | not measured | – | – |  | partly | {why} |" in markdown
     for text in ("3 of the generated images equal an earlier one", "2 of the generated images converted from mode L"):
         assert markdown.count(text) == 2 and page.count(text) == 2, "beside the distance and the score"
     assert markdown.count("7 of the reference images are smaller than these and were enlarged") == 1
@@ -197,10 +234,13 @@ def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkey
         file.parent.mkdir()
         file.write_text(json.dumps(generation(1.0 + k, 20.0 + k)))
     report(monkeypatch, "--results", *map(str, runs), "vae.json", "--output", "page.html")
-    rows = [line.split(" | ") for line in Path("page.md").read_text().splitlines() if line.startswith("| FD-VGG ")]
-    assert [(row[1], row[4]) for row in rows] == [
-        ("20 ± 0.5", "run1/generation"), ("21 ± 0.5", "run2/generation"), ("1.25", "vae")
+    rows = [line.split(" | ") for line in Path("page.md").read_text().splitlines() if line.startswith("| FD-VGG ↓ ")]
+    assert [(row[1], row[5]) for row in rows] == [
+        ("25 ± 0.2", "run1/generation"), ("26 ± 0.2", "run2/generation"), ("1.25", "vae")
     ]  # fmt: skip
+    page = Path("page.html").read_text()
+    summary = page[page.index("<h2>Summary") : page.index("<h2>Distance")]
+    assert "<small>run1/generation</small>" in summary and "<small>vae</small>" not in summary
     assert result_names(["a/eval/x.json", "b/eval/x.json", "y.json"]) == ["a/eval/x", "b/eval/x", "y"]
     assert result_names(["x.json", "b/x.json"]) == ["x", "b/x"]
 

@@ -10,13 +10,12 @@ import importlib.util
 import io
 import json
 import os
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
+from ..runtime.disk import replacing
 from ..runtime.optional_packages import require
 
 OPENMOJI_VERSION = "17.0.0"
@@ -112,7 +111,7 @@ def _package_folder(package: str) -> Path:
 
 
 def _render(folder: Path, resolution: int) -> None:
-    """Render into a temporary folder and rename it when complete: a killed run leaves nothing that looks finished."""
+    """Write the folder, at once or not at all."""
     from tqdm.auto import tqdm
 
     require("resvg_py", "train")
@@ -120,27 +119,23 @@ def _render(folder: Path, resolution: int) -> None:
         raise ValueError(f"{folder} is there without {METADATA_NAME}, so it is no rendering of OpenMoji: remove it")
     rows = list_openmoji()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    (partial / "images").mkdir()
 
-    def draw(row: dict) -> str:
+    def draw(row: dict, partial: Path) -> str:
         name = f"images/{row['key']}.webp"
         _rasterise(row["svg"], resolution).save(partial / name, lossless=True)
         return json.dumps({"file_name": name} | {key: value for key, value in row.items() if key != "svg"})
 
     try:
-        with ThreadPoolExecutor() as pool:
-            lines = list(tqdm(pool.map(draw, rows), total=len(rows), desc="rendering OpenMoji"))
-        (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
-        (partial / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp makes folders private
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / METADATA_NAME).is_file():  # else another process was faster: the same was drawn
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with replacing(folder) as partial:
+            (partial / "images").mkdir(parents=True)
+            with ThreadPoolExecutor() as pool:
+                drawn = pool.map(lambda row: draw(row, partial), rows)
+                lines = list(tqdm(drawn, total=len(rows), desc="rendering OpenMoji"))
+            (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
+            (partial / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError:
+        if not (folder / METADATA_NAME).is_file():  # else another process was faster: the same was drawn
+            raise
 
 
 def _rasterise(svg: Path, resolution: int) -> Image.Image:

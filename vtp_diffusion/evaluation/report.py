@@ -16,6 +16,9 @@ REQUIRED = {
 }
 LARGEST = 1e300
 NOT_MEASURED = "not measured"  # in the place of a value
+UP, DOWN = "↑", "↓"  # more is better, less is better
+DISTANCES, SCORES, COPIES = "distance to real images", "fidelity and coverage", "copies"
+RECONSTRUCTION, FEATURES = "reconstruction", "what the features know"
 
 
 @dataclass
@@ -35,11 +38,15 @@ class Result:
 
 @dataclass
 class Row:
-    """One line of the table. `value` and the others are texts; `floor` is what real images, or chance, get."""
+    """One line of a group's table, all texts. `best` is the best possible: what real images or a perfect model get;
+    `chance` is what no learning gets: guessing, or the control. `better` is an arrow, empty where neither way is."""
 
+    group: str
     what: str
+    better: str
     value: str
-    floor: str
+    best: str
+    chance: str
     images: str
     details: str
     name: str
@@ -150,44 +157,74 @@ def _parts(row: dict[str, Any]) -> list[str]:
     return found
 
 
+def _of(row: dict[str, Any]) -> str:
+    return "" if row["images"] == "generated" else f" of the {row['images']}"
+
+
+def _with_spread(row: dict[str, Any]) -> str:
+    return _number(row["value"]) + (f" ± {_number(row['spread']['value'], 2)}" if "spread" in row else "")
+
+
+def _distance_row(result: Result, row: dict[str, Any], control: dict[str, Any] | None) -> Row:
+    """At equal sizes wherever real images were measured at them, for only that pair is a comparison."""
+    floor, spread = row["floor"], row["spread"]
+    labels = f"labels {result.values['labels_rule'].get(row['images'], 'unknown')}"
+    caveats = _caveats(result, row["images"])
+    real = "reference statistics" if row["num_reference"] is None else f"all {row['num_reference']} real"
+    whole = f"{_with_spread(row)} ({spread['kind']})"
+    chance = "" if control is None else _with_spread(control)
+    if floor is None:
+        value, best, images = _with_spread(row), "not available", f"{row['num_images']} against {real}"
+        details = [f"± is the {spread['kind']}", labels]
+    else:
+        value, best = (_floor_value(floor, side) for side in ("generated", "real"))
+        images = f"{floor['sizes'][0]} against {floor['sizes'][1]}"
+        details = [f"real images: {floor['kind']}", f"{row['num_images']} against {real}: {whole}", labels]
+        if control is not None and control["floor"] is not None:
+            chance = _floor_value(control["floor"], "generated")
+    return Row(
+        DISTANCES, row["distance"] + _of(row), DOWN, value, best, chance, images, "; ".join(details + caveats),
+        result.name,
+    )  # fmt: skip
+
+
+def _with_controls(rows: Sequence[dict[str, Any]], kind: str) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """The rows, each with that of the control; a control's row that belongs to none stands by itself."""
+    controls = {(row[kind], row["network"]): row for row in rows if row["images"] == "control"}
+    found = [(row, controls.get((row[kind], row["network"]))) for row in rows if row["images"] != "control"]
+    used = [id(control) for _, control in found]
+    return found + [(row, None) for row in controls.values() if id(row) not in used]
+
+
 def _generation_rows(result: Result) -> Iterable[Row]:
-    for row in result.values["distances"] + result.values.get("kernel_distances", []):
-        floor, spread = row["floor"], row["spread"]
-        details = [
-            f"± is the {spread['kind']}",
-            f"labels {result.values['labels_rule'].get(row['images'], 'unknown')}",
-        ]
-        reference = "reference statistics" if row["num_reference"] is None else f"{row['num_reference']} real"
-        text = "not available"
-        if floor is not None:
-            text = _floor_value(floor, "real")
-            details.append(
-                f"at the floor's sizes ({floor['sizes'][0]} against {floor['sizes'][1]}, {floor['kind']}): "
-                f"{_floor_value(floor, 'generated')}"
-            )
-        details += _caveats(result, row["images"])
-        value = f"{_number(row['value'])} ± {_number(spread['value'], 2)}"
-        what = row["distance"] + ("" if row["images"] == "generated" else f" of the {row['images']}")
-        yield Row(what, value, text, f"{row['num_images']} against {reference}", "; ".join(details), result.name)
-    for row in result.values["scores"]:
-        value = _number(row["value"]) + (f" ± {_number(row['spread']['value'], 2)}" if "spread" in row else "")
-        what = row["score"] + ("" if row["images"] == "generated" else f" of the {row['images']}")
+    distances = result.values["distances"] + result.values.get("kernel_distances", [])
+    for row, control in _with_controls(distances, "distance"):
+        shown = _distance_row(result, row, control)
+        if control is not None:
+            shown.details = _add_control(result, shown.details, row, "chance is an untrained network")
+        yield shown
+    for row, control in _with_controls(result.values["scores"], "score"):
         details = "; ".join(_parts(row) + _caveats(result, row["images"], "num_reference" in row))
-        yield Row(what, value, "", str(row["num_images"]), details, result.name)
+        if control is not None:
+            details = _add_control(result, details, row, "")
+        yield Row(
+            SCORES, row["score"] + _of(row), UP, _with_spread(row), "", _with_spread(control) if control else "",
+            str(row["num_images"]), details, result.name,
+        )  # fmt: skip
     yield from _judges_rows(result)
     for row in result.values.get("not_measured", []):
-        what = f"{row['what']} on {row['network']}" + (
-            "" if row["images"] == "generated" else f" of the {row['images']}"
-        )
-        yield Row(what, NOT_MEASURED, "", "", row["why"], result.name)
+        yield Row(
+            NOT_MEASURED, f"{row['what']} on {row['network']}{_of(row)}", "", NOT_MEASURED, "", "", "", row["why"],
+            result.name,
+        )  # fmt: skip
     near = result.values.get("near_duplicates")
     if near is not None:
-        floor = near.get("floor", near["reference"])
-        kind = "held-out real images" if "floor" in near else "real images among themselves"
-        value, count = near["generated"], f"{near['generated']['num_images']}"
+        best = near.get("floor", near["reference"])
+        kind = "those held out" if "floor" in near else "the reference's among themselves"
+        value = near["generated"]
         yield Row(
-            "near-duplicates of the reference", _share(value["share"]), f"{_share(floor['share'])}", count,
-            f"the floor is {kind}", result.name,
+            COPIES, "near-duplicates of the reference", "", _share(value["share"]),
+            f"real images {_share(best['share'])}", "", str(value["num_images"]), f"real: {kind}", result.name,
         )  # fmt: skip
 
 
@@ -199,12 +236,21 @@ def _judges_rows(result: Result) -> Iterable[Row]:
         value = f"{_number(row['value'])} ± at most {_number(row['spread_at_most'], 2)}"
         what = "FDr6" + ("" if images == "generated" else f" of the {images}")
         details = "; ".join([*six, f"constants {found['constants_from']}", *_caveats(result, images)])
-        yield Row(what, value, _number(1), str(row["num_images"]), details, result.name)
+        yield Row(DISTANCES, what, DOWN, value, _number(1), "", str(row["num_images"]), details, result.name)
     for row in result.values.get("memorisation", []):
         what = f"memorised on {row['network']}" + ("" if row["images"] == "generated" else f" of the {row['images']}")
         quantile = _share(row["quantile"])
         details = f"nearer to a training image than all but {quantile} of {row['num_held_out']} held-out images"
-        yield Row(what, _share(row["share"]), quantile, str(row["num_images"]), details, result.name)
+        yield Row(
+            COPIES, what, "", _share(row["share"]), quantile, "", str(row["num_images"]), details, result.name
+        )  # fmt: skip
+
+
+def _add_control(result: Result, details: str, row: dict[str, Any], meaning: str) -> str:
+    """Details of a row beside whose value the control's stands, with what is to be known of the control's images."""
+    own = set(_caveats(result, row["images"], "num_reference" in row))
+    more = [fault for fault in _caveats(result, "control", "num_reference" in row) if fault not in own]
+    return "; ".join(filter(None, [details, meaning, *more]))
 
 
 def _image_faults(values: dict[str, Any]) -> Iterable[str]:
@@ -223,39 +269,50 @@ def _reconstruction_rows(result: Result) -> Iterable[Row]:
         details.append(f"{equal} that come back exactly, of which it is infinite, are left out")
     details += _image_faults(values)
     value = "infinite" if values["psnr"] is None else f"{values['psnr']:.2f} dB"
-    yield Row("PSNR", value, "", count, "; ".join(details), result.name)
-    yield Row("SSIM", _number(values["ssim"]), "", count, values.get("ssim_settings", ""), result.name)
+    yield Row(RECONSTRUCTION, "PSNR", UP, value, "infinite", "", count, "; ".join(details), result.name)
+    ssim = values.get("ssim_settings", "")
+    yield Row(RECONSTRUCTION, "SSIM", UP, _number(values["ssim"]), "1", "", count, ssim, result.name)
     network = values["settings"].get("lpips_network", "")
-    yield Row(f"LPIPS ({network})", _number(values["lpips"]), "", count, "", result.name)
+    yield Row(RECONSTRUCTION, f"LPIPS ({network})", DOWN, _number(values["lpips"]), "0", "", count, "", result.name)
     for name, value in values["distances"].items():
         spread = values.get("distance_spreads", {}).get(name)
         shown = _number(value) + (f" ± {_number(spread['value'])}" if spread else "")
-        yield Row(name, shown, "0", count, "against the same images, so that perfection is 0", result.name)
+        yield Row(RECONSTRUCTION, name, DOWN, shown, "0", "", count, "against the same images", result.name)
 
 
 def _probe_rows(result: Result) -> Iterable[Row]:
     values, best = result.values, result.values["linear"]
     chance, count = values["chance"], f"{values['counts']['validation']}, learned from {values['counts']['train']}"
-    floor = f"{_share(chance['uniform'])} guessing, {_share(chance['most_frequent_class'])} most frequent class"
+    guess = _share(chance["most_frequent_class"])
     chosen_on = values.get("head_chosen_on", "the validation images")  # of version 0.1 always
     details = (
         f"best of {len(values['heads'])} heads on {chosen_on}: {best['layers']} layer(s), "
         f"{'with' if best['patches'] else 'without'} patches, learning rate {best['learning_rate']:g}"
     )
-    yield Row("linear probe, top-1", _share(best["top1"]), floor, count, details, result.name)
+    always = f"chance is always the most frequent class, {_share(chance['uniform'])} guessing"
+    yield Row(
+        FEATURES,
+        "linear probe, top-1",
+        UP,
+        _share(best["top1"]),
+        "",
+        guess,
+        count,
+        f"{details}; {always}",
+        result.name,
+    )
     for row in values["neighbours"]:
         what = f"{row['neighbours']}-NN on the {row['features']}".replace("the both", "both tokens")
-        yield Row(what, _share(row["top1"]), floor, count, "", result.name)
+        yield Row(FEATURES, what, UP, _share(row["top1"]), "", guess, count, always, result.name)
 
 
 def _zero_shot_rows(result: Result) -> Iterable[Row]:
     values, count = result.values, str(result.values["num_images"])
     details = f"{values['num_classes']} classes, {len(values.get('templates', []))} templates"
     details = "; ".join([details, *_image_faults(values)])
-    yield Row("zero-shot, top-1", _share(values["top1"]), _share(values["chance"]), count, details, result.name)
-    yield Row(
-        "zero-shot, top-5", _share(values["top5"]), _share(min(1.0, 5 * values["chance"])), count, details, result.name
-    )
+    for key, k in (("top1", 1), ("top5", 5)):
+        guess = _share(min(1.0, k * values["chance"]))
+        yield Row(FEATURES, f"zero-shot, top-{k}", UP, _share(values[key]), "", guess, count, details, result.name)
 
 
 ROWS = {

@@ -18,13 +18,21 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..data.image_files import read_image
-from .report import Result, Row, reading
+from .report import NOT_MEASURED, Result, Row, reading
 
 PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
 AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
 STEP_AXIS = "training step"
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 18, 18, 46  # of a chart and its margins
-HEADS = ("what", "value", "floor", "images", "details")
+AMOUNTS = {"epochs": "epochs", "images": "training images", "gpu_seconds": "GPU-seconds", "flops": "FLOPs"}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 34, 18, 46  # of a chart and its margins
+HEADS = {
+    "what": "what",
+    "value": "value",
+    "best": "best possible",
+    "chance": "chance",
+    "images": "images",
+    "details": "details",
+}
 TEMPLATES = Environment(
     loader=PackageLoader("vtp_diffusion.evaluation"), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
@@ -95,6 +103,20 @@ def find_charts(results: Sequence[Result]) -> list[Chart]:
     return charts
 
 
+def convergence_charts(name: str, rows: Sequence[dict[str, Any]]) -> list[Chart]:
+    """Quick distances of a training run against what it had taken until then, one chart an amount.
+
+    Args: `rows` are those of `read_convergence`; an amount that is not known of every row is not drawn.
+    """
+    charts = []
+    for key, axis in AMOUNTS.items():
+        if len({row[key] for row in rows}) > 1 and None not in (row[key] for row in rows):
+            points = [(float(row[key]), row["distance"], row["floor"], name) for row in rows]
+            title = f"{name}: distance on {rows[0]['network']}"
+            charts.append(Chart(title, axis, "during training (dashed: real images)", points))
+    return charts
+
+
 def _ticks(low: float, high: float) -> list[float]:
     """Round numbers that lie between, about five of them."""
     power = math.floor(math.log10((high - low) / 5))
@@ -117,11 +139,13 @@ def chart_svg(chart: Chart) -> Markup:
 
     x_ticks: list[tuple[str, float]] = []
     for x in sorted(set(xs)):
-        left = place(x, 0)[0]
-        if not x_ticks or left - x_ticks[-1][1] >= 34:  # labels that would touch are left out, their points are not
-            x_ticks.append((f"{x:g}", left))
+        left, text = place(x, 0)[0], f"{x:.4g}" if x >= 1e6 else f"{x:g}"
+        if not x_ticks or left - x_ticks[-1][1] >= 10 + 8 * len(text):  # else labels would touch; points stay
+            x_ticks.append((text, left))
     values = [(x, value) for x, value, *_ in chart.points]
     lines = {"floor": floors, "line": values}
+    ys = [y for _, y in values]
+    labelled = ys if len(ys) <= 10 else [ys[0], min(ys), ys[-1]]  # of many points the numbers would touch
     text = TEMPLATES.get_template("chart.svg").render(
         chart=chart,
         width=WIDTH,
@@ -132,7 +156,10 @@ def chart_svg(chart: Chart) -> Markup:
         y_ticks=[(f"{tick:g}", place(x_low, tick)[1]) for tick in _ticks(0.0, y_high)],
         x_ticks=x_ticks,
         lines=[(kind, [place(*point) for point in points]) for kind, points in lines.items()],
-        marks=[(*place(x, v), f"{v:.3g}", f"{name}: {v:.4g} at {x:g}") for x, v, _, name in chart.points],
+        marks=[
+            (*place(x, v), f"{v:.3g}" if v in labelled else "", f"{name}: {v:.4g} at {x:g}")
+            for x, v, _, name in chart.points
+        ],
     )
     return Markup(text)
 
@@ -144,13 +171,13 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) -> list[Picture]:
-    """(caption, file): those given, then those that the programs wrote beside their results. A recorded picture is
-    looked for beside the result file, then where the program wrote it; one that is at neither place has no file, and
-    its caption says so."""
+def find_pictures(results: Sequence[Result]) -> list[Picture]:
+    """(caption, file) of the pictures that the programs wrote beside their results, samples first. A recorded picture
+    is looked for beside the result file, then where the program wrote it; one that is at neither place has no file,
+    and its caption says so."""
     titles = {"generation": "nearest real images, below each generated one", "reconstruction": "worst cases"}
-    pictures = list(given)
-    for result in results:
+    pictures = []
+    for result in sorted(results, key=lambda result: result.evaluation != "generation"):
         with reading(result):
             recorded = result.values["settings"].get(PICTURES.get(result.evaluation, ""))
             places = () if recorded is None else (result.folder / Path(recorded).name, Path(recorded))
@@ -164,9 +191,11 @@ def find_pictures(results: Sequence[Result], given: Sequence[tuple[str, Path]]) 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table as GitHub shows it, every cell as plain text."""
-    lines = ["| what | value | floor | images | from | details |", "|---|---|---|---|---|---|"]
+    heads = ["what", "value", "best possible", "chance", "images", "from", "details"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = (row.what, row.value, row.floor or "–", row.images, row.name, row.details)
+        what = f"{row.what} {row.better}".strip()
+        cells = (what, row.value, row.best or "–", row.chance or "–", row.images, row.name, row.details)
         lines.append("| " + " | ".join(map(markdown_text, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -176,16 +205,41 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w)|(?<=:)//|(?<=www)\.", r"\\\g<0>", " ".join(text.split()))
 
 
+def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.group, []).append(row)
+    return groups
+
+
+def _table_heads(rows: Sequence[Row]) -> tuple[dict[str, str], str]:
+    """Columns in which anything stands, and the details where all rows have the same: those stand below, once."""
+    heads = {key: head for key, head in HEADS.items() if any(getattr(row, key) for row in rows)}
+    if len(rows) == 1 or len({row.details for row in rows}) > 1:
+        return heads, ""
+    return {key: head for key, head in heads.items() if key != "details"}, rows[0].details
+
+
 def html_page(
-    title: str, rows: Sequence[Row], charts: Sequence[Chart], pictures: Sequence[Picture],
+    title: str, rows: Sequence[Row], charts: Sequence[Chart], given: Sequence[Picture], recorded: Sequence[Picture],
     results: Sequence[Result],
 ) -> str:  # fmt: skip
-    """The page. Raises: UnreadableImageError naming a picture that cannot be read."""
+    """The page: pictures that were given, a summary of one number of each kind, all numbers, curves, other pictures.
+
+    Raises: UnreadableImageError naming a picture that cannot be read."""
+    first = {(row.name, row.group): row for row in reversed(rows) if row.group != NOT_MEASURED}
+    samples, others = (
+        [(caption, data_uri(read_image(file)) if file else None) for caption, file in pictures]
+        for pictures in ((given, recorded) if given else (recorded[:1], recorded[1:]))
+    )
     return TEMPLATES.get_template("report.html").render(
         title=title,
-        heads=HEADS,
-        sections=[(result, [row for row in rows if row.name == result.name]) for result in results],
+        table_heads=_table_heads,
+        summary=[row for row in rows if any(row is headline for headline in first.values())],
+        groups=_groups(rows),
+        results=results,
         charts=charts,
         chart_svg=chart_svg,
-        pictures=[(caption, data_uri(read_image(file)) if file else None) for caption, file in pictures],
+        samples=samples,
+        pictures=others,
     )

@@ -8,9 +8,7 @@ configuration is saved with the run.
 import argparse
 import dataclasses
 import difflib
-import functools
 import math
-import operator
 import sys
 import types
 import typing
@@ -89,13 +87,16 @@ def _bounds_text(bounds: dict[str, float]) -> str:
     return {0: "0 or a positive number", 1: "a positive number"}.get(low, f"{low} or more")
 
 
-def _optional(annotation: Any) -> tuple[Any, bool]:
-    """`Optional[T]` and `T | None` -> (T, True); anything else -> (itself, False)."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        rest = tuple(a for a in typing.get_args(annotation) if a is not type(None))
-        optional = len(rest) < len(typing.get_args(annotation))
-        return functools.reduce(operator.or_, rest), optional
-    return annotation, False
+def _kinds(annotation: Any) -> tuple[tuple, bool]:
+    """`S | T | None` -> ((S, T), True); what is no union -> ((itself,), False)."""
+    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
+
+
+def _section(annotation: Any) -> type | None:
+    """The dataclass of a nested section, which may be optional; None for any other annotation."""
+    kinds, _ = _kinds(annotation)
+    return kinds[0] if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]) else None
 
 
 def _describe(annotation: Any) -> str:
@@ -157,12 +158,11 @@ def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
 
 
 def _check_union(value: Any, annotation: Any, name: str, where: str) -> Any:
-    inner, optional = _optional(annotation)
+    kinds, optional = _kinds(annotation)
     if optional and value is None:
         return None
-    kinds = typing.get_args(inner) if typing.get_origin(inner) in (Union, types.UnionType) else (inner,)
-    if len(kinds) == 1 and dataclasses.is_dataclass(kinds[0]):
-        return _check(value, kinds[0], name, where)  # keeps the message about the key inside the section
+    if section := _section(annotation):
+        return _check(value, section, name, where)  # keeps the message about the key inside the section
     for kind in kinds:
         try:
             return _check(value, kind, name, where)
@@ -196,10 +196,10 @@ def _check_partial(config_class: type, values: dict[str, Any], where: str, prefi
     """Check the keys and types of a mapping that need not be complete: a file that the command line adds to."""
     annotations = _check_keys(config_class, values, where, prefix)
     for key, value in values.items():
-        inner, optional = _optional(annotations[key])
-        if dataclasses.is_dataclass(inner) and isinstance(value, dict):
-            _check_partial(inner, value, where, f"{prefix}{key}.")
-        elif not (optional and value is None):
+        section = _section(annotations[key])
+        if section and isinstance(value, dict):
+            _check_partial(section, value, where, f"{prefix}{key}.")
+        else:
             _check(value, annotations[key], prefix + key, where)
 
 
@@ -292,9 +292,8 @@ def _leaves(config_class: type, prefix: str = "") -> list[tuple[str, Any, datacl
     for field in dataclasses.fields(config_class):
         if not field.init:
             continue
-        inner, _ = _optional(annotations[field.name])
-        if dataclasses.is_dataclass(inner):
-            leaves += _leaves(inner, f"{prefix}{field.name}.")
+        if section := _section(annotations[field.name]):
+            leaves += _leaves(section, f"{prefix}{field.name}.")
         else:
             leaves.append((prefix + field.name, annotations[field.name], field))
     return leaves
@@ -302,10 +301,9 @@ def _leaves(config_class: type, prefix: str = "") -> list[tuple[str, Any, datacl
 
 def _parse_text(text: str, annotation: Any) -> Any:
     """One command-line word as the annotation reads it; a word it cannot read is returned as it is, to be refused."""
-    inner, optional = _optional(annotation)
+    kinds, optional = _kinds(annotation)
     if optional and text in ("none", "null", "None"):
         return None
-    kinds = typing.get_args(inner) if typing.get_origin(inner) in (Union, types.UnionType) else (inner,)
     for kind in kinds:
         if typing.get_origin(kind) is Literal:
             for choice in typing.get_args(kind):
@@ -323,12 +321,10 @@ def _parse_text(text: str, annotation: Any) -> Any:
 
 def _sequence_of(annotation: Any) -> Any | None:
     """The item annotation when a field takes several words on the command line, else None."""
-    inner, _ = _optional(annotation)
-    kinds = typing.get_args(inner) if typing.get_origin(inner) in (Union, types.UnionType) else (inner,)
-    for kind in kinds:
-        if typing.get_origin(kind) in (list, tuple):
-            return typing.get_args(kind)[0]
-    return None
+    sequences = (
+        typing.get_args(kind)[0] for kind in _kinds(annotation)[0] if typing.get_origin(kind) in (list, tuple)
+    )
+    return next(sequences, None)
 
 
 def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str:
@@ -353,7 +349,7 @@ def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str
         else:
             kind += "; required"
         text = f"{field.metadata.get('help', '')} [{kind}]".strip().replace("%", "%%")
-        metavar = "true|false" if _optional(annotation)[0] is bool else "VALUE"
+        metavar = "true|false" if _kinds(annotation)[0] == (bool,) else "VALUE"
         parser.add_argument(f"--{name}", metavar=metavar, help=text)
     return parser.format_help()
 
@@ -425,13 +421,13 @@ def parse_config(
             continue
         texts, item = given[name], _sequence_of(annotation)
         if item is None:
-            if not texts and _optional(annotation)[0] is bool:
+            if not texts and _kinds(annotation)[0] == (bool,):
                 texts = ["true"]
             if len(texts) != 1:
                 found = " ".join(texts) or "given without a value"
                 raise ValueError(f"command line: --{name} is {found}, expected {_describe(annotation)}")
             value = _parse_text(texts[0], annotation)
-        elif len(texts) == 1 and texts[0] in ("none", "null", "None") and _optional(annotation)[1]:
+        elif len(texts) == 1 and texts[0] in ("none", "null", "None") and _kinds(annotation)[1]:
             value = None
         else:
             value = [_parse_text(word, item) for word in texts]

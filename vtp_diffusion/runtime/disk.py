@@ -52,11 +52,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Returns when the content of a file, or of everything in a folder, is on the disk."""
     if path.is_dir():
         for entry in path.iterdir():
-            _sync(entry)
+            sync(entry)
         sync_folder(path)
     else:
         with open(path, "rb") as file:
@@ -79,7 +79,7 @@ def replacing(path: Path, then: str = "") -> Iterator[Path]:
     try:
         with writing(path, then):
             yield unfinished
-            _sync(unfinished)
+            sync(unfinished)
             unfinished.rename(path)
             sync_folder(path.parent)
     finally:  # renamed, it is not there

@@ -34,7 +34,6 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
     # DDP sums gradients up in the last backward pass of a step: also those of parameters which only others reached,
     # if it is told to look for them
     ddp = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=in_parts)
-    handlers = [ddp]
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None:
         require(tracker, "wandb" if tracker == "wandb" else "train")
@@ -42,7 +41,7 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
         mixed_precision=config.mixed_precision,
         log_with=tracker,
         project_dir=str(project_dir),
-        kwargs_handlers=handlers,
+        kwargs_handlers=[ddp],
         # else a number in the launcher's environment would divide the losses once more
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
     )

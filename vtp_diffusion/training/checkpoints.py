@@ -15,9 +15,7 @@ weights were whole or sharded, its content is the same:
 
 import contextlib
 import copy
-import hashlib
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..models.conversion import read_safetensors
-from ..runtime.disk import read_json, writing
+from ..runtime.disk import file_sha256, read_json, sync, writing
 from ..runtime.processes import this_process, wait_for_everyone
 from ..runtime.tensor_files import read_torch
 from .optimisation import AveragedWeights, laid_out_like, whole
@@ -43,13 +41,10 @@ MANIFEST_NAME = "manifest.json"
 HASHING_THREADS = 4  # a checkpoint has hardly more large files
 
 
-def _sha256(path: Path, flush: bool = False) -> str:
-    """Hash of a file's content; `flush`: make sure, too, that it is on the disk. Both leave the interpreter alone."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if flush:
-            os.fsync(file.fileno())
-    return digest
+def _flushed_sha256(path: Path) -> str:
+    """Hash of a file that is then on the disk. Both leave the interpreter alone."""
+    sync(path)
+    return file_sha256(path)
 
 
 class Manifest:
@@ -73,7 +68,7 @@ class Manifest:
         for path in paths:
             for file in [path] if path.is_file() else path.rglob("*"):
                 if file.is_file() and file not in self._hashes:
-                    self._hashes[file] = self._threads.submit(_sha256, file, flush=True)
+                    self._hashes[file] = self._threads.submit(_flushed_sha256, file)
 
     def write(self) -> None:
         """Add what is there besides, and write the list. Raises: OSError if something does not reach the disk."""
@@ -82,10 +77,8 @@ class Manifest:
             path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest.result()}
             for path, digest in sorted(self._hashes.items())
         }
-        with open(self.folder / MANIFEST_NAME, "w", encoding="utf-8") as file:
-            json.dump(files, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        (self.folder / MANIFEST_NAME).write_text(json.dumps(files, indent=2), encoding="utf-8")
+        sync(self.folder / MANIFEST_NAME)
 
 
 def find_damage(folder: Path) -> str | None:
@@ -105,7 +98,7 @@ def find_damage(folder: Path) -> str | None:
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
     with ThreadPoolExecutor(HASHING_THREADS) as threads:
-        digests = threads.map(_sha256, (folder / name for name in files))
+        digests = threads.map(file_sha256, (folder / name for name in files))
         for (name, expected), digest in zip(files.items(), digests, strict=True):
             if digest != expected["sha256"]:
                 return f"the content of {name} is not what was written"
@@ -183,12 +176,8 @@ class TrainingState:
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """AdamW's moments by the name of the parameter, whole and copied to the CPU of the main process; every process
         has to call it."""
-        states, is_main = {}, this_process()[0] == 0
-        for name, parameter in self.trained_by_name().items():
-            moments = {key: whole(value) for key, value in self.optimizer.state[parameter].items()}
-            if is_main:
-                states[name] = {key: host_copy(value) for key, value in moments.items()}
-        return states
+        state, trained = self.optimizer.state, self.trained_by_name().items()
+        return {name: _copies({key: whole(value) for key, value in state[p].items()}) for name, p in trained}
 
 
 @dataclass

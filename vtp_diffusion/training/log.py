@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..runtime.config import config_to_dict, flatten_config
-from ..runtime.disk import numbers_line, writing
+from ..runtime.disk import numbers_line, write_picture
 from .accelerator import tracker_settings
 from .config import TrainingConfig
 from .rates import peak_flops, peak_memory_bytes
@@ -119,9 +119,7 @@ class TrainingLog:
         if not self.is_main:
             return
         if picture is not None:
-            path = self.folder.samples(step)
-            with writing(path):
-                picture.save(path)
+            write_picture(self.folder.samples(step), picture)
             for tracker in self.accelerator.trackers:
                 if self.config.report_to == "tensorboard":
                     tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")

@@ -115,11 +115,6 @@ class TrainingRun:
         self.log.report(step, values, picture)
 
     @property
-    def images_per_step(self) -> int:
-        """Images an optimiser step, whatever the number of processes and micro-steps."""
-        return self.config.train_batch_size
-
-    @property
     def micro_steps(self) -> range:
         """Micro-steps this process has still to do: `batch_sampler`, `draw` and `generator` are keyed by them."""
         k = self.config.gradient_accumulation_steps
@@ -316,7 +311,7 @@ class TrainingRun:
 
     def summary(self) -> dict[str, float]:
         """What results.json says of a run of any kind."""
-        counts = {"images_per_step": self.images_per_step, "seconds": self.log.seconds}
+        counts = {"images_per_step": self.config.train_batch_size, "seconds": self.log.seconds}
         return counts | {"images_per_second": self.log.median_rate(), "skipped_steps": self.skipped_steps}
 
     @contextlib.contextmanager

@@ -190,5 +190,4 @@ class RunFolder:
 
     def samples(self, step: int, name: str = "step") -> Path:
         """Path of the picture made at a step."""
-        (self.path / "samples").mkdir(exist_ok=True)
         return self.path / "samples" / f"{name}-{step:08d}.png"
