@@ -127,9 +127,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
         check_latents(dataset, vae, config.data)
     else:
         latent_statistics(vae)  # refuses an autoencoder that should have them and does not
-        dataset = OnlineLatents(
-            open_dataset(config.data, "train", together=True), vae, config.data, config.augmentation
-        )
+        dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
     dataset.id2label = class_names(dataset, config.model.num_classes)
     return dataset
 
