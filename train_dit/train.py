@@ -14,6 +14,12 @@ weights, for models that do not fit otherwise:
 
     accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 train_dit/train.py --config ...
 
+Alignment (REPA, arXiv:2410.06940): with --alignment.weight 0.5 tokens of the transformer learn to resemble the
+features that VTP's encoder has of the image. Online training alone, where the encoder runs anyway:
+
+    accelerate launch train_dit/train.py --config train_dit/configs/openmoji.yaml --latents none \\
+      --data.source openmoji --data.resolution 128 --alignment.weight 0.5 --alignment.until_step 6000
+
 Autoguidance (arXiv:2406.02507): with --guide.step 20000 the EMA weights of that step, with --guide.transformer
 FOLDER a smaller transformer trained on the same latents becomes the pipeline's guidance_transformer.
 """
@@ -26,10 +32,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import nn
 
 from vtp_diffusion.data.augmentation import AugmentationConfig
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.evaluation.validation import ValidationConfig
+from vtp_diffusion.generation.alignment import Alignment, AlignmentConfig
 from vtp_diffusion.generation.autoguidance import GUIDE, GuideConfig, check_guide, open_guide
 from vtp_diffusion.generation.objective import (
     FlowMatchingConfig,
@@ -74,6 +82,7 @@ class Config(TrainingConfig, FlowMatchingConfig):
         "class table; none = fresh",
     )
     shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with, as time_shift", above=0)
+    alignment: AlignmentConfig = setting(default_factory=AlignmentConfig, help="with the tokenizer's features")
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)
     fused: bool | None = setting(
         None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
@@ -111,6 +120,7 @@ class Config(TrainingConfig, FlowMatchingConfig):
             raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
         if self.latents is None and self.verify_latents:
             raise ValueError("verify_latents is true with latents none, expected false: there are no shards to verify")
+        self.alignment.check(self.latents, self.model.num_layers)
         if self.latents is not None and self.augmentation != AugmentationConfig():
             raise ValueError("augmentation changes images while training online: with latents it can do nothing")
 
@@ -127,33 +137,44 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
         check_latents(dataset, vae, config.data)
     else:
         latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+        config.alignment.check_autoencoder(vae)
         dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
     dataset.id2label = class_names(dataset, config.model.num_classes)
     return dataset
 
 
 def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset | OnlineLatents) -> Iterator[dict]:
-    """Raw latents and labels on the device, for every micro-step still to do."""
+    """Raw latents and labels on the device, for every micro-step still to do; features where they are aligned with."""
     from vtp_diffusion.generation.latent_inputs import OnlineLatents, stored_latents
-    from vtp_diffusion.models.latent_space import encode_raw
 
     sampler = run.batch_sampler(len(dataset), dataset.weights)
     common = (sampler, config.random_flip, run.device, config.keep_on_device, config.dataloader_num_workers)
     if not isinstance(dataset, OnlineLatents):
         return stored_latents(dataset, *common)
-    encode = torch.compile(encode_raw) if config.compile else encode_raw
-    return dataset.batches(*common, config.mixed_precision, encode)
+    per_step = config.gradient_accumulation_steps
+    return dataset.batches(
+        *common,
+        config.mixed_precision,
+        config.compile,
+        features=lambda micro_step: config.alignment.active(micro_step // per_step),
+    )
 
 
-def compile_training(config: Config, objective: FlowMatchingObjective) -> None:
-    """One program of forward and backward pass; block by block where several processes wrap or shard the blocks."""
+def build_objective(config: Config, transformer: nn.Module, vae: nn.Module) -> FlowMatchingObjective:
+    """The objective. Compiled, it is one program of forward and backward pass, or one a block where several processes
+    wrap or shard the blocks."""
     from vtp_diffusion.runtime.processes import this_process
     from vtp_diffusion.training.compilation import compile_modules
 
+    alignment = Alignment(config.alignment, transformer, vae) if config.alignment.weight > 0 else None
+    objective = FlowMatchingObjective(transformer, config.cosine_loss, alignment)
+    if config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")
     if config.compile and this_process()[1] == 1:
         objective.losses = torch.compile(objective.losses)
     elif config.compile:
-        compile_modules(objective.transformer, objective.transformer._repeated_blocks)
+        compile_modules(transformer, transformer._repeated_blocks)
+    return objective
 
 
 def use_fused_blocks(config: Config, run: TrainingRun) -> None:
@@ -259,13 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.get_label_ids(config.validation.labels or [0])
     check_guide(config.guide, folder, transformer)
     distance = open_distance(config, pipeline)
-
-    if config.mixed_precision != "no":
-        torch.set_float32_matmul_precision("high")
-    objective = FlowMatchingObjective(transformer, config.cosine_loss)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
-    compile_training(config, objective)
+    objective = build_objective(config, transformer, vae)
     run = TrainingRun(
         config,
         folder,
@@ -275,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset.fingerprint,
         groups=muon_groups(transformer, objective, config.adam_weight_decay) if config.optimizer == "muon" else None,
         flops_per_image=flops,
+        in_parts=config.alignment.ends,  # then its projector gets no more gradients
         cuda_graphs=False if config.compile and config.cuda_graphs is None else config.cuda_graphs,
     )
     use_fused_blocks(config, run)
@@ -284,6 +302,8 @@ def main(argv: list[str] | None = None) -> None:
     if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
         validate(config, run, vae, dataset, distance, run.first_step)
     for step in run.steps():
+        if config.alignment.ends and step == config.alignment.until_step:
+            run.record_anew()
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide
             export_averaged(run.model, run.optimisation.average, folder.path / GUIDE)

@@ -99,6 +99,8 @@ def test_settings_of_a_saved_pipeline(ends, folder, file, values, message):
         ),
         (("--labels", "7"), "class index 7 does not exist: expected 0 to 2"),
         (("--labels", "index=x"), "unknown label 'index=x'"),
+        (("--labels", "0", "--guidance", "internal"), "guidance is 'internal', expected auto, classifier_free"),
+        (("--labels", "0", "--guidance", "autoguidance"), "autoguidance takes a guidance_transformer"),
     ],
 )
 def test_options_of_generate(ends, folder, words, message):

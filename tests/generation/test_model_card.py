@@ -10,6 +10,7 @@ CONFIG = SimpleNamespace(
     model=SimpleNamespace(num_layers=2, num_attention_heads=4, attention_head_dim=16, patch_size=1),
     validation=SimpleNamespace(guidance_scale=2.0, num_inference_steps=50),
     guide=SimpleNamespace(text="classifier-free"),
+    alignment=SimpleNamespace(weight=0.0),
     max_train_steps=6,
     learning_rate=1e-3,
     lr_scheduler="cosine",
@@ -26,6 +27,7 @@ def test_names_beyond_ten_are_counted(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "12 classes: class 0, class 1, " in card and "class 9, ...." in card and "class 10" not in card
     assert '{"guidance_scale": 2.0, "num_inference_steps": 50}' in card
+    assert "class dropout 0.1.\n" in card and "aligned" not in card
     assert "2 layers, 4 heads of 16, patch 1." in card and "Training images" not in card
 
 

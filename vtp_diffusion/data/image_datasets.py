@@ -243,9 +243,7 @@ def open_dataset(
 
     Splits: OpenMoji is split by base emoji, a folder as `folders.py` says. A collection of `datasets` has its own,
     "validation" being `validation_files` where given, or its validation or else its test split. Classes have the same
-    indices in all splits and under any `limit`. What was found is printed.
-
-    Args: `crop`: (image, resolution) -> the square that is seen of it.
+    indices in all splits and under any `limit`. What was found is printed. `crop`: (image, resolution) -> the square.
 
     Raises:
         ValueError: a source, split or column that does not exist, or no images.

@@ -34,6 +34,7 @@ LEFT_OUT = (
     "AutoencoderVTP.encode_raw",
     "AutoencoderVTP.from_pretrained",
     "AutoencoderVTP.from_released",
+    "AutoencoderVTP.with_latent_statistics",
     "LightningDiTTransformer2DModel.from_released",
     "LightningDiTTransformer2DModel.initialize_weights",
     "LightningDiTTransformer2DModel.replace_classes",

@@ -128,10 +128,11 @@ class FusedForward:
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         return_base: bool = False,
+        next_timestep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """As the network's `forward` without `return_dict`: (B, C, H, W), with `return_base` two of them."""
         network, base = self.network, ()
-        tokens, conditioning = network.embed(hidden_states, timestep, class_labels)
+        tokens, conditioning = network.embed(hidden_states, timestep, class_labels, next_timestep)
         tokens = tokens.contiguous()  # changed in place from here on
         modulations = [block.modulation(conditioning) for block in network.blocks]  # six of (B, 1, D) each
         # what each block hands on to: the first norm of the next one, or the last norm
@@ -209,13 +210,16 @@ class GraphedForward:
         class_labels: torch.Tensor,
         return_dict: bool = True,
         return_base: bool = False,
+        next_timestep: torch.Tensor | None = None,
     ) -> Any:
         """As `LightningDiTTransformer2DModel.forward`; with gradients it is that itself."""
         if torch.is_grad_enabled():
             plain = type(self.network).forward
-            return plain(self.network, hidden_states, timestep, class_labels, return_dict, return_base)
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(len(hidden_states))
-        inputs = [hidden_states, timestep, class_labels]
+            arguments = hidden_states, timestep, class_labels, return_dict, return_base
+            return plain(self.network, *arguments, next_timestep=next_timestep)
+        times = [timestep] if next_timestep is None else [timestep, next_timestep]
+        times = [torch.as_tensor(t, device=hidden_states.device).expand(len(hidden_states)) for t in times]
+        inputs = [hidden_states, times[0], class_labels, *times[1:]]
         key = return_base, *((value.shape, value.dtype) for value in inputs)
         if key not in self.recordings:
             self.recordings[key] = self._record(inputs, return_base)
@@ -234,9 +238,9 @@ class GraphedForward:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # Triton compiles, cuBLAS and cuDNN choose
-                self.forward(*places, return_base)
+                self.forward(*places[:3], return_base, *places[3:])
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            results = self.forward(*places, return_base)
+            results = self.forward(*places[:3], return_base, *places[3:])
         return graph, places, results

@@ -30,7 +30,13 @@ from ..data.image_files import CROP
 from ..data.latent_shards import LatentDataset
 from ..data.openmoji import ATTRIBUTION, LICENSE
 from ..data.order import StepBatchSampler, draw_for_positions
-from ..models.latent_space import autoencoder_identity, check_latents_fit, encode_raw, latent_statistics
+from ..models.latent_space import (
+    autoencoder_identity,
+    check_latents_fit,
+    encode_raw,
+    encode_with_features,
+    latent_statistics,
+)
 from ..runtime.precision import autocast
 from ..runtime.processes import this_process
 from ..runtime.random_reads import available_memory
@@ -131,12 +137,18 @@ class OnlineLatents:
         keep_on_device: bool | None = None,
         num_workers: int = 0,
         precision: str = "no",
-        encode: Callable[[ModelMixin, torch.Tensor], torch.Tensor] = encode_raw,
+        compiled: bool = False,
+        features: Callable[[int], bool] = lambda step: False,
     ) -> Iterator[Columns]:
         """Batches of raw `latents` (B, C, h, w), float32, and `labels` (B,) on the device, where the autoencoder is.
 
-        Args: `precision`: of the autoencoder, see `autocast`; `encode`: `encode_raw`, or it compiled.
+        Args:
+            precision: of the autoencoder, see `autocast`.
+            compiled: torch.compile the autoencoder's pass.
+            features: whether a micro-step has `features` (B, h·w, D) too, see `encode_with_features`.
         """
+        encoders = [encode_raw, encode_with_features]
+        encode, encode_both = map(torch.compile, encoders) if compiled else encoders
         pixels = len(self.images) * 3 * self.images.resolution**2
         if fits_on_device(pixels, device, keep_on_device):
             columns = {"image": all_images(self.images), "label": torch.tensor(self.images.labels)}
@@ -147,9 +159,13 @@ class OnlineLatents:
             batches = read_batches(self.images, sampler, collate, device, num_workers)
         for step, batch in zip(micro_steps(sampler), batches, strict=True):
             images = self._changed(batch["image"], sampler, step, random_flip)
+            more = {}
             with torch.no_grad(), autocast(device, precision):
-                latents = encode(self.vae, images)
-            yield {"latents": latents.float(), "labels": batch["label"]}
+                if features(step):
+                    latents, more["features"] = encode_both(self.vae, images)
+                else:
+                    latents = encode(self.vae, images)
+            yield {"latents": latents.float(), "labels": batch["label"]} | more
 
     def _changed(self, images: torch.Tensor, sampler: StepBatchSampler, step: int, random_flip: bool) -> torch.Tensor:
         """uint8 images (B, 3, R, R) -> augmented, float32 in [-1, 1]."""

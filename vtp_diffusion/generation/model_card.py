@@ -25,13 +25,22 @@ import vtp_diffusion  # registers the classes with diffusers
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this folder")
-settings = {"guidance_scale": {{ validation.guidance_scale }}, "num_inference_steps": {{
-  validation.num_inference_steps }}}
+settings = {
+{%- if not student %}"guidance_scale": {{ validation.guidance_scale }}, {% endif -%}
+"num_inference_steps": {{ validation.num_inference_steps }}}
 images = pipeline(class_labels=[0], **settings).images
 ```
 
 ## Training
 
+{% if student -%}
+- A few-step student, made by `train_dit/distill.py` of vtp-diffusion from {{ teacher.pipeline }}: it samples in
+  {{ student.steps | join(", ") }} steps, and has {{ student.baked }} baked in. {{ trajectory_steps }} steps on
+  trajectories of {{ teacher.num_inference_steps }} steps ({{ teacher.solver }}), the rest on mean velocities
+  (MeanFlow, arXiv:2505.13447).
+- {{ data }}; {{ max_train_steps }} steps of {{ batch }}, {{ speed }}.
+- AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
+{%- else -%}
 - `train_dit/train.py` of vtp-diffusion; the method is LightningDiT's (arXiv:2501.01423),
 {%- if vtp %} the tokenizer after VTP
   (arXiv:2512.13687).
@@ -43,8 +52,10 @@ images = pipeline(class_labels=[0], **settings).images
 - {{ data }}; {{ max_train_steps }} steps of {{ batch }} latents,
   {{ speed }}.
 - AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
-- Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}.
+- Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}
+{%- if alignment.weight %}; {{ alignment.text }}{% endif %}.
 - Sampling with time shift {{ shift }}; guidance: {{ guide.text }}.
+{%- endif %}
 
 ## Limits
 
@@ -77,7 +88,8 @@ def write_model_card(
     """
     vtp = autoencoder == "AutoencoderVTP"
     data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
-    fields = vars(config) | values | {"autoencoder": autoencoder, "vtp": vtp, "attribution": attribution}
+    fields = {"student": None, "autoencoder": autoencoder, "vtp": vtp, "attribution": attribution}
+    fields |= vars(config) | values
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
     card = ModelCard(template.render(card_data=data.to_yaml(), **fields), ignore_metadata_errors=False)
     populate_model_card(card, tags=["class-to-image", "lightning-dit"] + ["vtp"] * vtp).save(file)

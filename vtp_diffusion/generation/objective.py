@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
     from ..training.loop import TrainingRun
+    from .alignment import Alignment
 
 TimeShift = float | Literal["dimensions"]
 
@@ -59,28 +60,42 @@ def resolve_shift(value: TimeShift, latent_shape: tuple[int, int, int]) -> float
 
 
 class FlowMatchingObjective(nn.Module):
-    """Velocity loss of LightningDiT (arXiv:2501.01423): mean squared error, plus 1 - cosine similarity."""
+    """Velocity loss of LightningDiT (arXiv:2501.01423): mean squared error, plus 1 - cosine similarity; and that of an
+    `Alignment`, where there is one and features come with the latents."""
 
-    def __init__(self, transformer: LightningDiTTransformer2DModel, cosine_loss: bool):
+    def __init__(
+        self, transformer: LightningDiTTransformer2DModel, cosine_loss: bool, alignment: Alignment | None = None
+    ):
         super().__init__()
-        self.transformer, self.cosine_loss = transformer, cosine_loss
+        self.transformer, self.cosine_loss, self.alignment = transformer, cosine_loss, alignment
 
     def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, labels: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        times: torch.Tensor,
+        labels: torch.Tensor,
+        features: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The mean losses of a batch, and the sums of squared errors by time (bins, 2).
 
-        Args: `latents`, `noise`: (B, C, h, w); `times`: (B,) in [0, 1]; `labels`: (B,), dropped already.
+        Args: `latents`, `noise`: (B, C, h, w); `times`: (B,) in [0, 1]; `labels`: (B,), dropped already; `features`:
+            (B, h·w, D), see `Alignment`.
         """
-        return self.losses(latents, noise, times, labels)
+        return self.losses(latents, noise, times, labels, features)
 
-    def losses(self, latents, noise, times, labels) -> dict[str, torch.Tensor]:
+    def losses(self, latents, noise, times, labels, features=None) -> dict[str, torch.Tensor]:
         """`forward` without what accelerate wraps around it: this is what is compiled."""
         has_base = self.transformer.config.base_head_layer is not None
+        asked = {} if features is None else {"return_tokens": self.alignment.layer}
         predictions = self.transformer(
-            interpolate(latents, noise, times), times, labels, return_dict=False, return_base=has_base
+            interpolate(latents, noise, times), times, labels, return_dict=False, return_base=has_base, **asked
         )
         scale, losses, total = self.transformer.target_scale(times), {}, 0.0
+        if features is not None:
+            *predictions, tokens = predictions
+            losses["alignment"] = self.alignment(tokens, features)
+            total = self.alignment.weight * losses["alignment"]
         for name, prediction in zip(("", "base_"), predictions, strict=False):
             squared_errors, cosines = flow_matching_loss(prediction, latents, noise, scale)  # (B,), (B,)
             if not name:
@@ -117,7 +132,7 @@ def training_inputs(
     run, whatever the number of processes.
 
     Args:
-        batches: raw `latents` (B, C, h, w) and `labels` (B,) of each micro-step, on the device.
+        batches: raw `latents` (B, C, h, w), `labels` (B,) and perhaps `features` of each micro-step, on the device.
         vae: the autoencoder that made them, whose statistics normalise them.
         null: the label that stands for no class.
     """
@@ -126,7 +141,7 @@ def training_inputs(
     mean, std = (s.to(run.device) for s in latent_statistics(vae))  # (1, C, 1, 1)
     for micro_step, batch in zip(run.micro_steps, batches, strict=True):
         random = run.draw(micro_step, lambda count, generator: draw_inputs(config, latent_shape, count, generator))
-        yield {
+        yield batch | {
             "latents": (batch["latents"].float() - mean) / std,
             "noise": random["noise"],
             "times": random["times"],

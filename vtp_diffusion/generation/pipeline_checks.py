@@ -2,11 +2,15 @@
 
 import sys
 import unicodedata
-from numbers import Real
+import warnings
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
+MANY = 1_000_000
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # These follow the flow when their settings say so.
 SOLVERS = (
@@ -80,4 +84,76 @@ def check_scheduler(scheduler) -> None:
             f"scheduler is {type(scheduler).__name__} ({', '.join(faults)}), which does not follow the flow: expected "
             f"{', '.join(FLOW_SCHEDULERS)}, or with use_flow_sigmas=True, prediction_type='flow_prediction' and "
             f"flow_shift (from_config drops what others call shift) {', '.join(SOLVERS)}"
+        )
+
+
+def check_call(pipe, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind) -> None:
+    """Raises: ValueError naming the first argument of a call that does not fit."""
+    if pipe.transformer is None or pipe.scheduler is None:
+        raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
+    check_scheduler(pipe.scheduler)  # a pipeline's scheduler may be replaced
+    config, known = pipe.transformer.config, pipe._callback_tensor_inputs
+    pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
+    types = OUTPUT_TYPES if pipe.vae is not None else ("latent",)
+    no_vae = "" if pipe.vae is not None else ": this pipeline has no vae"
+    kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
+    kinds += ["internal"] * (config.get("base_head_layer") is not None)
+    inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
+    for name, value, fits, expected in (
+        ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
+        ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
+        ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
+        (
+            "guidance", kind, isinstance(kind, str) and kind in kinds,
+            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a transformer with a "
+            "base_head_layer",
+        ),
+        ("guidance_scale", scale, kind != "internal" or scale >= 1, "1 or more with internal guidance"),
+        (
+            "guidance_interval", interval,
+            pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
+            "(low, high) with 0 <= low <= high <= 1",
+        ),
+        (
+            "guidance_channels", channels,
+            channels is None or is_number(channels, 1, config.in_channels, Integral), f"1 to {config.in_channels}",
+        ),
+        (
+            "output_type", output_type, isinstance(output_type, str) and output_type in types,
+            f"one of {', '.join(types)}{no_vae}",
+        ),
+        ("callback_on_step_end", callback, callback is None or callable(callback), "a function"),
+        (
+            "callback_on_step_end_tensor_inputs", tensor_inputs, tensor_inputs is None or inputs,
+            f"some of {known}",
+        ),
+    ):  # fmt: skip
+        if not fits:
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
+    if config.get("student") is not None:
+        check_student(config.student, pipe.scheduler, steps, scale)
+    free = kind == "classifier_free" or (kind == "auto" and pipe.guidance_transformer is None)
+    if scale != 1 and free and config.class_dropout_prob == 0:
+        warnings.warn(
+            f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
+            "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
+            stacklevel=4,
+        )
+
+
+def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float) -> None:
+    """Raises: ValueError if a few-step student is asked for what it was not trained for.
+
+    Args: `student`: that entry of the transformer's configuration.
+    """
+    if steps not in student["steps"]:
+        raise ValueError(f"num_inference_steps is {steps}, expected what this student learned: {student['steps']}")
+    if scale != 1:
+        baked = student["guidance"] or "none"
+        raise ValueError(f"guidance_scale is {scale}, expected 1: this student has its guidance baked in ({baked})")
+    config, euler = scheduler.config, type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:
+        raise ValueError(
+            f"scheduler is {type(scheduler).__name__}, expected FlowMatchEulerDiscreteScheduler with shift "
+            f"{student['shift']:.6g} and no noise: this student's own"
         )

@@ -5,7 +5,6 @@ import difflib
 import inspect
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from numbers import Integral
 from pathlib import Path
@@ -27,10 +26,9 @@ from ..data.images import check_finite, to_pil
 from ..models.autoencoder_vtp import AutoencoderVTP
 from ..models.latent_space import decode_to_images
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
-from .pipeline_checks import check_components, check_names, check_scheduler, is_number, normal_name
+from .pipeline_checks import check_call, check_components, check_names, check_scheduler, is_number, normal_name
 
-MANY = 1_000_000
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+DEFAULT_STEPS = 50
 
 
 class LightningDiTPipeline(DiffusionPipeline):
@@ -182,7 +180,7 @@ class LightningDiTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | list[int | str],
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
@@ -200,7 +198,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: class indices and names, mixed freely (see `get_label_ids`).
             num_inference_steps: evaluations of the network with the Euler scheduler (N - 1 for upstream's N grid
-                points).
+                points); None is 50, of a few-step student the most that it was trained for.
             guidance_scale: w in weak + w·(v - weak) (Ho and Salimans, arXiv:2207.12598); 1.0 = no guidance.
             guidance_interval: guidance is applied where low <= t <= high, t = 0 being noise (Kynkäänniemi et al.,
                 arXiv:2404.07724).
@@ -220,8 +218,11 @@ class LightningDiTPipeline(DiffusionPipeline):
         """
         label_ids = self.get_label_ids(class_labels)
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
-        self._check_inputs(
-            num_inference_steps, guidance_scale, guidance_interval, guidance_channels, num_images_per_label,
+        student = self.transformer.config.get("student")
+        if num_inference_steps is None:
+            num_inference_steps = DEFAULT_STEPS if student is None else max(student["steps"])
+        check_call(
+            self, num_inference_steps, guidance_scale, guidance_interval, guidance_channels, num_images_per_label,
             output_type, callback_on_step_end, tensor_inputs, guidance,
         )  # fmt: skip
         self._guidance_scale = guidance_scale
@@ -244,7 +245,10 @@ class LightningDiTPipeline(DiffusionPipeline):
                     t = 1 - sigmas[step]
                     # read at every step: a callback may change it
                     scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
-                    velocity = self._velocity(latents, t, labels, scale, guidance_channels, guidance)
+                    if student is None:
+                        velocity = self._velocity(latents, t, labels, scale, guidance_channels, guidance)
+                    else:  # the mean one, up to the next time
+                        velocity = self._evaluate(self.transformer, "cond", latents, t, labels, 1 - sigmas[step + 1])
                     if step + 1 == len(timesteps) and sigmas[-1] > 0:  # DEIS and SASolver leave the last noise in
                         latents = latents + (1 - t) * velocity
                     else:  # diffusers' flow models predict noise - data
@@ -295,59 +299,6 @@ class LightningDiTPipeline(DiffusionPipeline):
         """
         return decode_to_images(self.vae, latents)
 
-    def _check_inputs(
-        self, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind
-    ) -> None:
-        """Raises: ValueError naming the first argument of a call that does not fit."""
-        if self.transformer is None or self.scheduler is None:
-            raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
-        check_scheduler(self.scheduler)  # a pipeline's scheduler may be replaced
-        config, known = self.transformer.config, self._callback_tensor_inputs
-        pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
-        types = OUTPUT_TYPES if self.vae is not None else ("latent",)
-        no_vae = "" if self.vae is not None else ": this pipeline has no vae"
-        kinds = ["auto", "classifier_free"] + ["autoguidance"] * (self.guidance_transformer is not None)
-        kinds += ["internal"] * (config.get("base_head_layer") is not None)
-        inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
-        for name, value, fits, expected in (
-            ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
-            ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
-            ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
-            (
-                "guidance", kind, isinstance(kind, str) and kind in kinds,
-                f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a transformer with a "
-                "base_head_layer",
-            ),
-            ("guidance_scale", scale, kind != "internal" or scale >= 1, "1 or more with internal guidance"),
-            (
-                "guidance_interval", interval,
-                pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
-                "(low, high) with 0 <= low <= high <= 1",
-            ),
-            (
-                "guidance_channels", channels,
-                channels is None or is_number(channels, 1, config.in_channels, Integral), f"1 to {config.in_channels}",
-            ),
-            (
-                "output_type", output_type, isinstance(output_type, str) and output_type in types,
-                f"one of {', '.join(types)}{no_vae}",
-            ),
-            ("callback_on_step_end", callback, callback is None or callable(callback), "a function"),
-            (
-                "callback_on_step_end_tensor_inputs", tensor_inputs, tensor_inputs is None or inputs,
-                f"some of {known}",
-            ),
-        ):  # fmt: skip
-            if not fits:
-                raise ValueError(f"{name} is {value!r}, expected {expected}")
-        free = kind == "classifier_free" or (kind == "auto" and self.guidance_transformer is None)
-        if scale != 1 and free and config.class_dropout_prob == 0:
-            warnings.warn(
-                f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
-                "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
-                stacklevel=4,
-            )
-
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> torch.Tensor:
         # Left to itself the scheduler builds the grid between already shifted ends and shifts it once more.
         sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
@@ -362,14 +313,17 @@ class LightningDiTPipeline(DiffusionPipeline):
     def _velocity(
         self,
         latents: torch.Tensor,
-        t: float,
+        t: float | torch.Tensor,
         labels: torch.Tensor,
-        guidance_scale: float,
+        guidance_scale: float | torch.Tensor,
         guidance_channels: int | None,
         guidance: str = "auto",
     ) -> torch.Tensor:
-        """data - noise at time t, guided when the scale is not 1. (B, C, h, w) in float32."""
-        if guidance_scale == 1.0:
+        """data - noise at time t, guided when the scale is not 1. (B, C, h, w) in float32.
+
+        Training of a student asks for (B,) times with scales (B, 1, 1, 1).
+        """
+        if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1.0:
             return self._evaluate(self.transformer, "cond", latents, t, labels)
         if guidance == "internal":
             strong, weak = self._evaluate(self.transformer, "cond", latents, t, labels, return_base=True)
@@ -392,15 +346,22 @@ class LightningDiTPipeline(DiffusionPipeline):
         transformer: torch.nn.Module,
         cache: str,
         latents: torch.Tensor,
-        t: float,
+        t: float | torch.Tensor,
         labels: torch.Tensor,
+        next_t: float | None = None,
         return_base: bool = False,
     ) -> Any:
         """(B, C, h, w) float32; with `return_base` two of them. The transformer rounds the latents itself."""
-        timestep = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
-        base = {"return_base": True} if return_base else {}
+
+        def repeated(t):
+            if isinstance(t, torch.Tensor):
+                return t.repeat(len(latents) // len(t))
+            return torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)
+
+        options = {"return_base": True} if return_base else {}
+        options |= {} if next_t is None else {"next_timestep": repeated(next_t)}
         with transformer.cache_context(cache):  # diffusers' step caches keep one state a context
-            outputs = transformer(latents, timestep, labels, return_dict=False, **base)
+            outputs = transformer(latents, repeated(t), labels, return_dict=False, **options)
         return [output.float() for output in outputs] if return_base else outputs[0].float()
 
     def _decoded(self, latents: torch.Tensor, output_type: str) -> Any:

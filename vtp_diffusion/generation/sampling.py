@@ -15,6 +15,7 @@ import torch
 from ..data.images import finite_to_uint8
 from ..runtime.precision import exact_float32
 from ..runtime.random_streams import random_stream, stream_seed
+from .pipeline_checks import check_student
 from .sampler_config import SamplerConfig
 from .solvers import solve_adaptively, use_solver
 
@@ -48,7 +49,7 @@ def draw_labels(
 
 def open_pipeline(folder: str, config: SamplerConfig, device: torch.device | str) -> DiffusionPipeline:
     """The pipeline of a folder on a device, in the precision and with the solver of a configuration, without progress
-    bars. Raises: ValueError naming a folder that cannot be loaded."""
+    bars. Raises: ValueError naming a folder that cannot be loaded, or what a few-step student was not trained for."""
     from diffusers import DiffusionPipeline
 
     from ..models.loading import load_saved
@@ -56,6 +57,8 @@ def open_pipeline(folder: str, config: SamplerConfig, device: torch.device | str
     pipe = load_saved(DiffusionPipeline, folder, dtype=config.torch_dtype(torch.device(device)))
     pipe.set_progress_bar_config(disable=True)
     use_solver(pipe, config.solver, config.time_shift)
+    if student := pipe.transformer.config.get("student"):  # at once: a call of the pipeline comes much later
+        check_student(student, pipe.scheduler, config.num_inference_steps, config.guidance_scale)
     return pipe.to(device)
 
 

@@ -33,8 +33,13 @@ def use_solver(pipe: DiffusionPipeline, solver: str, time_shift: float | None = 
             "pipeline" and "dopri5", which has no steps of its own, leave the scheduler that there is.
         time_shift: s, as in training; None takes over that of the pipeline.
 
-    Raises: ValueError on an unknown solver, or a shift that is none.
+    Raises: ValueError on an unknown solver, a shift that is none, or either where the pipeline is a few-step student.
     """
+    if pipe.transformer.config.get("student") is not None and (solver not in ("pipeline", "euler") or time_shift):
+        raise ValueError(
+            f"solver is {solver} and time_shift {time_shift}, expected pipeline and none: a few-step student has "
+            "learned its own steps"
+        )
     if solver == "dopri5" or (solver == "pipeline" and time_shift is None):
         return
     import diffusers

@@ -27,6 +27,14 @@ class ModelConfig(Settings):
         None, "block after which a second output layer predicts, for internal guidance; none has none", at_least=1
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.base_head_layer is not None and self.base_head_layer >= self.num_layers:
+            raise ValueError(
+                f"model.base_head_layer is {self.base_head_layer}, expected a block before the last, "
+                f"{self.num_layers} (model.num_layers)"
+            )
+
 
 def build_transformer(
     config: ModelConfig,
@@ -50,7 +58,7 @@ def build_transformer(
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
     architecture = {"sample_size": latent_shape[-1], "in_channels": latent_shape[0]}
-    architecture |= vars(config) | {"num_classes": num_classes}
+    architecture |= vars(config) | {"num_classes": num_classes, "student": None}  # train_dit/distill.py makes those
     if initial_transformer is None:
         transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=class_dropout_prob)
         transformer.initialize_weights()

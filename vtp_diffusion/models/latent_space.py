@@ -25,6 +25,17 @@ def normalises_inside(vae: nn.Module) -> bool:
     return type(vae).__name__ == "AutoencoderRAE"
 
 
+def has_features(vae: nn.Module) -> bool:
+    """Whether the encoder has features beside its latents, one for each of their pixels: `AutoencoderVTP`."""
+    return hasattr(vae, "encode_features")
+
+
+def encode_with_features(vae: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `encode_raw` gives and the features (B, h·w, D) behind it, in one pass, of an autoencoder that has some."""
+    latents, features = vae.encode_raw(images.to(vae.dtype), return_features=True)
+    return latents.float(), features
+
+
 def encode_raw(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Raw latents (B, C, h, w) in float32, before the statistics or the scaling of the autoencoder.
 

