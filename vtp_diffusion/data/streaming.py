@@ -320,9 +320,7 @@ class _Rows:
                     break
             else:
                 shard, row = shard + 1, 0
-            self._at = (start.epoch, shard, row)
-            if row == 0:
-                self._at = None
+            self._at = (start.epoch, shard, row) if row else None
         if shard == len(dealt):
             return block, StreamPosition(epoch=start.epoch + 1, named_streams=start.named_streams)
         after = StreamPosition(epoch=start.epoch, shard=shard, row=row, block=start.block + 1)
