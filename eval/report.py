@@ -5,6 +5,7 @@
 
 --results are files that the programs of eval/ wrote, any of them in any number, in the order they are to have. Where
 names repeat, the folder is part of them: run1/generation.json run2/generation.json.
+--runs draws the quick distances of training runs against epochs, images, GPU-seconds and FLOPs.
 Generations that differ in one thing only (steps, guidance, or checkpoint-N in their path) are drawn as a curve. The
 pictures that the programs wrote are shown where they still are, and named where not. FILE.md beside the page has the
 table as Markdown.
@@ -14,8 +15,10 @@ The page needs no network; the same files give the same page.
 from dataclasses import dataclass
 from pathlib import Path
 
+from vtp_diffusion.evaluation.convergence import read_convergence
 from vtp_diffusion.evaluation.report import NOT_MEASURED, read_result, result_names, table_rows
 from vtp_diffusion.evaluation.report_page import (
+    convergence_charts,
     find_charts,
     find_pictures,
     html_page,
@@ -32,6 +35,9 @@ class ReportConfig(Settings):
     results: list[str] = setting(help="JSON files of the programs of eval/")
     output: str = setting(help="FILE.html; FILE.md is written beside it")
     pictures: list[str] = setting(default_factory=list, help="CAPTION=FILE: pictures to show first")
+    runs: list[str] = setting(
+        default_factory=list, help="run folders of train_dit/train.py: distance while it trained"
+    )
     title: str = setting("Evaluation", "heading of the page")
 
     def __post_init__(self) -> None:
@@ -53,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     names = result_names(config.results)
     results = [read_result(file, name) for file, name in zip(config.results, names, strict=True)]
     rows, charts = table_rows(results), find_charts(results)
+    charts += [chart for run in config.runs for chart in convergence_charts(run, read_convergence(run))]
     given = [(caption, Path(file)) for caption, _, file in (word.rpartition("=") for word in config.pictures)]
     recorded = find_pictures(results)
     page = html_page(config.title, rows, charts, given, recorded, results)

@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
     vae = load_autoencoder(config.vae)
     identity = autoencoder_identity(vae)
-    dataset = open_dataset(config.data, config.split, together=True)
+    dataset = open_dataset(config.data, config.split)
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}

@@ -144,9 +144,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
     else:
         latent_statistics(vae)  # refuses an autoencoder that should have them and does not
         config.alignment.check_autoencoder(vae)
-        dataset = OnlineLatents(
-            open_dataset(config.data, "train", together=True), vae, config.data, config.augmentation
-        )
+        dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
     dataset.id2label = class_names(dataset, config.model.num_classes)
     return dataset
 

@@ -144,6 +144,32 @@ def test_a_killed_run_goes_on_with_the_next_batch(tmp_path, offline, workers):
         StreamBatches(images, **arguments, world_size=2, state=state)
 
 
+def test_a_node_holds_no_more_bytes_than_it_may_and_resumes_with_blocks_of_the_same_size(
+    tmp_path, offline, monkeypatch
+):
+    shards = config(write_shards(offline, tmp_path / "shards"), shuffle_buffer=12)
+    size = len(as_bytes(0))
+    bounded = StreamingImages(replace(shards, shuffle_gib=6 * size / 2**30))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    arguments = {"batch_size": 1, "seed": 3, "device": CPU, "collate": collate}
+    begun = StreamBatches(bounded, **arguments)
+    assert begun.block_bytes == 3 * size, "half of the node's"
+    block, _ = _Rows(bounded, 3, 0, 1).read_block(StreamPosition(), 12, begun.block_bytes)
+    sizes = [len(row["image"]["bytes"]) for _, row in block]
+    assert sum(sizes[:-1]) < begun.block_bytes <= sum(sizes), "the last sample filled it"
+    straight = [batch["caption"] for batch in islice(begun, 24)]
+    assert sorted(sum(straight[:12], [])) == everything()
+    first = StreamBatches(bounded, **arguments)
+    read = [batch["caption"] for batch in islice(first, 5)]
+    state = json.loads(json.dumps(first.state_dict()))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # nodes of another size: the blocks stay as they are
+    assert (
+        read + [batch["caption"] for batch in islice(StreamBatches(bounded, **arguments, state=state), 19)] == straight
+    )
+    state.pop("block_bytes")  # version 0.1 knew no bound
+    assert StreamBatches(bounded, **arguments, state=state).block_bytes is None
+
+
 def test_a_run_begun_with_version_0_1_keeps_its_orders(tmp_path, offline):
     """Drawn from lists of numbers; its checkpoints do not say how."""
     images = StreamingImages(config(write_shards(offline, tmp_path / "shards"), shuffle_buffer=12))

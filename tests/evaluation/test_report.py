@@ -162,13 +162,25 @@ def test_samples_come_first_and_the_summary_has_one_number_of_a_kind(files, monk
 
 
 def test_a_run_is_drawn_against_every_amount_that_its_log_knows():
-    row = {"distance": 9.0, "floor": 2.0, "network": "vgg16", "step": 0, "gpu_seconds": None}
+    row = {"distance": 9.0, "floor": 2.0, "name": "FD-VGG", "step": 0, "gpu_seconds": None}
     rows = [row | {"images": 10 * k, "epochs": k / 7, "flops": 1e12 * k, "distance": 50.0 / k} for k in range(1, 31)]
     charts = convergence_charts("run", rows)
-    assert [chart.axis for chart in charts] == ["epochs", "training images", "FLOPs"]
+    assert [chart.axis for chart in charts] == ["epochs", "images", "FLOPs"]
     assert charts[1].points[0] == (10.0, 50.0, 2.0, "run")
     picture = ElementTree.fromstring(chart_svg(charts[0]))
     assert [text.text for text in picture if text.get("class") == "value"] == ["50", "1.67"], "not thirty that touch"
+
+
+def test_runs_are_drawn_from_their_folders(files, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    settings = {"train_batch_size": 8, "validation": {"guidance_scale": 1.0, "distance": {"network": "vgg16"}}}
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(settings))
+    lines = ({"step": k, "FD-VGG": 9.0 / k, "FD-VGG_floor": 1.0, "FD-VGG_images": 64} for k in (1, 2))
+    (tmp_path / "run" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(monkeypatch, "--results", "vae.json", "--runs", "run", "--output", "page.html")
+    assert "1 curves" in capsys.readouterr().out and "run: FD-VGG</b>" in Path("page.html").read_text()
+    with pytest.raises(ValueError, match="no-run has no config.yaml"):
+        report(monkeypatch, "--results", "vae.json", "--runs", "no-run", "--output", "page.html")
 
 
 def test_what_is_missing_is_on_the_page_and_on_the_console(files, tmp_path, monkeypatch, capsys):

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from two_processes import run_on_two
 
 import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.image_datasets import DataConfig
+from vtp_diffusion.data.image_files import list_images, read_image
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
+from vtp_diffusion.evaluation import sources
 from vtp_diffusion.evaluation.one_pass import FeaturesConfig, Wanted, record_images
 from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, open_reference, read_batches
 from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
@@ -174,6 +177,40 @@ def test_images_that_are_too_small_are_counted_where_they_are_read(workers, tmp_
     assert sum(map(len, read_batches(source, [0, 1], 1, workers))) == 2 and source.count_enlarged(range(4)) == 1
     assert sum(map(len, read_batches(source, [2, 3], 1, workers))) == 2 and source.count_enlarged(range(4)) == 2
     assert source.count_enlarged([3]) == 0
+
+
+def look_together(rank):
+    """What one of two processes knows of a set with a damaged image, what it has read of it, and folders it listed."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    data, read, listed = vtp_diffusion.data.image_datasets, [], []
+    data.IN_MEMORY_BYTES = 0
+    data.read_image = lambda path, **how: read.append(path.name) or read_image(path, **how)
+    source = open_measured(DataConfig(source="set", resolution=16, skip_unreadable=True), "train")
+    sources.list_images = lambda path: listed.append(str(path)) or list_images(path)
+    images = FolderImages("equal")
+    known = (source.dataset.keys, source.dataset.skipped, source.count_enlarged([0]), images.size, len(images))
+    return known, sorted(read), listed
+
+
+def test_processes_divide_the_search_for_unreadable_images_and_one_looks_into_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("set", "equal"):
+        (tmp_path / folder).mkdir()
+        for k in range(4):
+            Image.new("RGB", (20, 15 if folder == "set" else 20)).save(tmp_path / folder / f"{k}.png")
+    (tmp_path / "set" / "1.png").write_bytes(b"no picture")
+    (known, *first), (same, *second) = run_on_two(look_together, tmp_path)
+    assert known == same == (["0.png", "2.png", "3.png"], ["1.png"], 1, (20, 20), 4)
+    assert first == [["0.png", "2.png"], ["equal"]]
+    assert second == [["1.png", "2.png", "3.png"], []], "the damaged one and the next that can be read"
 
 
 def test_real_images_of_a_folder_without_splits_are_all_of_it(tmp_path):

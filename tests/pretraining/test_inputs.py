@@ -54,6 +54,7 @@ def test_other_numbers_go_on_at_the_start_of_the_next_epoch_if_asked(tmp_path, m
     begun = stream_batches(run_of(1, 0, None), strict, collate, 0)
     straight = [batch["key"] for batch in islice(begun, 1)]
     said = "streams hold up to 1,000 encoded samples on each node: data.shuffle_buffer, 1,000, in each of 1 workers"
+    said += ", and no more than data.shuffle_gib, 16 GiB"
     assert said in capsys.readouterr().out
     state = begun.state_dict()
     other = {**state, "processes": 2}  # as if two processes had read so far

@@ -64,7 +64,10 @@ class DataConfig(Settings):
     # so may where renderings are kept.
     skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
     streaming: bool = setting(False, "`datasets`: read the training shards as a stream, never as a whole")
-    shuffle_buffer: int = setting(1000, "streaming: samples shuffled together", at_least=1)
+    shuffle_buffer: int = setting(1000, "streaming: samples that a worker shuffles together, at most", at_least=1)
+    shuffle_gib: float = setting(
+        16.0, "streaming: GiB of encoded samples that a node holds for that, at most", above=0
+    )
     stream_restart: bool = setting(
         False, "streaming: other numbers of processes or workers resume at the start of an epoch", may_change=True
     )
@@ -235,16 +238,12 @@ def open_dataset(
     config: DataConfig,
     split: Literal["train", "validation", "all"] = "train",
     crop: Crop = center_crop,
-    together: bool = False,
 ) -> ImageDataset:
-    """Open a data set.
+    """Open a data set; every process has to call this: the main one looks into a folder and tells the others.
 
     Splits: OpenMoji is split by base emoji, a folder as `folders.py` says. A collection of `datasets` has its own,
     "validation" being `validation_files` where given, or its validation or else its test split. Classes have the same
-    indices in all splits and under any `limit`. What was found is printed.
-
-    Args: `crop`: (image, resolution) -> the square that is seen of it. `together`: every process opens it, so that the
-        main one alone looks into a folder, reads its files for the fingerprint and tells the others.
+    indices in all splits and under any `limit`. What was found is printed. `crop`: (image, resolution) -> the square.
 
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
@@ -257,7 +256,7 @@ def open_dataset(
     if config.source == "openmoji":
         dataset = _open_openmoji(config, split)
     elif Path(config.source).is_dir():
-        dataset = _open_folder(config, split, together)
+        dataset = _open_folder(config, split)
     else:
         dataset = _open_collection(config, split)
         classes = f"{len(dataset.label_names)} classes" if config.label_column else "1 class (label_column is none)"
@@ -269,11 +268,11 @@ def open_dataset(
     return dataset
 
 
-def has_held_out(config: DataConfig, together: bool = False) -> bool:
-    """Whether the source has images held out, before any is read; a collection is taken to have some. See
-    `open_dataset`."""
+def has_held_out(config: DataConfig) -> bool:
+    """Whether the source has images held out, before any is read; a collection is taken to have some. Every process
+    has to call this."""
     elsewhere = not Path(config.source).is_dir() or config.source == "openmoji"
-    return elsewhere or from_main(lambda: read_layout(config.source).has("validation"), together)
+    return elsewhere or from_main(lambda: read_layout(config.source).has("validation"))
 
 
 def _say(line: str) -> None:
@@ -321,7 +320,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     )
 
 
-def _open_folder(config: DataConfig, split: str, together: bool) -> ImageDataset:
+def _open_folder(config: DataConfig, split: str) -> ImageDataset:
     def look() -> tuple[list[str], list[str], list[int], str, bool]:
         """Classes, keys, labels, fingerprint, and whether no images are held out."""
         layout = read_layout(config.source)
@@ -333,7 +332,7 @@ def _open_folder(config: DataConfig, split: str, together: bool) -> ImageDataset
         found = _fingerprint("folder", config.resolution, known + _turned(config)), not layout.has("validation")
         return layout.classes, keys, labels, *found
 
-    classes, keys, labels, fingerprint, whole = from_main(look, together)
+    classes, keys, labels, fingerprint, whole = from_main(look)
     folder, named = Path(config.source), classes != ["image"]
     return ImageDataset(
         references=[folder / key for key in keys],

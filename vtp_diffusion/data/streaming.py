@@ -11,6 +11,8 @@ however unequal the shards are, and none waits for another that has finished.
 
 import hashlib
 import json
+import math
+import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -61,7 +63,7 @@ class StreamingImages:
     """Shards of images with captions, in the item format of `ImageDataset`; without a length.
 
     Args:
-        config: with `streaming`; `shuffle_buffer` is the size of a block in samples.
+        config: with `streaming`; `shuffle_buffer` is the size of a block in samples, if they fit into `block_bytes`.
         split: "train" or "validation" (`validation_files` where given, or the validation or else the test split).
 
     Attributes: `has_validation`: whether the source has that split.
@@ -103,12 +105,19 @@ class StreamingImages:
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def samples(
-        self, position: StreamPosition, seed: int, stream: int = 0, num_streams: int = 1
+        self,
+        position: StreamPosition,
+        seed: int,
+        stream: int = 0,
+        num_streams: int = 1,
+        block_bytes: int | None = None,
     ) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
         """Items of a stream from a position on, without end, each with the position after it.
 
         A sample without a text has the caption "", which the contrastive objective leaves out, unless
         `skip_empty_captions` leaves it out of all objectives; it is counted either way.
+
+        Args: `block_bytes`: a block ends with the sample that fills them; a position goes on with the same ones only.
 
         Raises:
             UnreadableImageError: unless `skip_unreadable` says to leave such out.
@@ -116,7 +125,8 @@ class StreamingImages:
         """
         rows, empty = _Rows(self, seed, stream, num_streams), 0
         while True:
-            block, after = rows.read_block(position, self.config.shuffle_buffer)
+            block = None  # the last one goes before the next is read: else memory would hold two
+            block, after = rows.read_block(position, self.config.shuffle_buffer, block_bytes)
             order = _permutation(
                 "samples of a block", position, len(block), seed, stream, position.epoch, position.block
             )
@@ -254,15 +264,15 @@ def open_splits(
         if training.has_validation:
             measured["held_out"] = StreamingImages(config, "validation").take(count)
         return training, measured
-    training = open_dataset(config, "train", together=True)
+    training = open_dataset(config, "train")
     if len(training) < batch_size:
         raise ValueError(
             f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
             "a batch would hold an image twice"
         )
     held_out = {}
-    if has_held_out(config, together=True):
-        held_out["held_out"] = open_dataset(config, "validation", together=True)
+    if has_held_out(config):
+        held_out["held_out"] = open_dataset(config, "validation")
     return training, {"train": training} | held_out
 
 
@@ -287,11 +297,15 @@ class _Rows:
         order = _permutation("shards", position, len(parts), self.seed, position.epoch)
         return [parts[k] for k in order[self.stream :: self.num_streams]]
 
-    def read_block(self, start: StreamPosition, size: int) -> tuple[list, StreamPosition]:
-        """Up to `size` (key, row) from the beginning of a block, and the beginning of the next; an epoch ends it."""
+    def read_block(
+        self, start: StreamPosition, size: int, num_bytes: int | None = None
+    ) -> tuple[list, StreamPosition]:
+        """Up to `size` (key, row) from the beginning of a block, fewer if their images fill `num_bytes`, and the
+        beginning of the next; an epoch ends it."""
         dealt, shard, row = self.dealt(start), start.shard, start.row
         block: list[tuple[str, dict[str, Any]]] = []
-        while shard < len(dealt) and len(block) < size:
+        left, column = math.inf if num_bytes is None else num_bytes, self.images.config.image_column
+        while shard < len(dealt) and len(block) < size and left > 0:
             index, stripe = dealt[shard]
             if self._at != (start.epoch, shard, row):
                 self._open = self._rows(index, row)
@@ -300,14 +314,13 @@ class _Rows:
                     name = values.get("__key__")
                     key = f"{index:05d}/{row:08d}" if name is None else f"{index:05d}/{name}"
                     block.append((key, values))
+                    left -= len((values[column] or {}).get("bytes") or b"")
                 row += 1
-                if len(block) == size:
+                if len(block) == size or left <= 0:
                     break
             else:
                 shard, row = shard + 1, 0
-            self._at = (start.epoch, shard, row)
-            if row == 0:
-                self._at = None
+            self._at = (start.epoch, shard, row) if row else None
         if shard == len(dealt):
             return block, StreamPosition(epoch=start.epoch + 1, named_streams=start.named_streams)
         after = StreamPosition(epoch=start.epoch, shard=shard, row=row, block=start.block + 1)
@@ -325,6 +338,11 @@ class _Rows:
             raise ValueError(
                 f"{self.images.shard_names[index]} is damaged, or no {self.images.config.source}: {error}"
             ) from error
+
+
+def block_bytes(config: DataConfig, workers: int) -> int:
+    """The share of `shuffle_gib` of a stream, one of so many workers of each process of this node."""
+    return max(1, int(config.shuffle_gib * 2**30) // (workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class StreamBatches:
@@ -371,7 +389,10 @@ class StreamBatches:
         given = [{}] * workers if state is None else [{"named_streams": False} | part for part in state["positions"]]
         self.positions = [StreamPosition(**position) for position in given]
         streams = [rank * workers + worker for worker in range(workers)]
-        self._reader = _BatchReader(images, batch_size, seed, collate, streams, workers * world_size)
+        # kept when a run is resumed on nodes of other sizes: blocks must stay the same; none before version 0.2
+        self.block_bytes = block_bytes(images.config, workers) if state is None else state.get("block_bytes")
+        numbers = (workers * world_size, self.block_bytes)
+        self._reader = _BatchReader(images, batch_size, seed, collate, streams, *numbers)
 
     def __iter__(self) -> Iterator[Columns]:
         self._reader.begin(list(self.positions), self.next_worker)
@@ -387,7 +408,7 @@ class StreamBatches:
         """Where every stream of this process is, after the last batch that was delivered; JSON can hold it."""
         positions = [asdict(position) for position in self.positions]
         counts = {"workers": self.workers, "processes": self.world_size, "next_worker": self.next_worker}
-        return counts | {"positions": positions}
+        return counts | {"block_bytes": self.block_bytes, "positions": positions}
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -399,9 +420,9 @@ class StreamBatches:
 class _BatchReader(IterableDataset):
     """In each worker: the batches of its stream, with its number and position."""
 
-    def __init__(self, images, batch_size, seed, collate, streams, num_streams):
+    def __init__(self, images, batch_size, seed, collate, streams, num_streams, block_bytes):
         self.images, self.batch_size, self.seed, self.collate = images, batch_size, seed, collate
-        self.streams, self.num_streams = streams, num_streams
+        self.streams, self.num_streams, self.block_bytes = streams, num_streams, block_bytes
 
     def begin(self, positions: list[StreamPosition], next_worker: int) -> None:
         self.positions, self.next_worker = positions, next_worker
@@ -412,7 +433,8 @@ class _BatchReader(IterableDataset):
         if worker < self.next_worker:
             yield None  # the loader begins with worker 0, but it is another one's turn
         last, items = self.positions[worker], []
-        for item, position in self.images.samples(last, self.seed, self.streams[worker], self.num_streams):
+        stream = (self.streams[worker], self.num_streams, self.block_bytes)
+        for item, position in self.images.samples(last, self.seed, *stream):
             if position.epoch > last.epoch and last.delivered < self.batch_size:
                 raise ValueError(
                     f"{self.images.config.source}: an epoch of stream {self.streams[worker]} of {self.num_streams} "

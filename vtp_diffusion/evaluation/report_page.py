@@ -18,12 +18,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from ..data.image_files import read_image
+from .convergence import AMOUNTS
 from .report import NOT_MEASURED, Result, Row, reading
 
 PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
 AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
 STEP_AXIS = "training step"
-AMOUNTS = {"epochs": "epochs", "images": "training images", "gpu_seconds": "GPU-seconds", "flops": "FLOPs"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 34, 18, 46  # of a chart and its margins
 HEADS = {
     "what": "what",
@@ -112,7 +112,7 @@ def convergence_charts(name: str, rows: Sequence[dict[str, Any]]) -> list[Chart]
     for key, axis in AMOUNTS.items():
         if len({row[key] for row in rows}) > 1 and None not in (row[key] for row in rows):
             points = [(float(row[key]), row["distance"], row["floor"], name) for row in rows]
-            title = f"{name}: distance on {rows[0]['network']}"
+            title = f"{name}: {rows[0]['name']}"
             charts.append(Chart(title, axis, "during training (dashed: real images)", points))
     return charts
 

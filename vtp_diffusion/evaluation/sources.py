@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from ..data.image_datasets import Crop, DataConfig, ImageDataset, has_held_out, 
 from ..data.image_files import center_crop, list_images, read_header, read_image
 from ..data.npz import IMAGES_KEY, NpzImages, open_npz
 from ..runtime.disk import read_json
-from ..runtime.processes import gather_objects, reading_processes, this_process
+from ..runtime.processes import from_main, gather_objects, reading_processes, this_process
 from ..runtime.reproducibility import random_stream
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class FolderImages:
     Files that are not 8-bit RGB are converted by `data.image_files.as_rgb`; `converted` counts them by mode, RGB of 16
     bits as "RGB;16".
 
-    A folder that `pipelines/generate.py` wrote says in settings.json how many images it is to hold.
+    A folder that `pipelines/generate.py` wrote says in settings.json how many images it is to hold. The main process
+    looks into it and tells the others.
 
     Raises:
         ValueError: no image files; folders of images beside them; one that cannot be read, has another size or a
@@ -60,36 +62,40 @@ class FolderImages:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.files = list_images(self.folder)
-        folders = sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not self.files:
+        self.files, self.size, self.converted, self.settings = from_main(self._look)
+
+    def _look(self) -> tuple[list[Path], tuple[int, int], dict[str, int], dict | None]:
+        """Files, size, `converted` and settings."""
+        folder, files = self.folder, list_images(self.folder)
+        folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if not files:
             hint = ": it holds folders, of which each is a set of images here" if folders else ""
             raise ValueError(f"{folder} holds no image files (of a format that Pillow reads){hint}")
         for inner in folders:
             if images := list_images(inner):
                 raise ValueError(
-                    f"{folder} holds {len(self.files)} images and, beside them, a folder of images, {inner.name} "
+                    f"{folder} holds {len(files)} images and, beside them, a folder of images, {inner.name} "
                     f"({len(images)} of them), which would not be measured: expected one folder for one set"
                 )
         # headers only, all of them now: an error after hours of work would be no use
         with ThreadPoolExecutor(16) as pool:
-            headers = list(pool.map(read_header, self.files))
-        self.size = headers[0][:2]
-        for path, header in zip(self.files, headers, strict=True):
-            if header[:2] != self.size:
+            headers = list(pool.map(read_header, files))
+        size = headers[0][:2]
+        for path, header in zip(files, headers, strict=True):
+            if header[:2] != size:
                 raise ValueError(
-                    f"{path} is {header[1]}x{header[0]}, expected {self.size[1]}x{self.size[0]} as "
-                    f"{self.files[0].name}: images of several sizes cannot be measured together"
+                    f"{path} is {header[1]}x{header[0]}, expected {size[1]}x{size[0]} as "
+                    f"{files[0].name}: images of several sizes cannot be measured together"
                 )
-        self.converted = dict(Counter(mode for *_, mode in headers if mode != "RGB"))
-        file = self.folder / "settings.json"
-        self.settings = read_json(file) if file.is_file() else None
-        count = (self.settings or {}).get("num_images", len(self.files))
-        if count != len(self.files):
+        file = folder / "settings.json"
+        settings = read_json(file) if file.is_file() else None
+        count = (settings or {}).get("num_images", len(files))
+        if count != len(files):
             raise ValueError(
-                f"{self.folder} holds {len(self.files)} images, its settings.json says {count}: "
+                f"{folder} holds {len(files)} images, its settings.json says {count}: "
                 "it is incomplete (run the same pipelines/generate.py again) or holds images of something else"
             )
+        return files, size, dict(Counter(mode for *_, mode in headers if mode != "RGB")), settings
 
     def __len__(self) -> int:
         return len(self.files)
@@ -126,7 +132,8 @@ class DatasetImages:
 
 def open_measured(config: DataConfig, split: str, crop: Crop = center_crop) -> DatasetImages:
     """A data set whose images are counted: those that cannot be read, where that is allowed, are left out before
-    anything is chosen or measured, and `dataset.skipped` holds their keys. Raises what `open_dataset` raises."""
+    anything is chosen or measured, and `dataset.skipped` holds their keys. Every process has to call this. Raises what
+    `open_dataset` raises."""
     dataset = open_dataset(config, split, crop)
     return DatasetImages(_without_unreadable(dataset) if config.skip_unreadable else dataset)
 
@@ -135,18 +142,21 @@ def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
     """The images that can be read, each under its own index.
 
     Training replaces an unreadable image by its neighbour, which would be measured twice here. Which ones those are is
-    only known once all were decoded: unless the data set is in memory, this takes as long as reading it.
+    only known once all were decoded, by every process its part: unless the data set is in memory, this takes as long
+    as reading it.
     """
+    rank, processes = this_process()
+    part = range(rank, len(dataset), processes)
 
     def is_readable(index: int) -> bool:
         return dataset[index]["key"] == dataset.keys[index]
 
-    found = read_ahead(is_readable, range(len(dataset)), num_threads=reading_processes())
-    shown = tqdm(found, total=len(dataset), desc="checking images", leave=False, disable=this_process()[0] > 0)
-    readable = [index for index, good in enumerate(shown) if good]
+    found = read_ahead(is_readable, part, num_threads=reading_processes())
+    shown = tqdm(found, total=len(part), desc="checking images", leave=False, disable=rank > 0)
+    good = gather_objects([index for index, readable in zip(part, shown, strict=True) if readable])
     measured = copy.copy(dataset)
     measured.skip_unreadable = False  # one that is damaged from now on is named, not replaced
-    measured.keep_readable(readable)
+    measured.keep_readable(sorted(itertools.chain.from_iterable(good)))
     return measured
 
 

@@ -20,7 +20,7 @@ from ..data.batches import (
 )
 from ..data.captions import tokenize_captions
 from ..data.image_datasets import ImageDataset
-from ..data.streaming import Collate, StreamBatches, StreamingImages, StreamPosition
+from ..data.streaming import Collate, StreamBatches, StreamingImages, StreamPosition, block_bytes
 from ..runtime.processes import gather_objects
 from ..training.loop import TrainingRun
 
@@ -61,10 +61,11 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
         buffered, local = images.config.shuffle_buffer, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         print(
             f"streams hold up to {buffered * workers * local:,} encoded samples on each node: data.shuffle_buffer, "
-            f"{buffered:,}, in each of {workers * local} workers"
+            f"{buffered:,}, in each of {workers * local} workers, and no more than data.shuffle_gib, "
+            f"{images.config.shuffle_gib:g} GiB"
         )
     if run.first_step > 0 and images.config.stream_restart:
-        state = next_epoch(run, state, workers)
+        state = next_epoch(run, state, workers, block_bytes(images.config, workers))
     if run.first_step > 0 and state is None:
         raise ValueError(
             f"{run.folder.path}: the checkpoint of step {run.first_step} holds no stream position for process "
@@ -76,9 +77,9 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
     return batches
 
 
-def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int) -> dict[str, Any] | None:
+def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int, num_bytes: int) -> dict[str, Any] | None:
     """The state of a process, or where any process finds that of other numbers of processes or workers, the beginning
-    of the epoch after the furthest that they know; every process has to call this."""
+    of the epoch after the furthest that they know, in blocks of `num_bytes`; every process has to call this."""
     same = state is not None and (state["processes"], state["workers"]) == (run.world_size, workers)
     epochs = [position["epoch"] for position in (state or {"positions": []})["positions"]]
     found = gather_objects((same, max(epochs, default=0)))
@@ -90,7 +91,8 @@ def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int) -> 
         "rest of the one before is not seen, and samples left out are counted from here"
     )
     positions = [asdict(StreamPosition(epoch=epoch)) for _ in range(workers)]
-    return {"workers": workers, "processes": run.world_size, "next_worker": 0, "positions": positions}
+    counts = {"workers": workers, "processes": run.world_size, "next_worker": 0, "block_bytes": num_bytes}
+    return counts | {"positions": positions}
 
 
 def count_left_out(run: TrainingRun, training: ImageDataset | StreamingImages, batches: Any) -> dict[str, int]:

@@ -74,13 +74,10 @@ def gather_objects(value: Any) -> list[Any]:
     return gather_object([value])
 
 
-def from_main(compute: Callable[[], Result], together: bool = True) -> Result:
+def from_main(compute: Callable[[], Result]) -> Result:
     """What the main process computes, handed on to the others, which wait; so is an error about input. To be called by
-    every process, before they have joined too.
-
-    Args: `together`: false where not every process calls this: then each computes it.
-    """
-    if not together or this_process()[1] == 1:
+    every process, before they have joined too."""
+    if this_process()[1] == 1:
         return compute()
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
