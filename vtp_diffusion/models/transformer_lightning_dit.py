@@ -151,10 +151,8 @@ class LightningDiTTransformer2DModel(
             return_tokens: also the tokens (B, N, D) after this block, counted from 1.
             next_timestep: of a student, the time r >= t, (B,) or a scalar: the prediction is (x_r - x_t) / (r - t).
                 None is t itself.
-        Returns: an output with `.sample` (B, C, H, W), or a tuple of it; with `return_base` or `return_tokens` a tuple
-            of the sample and what was asked for, in this order.
-        Raises: ValueError on latents or labels of another shape or type, on a second time of what is no student, and
-            on a block that is not there.
+        Returns: an output with `.sample` (B, C, H, W), or a tuple of it, then of what else was asked for.
+        Raises: ValueError on latents or labels that do not fit, a second time without student, or an unknown block.
         """
         last = len(self.blocks)
         if return_tokens is not None and not 1 <= return_tokens <= last:
