@@ -160,6 +160,7 @@ class LightningDiTTransformer2DModel(
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels, next_timestep)
         grid = self.config.sample_size // self.config.patch_size
         rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
+        more = []
         for number, block in enumerate(self.blocks, start=1):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning, rotary)
@@ -168,15 +169,13 @@ class LightningDiTTransformer2DModel(
             if return_base and number == self.config.base_head_layer:
                 shift, scale = self.base_modulation_out(conditioning)
                 base = self.base_proj_out(modulate(self.base_norm_out(tokens), shift, scale))
-                base = self.to_velocity(base, hidden_states, timestep)
+                more.insert(0, self.to_velocity(base, hidden_states, timestep))
             if number == return_tokens:
-                asked = tokens
+                more.append(tokens)
         shift, scale = self.modulation_out(conditioning)
         output = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
         sample = self.to_velocity(output, hidden_states, timestep)
-        if return_base or return_tokens is not None:
-            return sample, *([base] if return_base else []), *([] if return_tokens is None else [asked])
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return Transformer2DModelOutput(sample=sample) if return_dict and not more else (sample, *more)
 
     def to_velocity(self, output: torch.Tensor, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """What a head gives by token (B, N, p·p·C) -> the velocity (B, C, H, W): that, or with `prediction` "data", x,
