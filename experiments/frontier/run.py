@@ -7,6 +7,7 @@ repeated, and an interrupted run goes on: the same command again continues the e
 has ended: what still trains is told to save itself before. Results are written as they come.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,10 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.experiments import Task, bundle, run_task, work_through
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 MEASURE = "experiments/frontier/measure.py"
-VAE = "weights/openmoji-128/vae"
+VAE = os.path.relpath(ROOT / "weights/openmoji-128/vae")
 HEAD = ["--model.base_head_layer", "3"]
 DATA = ["--model.prediction", "data"]
 MUON = ["--optimizer", "muon"]
@@ -90,7 +92,7 @@ def training(config: Config, folder: Path, name: str, seed: int) -> list[str]:
 
 def measured_run(config: Config, folder: Path, name: str, seed: int) -> Task:
     """One run, and its measurement into RUN-SEED.json."""
-    output, results, first = folder / f"{name}-{seed}", Path(config.results).resolve(), min(config.seeds)
+    output, results, first = folder / f"{name}-{seed}", Path(config.results), min(config.seeds)
     result, needs = results / f"{name}-{seed}.json", ("latents", "reference")
     words = [MEASURE, "--reference", str(folder / "reference.safetensors"), "--pipeline", str(output / "pipeline")]
     words += ["--log", str(output / "log.jsonl"), "--output", str(result)]
@@ -110,7 +112,7 @@ def plan(config: Config, folder: Path) -> list[Task]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    deadline, folder, results = time.monotonic() + config.seconds, Path(config.output_dir).resolve(), config.results
+    deadline, folder, results = time.monotonic() + config.seconds, Path(config.output_dir), config.results
     folder.mkdir(parents=True, exist_ok=True)
     Path(results).mkdir(parents=True, exist_ok=True)
     tasks = plan(config, folder)

@@ -72,6 +72,7 @@ class Config(Settings):
     limit: int | None = setting(None, "use only so many images", at_least=100)
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
     num_images: int = setting(3000, "images sampled for a measurement", at_least=10)
+    batch_size: int = setting(250, "images sampled at once", at_least=1)
     num_inference_steps: int = setting(50, "Euler steps; there is no guidance", at_least=1)
     probe_steps: int = setting(2000, "steps of the linear probe", at_least=1)
     networks: list[str] = setting(
@@ -82,7 +83,7 @@ class Config(Settings):
     gpus: list[int] = setting(default_factory=lambda: [0], help="of this machine", at_least=0)
     together: int = setting(1, "tasks at a time on each GPU", at_least=1)
     seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
-    least_seconds: float = setting(60.0, "nothing is started later than this before the end", at_least=0)
+    least_seconds: float = setting(120.0, "nothing is started later than this before the end", at_least=0)
     smallest: bool = setting(False, "the smallest part, for a CPU")
 
     def __post_init__(self):
@@ -97,7 +98,7 @@ class Config(Settings):
 
 SMALLEST = {
     "tokenizers": ["reconstruction", "all"], "tokenizer_steps": 60, "generator_steps": [40, 80], "resolution": 32,
-    "limit": 600, "copies": 2, "num_images": 100, "num_inference_steps": 8, "probe_steps": 50, "data": None,
+    "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50, "data": None,
     "networks": ["efficientnet_lite0"],
 }  # fmt: skip
 
@@ -114,7 +115,7 @@ class Plan:
     """
 
     def __init__(self, config: Config, images: Path | None):
-        self.config, self.folder, self.images = config, Path(config.output_dir).resolve(), images
+        self.config, self.folder, self.images = config, Path(config.output_dir), images
         self.results = self.folder / "results"
 
     def data(self, resolution: bool = True) -> list[str]:
@@ -132,7 +133,8 @@ class Plan:
         if config.smallest:
             words += options(TINY_TOKENIZER | {"validation_steps": config.tokenizer_steps})
         result = self.results / f"tokenizer-{name}.json"
-        return Task(f"tokenizer-{name}", result, (words,), written=folder / "results.json")
+        copies = (folder / "log.jsonl", result.with_suffix(".jsonl")), (folder / "results.json", result)
+        return Task(f"tokenizer-{name}", result, (words,), copies=copies)
 
     def vae(self, name: str) -> str:
         return str(self.folder / f"tokenizer-{name}" / "vae")
@@ -165,14 +167,15 @@ class Plan:
         words += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
         words += ["--max_train_steps", str(steps[place]), "--output_dir", str(folder)]
         words += options(TINY_GENERATOR) if config.smallest else []
-        result = self.results / f"{label}-{steps[place]}.json"
-        programs = [words, [*self.measurement(str(folder / "pipeline"), place == 0), "--output", str(result)]]
+        result, control = self.results / f"{label}-{steps[place]}.json", place == 0 and seed == min(config.seeds)
+        programs = [words, [*self.measurement(str(folder / "pipeline"), control), "--output", str(result)]]
         if place == len(steps) - 1:  # before the measurement, whose result ends the task
             picture = ["pipelines/generate.py", "--pipeline", str(folder / "pipeline"), "--num_images", "64"]
             picture += ["--label_rule", "balanced", "--num_inference_steps", str(config.num_inference_steps)]
             programs.insert(1, [*picture, "--output", str(result.with_suffix(".png"))])
         needs = (f"{label}-{steps[place - 1]}" if place else f"latents-{name}",)
-        return Task(f"{label}-{steps[place]}", result, tuple(programs), needs)
+        copies = ((folder / "log.jsonl", self.results / f"{label}.jsonl"),)
+        return Task(f"{label}-{steps[place]}", result, tuple(programs), needs, copies)
 
     def measurement(self, pipeline: str, control: bool) -> list[str]:
         """Against training images of all styles, without skin tones; `control`: the untrained generator as well."""
@@ -180,6 +183,7 @@ class Plan:
         words = ["eval/generation.py", "--images", pipeline, "--reference", "openmoji", *self.data(resolution=False)]
         words += ["--labels", "reference", "--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
         words += options({"num_images": config.num_images, "num_inference_steps": config.num_inference_steps})
+        words += options({"batch_size": config.batch_size, "compile": "false"})  # compiling takes longer than it saves
         return [*words, *(["--control", "untrained"] if control else [])]
 
     def tasks(self) -> list[Task]:
@@ -196,7 +200,7 @@ class Plan:
 def open_data(config: Config, folder: Path) -> Path | None:
     """The cache folder with the images, from the archive if one is given."""
     if config.data is None or Path(config.data).is_dir():
-        return None if config.data is None else Path(config.data).resolve()
+        return None if config.data is None else Path(config.data)
     if not (images := folder / "data").is_dir():
         with replacing(images) as unfinished, tarfile.open(config.data) as archive:
             archive.extractall(unfinished, filter="data")
@@ -219,7 +223,7 @@ def write_random_network(folder: Path, resolution: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    deadline, folder = time.monotonic() + config.seconds, Path(config.output_dir).resolve()
+    deadline, folder = time.monotonic() + config.seconds, Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(config, open_data(config, folder))
     plan.results.mkdir(exist_ok=True)

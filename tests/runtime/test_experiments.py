@@ -34,6 +34,11 @@ def test_a_task_waits_for_what_it_needs_and_done_ones_are_not_repeated(make):
     assert work_through(tasks, [0, 1], soon(), 0.0, start, lambda task: after.append(task.name)) == []
     assert started == after == ["a", "b", "c"]
 
+    def full(task):
+        raise OSError("the disk is full")
+
+    assert work_through([make("d")], [0], soon(), 0.0, start, full) == ["d: the disk is full"]
+
 
 def test_a_failure_stops_only_what_needs_it(make):
     tasks = [make("a"), make("b", "a"), make("other")]
@@ -71,8 +76,9 @@ def test_a_program_is_told_to_save_before_the_deadline(tmp_path, monkeypatch):
     code += "signal.signal(signal.SIGTERM, lambda *_: (saved.write_text('x'), sys.exit(0)))\n"
     code += "saved.with_name('ready').touch()\ntime.sleep(60)"
     monkeypatch.setattr(experiments.subprocess.Popen, "wait", waiting_for(tmp_path / "ready"))
-    with pytest.raises(OutOfTimeError):
-        run_program(["-c", code], 0, log, soon(5.0))
+    program = script(tmp_path, code)
+    with pytest.raises(OutOfTimeError, match="stopped at the deadline"):
+        run_program([program], 0, log, soon(5.0))
     assert saved.is_file()
 
 
@@ -88,13 +94,19 @@ def waiting_for(file):
     return patient
 
 
+def script(folder, code):
+    path = folder / f"program{len(code)}.py"
+    path.write_text(code)
+    return str(path)
+
+
 def test_a_task_copies_its_result_and_names_what_failed(tmp_path):
-    script = "import sys; open(sys.argv[1], 'w').write('7')"
-    written, result = tmp_path / "made", tmp_path / "results" / "made.json"
-    run_task(Task("made", result, (["-c", script, str(written)],), (), written), 0, tmp_path, soon())
+    writes = script(tmp_path, "import sys; open(sys.argv[1], 'w').write('7')")
+    written, result = tmp_path / "made", tmp_path / "made.json"
+    run_task(Task("made", result, ([writes, str(written)],), copies=((written, result),)), 0, tmp_path, soon())
     assert result.read_text() == "7"
-    with pytest.raises(RuntimeError, match="-c failed, .*log has all of its output:\n(.*\n)*boom"):
-        run_program(["-c", "raise SystemExit('boom')"], 0, tmp_path / "log", soon())
+    with pytest.raises(RuntimeError, match="failed, .*log has all of its output:\n(.*\n)*boom"):
+        run_program([script(tmp_path, "raise SystemExit('boom')")], 0, tmp_path / "log", soon())
     with pytest.raises(RuntimeError, match="empty ended without"):
         run_task(Task("empty", tmp_path / "empty.json", ()), 0, tmp_path, soon())
 

@@ -30,14 +30,14 @@ class Task:
         result: file that is there when the task is done.
         programs: each one's words, run one after the other; all of them can be repeated.
         needs: names of the tasks that come before.
-        written: file of a run folder that is copied to `result` at the end; None: the programs write `result`.
+        copies: (file, place) of what is copied at the end out of run folders, which are too large to be kept.
     """
 
     name: str
     result: Path
     programs: tuple[list[str], ...]
     needs: tuple[str, ...] = ()
-    written: Path | None = None
+    copies: tuple[tuple[Path, Path], ...] = ()
 
     @property
     def done(self) -> bool:
@@ -56,8 +56,8 @@ def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
     environment |= {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
     with log.open("a") as stream:
         print(shlex.join(words), file=stream, flush=True)
-        command = [sys.executable, *words]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         try:
             status = process.wait(max(0.0, deadline - SAVING_SECONDS - time.monotonic()))
         except subprocess.TimeoutExpired as error:
@@ -67,7 +67,7 @@ def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            raise OutOfTimeError(words[0]) from error
+            raise OutOfTimeError(f"{words[0]} was stopped at the deadline") from error
     if status:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:]
         raise RuntimeError(f"{words[0]} failed, {log} has all of its output:\n" + "\n".join(lines))
@@ -77,10 +77,9 @@ def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
     """Run a task's programs, with one log. Raises: as `run_program`; RuntimeError if they leave no result."""
     for words in task.programs:
         run_program(words, gpu, logs / f"{task.name}.log", deadline)
-    if task.written is not None:
-        task.result.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(task.result) as unfinished:
-            shutil.copyfile(task.written, unfinished)
+    for file, place in task.copies:
+        with replacing(place) as unfinished:
+            shutil.copyfile(file, unfinished)
     if not task.done:
         raise RuntimeError(f"{task.name} ended without {task.result}")
 
@@ -129,31 +128,37 @@ def work_through(
                 changed.wait(1.0)
             return None
 
+    def ended(task: Task, gpu: int, began: float) -> None:
+        with changed:
+            if task.done:
+                print(f"{task.name}: {time.monotonic() - began:.0f} s on GPU {gpu}", flush=True)
+                after(task)
+                done.add(task.name)
+
     def work(gpu: int) -> None:
         while (task := take()) is not None:
-            fault, began = None, time.monotonic()
+            began = time.monotonic()
             try:
                 start(task, gpu)
+                ended(task, gpu, began)
             except OutOfTimeError as stop:
-                print(f"{task.name}: stopped at the deadline in {stop}", flush=True)
+                print(f"{task.name}: {stop}", flush=True)
             except Exception as error:  # a thread would lose it: the caller gets it at the end
-                fault = f"{task.name}: {error}"
-                print(fault, flush=True)
+                faults.append(f"{task.name}: {error}")
+                print(faults[-1], flush=True)
             with changed:
                 running.discard(task.name)
-                if fault is not None:
-                    faults.append(fault)
-                elif task.done:
-                    done.add(task.name)
-                    print(f"{task.name}: {time.monotonic() - began:.0f} s on GPU {gpu}", flush=True)
-                    after(task)
                 changed.notify_all()
 
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # the programs under way get it too, and save; no others are started
+        waiting.clear()
+        raise
     return faults
 
 
