@@ -98,8 +98,8 @@ class Config(Settings):
 
 SMALLEST = {
     "tokenizers": ["reconstruction", "all"], "tokenizer_steps": 60, "generator_steps": [40, 80], "resolution": 32,
-    "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50, "data": None,
-    "networks": ["efficientnet_lite0"],
+    "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50,
+    "data": None, "networks": ["efficientnet_lite0"],
 }  # fmt: skip
 
 
