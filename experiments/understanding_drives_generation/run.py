@@ -6,7 +6,7 @@
 The first trains every tokenizer, measures it on held-out concepts, trains a generator on its latents and measures
 that at several steps. Done tasks are not repeated, and an interrupted run goes on: the same command again continues
 the experiment. After --seconds everything has ended: what still trains is told to save itself before. Results are
-written as they come to OUTPUT_DIR/results; --bundle keeps them in one file as well. `data.py` makes the images;
+written as they come to results/ in --output_dir; --bundle keeps them in one file as well. `data.py` makes the images;
 without --data they are OpenMoji alone. `table.py` reads the results.
 
 --smallest is the smallest part on a CPU in minutes: two tokenizers at 32 pixels and a few steps. It shows that the
@@ -95,6 +95,11 @@ class Config(Settings):
         if self.data is not None and not Path(self.data).exists():
             raise ValueError(f"data {self.data} is not there, expected what data.py wrote")
 
+    @property
+    def folder(self) -> Path:
+        """Everything that is made: the smallest part must not lie among the rest."""
+        return Path(self.output_dir + "-smallest" * self.smallest)
+
 
 SMALLEST = {
     "tokenizers": ["reconstruction", "all"], "tokenizer_steps": 60, "generator_steps": [40, 80], "resolution": 32,
@@ -115,7 +120,7 @@ class Plan:
     """
 
     def __init__(self, config: Config, images: Path | None):
-        self.config, self.folder, self.images = config, Path(config.output_dir), images
+        self.config, self.folder, self.images = config, config.folder, images
         self.results = self.folder / "results"
 
     def data(self, resolution: bool = True) -> list[str]:
@@ -223,7 +228,7 @@ def write_random_network(folder: Path, resolution: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    deadline, folder = time.monotonic() + config.seconds, Path(config.output_dir)
+    deadline, folder = time.monotonic() + config.seconds, config.folder
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(config, open_data(config, folder))
     plan.results.mkdir(exist_ok=True)

@@ -84,6 +84,7 @@ def test_the_programs_take_these_words(understanding, tmp_path):
 def test_smallest_is_small_whatever_else_is_said(understanding):
     config = understanding.Config(smallest=True, num_images=5000)
     assert (config.num_images, config.tokenizers) == (100, ["reconstruction", "all"])
+    assert config.folder == Path("runs/understanding-smallest") != understanding.Config().folder
     with pytest.raises(ValueError, match="tokenizers are none, expected of reconstruction"):
         understanding.Config(tokenizers=["none"])
     with pytest.raises(ValueError, match="data nowhere is not there"):
