@@ -137,7 +137,10 @@ def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
 
 def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
     program = load(f"{UNDERSTANDING}/table.py")
-    (tmp_path / "tokenizer-all.json").write_text(json.dumps({"held_out": {"knn_accuracy": 0.5}}))
+    (tmp_path / "tokenizer-all.json").write_text(json.dumps({"held_out": {"recall_at_1": 0.5}}))
+    nearest = [{"features": "both", "neighbours": 20, "top1": 0.1}]
+    nearest += [{"features": "class token", "neighbours": k, "top1": k / 100} for k in (10, 20)]
+    (tmp_path / "probe-all.json").write_text(json.dumps({"neighbours": nearest}))
     for seed, value in ((0, 2.0), (1, 4.0)):
         floor = {"generated": value, "real": 1.0}
         row = {"distance": "FD-VGG", "images": "generated", "value": 9.0, "floor": floor}
@@ -146,7 +149,7 @@ def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
         (tmp_path / f"generator-all-{seed}-20.json").write_text(json.dumps(results))
     program.main([f"--results={tmp_path}", f"--output={tmp_path}/out/table.json"])
     found = json.loads((tmp_path / "out" / "table.json").read_text())["tokenizers"]["all"]
-    assert found["tokenizer"]["k-NN"] == 0.5 and found["tokenizer"]["PSNR"] is None
+    assert [found["tokenizer"][name] for name in ("20-NN", "retrieval@1", "PSNR")] == [0.2, 0.5, None]
     assert found["generators"]["FD-VGG"]["20"]["mean"] == 3.0
     assert "| all | 3 ± 1.414 | 0.25 ± 0 |" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "table.svg").read_text().count("<circle") == 4
