@@ -58,7 +58,7 @@ class Config(Settings):
     steps: int = setting(3000, "steps of training", at_least=1)
     guide_step: int = setting(500, "the EMA weights of this step are kept for autoguidance", at_least=1)
     seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
-    least_seconds: float = setting(60.0, "nothing is started later than this before the end", at_least=0)
+    least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)
     bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far")
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
 

@@ -83,7 +83,7 @@ class Config(Settings):
     gpus: list[int] = setting(default_factory=lambda: [0], help="of this machine", at_least=0)
     together: int = setting(1, "tasks at a time on each GPU", at_least=1)
     seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
-    least_seconds: float = setting(120.0, "nothing is started later than this before the end", at_least=0)
+    least_seconds: float = setting(120.0, "nothing is started that has less than this left", at_least=0)
     smallest: bool = setting(False, "the smallest part, for a CPU")
 
     def __post_init__(self):

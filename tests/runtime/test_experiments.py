@@ -54,7 +54,8 @@ def test_a_failure_stops_only_what_needs_it(make):
 
 def test_nothing_starts_too_late_and_what_was_stopped_is_no_failure(make):
     started = []
-    assert work_through([make("late")], [0], soon(50), 60.0, lambda task, gpu: started.append(task)) == []
+    seconds = experiments.SAVING_SECONDS + 50
+    assert work_through([make("late")], [0], soon(seconds), 60.0, lambda task, gpu: started.append(task)) == []
     assert started == []
 
     def stopped(task, gpu):
