@@ -94,8 +94,8 @@ def work_through(
 ) -> list[str]:
     """Start every task that is not done, the earliest first, one at a time on each GPU.
 
-    A task waits for those that it needs; where one of these fails it is not started. Nothing is started that would have
-    less than `least_seconds` before it is told to save.
+    A task waits for those that it needs; where one of these fails it is not started. Nothing is started that would
+    have less than `least_seconds` before it is told to save.
 
     Args:
         gpus: an entry a worker; a GPU that is named twice works on two tasks at once.
