@@ -44,7 +44,7 @@ from vtp_diffusion.data.latent_shards import (
     write_shard,
     write_statistics,
 )
-from vtp_diffusion.data.openmoji import ATTRIBUTION, LICENSE
+from vtp_diffusion.data.openmoji import LICENSE, read_attribution
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
 from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime import folder_lock
@@ -242,7 +242,9 @@ def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: l
         "skipped": sorted(skipped),
         "label_names": dataset.label_names,
         "license": LICENSE if config.data.source == "openmoji" else None,
-        "attribution": ATTRIBUTION.strip() if config.data.source == "openmoji" else None,
+        "attribution": read_attribution(config.data.resolution, config.data.cache_dir)
+        if config.data.source == "openmoji"
+        else None,
         "shards": {path.name: count for path, (_, _, count) in zip(paths, verified, strict=True)},
         "hashes": read_hashes(paths),
         "mean": mean,

@@ -22,7 +22,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from vtp_diffusion.data.openmoji import ATTRIBUTION, METADATA_NAME, OPENMOJI_VERSION, openmoji_folder, read_metadata
+from vtp_diffusion.data.openmoji import (
+    ATTRIBUTION,
+    ATTRIBUTION_NAME,
+    METADATA_NAME,
+    OPENMOJI_VERSION,
+    openmoji_folder,
+    read_metadata,
+)
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
@@ -99,7 +106,7 @@ def write_folder(config: Config, folder: Path) -> dict[str, int]:
     counts = {style: sum(row["key"].startswith(f"{style}-") for row in written) for style in STYLES}
     if empty := [style for style, count in counts.items() if count == 0]:
         raise ValueError(f"no known emoji in --{empty[0]} {getattr(config, empty[0])}, expected the npm package")
-    (folder / "ATTRIBUTION.txt").write_text(LICENCES, encoding="utf-8")
+    (folder / ATTRIBUTION_NAME).write_text(LICENCES, encoding="utf-8")
     (folder / METADATA_NAME).write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     return counts
 
