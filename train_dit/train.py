@@ -236,11 +236,12 @@ def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDist
 def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> None:
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import write_model_card
+    from vtp_diffusion.generation.sampling import to_bfloat16
     from vtp_diffusion.runtime.disk import writing
 
     folder = run.folder.path / "pipeline"
     if config.save_dtype == "bfloat16":
-        pipeline.to(dtype=torch.bfloat16)
+        to_bfloat16(pipeline)
     with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
         pipeline.save_pretrained(folder)
     known, source = dataset.metadata or {}, "latents of training images"

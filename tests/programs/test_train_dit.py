@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models import modeling_utils
 from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline
@@ -155,9 +156,12 @@ def test_another_autoencoder_is_trained_on_and_named_in_the_card(tmp_path):
     assert "# LightningDiT on AutoencoderKL latents" in card and "VTP" not in card and "- vtp\n" not in card
 
 
-def test_the_pipeline_can_be_saved_in_half_the_size(tmp_path, made):
+def test_the_pipeline_can_be_saved_in_half_the_size(tmp_path, made, monkeypatch):
+    warned = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", warned.append)
     load_program("train_dit").main(arguments(tmp_path / "run", made, "--save_dtype=bfloat16", "--max_train_steps=1"))
     assert {value.dtype for value in weights(tmp_path / "run" / "pipeline").values()} == {torch.bfloat16}
+    assert warned == []
 
 
 @pytest.mark.parametrize(
