@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(skipped)} of {len(files)} files can't be read: {', '.join(map(str, skipped))}")
     if not images:
         raise ValueError(f"none of the {len(files)} files can be read as an image")
-    then = "eval/reconstruction.py --vae {} --data.source {} --data.resolution {} --output reconstruction.json"
+    then = "eval/reconstruction.py --vae {} --data.source {} --split all --data.resolution {} --output results.json"
     folder = next(filter(os.path.isdir, config.images), "FOLDER")
     print_end([config.output], then, config.vae, folder, resolution)
 
