@@ -184,6 +184,8 @@ def _rotate_back(
     for row in tl.range(part, length, parts, num_stages=STAGES):
         values = tl.load(source + row * row_step, mask=there, other=0.0).to(tl.float32)
         place = (sample * length + row) * (3 * heads * size) + target
+        if NORM:  # loaded here, where rows are loaded ahead
+            before = tl.load(x + place, mask=there & (which < 2), other=0.0).to(tl.float32)
         if which < 2:
             angle = row * size + 2 * pair
             turn_cos = tl.load(cos + angle, mask=2 * pair < size, other=0.0)[None, :]
@@ -192,9 +194,8 @@ def _rotate_back(
             turned = tl.join(first * turn_cos + second * turn_sin, second * turn_cos - first * turn_sin)
             values = tl.reshape(turned, (HEADS, 2 * PAIRS))
             if NORM:
-                normed = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-                inverse = tl.rsqrt(tl.sum(normed * normed, axis=1) / size + eps)[:, None]
-                normed *= inverse
+                inverse = tl.rsqrt(tl.sum(before * before, axis=1) / size + eps)[:, None]
+                normed = before * inverse
                 by_norm += values * normed
                 values *= weight
                 values = inverse * (values - normed * (tl.sum(values * normed, axis=1) / size)[:, None])
