@@ -85,7 +85,7 @@ class FusedBlock:
     def _attention(self, attention: LightningDiTAttention, x: torch.Tensor, rotary: tuple) -> tuple[torch.Tensor, ...]:
         """(B, N, D) -> (B, N, D) and the bias (D,) that is still to be added."""
         out, norms = attention.to_out[0], (attention.norm_q, attention.norm_k)
-        if not all(type(norm) in (nn.Identity, nn.RMSNorm) for norm in norms):  # a norm that the kernels do not know
+        if {type(norm) for norm in norms} not in ({nn.Identity}, {nn.RMSNorm}):  # norms that kernels do not know
             return attention(x, rotary=rotary), torch.zeros_like(out.bias)
         weight, bias = joined_parameters(attention.to_q, attention.to_k, attention.to_v)
         projections = x, weight.to(x.dtype), bias, *rotary, self.kernels
