@@ -1,12 +1,14 @@
 """Fused blocks of LightningDiT against the plain ones, and the Triton kernels against the formulae."""
 
 import math
+from types import SimpleNamespace
 
 import fused_formulae
 import lightning_dit_formulae
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton_interpreter import run_interpreted
 
 from vtp_diffusion import LightningDiTTransformer2DModel
@@ -45,6 +47,31 @@ def test_fused_blocks_have_the_results_and_gradients_of_plain_ones(changes):
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5 * first.abs().max().item())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_recomputed_is_not_kept_and_changes_no_bit(autocast):
+    network, inputs = network_and_inputs()
+    norms, found = [], []
+
+    def residual_norm(*arguments):
+        results = lightning_dit_formulae.residual_norm(*arguments)
+        if results[1] is not None:
+            norms.append(StorageWeakRef(results[1].untyped_storage()))
+        return results
+
+    kernels = SimpleNamespace(**vars(lightning_dit_formulae) | {"residual_norm": residual_norm})
+    for recompute in (False, True):
+        for block in network.blocks:
+            block.fused = FusedBlock(kernels, fused_formulae, recompute)
+        norms.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = network(*inputs, return_dict=False)[0].sum()
+        assert len(norms) == 4 and all(norm.expired() == recompute for norm in norms)
+        loss.backward()
+        assert len(norms) == (8 if recompute else 4)
+        found.append(result_and_gradients(network, inputs, autocast))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_under_autocast_fused_blocks_are_no_further_from_float32_than_plain_ones():
     network, inputs = network_and_inputs()
     exact, plain = result_and_gradients(network, inputs), result_and_gradients(network, inputs, autocast=True)
@@ -74,7 +101,10 @@ def test_on_a_gpu_kernels_are_no_further_from_float32_than_plain_blocks(changes)
         parameter.data.mul_(0.1)  # std 0.02
     exact, plain = result_and_gradients(network, inputs), result_and_gradients(network, inputs, autocast=True)
     fuse_training(network)
-    check_errors(exact, plain, result_and_gradients(network, inputs, autocast=True))
+    fused = result_and_gradients(network, inputs, autocast=True)
+    check_errors(exact, plain, fused)
+    fuse_training(network, recompute=True)
+    assert all(map(torch.equal, fused, result_and_gradients(network, inputs, autocast=True)))
 
 
 def test_kernels_that_do_not_run_are_a_reason(monkeypatch):
