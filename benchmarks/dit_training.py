@@ -56,6 +56,7 @@ PEER = {"upstream trainer": 460.0, "upstream model, compiled": 488.0}
 # How the training is started: as it is by default (fused kernels, CUDA graphs on one GPU), and with less.
 WAYS = {
     "fast": [],
+    "recompute": ["--recompute=true"],
     "no_graphs": ["--cuda_graphs=false"],
     "plain": ["--fused=false", "--cuda_graphs=false"],
     "compiled": ["--compile=true"],

@@ -1,12 +1,14 @@
 """Fused blocks of LightningDiT against the plain ones, and the Triton kernels against the formulae."""
 
 import math
+from types import SimpleNamespace
 
 import fused_formulae
 import lightning_dit_formulae
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from triton_interpreter import run_interpreted
 
 from vtp_diffusion import LightningDiTTransformer2DModel
@@ -72,6 +74,31 @@ def test_backward_pass_of_norm_and_rotation_is_that_of_autograd_in_float64():
         torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("autocast", "changes"), [(False, {}), (True, {}), (True, {"qk_norm": True})])
+def test_what_is_recomputed_is_not_kept_and_changes_no_bit(autocast, changes):
+    network, inputs = network_and_inputs(**changes)
+    norms, found = [], []
+
+    def residual_norm(*arguments):
+        results = lightning_dit_formulae.residual_norm(*arguments)
+        if results[1] is not None:
+            norms.append(StorageWeakRef(results[1].untyped_storage()))
+        return results
+
+    kernels = SimpleNamespace(**vars(lightning_dit_formulae) | {"residual_norm": residual_norm})
+    for recompute in (False, True):
+        for block in network.blocks:
+            block.fused = FusedBlock(kernels, fused_formulae, recompute)
+        norms.clear()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = network(*inputs, return_dict=False)[0].sum()
+        assert len(norms) == 4 and all(norm.expired() == recompute for norm in norms)
+        loss.backward()
+        assert len(norms) == (8 if recompute else 4)
+        found.append(result_and_gradients(network, inputs, autocast))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True}])
 def test_under_autocast_fused_blocks_are_no_further_from_float32_than_plain_ones(changes):
     network, _ = network_and_inputs(**changes)
@@ -109,7 +136,10 @@ def test_on_a_gpu_kernels_are_no_further_from_float32_than_plain_blocks(changes)
         parameter.data.mul_(0.1)  # std 0.02
     exact, plain = result_and_gradients(network, inputs), result_and_gradients(network, inputs, autocast=True)
     fuse_training(network)
-    check_errors(exact, plain, result_and_gradients(network, inputs, autocast=True))
+    fused = result_and_gradients(network, inputs, autocast=True)
+    check_errors(exact, plain, fused)
+    fuse_training(network, recompute=True)
+    assert all(map(torch.equal, fused, result_and_gradients(network, inputs, autocast=True)))
 
 
 def test_kernels_that_do_not_run_are_a_reason(monkeypatch):

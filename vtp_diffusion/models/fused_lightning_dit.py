@@ -1,8 +1,10 @@
 """Blocks of LightningDiT for training on a GPU, with one kernel forward and one backward for what stands between two
 matrix products. Nothing is compiled ahead; under autocast they compute what the plain ones do, but for rounding."""
 
+import contextlib
 import importlib.util
 import subprocess
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,6 +17,7 @@ from .transformer_lightning_dit import LightningDiTAttention, LightningDiTBlock,
 
 # In this order: on an H100 cuDNN's is the fastest at 72 channels a head.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+NONE = (None, None, None)  # no update of the residual stream, or no norm of it
 
 
 def why_not_fused(network: nn.Module, device: torch.device) -> str | None:
@@ -41,12 +44,12 @@ def _why_kernels_fail(device: torch.device) -> str | None:
     return None
 
 
-def fuse_training(network: LightningDiTTransformer2DModel) -> None:
+def fuse_training(network: LightningDiTTransformer2DModel, recompute: bool = False) -> None:
     """Have the blocks of a network run by `FusedBlock` where there are gradients. Layers inside are not called then:
     hooks on them have no effect."""
     from . import fused_kernels, lightning_dit_kernels
 
-    fused = FusedBlock(lightning_dit_kernels, fused_kernels)
+    fused = FusedBlock(lightning_dit_kernels, fused_kernels, recompute)
     for block in network.blocks:
         block.fused = fused
 
@@ -54,11 +57,14 @@ def fuse_training(network: LightningDiTTransformer2DModel) -> None:
 class FusedBlock:
     """The forward pass of a `LightningDiTBlock`.
 
-    Args: `kernels`: lightning_dit_kernels.py; `swiglu_kernels`: fused_kernels.py; or what has their functions.
+    Args:
+        kernels: lightning_dit_kernels.py; `swiglu_kernels`: fused_kernels.py; or what has their functions.
+        recompute: norms and activations, which take no products, are made again in the backward pass, not kept: of 40
+            bytes a token and channel 31 remain.
     """
 
-    def __init__(self, kernels: ModuleType, swiglu_kernels: ModuleType):
-        self.kernels, self.swiglu_kernels = kernels, swiglu_kernels
+    def __init__(self, kernels: ModuleType, swiglu_kernels: ModuleType, recompute: bool = False):
+        self.kernels, self.swiglu_kernels, self.recompute = kernels, swiglu_kernels, recompute
 
     def __call__(
         self,
@@ -68,14 +74,36 @@ class FusedBlock:
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.modulation(conditioning)
-        hidden_states = hidden_states.contiguous()
-        hidden_states, normed = self._step(hidden_states, None, None, None, block.norm1, shift_attn, scale_attn)
-        update, bias = self._attention(block.attn, normed, rotary)
-        hidden_states, normed = self._step(hidden_states, update, bias, gate_attn, block.norm2, shift_mlp, scale_mlp)
+        norm1, norm2 = (block.norm1, shift_attn, scale_attn), (block.norm2, shift_mlp, scale_mlp)
+        hidden_states, normed = self._step(hidden_states.contiguous(), *NONE, *norm1)
+        with self._unsaved(normed, self._norm, hidden_states, *norm1, normed.dtype):
+            update, bias = self._attention(block.attn, normed, rotary)
+        hidden_states, normed = self._step(hidden_states, update, bias, gate_attn, *norm2)
         first, last = block.mlp.w12, block.mlp.w3
-        product = linear_without_bias(normed, first)  # (B, N, 2 I)
-        update = linear_without_bias(SwiGLU.apply(product, first.bias, self.swiglu_kernels), last)
-        return self._step(hidden_states, update, last.bias, gate_mlp, None, None, None)[0]
+        with self._unsaved(normed, self._norm, hidden_states, *norm2, normed.dtype):
+            product = linear_without_bias(normed, first)  # (B, N, 2 I)
+        activated = SwiGLU.apply(product, first.bias, self.swiglu_kernels)
+        with self._unsaved(activated, self.swiglu_kernels.swiglu, product, first.bias):
+            update = linear_without_bias(activated, last)
+        return self._step(hidden_states, update, last.bias, gate_mlp, *NONE)[0]
+
+    def _unsaved(self, tensor: torch.Tensor, make: Callable, *arguments) -> contextlib.AbstractContextManager:
+        """Where operations save nothing of a tensor, whose values `make` gives again, if that is wanted."""
+        if not self.recompute:
+            return contextlib.nullcontext()
+        place = tensor.untyped_storage().data_ptr()
+        kept = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+        def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
+            return saved.shape if saved.untyped_storage().data_ptr() == place else saved
+
+        def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
+            return packed if isinstance(packed, torch.Tensor) else make(*kept).view(packed)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _norm(self, x, norm, shift, scale, dtype):
+        return self.kernels.residual_norm(x, *NONE, norm.weight, shift, scale, norm.eps, dtype)[1]
 
     def _step(self, x, update, bias, gate, norm, shift, scale):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
