@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from vtp_diffusion.training.loop import TrainingRun
 
 CONFIGS = [file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")) if "distill" not in file.name]
-NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png"
+NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --guidance_scale {} --output samples.png"
 
 
 @dataclass(kw_only=True)
@@ -93,6 +93,11 @@ class Config(TrainingConfig, FlowMatchingConfig):
     fused: bool | None = setting(
         None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
     )
+    recompute: bool = setting(
+        False,
+        "fused blocks make norms and activations again in the backward pass: a fifth less memory",
+        may_change=True,
+    )
     cuda_graphs: bool | None = setting(
         None,
         "launch the passes of a step as a whole; none: on one GPU, without micro-steps and compile. They keep their "
@@ -117,9 +122,12 @@ class Config(TrainingConfig, FlowMatchingConfig):
             raise ValueError(
                 "optimizer is muon and mixed_precision fp16, whose loss scaler skips steps: expected bf16"
             )
-        if self.fused and (self.compile or not torch.cuda.is_available()):
+        if self.recompute and self.fused is False:
+            raise ValueError("recompute is on and fused is off: it is a part of fused blocks")
+        asked = "fused" if self.fused else "recompute" if self.recompute else None
+        if asked and (self.compile or not torch.cuda.is_available()):
             reason = "compile is on too: give one of them" if self.compile else "there is no CUDA GPU"
-            raise ValueError(f"fused is on, but {reason}")
+            raise ValueError(f"{asked} is on, but {reason}")
         if self.guide.step is not None and self.guide.step > self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
@@ -188,10 +196,10 @@ def use_fused_blocks(config: Config, run: TrainingRun) -> None:
     from vtp_diffusion.models.fused_lightning_dit import fuse_training, why_not_fused
 
     reason = "compile is on" if config.compile else why_not_fused(run.model, run.device)
-    if config.fused and reason:
-        raise ValueError(f"fused is on, but {reason}")
+    if (config.fused or config.recompute) and reason:
+        raise ValueError(f"{'fused' if config.fused else 'recompute'} is on, but {reason}")
     if config.fused is not False and reason is None:
-        fuse_training(run.model)
+        fuse_training(run.model, config.recompute)
         run.accelerator.print("blocks run in fused kernels (fused)")
     elif config.fused is None and run.device.type == "cuda":
         run.accelerator.print(f"blocks run as they are, not in fused kernels: {reason}")
@@ -236,11 +244,12 @@ def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDist
 def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> None:
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import write_model_card
+    from vtp_diffusion.generation.sampling import to_bfloat16
     from vtp_diffusion.runtime.disk import writing
 
     folder = run.folder.path / "pipeline"
     if config.save_dtype == "bfloat16":
-        pipeline.to(dtype=torch.bfloat16)
+        to_bfloat16(pipeline)
     with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
         pipeline.save_pretrained(folder)
     known, source = dataset.metadata or {}, "latents of training images"
@@ -260,7 +269,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         shift=f"{resolve_shift(config.shift, dataset.shape):.4g}",
     )
     print(f"the pipeline is in {folder}{run.skipped_note}")
-    print_end([run.folder.path, folder], NEXT, folder)
+    print_end([run.folder.path, folder], NEXT, folder, config.validation.guidance_scale)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -284,7 +293,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     pipeline = build_pipeline(config, vae, transformer, dataset)
-    pipeline.get_label_ids(config.validation.labels or [0])
+    try:
+        pipeline.get_label_ids(config.validation.labels or [0])
+    except ValueError as error:  # most often a configuration's labels beside other images
+        raise ValueError(f"validation.labels are not classes of these images: {error}") from error
     check_guide(config.guide, folder, transformer)
     distance = open_distance(config, pipeline)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
