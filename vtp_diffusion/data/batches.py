@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import multiprocessing.context
 import signal
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -237,6 +238,23 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: 
                 break
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+class ReusedMemory:
+    """Tensors on the host whose memory is used again once nothing refers to them.
+
+    New memory is filled with zeros by the kernel, page by page: about as much work as reading latents into it.
+    """
+
+    def __init__(self):
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor; every call wants the same number of bytes."""
+        memory = self._free.pop() if self._free else np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        lent = memory[:]  # an object of its own, which the tensor and all its views keep alive
+        weakref.finalize(lent, self._free.append, memory)
+        return torch.from_numpy(lent).view(dtype).view(*shape)
 
 
 def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image",)) -> dict[str, Any]:
