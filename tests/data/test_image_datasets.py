@@ -4,6 +4,7 @@ import functools
 import io
 import pickle
 import tarfile
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -230,6 +231,21 @@ def test_parquet(tmp_path, offline):
     assert item["caption"] == "picture 2" and item["label"] == 1
     assert torch.equal(item["image"], torch.from_numpy(np.array(center_crop(picture(2), 16))).permute(2, 0, 1))
     assert open_dataset(parquet_config(tmp_path / "a.parquet", limit=2, label_column=None)).labels == [0, 0]
+
+
+def test_room_for_the_copy_of_parquet_is_looked_for_before_it_is_made(tmp_path, offline, monkeypatch, capsys):
+    file, cache = tmp_path / "a.parquet", tmp_path / "cache"
+    write_parquet(offline, file, [0], offline.Value("int64"))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: namedtuple("Disk", "free")(1))
+        with pytest.raises(ValueError, match=f"'{file}'.* 0.0 GB into {cache}/.* 0.0 GB are free.* HF_DATASETS_CACHE"):
+            open_dataset(parquet_config(file))
+    assert not list(cache.rglob("*.arrow"))
+    said = []
+    for _ in range(2):  # the second time it is there
+        open_dataset(parquet_config(file))
+        said.append(capsys.readouterr().out.count(f"copies 0.0 GB into {cache}"))
+    assert said == [1, 0]
 
 
 def test_class_names_and_indices_in_a_column(tmp_path, offline):
