@@ -25,7 +25,7 @@ from ..runtime.processes import from_main, this_process
 from .folders import content_hashes, read_layout, sorted_names
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
-from .shard_files import announce_copy, collection_builder
+from .shard_files import announce_copy, check_columns, collection_builder
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
@@ -352,10 +352,7 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
 def _open_collection(config: DataConfig, split: str) -> ImageDataset:
     collection, names = _load_collection(config, split)
     table = require("datasets", "train").concatenate_datasets([collection[name] for name in names])
-    columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
-    for use, column in columns.items():
-        if column is not None and column not in table.column_names:
-            raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {table.column_names}")
+    check_columns(config, table.column_names)
     if len(table) == 0:
         raise ValueError(f"{config.source}: the {split} split holds no images")
     rows = _limited(list(range(len(table))), config.limit)

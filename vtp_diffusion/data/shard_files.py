@@ -45,6 +45,15 @@ def collection_builder(config: Any, split: str) -> Any:
     return Shards(dataset_name="webdataset", data_files=files, columns=tuple(columns))
 
 
+def check_columns(config: Any, known: list[str]) -> tuple[str | None, ...]:
+    """The columns that a configuration names, None for those it does not. Raises: ValueError if one is not there."""
+    columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
+    for use, column in columns.items():
+        if column is not None and column not in known:
+            raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {known}")
+    return tuple(columns.values())
+
+
 def announce_copy(builder: Any, data_files: str) -> None:
     """Before `datasets` copies shards into its cache, where they are read from: say how large the copy is and where.
 

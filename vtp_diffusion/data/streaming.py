@@ -36,7 +36,7 @@ from .image_datasets import (
 )
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
-from .shard_files import collection_builder, split_files
+from .shard_files import check_columns, collection_builder, split_files
 
 READ_ROWS = 32  # rows asked of `datasets` at a time
 EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream is given up
@@ -85,11 +85,7 @@ class StreamingImages:
         table = splits[found[0]]
         self.has_validation = config.validation_files is not None or "validation" in splits or "test" in splits
         known = table.column_names or list(next(iter(table), {}))
-        columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
-        for use, column in columns.items():
-            if column is not None and column not in known:
-                raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {known}")
-        self.config, self.resolution, self.columns = config, config.resolution, columns
+        self.config, self.resolution, columns = config, config.resolution, check_columns(config, known)
         self.table = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.num_shards = table.num_shards
         names = list((builder.config.data_files or {}).get(found[0], ()))
@@ -101,7 +97,7 @@ class StreamingImages:
         self.label_names = list(getattr(feature, "names", None) or [])
         described = [config.source, config.name, read, found[0], self.resolution, self.num_shards]
         described += ["EXIF orientation"] if config.exif_orientation else []
-        text = json.dumps([*described, *columns.values()])
+        text = json.dumps([*described, *columns])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def samples(
