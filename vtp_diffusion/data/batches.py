@@ -95,8 +95,7 @@ class StepBatchSampler:
         return self.num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start_step, self.start_step + self.num_steps):
-            yield self.batch(step)
+        return map(self.batch, range(self.start_step, self.start_step + self.num_steps))
 
     def positions(self, step: int) -> range:
         """Positions in the run of this process's samples at a micro-step, for `draw_for_positions`."""
@@ -267,8 +266,8 @@ def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image
 
 def all_images(dataset: Dataset) -> torch.Tensor:
     """Every image of an `ImageDataset`, (N, 3, R, R) uint8."""
-    chunks = [range(i, min(i + 256, len(dataset))) for i in range(0, len(dataset), 256)]
-    return torch.cat([collate_images(dataset.__getitems__(list(chunk)))["image"] for chunk in chunks])
+    indices = range(len(dataset))
+    return torch.cat([collate_images(dataset.__getitems__(indices[i : i + 256]))["image"] for i in indices[::256]])
 
 
 def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = None) -> Iterator[torch.Tensor]:
@@ -297,18 +296,12 @@ class AugmentationConfig(Settings):
 UNCHANGED = AugmentationConfig()
 
 
-def augment_images(
-    images: torch.Tensor,
-    config: AugmentationConfig,
-    generator: torch.Generator | None = None,
-    draws: torch.Tensor | None = None,
-) -> torch.Tensor:
+def augment_images(images: torch.Tensor, config: AugmentationConfig, draws: torch.Tensor) -> torch.Tensor:
     """Randomly changed images, each with its own draw; what comes in from outside is white.
 
     Args:
         images: (B, 3, H, W), uint8 or float in [-1, 1].
-        generator: source of the draws, on the images' device; None is the default generator.
-        draws: (B, NUM_DRAWS) uniform in [0, 1), instead of a generator: for changes keyed by the image.
+        draws: (B, NUM_DRAWS) uniform in [0, 1), on the images' device.
 
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
@@ -316,9 +309,7 @@ def augment_images(
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     if config == UNCHANGED:
         return images
-    if draws is None:
-        draws = torch.rand(len(images), NUM_DRAWS, generator=generator, device=images.device)
-    elif draws.shape != (len(images), NUM_DRAWS):
+    if draws.shape != (len(images), NUM_DRAWS):
         raise ValueError(f"draws have shape {tuple(draws.shape)}, expected {(len(images), NUM_DRAWS)}")
     flip, recolour, angle, scale, shift_x, shift_y = draws[:, :6].unbind(1)  # (B,)
     if config.hue > 0:
