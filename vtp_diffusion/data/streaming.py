@@ -10,6 +10,7 @@ however unequal the shards are, and none waits for another that has finished.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -165,25 +166,21 @@ class StreamingImages:
                 raise
             return None, "unreadable"
         image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, R, R)
-        return {"image": image, "label": self._label(key, row), "caption": caption, "key": key}, lacking
+        label = 0
+        if config.label_column is not None:
+            name = f"{self._where}sample {key} of {config.source}: {config.label_column}"
+            expected = "a class index (the names in a stream are not known beforehand)"
+            label = check_label(row[config.label_column], name, expected)
+        return {"image": image, "label": label, "caption": caption, "key": key}, lacking
 
-    def _label(self, key: str, row: dict[str, Any]) -> int:
-        if self.config.label_column is None:
-            return 0
-        name = f"{self._where}sample {key} of {self.config.source}: {self.config.label_column}"
-        return check_label(
-            row[self.config.label_column], name, "a class index (the names in a stream are not known beforehand)"
-        )
+    def first_epoch(self, stream: int = 0, num_streams: int = 1) -> Iterator[dict[str, Any]]:
+        """Items of a stream, once."""
+        samples = self.samples(StreamPosition(), 0, stream, num_streams)
+        return (item for item, _ in itertools.takewhile(lambda sample: sample[1].epoch == 0, samples))
 
     def take(self, count: int) -> ImageDataset:
         """The first samples of the first epoch that can be used, `count` at most, as a data set in memory."""
-        items = []
-        for item, position in self.samples(StreamPosition(), seed=0):
-            if position.epoch > 0:
-                break
-            items.append(item)
-            if len(items) == count:
-                break
+        items = list(itertools.islice(self.first_epoch(), count))
         highest = max((item["label"] for item in items), default=0)
         dataset = ImageDataset(
             references=range(len(items)),
@@ -227,11 +224,8 @@ class _FirstEpoch(IterableDataset):
 
     def __iter__(self):
         info = get_worker_info()
-        stream, num_streams = (0, 1) if info is None else (info.id, info.num_workers)
-        for item, position in self.images.samples(StreamPosition(), 0, stream, num_streams):
-            if position.epoch > 0:
-                return
-            yield item["image"]
+        items = self.images.first_epoch() if info is None else self.images.first_epoch(info.id, info.num_workers)
+        return (item["image"] for item in items)
 
 
 def check_streaming(config: Any) -> None:
@@ -319,8 +313,7 @@ class _Rows:
             self._at = (start.epoch, shard, row) if row else None
         if shard == len(dealt):
             return block, StreamPosition(epoch=start.epoch + 1, named_streams=start.named_streams)
-        after = StreamPosition(epoch=start.epoch, shard=shard, row=row, block=start.block + 1)
-        return block, replace(after, named_streams=start.named_streams)
+        return block, StreamPosition(start.epoch, shard, row, start.block + 1, named_streams=start.named_streams)
 
     def _rows(self, index: int, first: int) -> Iterator[dict[str, Any]]:
         table = self.images.table.shard(self.images.num_shards, index)
