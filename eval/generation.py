@@ -95,7 +95,6 @@ from vtp_diffusion.evaluation.sources import (
     subset_rule,
 )
 from vtp_diffusion.generation.cost import COST, sampling_cost
-from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
@@ -209,6 +208,8 @@ def sampled(
     config: GenerationConfig, pipe: "DiffusionPipeline", reference: DatasetImages | None, base: list[int]
 ) -> PipelineImages:
     """The images that a pipeline will make; `base`: which images of the reference count."""
+    from vtp_diffusion.generation.fast_sampling import prepare_sampling
+
     num_classes, theirs = pipe.transformer.config.num_classes, None
     if reference is not None and config.labels == "reference":
         theirs = labels_by_name(pipe, [reference.labels[k] for k in base], reference.dataset.label_names)

@@ -93,6 +93,11 @@ class Config(TrainingConfig, FlowMatchingConfig):
     fused: bool | None = setting(
         None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
     )
+    recompute: bool = setting(
+        False,
+        "fused blocks make norms and activations again in the backward pass: a fifth less memory",
+        may_change=True,
+    )
     cuda_graphs: bool | None = setting(
         None,
         "launch the passes of a step as a whole; none: on one GPU, without micro-steps and compile. They keep their "
@@ -117,9 +122,12 @@ class Config(TrainingConfig, FlowMatchingConfig):
             raise ValueError(
                 "optimizer is muon and mixed_precision fp16, whose loss scaler skips steps: expected bf16"
             )
-        if self.fused and (self.compile or not torch.cuda.is_available()):
+        if self.recompute and self.fused is False:
+            raise ValueError("recompute is on and fused is off: it is a part of fused blocks")
+        asked = "fused" if self.fused else "recompute" if self.recompute else None
+        if asked and (self.compile or not torch.cuda.is_available()):
             reason = "compile is on too: give one of them" if self.compile else "there is no CUDA GPU"
-            raise ValueError(f"fused is on, but {reason}")
+            raise ValueError(f"{asked} is on, but {reason}")
         if self.guide.step is not None and self.guide.step > self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
@@ -188,10 +196,10 @@ def use_fused_blocks(config: Config, run: TrainingRun) -> None:
     from vtp_diffusion.models.fused_lightning_dit import fuse_training, why_not_fused
 
     reason = "compile is on" if config.compile else why_not_fused(run.model, run.device)
-    if config.fused and reason:
-        raise ValueError(f"fused is on, but {reason}")
+    if (config.fused or config.recompute) and reason:
+        raise ValueError(f"{'fused' if config.fused else 'recompute'} is on, but {reason}")
     if config.fused is not False and reason is None:
-        fuse_training(run.model)
+        fuse_training(run.model, config.recompute)
         run.accelerator.print("blocks run in fused kernels (fused)")
     elif config.fused is None and run.device.type == "cuda":
         run.accelerator.print(f"blocks run as they are, not in fused kernels: {reason}")

@@ -376,6 +376,8 @@ def test_training_can_start_from_a_saved_transformer(tmp_path, made):
         (["--train_batch_size=5", "--gradient_accumulation_steps=2"], "expected a multiple of 1 processes x 2"),
         (["--fused", "--compile"], "fused is on, but compile is on too"),
         pytest.param(["--fused"], "fused is on, but there is no CUDA GPU", marks=NO_GPU),
+        pytest.param(["--recompute"], "recompute is on, but there is no CUDA GPU", marks=NO_GPU),
+        (["--recompute", "--fused=false"], "recompute is on and fused is off"),
         (["--save_dtype=float16"], "expected one of float32, bfloat16"),
     ],
 )

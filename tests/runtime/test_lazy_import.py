@@ -41,9 +41,19 @@ import diffusers
 assert diffusers.AutoencoderVTP is AutoencoderVTP
 """
 
+PROGRAMS = """
+import runpy, sys
+from vtp_diffusion.runtime.programs import programs
+for file in programs().values():
+    runpy.run_path(str(file))
+    assert "diffusers" not in sys.modules, f"{file} imports diffusers before it has read its options"
+"""
 
-@pytest.mark.parametrize("script", [OURS_FIRST, THEIRS_FIRST, A_MODULE_FIRST], ids=["ours", "theirs", "a module"])
-def test_classes_reach_diffusers_whatever_is_imported_first(script):
+
+@pytest.mark.parametrize(
+    "script", [OURS_FIRST, THEIRS_FIRST, A_MODULE_FIRST, PROGRAMS], ids=["ours", "theirs", "a module", "programs"]
+)
+def test_what_is_imported_and_when(script):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

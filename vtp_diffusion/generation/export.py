@@ -166,7 +166,7 @@ def self_contained_source(package: Path | None = None) -> str:
     needed = {line for name, line in imports.items() if name.partition(".")[0] in used or "__future__" in line}
     first = sorted(needed, key=lambda line: (not line.startswith("from __future__"), line))
     parts = [module.body({node for node in statements if _is_used(node, used)}) for module in modules.values()]
-    source = "\n".join([HEADER, *first, *parts])
+    source = "\n".join([HEADER, *_joined_imports(first), *parts])
     source += TAIL.format(classes=", ".join(EXPORTED_CLASSES))
     compile(source, "pipeline.py", "exec")
     if relative := re.findall(r"^\s*(?:from|import)\s+\..*$", source, flags=re.MULTILINE):
@@ -270,6 +270,18 @@ def _bound_imports(modules: Iterable[_Module]) -> dict[str, str]:
             if imports.setdefault(name, statement) != statement:
                 raise ValueError(f"{module.path.name} has '{statement}', another exported file '{imports[name]}'")
     return imports
+
+
+def _joined_imports(lines: list[str]) -> list[str]:
+    """Sorted statements, with one for all names of a module."""
+    joined: list[str] = []
+    for line in lines:
+        module, names = line.split(" import ") if line.startswith("from") else (None, None)
+        if names is not None and joined and joined[-1].startswith(f"{module} import "):
+            joined[-1] += f", {names}"
+        else:
+            joined.append(line)
+    return joined
 
 
 def _distinct_statements(modules: Iterable[_Module]) -> list[ast.stmt]:

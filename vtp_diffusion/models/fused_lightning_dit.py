@@ -1,8 +1,10 @@
 """Blocks of LightningDiT for training on a GPU, with one kernel forward and one backward for what stands between two
 matrix products. Nothing is compiled ahead; under autocast they compute what the plain ones do, but for rounding."""
 
+import contextlib
 import importlib.util
 import subprocess
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -15,6 +17,7 @@ from .transformer_lightning_dit import LightningDiTAttention, LightningDiTBlock,
 
 # In this order: on an H100 cuDNN's is the fastest at 72 channels a head.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+NONE = (None, None, None)  # no update of the residual stream, or no norm of it
 
 
 def why_not_fused(network: nn.Module, device: torch.device) -> str | None:
@@ -41,12 +44,12 @@ def _why_kernels_fail(device: torch.device) -> str | None:
     return None
 
 
-def fuse_training(network: LightningDiTTransformer2DModel) -> None:
+def fuse_training(network: LightningDiTTransformer2DModel, recompute: bool = False) -> None:
     """Have the blocks of a network run by `FusedBlock` where there are gradients. Layers inside are not called then:
     hooks on them have no effect."""
     from . import fused_kernels, lightning_dit_kernels
 
-    fused = FusedBlock(lightning_dit_kernels, fused_kernels)
+    fused = FusedBlock(lightning_dit_kernels, fused_kernels, recompute)
     for block in network.blocks:
         block.fused = fused
 
@@ -54,11 +57,14 @@ def fuse_training(network: LightningDiTTransformer2DModel) -> None:
 class FusedBlock:
     """The forward pass of a `LightningDiTBlock`.
 
-    Args: `kernels`: lightning_dit_kernels.py; `swiglu_kernels`: fused_kernels.py; or what has their functions.
+    Args:
+        kernels: lightning_dit_kernels.py; `swiglu_kernels`: fused_kernels.py; or what has their functions.
+        recompute: norms and activations, which take no products, are made again in the backward pass, not kept: of 40
+            bytes a token and channel 31 remain.
     """
 
-    def __init__(self, kernels: ModuleType, swiglu_kernels: ModuleType):
-        self.kernels, self.swiglu_kernels = kernels, swiglu_kernels
+    def __init__(self, kernels: ModuleType, swiglu_kernels: ModuleType, recompute: bool = False):
+        self.kernels, self.swiglu_kernels, self.recompute = kernels, swiglu_kernels, recompute
 
     def __call__(
         self,
@@ -68,14 +74,36 @@ class FusedBlock:
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.modulation(conditioning)
-        hidden_states = hidden_states.contiguous()
-        hidden_states, normed = self._step(hidden_states, None, None, None, block.norm1, shift_attn, scale_attn)
-        update, bias = self._attention(block.attn, normed, rotary)
-        hidden_states, normed = self._step(hidden_states, update, bias, gate_attn, block.norm2, shift_mlp, scale_mlp)
+        norm1, norm2 = (block.norm1, shift_attn, scale_attn), (block.norm2, shift_mlp, scale_mlp)
+        hidden_states, normed = self._step(hidden_states.contiguous(), *NONE, *norm1)
+        with self._unsaved(normed, self._norm, hidden_states, *norm1, normed.dtype):
+            update, bias = self._attention(block.attn, normed, rotary)
+        hidden_states, normed = self._step(hidden_states, update, bias, gate_attn, *norm2)
         first, last = block.mlp.w12, block.mlp.w3
-        product = linear_without_bias(normed, first)  # (B, N, 2 I)
-        update = linear_without_bias(SwiGLU.apply(product, first.bias, self.swiglu_kernels), last)
-        return self._step(hidden_states, update, last.bias, gate_mlp, None, None, None)[0]
+        with self._unsaved(normed, self._norm, hidden_states, *norm2, normed.dtype):
+            product = linear_without_bias(normed, first)  # (B, N, 2 I)
+        activated = SwiGLU.apply(product, first.bias, self.swiglu_kernels)
+        with self._unsaved(activated, self.swiglu_kernels.swiglu, product, first.bias):
+            update = linear_without_bias(activated, last)
+        return self._step(hidden_states, update, last.bias, gate_mlp, *NONE)[0]
+
+    def _unsaved(self, tensor: torch.Tensor, make: Callable, *arguments) -> contextlib.AbstractContextManager:
+        """Where operations save nothing of a tensor, whose values `make` gives again, if that is wanted."""
+        if not self.recompute:
+            return contextlib.nullcontext()
+        place = tensor.untyped_storage().data_ptr()
+        kept = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+        def pack(saved: torch.Tensor) -> torch.Tensor | torch.Size:
+            return saved.shape if saved.untyped_storage().data_ptr() == place else saved
+
+        def unpack(packed: torch.Tensor | torch.Size) -> torch.Tensor:
+            return packed if isinstance(packed, torch.Tensor) else make(*kept).view(packed)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _norm(self, x, norm, shift, scale, dtype):
+        return self.kernels.residual_norm(x, *NONE, norm.weight, shift, scale, norm.eps, dtype)[1]
 
     def _step(self, x, update, bias, gate, norm, shift, scale):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
@@ -84,11 +112,16 @@ class FusedBlock:
 
     def _attention(self, attention: LightningDiTAttention, x: torch.Tensor, rotary: tuple) -> tuple[torch.Tensor, ...]:
         """(B, N, D) -> (B, N, D) and the bias (D,) that is still to be added."""
-        out = attention.to_out[0]
-        if isinstance(attention.norm_q, nn.RMSNorm):  # norms between the product and the rotation
+        out, norms = attention.to_out[0], (attention.norm_q, attention.norm_k)
+        if {type(norm) for norm in norms} not in ({nn.Identity}, {nn.RMSNorm}):  # norms that kernels do not know
             return attention(x, rotary=rotary), torch.zeros_like(out.bias)
         weight, bias = joined_parameters(attention.to_q, attention.to_k, attention.to_v)
-        query, key, value = RotatedProjections.apply(x, weight.to(x.dtype), bias, *rotary, self.kernels)
+        projections = x, weight.to(x.dtype), bias, *rotary, self.kernels
+        if isinstance(norms[0], nn.RMSNorm):
+            weights = torch.stack([norm.weight for norm in norms])  # (2, head_dim)
+            query, key, value = NormedProjections.apply(*projections, weights, norms[0].eps)
+        else:
+            query, key, value = RotatedProjections.apply(*projections)
         with sdpa_kernel(ATTENTION, set_priority=True):
             attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
         return linear_without_bias(attended.transpose(1, 2).flatten(2), out), out.bias
@@ -128,3 +161,27 @@ class ResidualNorm(torch.autograd.Function):
             scale_grad = (by_norm * weight).to(scale.dtype)
             weight_grad = (by_norm * (1 + scale)).sum((0, 1)).to(weight.dtype)
         return x_grad, update_grad, bias_grad, gate_grad, weight_grad, shift_grad, scale_grad, None, None, None
+
+
+class NormedProjections(torch.autograd.Function):
+    """`RotatedProjections` with root-mean-square norms of queries and keys before the rotation, of `weights`
+    (2, head_dim). The product is kept for the backward pass: a norm cannot be undone where a weight is zero."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, cos, sin, kernels, weights, eps):
+        projected = F.linear(x, weight, bias.to(x.dtype))  # (B, N, 3 D)
+        turned = kernels.norm_and_rotate(projected, cos, sin, weights, eps)  # (B, N, 2 D)
+        ctx.save_for_backward(x, weight, cos, sin, projected, weights)
+        ctx.bias_dtype, ctx.eps, ctx.kernels = bias.dtype, eps, kernels
+        value = projected.unflatten(-1, (3, -1, cos.shape[1])).select(2, 2)
+        return *turned.unflatten(-1, (2, -1, cos.shape[1])).unbind(2), value
+
+    @staticmethod
+    def backward(ctx, query, key, value):
+        x, weight, cos, sin, projected, weights = ctx.saved_tensors
+        grad, bias_grad, norm_grads = ctx.kernels.norm_and_rotate_back(
+            query, key, value, cos, sin, projected, weights, ctx.eps
+        )
+        weight_grad = grad.flatten(0, 1).T @ x.flatten(0, 1)
+        norm_grads = norm_grads.to(weights.dtype)
+        return grad @ weight, weight_grad, bias_grad.to(ctx.bias_dtype), None, None, None, norm_grads, None
