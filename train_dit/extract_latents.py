@@ -264,7 +264,7 @@ def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: l
     write_metadata(folder, metadata)
     print(f"{folder}: {total} latents, {len(skipped)} images skipped, {METADATA_NAME} written")
     print(f"over channels: mean {min(mean):.3f} to {max(mean):.3f}, deviation {min(std):.3f} to {max(std):.3f}")
-    then = "train_dit/train.py --config NAME --vae {} --latents {} --output_dir runs/dit"
+    then = "train_dit/train.py --config NAME --vae {} --latents {} --output_dir runs/dit --validation.labels 0"
     print_end([folder], then, config.vae, folder)
 
 
