@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 from torch.utils.data import _utils as loader_settings
 
-from vtp_diffusion.data.batches import collate_images, read_ahead, read_batches, training_loader
+from vtp_diffusion.data.batches import ReusedMemory, collate_images, read_ahead, read_batches, training_loader
 
 CPU = torch.device("cpu")
 
@@ -79,3 +79,15 @@ def test_reading_ahead_keeps_the_order_and_tells_errors(threads):
     unfinished = read_ahead(read, iter(range(40)), threads)
     next(unfinished)
     unfinished.close()  # what was submitted is dropped, not waited for
+
+
+def test_memory_is_used_again_once_no_tensor_nor_view_is_left():
+    memory = ReusedMemory()
+    first, second = (memory.take((2, 3), torch.float32).fill_(k) for k in (1, 2))
+    place, row = first.data_ptr(), first.numpy()[1]
+    assert first.shape == (2, 3) and second.data_ptr() != place
+    del first
+    assert memory.take((2, 3), torch.float32).data_ptr() not in (place, second.data_ptr()) and row.tolist() == [1] * 3
+    del row
+    again = [memory.take((6,), torch.float32) for _ in range(2)]
+    assert place in [tensor.data_ptr() for tensor in again] and second.eq(2).all()

@@ -4,6 +4,7 @@ import functools
 import io
 import pickle
 import tarfile
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -232,6 +233,21 @@ def test_parquet(tmp_path, offline):
     assert open_dataset(parquet_config(tmp_path / "a.parquet", limit=2, label_column=None)).labels == [0, 0]
 
 
+def test_room_for_the_copy_of_parquet_is_looked_for_before_it_is_made(tmp_path, offline, monkeypatch, capsys):
+    file, cache = tmp_path / "a.parquet", tmp_path / "cache"
+    write_parquet(offline, file, [0], offline.Value("int64"))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: namedtuple("Disk", "free")(1))
+        with pytest.raises(ValueError, match=f"'{file}'.* 0.0 GB into {cache}/.* 0.0 GB are free.* HF_DATASETS_CACHE"):
+            open_dataset(parquet_config(file))
+    assert not list(cache.rglob("*.arrow"))
+    said = []
+    for _ in range(2):  # the second time it is there
+        open_dataset(parquet_config(file))
+        said.append(capsys.readouterr().out.count(f"copies 0.0 GB into {cache}"))
+    assert said == [1, 0]
+
+
 def test_class_names_and_indices_in_a_column(tmp_path, offline):
     write_parquet(offline, tmp_path / "names.parquet", ["dog", "cat", "dog"], offline.Value("string"))
     dataset = open_dataset(parquet_config(tmp_path / "names.parquet"))
@@ -357,13 +373,17 @@ def images():
     return torch.randint(0, 256, (6, 3, 12, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
+def draws_of(images, seed=1):
+    return torch.rand(len(images), NUM_DRAWS, generator=torch.Generator().manual_seed(seed))
+
+
 def seeded(images, **settings):
-    return augment_images(images, AugmentationConfig(**settings), torch.Generator().manual_seed(1))
+    return augment_images(images, AugmentationConfig(**settings), draws_of(images))
 
 
 def test_the_default_changes_nothing(images):
-    assert torch.equal(augment_images(images, AugmentationConfig()), from_uint8(images))
-    assert torch.equal(augment_images(from_uint8(images), AugmentationConfig()), from_uint8(images))
+    assert torch.equal(seeded(images), from_uint8(images))
+    assert torch.equal(seeded(from_uint8(images)), from_uint8(images))
 
 
 def test_flips(images):
@@ -392,7 +412,7 @@ def test_shifts_move_whole_pixels_and_bring_in_white(images):
 def test_shifts_use_every_step_of_either_side():
     dot = torch.ones(400, 3, 9, 9)
     dot[:, :, 4, 4] = -1
-    moved = augment_images(dot, AugmentationConfig(shift=1), torch.Generator().manual_seed(0))
+    moved = augment_images(dot, AugmentationConfig(shift=1), draws_of(dot))
     places = moved[:, 0].flatten(1).argmin(1)
     assert {(place // 9 - 4, place % 9 - 4) for place in places.tolist()} == {
         (y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)
@@ -423,17 +443,15 @@ def test_hue_permutes_channels(images):
     assert not torch.equal(seeded(images, hue=1.0), from_uint8(images))
 
 
-def test_a_generator_or_draws_decide_everything(images):
+def test_draws_decide_everything(images):
     settings = {"flip": 0.5, "shift": 2, "scale": 0.2, "rotation": 10.0, "hue": 0.5}
     one = seeded(images, **settings)
     assert torch.equal(one, seeded(images, **settings))
-    draws = torch.rand(len(images), NUM_DRAWS, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(one, augment_images(images, AugmentationConfig(**settings), draws=draws))
     # what one image becomes does not depend on its batch
-    alone = augment_images(images[2:3], AugmentationConfig(**settings), draws=draws[2:3])
+    alone = augment_images(images[2:3], AugmentationConfig(**settings), draws=draws_of(images)[2:3])
     assert torch.allclose(alone, one[2:3], atol=1e-5)
     with pytest.raises(ValueError, match=r"draws have shape \(1, 9\), expected \(6, 9\)"):
-        augment_images(images, AugmentationConfig(**settings), draws=draws[:1])
+        augment_images(images, AugmentationConfig(**settings), draws_of(images)[:1])
 
 
 @pytest.mark.parametrize("settings", [{"flip": 1.5}, {"hue": -0.1}, {"shift": -1}, {"scale": 1.0}, {"rotation": -5.0}])

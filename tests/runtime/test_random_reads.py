@@ -13,8 +13,7 @@ from vtp_diffusion.runtime.random_reads import RandomReads, allow_open_files, av
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_threads_read_what_is_there(plain, tmp_path, monkeypatch):
-    if plain:  # as where the system has neither
-        monkeypatch.delattr(os, "preadv")
+    if plain:  # as on macOS
         monkeypatch.delattr(os, "posix_fadvise")
     content = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
     (tmp_path / "x").write_bytes(content.tobytes())

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import multiprocessing.context
 import signal
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -94,8 +95,7 @@ class StepBatchSampler:
         return self.num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start_step, self.start_step + self.num_steps):
-            yield self.batch(step)
+        return map(self.batch, range(self.start_step, self.start_step + self.num_steps))
 
     def positions(self, step: int) -> range:
         """Positions in the run of this process's samples at a micro-step, for `draw_for_positions`."""
@@ -239,6 +239,23 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: 
         executor.shutdown(cancel_futures=True)
 
 
+class ReusedMemory:
+    """Tensors on the host whose memory is used again once nothing refers to them.
+
+    New memory is filled with zeros by the kernel, page by page: about as much work as reading latents into it.
+    """
+
+    def __init__(self):
+        self._free: list[np.ndarray] = []
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor; every call wants the same number of bytes."""
+        memory = self._free.pop() if self._free else np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+        lent = memory[:]  # an object of its own, which the tensor and all its views keep alive
+        weakref.finalize(lent, self._free.append, memory)
+        return torch.from_numpy(lent).view(dtype).view(*shape)
+
+
 def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image",)) -> dict[str, Any]:
     """Items of an `ImageDataset` -> {"image": uint8 (B, 3, R, R)}, or other columns of them: "label" (B,) int64, "key"
     and "caption" lists of strings."""
@@ -249,8 +266,8 @@ def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image
 
 def all_images(dataset: Dataset) -> torch.Tensor:
     """Every image of an `ImageDataset`, (N, 3, R, R) uint8."""
-    chunks = [range(i, min(i + 256, len(dataset))) for i in range(0, len(dataset), 256)]
-    return torch.cat([collate_images(dataset.__getitems__(list(chunk)))["image"] for chunk in chunks])
+    indices = range(len(dataset))
+    return torch.cat([collate_images(dataset.__getitems__(indices[i : i + 256]))["image"] for i in indices[::256]])
 
 
 def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = None) -> Iterator[torch.Tensor]:
@@ -279,18 +296,12 @@ class AugmentationConfig(Settings):
 UNCHANGED = AugmentationConfig()
 
 
-def augment_images(
-    images: torch.Tensor,
-    config: AugmentationConfig,
-    generator: torch.Generator | None = None,
-    draws: torch.Tensor | None = None,
-) -> torch.Tensor:
+def augment_images(images: torch.Tensor, config: AugmentationConfig, draws: torch.Tensor) -> torch.Tensor:
     """Randomly changed images, each with its own draw; what comes in from outside is white.
 
     Args:
         images: (B, 3, H, W), uint8 or float in [-1, 1].
-        generator: source of the draws, on the images' device; None is the default generator.
-        draws: (B, NUM_DRAWS) uniform in [0, 1), instead of a generator: for changes keyed by the image.
+        draws: (B, NUM_DRAWS) uniform in [0, 1), on the images' device.
 
     Returns:
         (B, 3, H, W) float32 in [-1, 1].
@@ -298,9 +309,7 @@ def augment_images(
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     if config == UNCHANGED:
         return images
-    if draws is None:
-        draws = torch.rand(len(images), NUM_DRAWS, generator=generator, device=images.device)
-    elif draws.shape != (len(images), NUM_DRAWS):
+    if draws.shape != (len(images), NUM_DRAWS):
         raise ValueError(f"draws have shape {tuple(draws.shape)}, expected {(len(images), NUM_DRAWS)}")
     flip, recolour, angle, scale, shift_x, shift_y = draws[:, :6].unbind(1)  # (B,)
     if config.hue > 0:

@@ -25,7 +25,7 @@ from ..runtime.processes import from_main, this_process
 from .folders import content_hashes, read_layout, sorted_names
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
-from .shard_files import collection_builder
+from .shard_files import announce_copy, check_columns, collection_builder
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
@@ -329,7 +329,7 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
         paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
         keys = [path.relative_to(layout.folder).as_posix() for path in paths]
         known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
-        found = _fingerprint("folder", config.resolution, known + _turned(config)), not layout.has("validation")
+        found = _fingerprint("folder", config.resolution, known, config.exif_orientation), not layout.has("validation")
         return layout.classes, keys, labels, *found
 
     classes, keys, labels, fingerprint, whole = from_main(look)
@@ -349,18 +349,10 @@ def _open_folder(config: DataConfig, split: str) -> ImageDataset:
     )
 
 
-def _turned(config: DataConfig) -> list[str]:
-    """What a fingerprint says of the orientation; nothing where it is left alone, as it was before it was known."""
-    return ["EXIF orientation"] if config.exif_orientation else []
-
-
 def _open_collection(config: DataConfig, split: str) -> ImageDataset:
     collection, names = _load_collection(config, split)
     table = require("datasets", "train").concatenate_datasets([collection[name] for name in names])
-    columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
-    for use, column in columns.items():
-        if column is not None and column not in table.column_names:
-            raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {table.column_names}")
+    check_columns(config, table.column_names)
     if len(table) == 0:
         raise ValueError(f"{config.source}: the {split} split holds no images")
     rows = _limited(list(range(len(table))), config.limit)
@@ -368,7 +360,7 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
     labels, names, named = _collection_labels(chosen, collection, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
     where = f"{config.source}: {config.caption_column} of sample"
-    known = [table._fingerprint, *map(str, rows), *_turned(config)]
+    known = [table._fingerprint, *map(str, rows)]
     return ImageDataset(
         references=rows,
         read=_CollectionReader(table, config),
@@ -378,7 +370,7 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
         captions=[check_caption(text, f"{where} {row}") for row, text in zip(rows, texts, strict=True)],
         label_names=names,
         weights=torch.ones(len(rows)),
-        fingerprint=_fingerprint(config.source, config.resolution, known),
+        fingerprint=_fingerprint(config.source, config.resolution, known, config.exif_orientation),
         skip_unreadable=config.skip_unreadable,
         classes_named=named,
     )
@@ -389,6 +381,7 @@ def _load_collection(config: DataConfig, split: str):
     datasets = require("datasets", "train")
     try:
         builder = collection_builder(config, split)
+        from_main(lambda: announce_copy(builder, config.data_files))
         builder.download_and_prepare()
         collection = builder.as_dataset()
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
@@ -445,5 +438,7 @@ def _limited(rows: list, limit: int | None) -> list:
     return [rows[k * len(rows) // limit] for k in range(limit)]
 
 
-def _fingerprint(source: str, resolution: int, keys: list[str]) -> str:
-    return hashlib.sha256("\n".join([source, str(resolution), *keys]).encode()).hexdigest()[:16]
+def _fingerprint(source: str, resolution: int, keys: list[str], turned: bool = False) -> str:
+    """`turned`: by their EXIF data; images that are not have the fingerprint from before that was known."""
+    known = [source, str(resolution), *keys, *["EXIF orientation"] * turned]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]

@@ -339,12 +339,14 @@ class LatentDataset(Dataset):
         both = [self.read(indices, np.full(len(indices), flip)) for flip in (False, True)]
         return both[0] | {"latents_flip": both[1]["latents"]}
 
-    def read(self, indices: Sequence[int], mirrored: np.ndarray, pin_memory: bool = False) -> dict[str, torch.Tensor]:
+    def read(
+        self, indices: Sequence[int], mirrored: np.ndarray, into: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """One latent for every index, of the image or of its mirror image: half of the reading of both.
 
         Args:
             mirrored: (B,) bool: take the latent of the mirror image.
-            pin_memory: the result lies in pinned memory, from where it travels to a GPU without being waited for.
+            into: (B, C, h, w) of the same dtype, contiguous, which becomes the result.
 
         Returns: raw `latents` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for.
         Raises: IndexError for an index out of range.
@@ -352,7 +354,7 @@ class LatentDataset(Dataset):
         wanted = np.asarray(indices)
         if len(wanted) == 0 or wanted.min() < 0 or wanted.max() >= len(self):
             raise IndexError(f"indices {indices} of {len(self)} latents")
-        latents = torch.empty(len(wanted), *self.shape, dtype=self.dtype, pin_memory=pin_memory)
+        latents = torch.empty(len(wanted), *self.shape, dtype=self.dtype) if into is None else into
         rows = latents.flatten(1).view(torch.uint8).numpy()  # (B, bytes of a latent)
         shards = np.searchsorted(self.ends, wanted, side="right")
         places = wanted - np.concatenate([[0], self.ends])[shards]

@@ -1,5 +1,6 @@
 """Which files a collection of `datasets` is read from, and whether they are there and whole."""
 
+import shutil
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from ..runtime.optional_packages import require
 
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
+
+COPIED = ("parquet", "webdataset")  # into Arrow files, about as large
 
 
 def split_files(config: Any, split: str) -> str | dict[str, str] | None:
@@ -40,6 +43,37 @@ def collection_builder(config: Any, split: str) -> Any:
 
     columns = dict.fromkeys(filter(None, (config.image_column, config.caption_column, config.label_column)))
     return Shards(dataset_name="webdataset", data_files=files, columns=tuple(columns))
+
+
+def check_columns(config: Any, known: list[str]) -> tuple[str | None, ...]:
+    """The columns that a configuration names, None for those it does not. Raises: ValueError if one is not there."""
+    columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
+    for use, column in columns.items():
+        if column is not None and column not in known:
+            raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {known}")
+    return tuple(columns.values())
+
+
+def announce_copy(builder: Any, data_files: str) -> None:
+    """Before `datasets` copies shards into its cache, where they are read from: say how large the copy is and where.
+
+    Raises: ValueError if the disk has less room.
+    """
+    folder = Path(builder.cache_dir)
+    files = [file for names in (builder.config.data_files or {}).values() for file in names if Path(file).is_file()]
+    if builder.dataset_name not in COPIED or folder.exists() or not files:
+        return
+    size, disk = sum(Path(file).stat().st_size for file in files), folder
+    while not disk.exists():
+        disk = disk.parent
+    needed, free = size / 1e9, shutil.disk_usage(disk).free / 1e9
+    if needed > free:
+        raise ValueError(
+            f"data_files is {data_files!r}: `datasets` copies its {needed:,.1f} GB into {folder}, where "
+            f"{free:,.1f} GB are free. Make room, set the environment variable HF_DATASETS_CACHE to a folder on a "
+            "larger disk, or read them with data.streaming true, which copies nothing"
+        )
+    print(f"{data_files}: `datasets` copies {needed:,.1f} GB into {folder}, once; HF_DATASETS_CACHE says where")
 
 
 def _check_tar_end(file: str) -> None:

@@ -10,6 +10,7 @@ however unequal the shards are, and none waits for another that has finished.
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from .image_datasets import (
 )
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
-from .shard_files import collection_builder, split_files
+from .shard_files import check_columns, collection_builder, split_files
 
 READ_ROWS = 32  # rows asked of `datasets` at a time
 EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream is given up
@@ -85,11 +86,7 @@ class StreamingImages:
         table = splits[found[0]]
         self.has_validation = config.validation_files is not None or "validation" in splits or "test" in splits
         known = table.column_names or list(next(iter(table), {}))
-        columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
-        for use, column in columns.items():
-            if column is not None and column not in known:
-                raise ValueError(f"{config.source} has no column {column!r} for the {use}; it has {known}")
-        self.config, self.resolution, self.columns = config, config.resolution, columns
+        self.config, self.resolution, columns = config, config.resolution, check_columns(config, known)
         self.table = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.num_shards = table.num_shards
         names = list((builder.config.data_files or {}).get(found[0], ()))
@@ -101,7 +98,7 @@ class StreamingImages:
         self.label_names = list(getattr(feature, "names", None) or [])
         described = [config.source, config.name, read, found[0], self.resolution, self.num_shards]
         described += ["EXIF orientation"] if config.exif_orientation else []
-        text = json.dumps([*described, *columns.values()])
+        text = json.dumps([*described, *columns])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def samples(
@@ -169,25 +166,21 @@ class StreamingImages:
                 raise
             return None, "unreadable"
         image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, R, R)
-        return {"image": image, "label": self._label(key, row), "caption": caption, "key": key}, lacking
+        label = 0
+        if config.label_column is not None:
+            name = f"{self._where}sample {key} of {config.source}: {config.label_column}"
+            expected = "a class index (the names in a stream are not known beforehand)"
+            label = check_label(row[config.label_column], name, expected)
+        return {"image": image, "label": label, "caption": caption, "key": key}, lacking
 
-    def _label(self, key: str, row: dict[str, Any]) -> int:
-        if self.config.label_column is None:
-            return 0
-        name = f"{self._where}sample {key} of {self.config.source}: {self.config.label_column}"
-        return check_label(
-            row[self.config.label_column], name, "a class index (the names in a stream are not known beforehand)"
-        )
+    def first_epoch(self, stream: int = 0, num_streams: int = 1) -> Iterator[dict[str, Any]]:
+        """Items of a stream, once."""
+        samples = self.samples(StreamPosition(), 0, stream, num_streams)
+        return (item for item, _ in itertools.takewhile(lambda sample: sample[1].epoch == 0, samples))
 
     def take(self, count: int) -> ImageDataset:
         """The first samples of the first epoch that can be used, `count` at most, as a data set in memory."""
-        items = []
-        for item, position in self.samples(StreamPosition(), seed=0):
-            if position.epoch > 0:
-                break
-            items.append(item)
-            if len(items) == count:
-                break
+        items = list(itertools.islice(self.first_epoch(), count))
         highest = max((item["label"] for item in items), default=0)
         dataset = ImageDataset(
             references=range(len(items)),
@@ -231,11 +224,8 @@ class _FirstEpoch(IterableDataset):
 
     def __iter__(self):
         info = get_worker_info()
-        stream, num_streams = (0, 1) if info is None else (info.id, info.num_workers)
-        for item, position in self.images.samples(StreamPosition(), 0, stream, num_streams):
-            if position.epoch > 0:
-                return
-            yield item["image"]
+        items = self.images.first_epoch() if info is None else self.images.first_epoch(info.id, info.num_workers)
+        return (item["image"] for item in items)
 
 
 def check_streaming(config: Any) -> None:
@@ -323,8 +313,7 @@ class _Rows:
             self._at = (start.epoch, shard, row) if row else None
         if shard == len(dealt):
             return block, StreamPosition(epoch=start.epoch + 1, named_streams=start.named_streams)
-        after = StreamPosition(epoch=start.epoch, shard=shard, row=row, block=start.block + 1)
-        return block, replace(after, named_streams=start.named_streams)
+        return block, StreamPosition(start.epoch, shard, row, start.block + 1, named_streams=start.named_streams)
 
     def _rows(self, index: int, first: int) -> Iterator[dict[str, Any]]:
         table = self.images.table.shard(self.images.num_shards, index)

@@ -18,6 +18,7 @@ from ..data.batches import (
     NUM_DRAWS,
     AugmentationConfig,
     Columns,
+    ReusedMemory,
     StepBatchSampler,
     all_images,
     augment_images,
@@ -93,9 +94,13 @@ def stored_latents(
             f"{dataset.folder} holds {dataset.num_bytes / 2**30:,.1f} GiB of latents, {free / 2**30:,.1f} GiB of "
             "memory are available: most rows come from the disk, whose rate of random reads bounds training"
         )
-    pin = device.type == "cuda"
-    jobs = ((indices, draw_flips(sampler, step, random_flip)) for step, indices in zip(steps, sampler, strict=True))
-    for batch in read_ahead(lambda job: dataset.read(*job, pin_memory=pin), jobs, num_threads):
+    # pinned memory is kept for the next batch by torch itself
+    take = functools.partial(torch.empty, pin_memory=True) if device.type == "cuda" else ReusedMemory().take
+    jobs = (
+        (indices, draw_flips(sampler, step, random_flip), take((len(indices), *dataset.shape), dtype=dataset.dtype))
+        for step, indices in zip(steps, sampler, strict=True)
+    )
+    for batch in read_ahead(lambda job: dataset.read(*job), jobs, num_threads):
         yield {"latents": batch["latents"].to(device, non_blocking=True), "labels": to_device(batch["labels"], device)}
 
 

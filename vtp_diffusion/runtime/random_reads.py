@@ -2,7 +2,7 @@
 
 import functools
 import os
-import threading
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,17 +20,11 @@ class RandomReads:
     """
 
     def __init__(self, path: Path):
-        self.path, self._lock = path, threading.Lock()
+        self.path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 # for as long as this object lives
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-        # (buffers, offset) -> bytes read
-        self.read = functools.partial(os.preadv, self._file.fileno()) if hasattr(os, "preadv") else self._seek_and_read
-
-    def _seek_and_read(self, buffers: tuple[np.ndarray], offset: int) -> int:
-        with self._lock:
-            self._file.seek(offset)
-            return self._file.readinto(buffers[0])
+        self.read = functools.partial(os.preadv, self._file.fileno())  # (buffers, offset) -> bytes read
 
     def read_rest(self, row: np.ndarray, offset: int, done: int) -> None:
         """The bytes of a row after the first `done`."""
@@ -58,10 +52,6 @@ def allow_open_files(count: int) -> None:
 
     Raises: ValueError if the system's limit is lower.
     """
-    try:
-        import resource
-    except ImportError:  # Windows, which has a limit of its own
-        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OPEN_FILES_BESIDE
     if soft == resource.RLIM_INFINITY or wanted <= soft:

@@ -31,7 +31,7 @@ from torch import nn
 
 from ..models.conversion import read_safetensors
 from ..runtime.disk import file_sha256, read_json, sync, writing
-from ..runtime.processes import this_process, wait_for_everyone
+from ..runtime.processes import from_main, this_process, wait_for_everyone
 from ..runtime.tensor_files import read_torch
 from .optimisation import AveragedWeights, laid_out_like, whole
 from .run_folder import UNFINISHED, RunFolder
@@ -241,15 +241,9 @@ class CheckpointWriter:
                 written of it is removed; if it was another process than the main one that failed, by the next start.
         """
         self.wait()
-        path, is_main = self.folder.unfinished(state.step), this_process()[0] == 0
-        try:
-            with _named(state.step, self.folder):
-                snapshot = _take_snapshot(state, path)
-        except torch.OutOfMemoryError:  # a RuntimeError too, but of the device
-            if is_main:
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        if is_main:
+        with _named(state.step, self.folder):
+            snapshot = _take_snapshot(state, self.folder.unfinished(state.step))
+        if snapshot is not None:
             # while steps are left out, what leads to that must not take the place of what came before
             limit = None if state.skipped[0] > 0 else limit
             self._writing = self._thread.submit(_write_snapshot, snapshot, state.step, self.folder, limit)
@@ -274,12 +268,12 @@ def _named(step: int, folder: RunFolder) -> Iterator[None]:
     """What the disk does not take of a checkpoint is removed and named."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
         free = shutil.disk_usage(folder.path).free / 2**20  # torch.save does not say that there was no room
         if this_process()[0] == 0:
             shutil.rmtree(folder.unfinished(step), ignore_errors=True)
+        if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError too, but of the device
+            raise
         kept = [p.name for _, p in folder.checkpoints()]
         raise OSError(
             f"checkpoint {step} could not be written to {folder.path}: {error} ({free:,.0f} MiB free). "
@@ -317,13 +311,10 @@ def _take_snapshot(state: TrainingState, path: Path) -> Snapshot | None:
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the host, for the main process alone."""
-    return {name: host_copy(value) for name, value in tensors.items()} if this_process()[0] == 0 else {}
-
-
-def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of its own in the memory of the host."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+    """Contiguous, in memory of their own on the host, for the main process alone."""
+    if this_process()[0] != 0:
+        return {}
+    return {name: torch.empty(value.shape, dtype=value.dtype).copy_(value) for name, value in tensors.items()}
 
 
 def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int | None) -> None:
@@ -346,15 +337,13 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
     Raises:
         ValueError: all are damaged, or it has another fingerprint.
     """
-    rank, processes = this_process()
-    found = [newest_whole_checkpoint(folder) if rank == 0 else None]
-    if processes > 1:
-        torch.distributed.broadcast_object_list(found)
-    if found[0] is None:
+    rank, _ = this_process()
+    found = from_main(lambda: newest_whole_checkpoint(folder))
+    if found is None:
         if rank == 0:
             folder.truncate_log(-1)  # nor is what was measured before training
         return
-    step, path = found[0]
+    step, path = found
     record = read_json(path / "state.json")
     cuts = len(state.fingerprint_of) - 1
     there, now = (fingerprint.rsplit("-", cuts) for fingerprint in (record["fingerprint"], state.fingerprint))

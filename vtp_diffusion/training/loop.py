@@ -109,10 +109,7 @@ class TrainingRun:
         self._writer = CheckpointWriter(folder)
         self.first_step, self._saved = self.state.step, None
         self.log = TrainingLog(config, folder, self.accelerator, flops_per_image, self.first_step, self.state.seconds)
-
-    def report(self, step: int, values: dict[str, float], picture: Any = None) -> None:
-        """See `TrainingLog.report`."""
-        self.log.report(step, values, picture)
+        self.report = self.log.report
 
     @property
     def micro_steps(self) -> range:
