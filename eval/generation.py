@@ -64,6 +64,7 @@ from vtp_diffusion.evaluation.comparison import compare_files
 from vtp_diffusion.evaluation.convergence import reach_line
 from vtp_diffusion.evaluation.judges import (
     JudgesConfig,
+    check_floor,
     check_sizes,
     measure_fdr6,
     measure_memorisation,
@@ -80,6 +81,7 @@ from vtp_diffusion.evaluation.one_pass import (
     record_source,
     settings_of,
     split_rule,
+    statistics_device,
 )
 from vtp_diffusion.evaluation.printed_results import print_faults, print_results
 from vtp_diffusion.evaluation.references import write_statistics
@@ -282,7 +284,9 @@ def collect_images(config: GenerationConfig) -> Sources:
         least = 3 if name in MEASURED else 2  # a jackknife leaves one out, and a covariance is of 2
         if name != "variants" and len(kept) < least:
             raise ValueError(f"the {name} images are {len(kept)}, expected at least {least}")
-    return sources | real
+    made = {name: entry for name, entry in sources.items() if isinstance(entry[0], PipelineImages)}
+    given = {name: entry for name, entry in sources.items() if name not in made}
+    return given | real | made  # what takes longest comes last: faults of files are found before
 
 
 def record_all(
@@ -303,6 +307,8 @@ def record_all(
             spool.pack(settings=np.array(json.dumps(source.settings)))
         if name in MEASURED:
             check_duplicates(config, name, source, kept, records[name])
+        elif name == "reference" and "floor" in records:
+            check_floor(records)
     return records
 
 
@@ -389,8 +395,8 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
         for name in MEASURED:
             if name not in records:
                 continue
-            arguments = (extractors[network].network, name, records, statistics[network], config.seed, config.device)
-            measured = Measurement(*arguments).run()
+            arguments = (extractors[network].network, name, records, statistics[network], config.seed)
+            measured = Measurement(*arguments, statistics_device(extractors[network])).run()
             if "mind" in config.metrics:
                 measured.measure_mind()
             cost = {key: value for key, value in results["sampling"].get(name, {}).items() if key in COST}

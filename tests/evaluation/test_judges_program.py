@@ -88,7 +88,7 @@ def test_six_networks_mind_and_memorisation_in_one_pass(files, sets, evaluate, t
     assert minds[0]["num_images"] == COUNT and minds[0]["projections"] == 1000
     assert minds[0]["floor"]["kind"] == "held-out" and 0 < minds[0]["spread"]["value"] < minds[0]["value"]
     shares = {row["network"]: row["share"] for row in results["memorisation"]}
-    assert min(shares.values()) >= 5 / COUNT and "memorised on dinov2_l" in printed
+    assert min(shares.values()) >= 5 / COUNT and f"{COUNT} training images" in printed
     assert any(row.what == "FDr6" and "clip_l" in row.details for row in table_rows([read_result(output)]))
 
 
@@ -117,6 +117,17 @@ def test_published_constants_and_statistics_of_files(files, sets, evaluate, tmp_
     for file, message in (("images.npz", "images.npz holds no statistics"), ("none.npz", "for clip_l, is not there")):
         with pytest.raises(ValueError, match=message):
             evaluate(*common, "--reference_statistics", f"clip_l={tmp_path / file}", "--output", outputs[1])
+
+
+def test_floor_images_of_the_reference_are_refused(files, sets, evaluate, tmp_path):
+    mixed = np.load(sets["validation"])["arr_0"].copy()
+    mixed[:2] = np.load(sets["train"])["arr_0"][:2]
+    np.savez(tmp_path / "mixed.npz", mixed)
+    with pytest.raises(ValueError, match=f"2 of {COUNT} floor_images are also in the reference, pixel for pixel"):
+        evaluate(
+            "--images", sets["generated"], "--reference", sets["train"], "--floor_images", tmp_path / "mixed.npz",
+            "--feature_network", "mae_l", "--weights", files[3], "--output", tmp_path / "r.json",
+        )  # fmt: skip
 
 
 def test_what_a_judge_lacks_is_named_before_anything_is_read(files, sets, evaluate, tmp_path, monkeypatch):

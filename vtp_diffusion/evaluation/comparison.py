@@ -21,10 +21,12 @@ def compare_files(paths: Sequence[str]) -> list[str]:
     reasons = differing_conditions(first, second)
     if reasons:
         raise ValueError(f"{paths[0]} and {paths[1]} do not compare: " + "; ".join(reasons))
-    return [f"{'':12} {'A':>10} {'B':>10} {'B - A':>10}"] + [
-        f"{name:12} {a['value']:10.4g} {b['value']:10.4g} {b['value'] - a['value']:10.4g} "
+    pairs = _paired(first, second)
+    width = max(map(len, pairs))
+    return [f"{'':{width}} {'A':>10} {'B':>10} {'B - A':>10}"] + [
+        f"{name:{width}} {a['value']:10.4g} {b['value']:10.4g} {b['value'] - a['value']:10.4g} "
         f"± {math.hypot(a['spread']['value'], b['spread']['value']):.2g}"
-        for name, (a, b) in _paired(first, second).items()
+        for name, (a, b) in pairs.items()
     ]
 
 

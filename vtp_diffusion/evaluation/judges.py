@@ -4,16 +4,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ..metrics.features import Extractor
 from ..metrics.frechet import GaussianStatistics, frechet_distance
-from ..metrics.neighbours import check_held_out, memorised
+from ..metrics.neighbours import MEMORISED_QUANTILE, check_held_out, memorised
 from ..metrics.networks import network_name
 from ..metrics.six import PUBLISHED_CONSTANTS, SIX, check_counts, fdr6
 from ..runtime.config import setting
 from .measurement import MEASURED, wanted_outputs
-from .one_pass import FeaturesConfig, ImageRecord, Wanted
+from .one_pass import FeaturesConfig, ImageRecord, Wanted, statistics_device
 from .references import read_statistics
 
 PUBLISHED = "published for ImageNet at 256 px: 50,000 validation images, features in bfloat16"
@@ -113,6 +114,22 @@ def wanted_of(
     return wanted
 
 
+def check_floor(records: dict[str, ImageRecord]) -> None:
+    """Refuse floor images that are reference images: distances and memorisation are measured against what images
+    outside the reference get, and so many copies (pixel for pixel) would make that nothing.
+
+    Raises:
+        ValueError: a share of copies as large as the quantile of memorisation.
+    """
+    floor = records["floor"].keys
+    copies = int(np.isin(floor, records["reference"].keys).sum())
+    if copies >= MEMORISED_QUANTILE * len(floor):
+        raise ValueError(
+            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected real images "
+            "outside it"
+        )
+
+
 def check_sizes(config: JudgesConfig, counts: dict[str, int], extractors: dict[str, Extractor]) -> None:
     """Refuse too few images before any is made or read. Raises: ValueError naming the set and what needs more.
 
@@ -169,7 +186,7 @@ def measure_memorisation(
     """The memorised share of every measured set of images on every network, for result files."""
     results = []
     for network in config.feature_network:
-        device = "cpu" if extractors[network].device.type == "mps" else extractors[network].device  # it has no float64
+        device = statistics_device(extractors[network])
         features = {n: record.outputs[network]["features"].features.to(device) for n, record in records.items()}
         training = torch.cat([features[name] for name in ("reference", "variants") if name in features])
         for images in (name for name in MEASURED if name in features):

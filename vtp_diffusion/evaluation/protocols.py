@@ -125,5 +125,5 @@ def describe_protocol(protocol: str, settings: dict | None) -> dict:
         return {"name": OWN}
     fixed = PROTOCOLS[protocol]
     made = settings or {}
-    found = {key: made.get(key, "unknown, images were given as files") for key in ("labels", "rounding")}
+    found = {key: made.get(key, "unknown (images were given as files)") for key in ("labels", "rounding")}
     return {"name": protocol, "reference": fixed.reference, "num_images": fixed.num_images} | found
