@@ -109,6 +109,11 @@ def test_published_constants_and_statistics_of_files(files, sets, evaluate, tmp_
     assert first["fdr6"]["generated"]["constants"] == PUBLISHED_CONSTANTS
     assert "published for ImageNet at 256 px" in first["fdr6"]["constants_from"]
     assert first["fdr6"]["generated"]["value"] == pytest.approx(second["fdr6"]["generated"]["value"], rel=1e-6)
+    line = compare_files([str(outputs[0])] * 2)[-1]
+    assert line.split()[0] == "FDr6" and " 0 ± at most " in line
+    first["fdr6"]["generated"]["constants"]["mae_l"] = 1.0
+    (tmp_path / "other.json").write_text(json.dumps(first))
+    assert "FDr6 does not compare" in compare_files([str(outputs[0]), str(tmp_path / "other.json")])[-1]
     with pytest.raises(ValueError, match="the statistics of the reference of FD-DINOv2-L are None in A"):
         compare_files([str(output) for output in outputs])
     with pytest.raises(ValueError, match="statistics of features of dinov2_l .* the feature network is clip_l"):
