@@ -44,12 +44,13 @@ from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output, write_results
 
 PROGRAM = ROOT / "train_dit" / "train.py"
-# layers, heads, channels of a head, channels and side of the latents
+# layers, heads, channels of a head, qk_norm, channels and side of the latents
 SIZES = {
-    "tiny": (2, 2, 16, 4, 4),
-    "B/1": (12, 12, 64, 64, 16),
-    "XL/1": (28, 16, 72, 64, 16),
-    "1p0B/1": (24, 24, 64, 64, 16),
+    "tiny": (2, 2, 16, False, 4, 4),
+    "B/1": (12, 12, 64, False, 64, 16),
+    "XL/1": (28, 16, 72, False, 64, 16),
+    "1p0B/1": (24, 24, 64, False, 64, 16),
+    "openmoji": (8, 4, 64, True, 8, 16),
 }
 # img/s on one H100: LightningDiT-XL/1, 256 tokens, batch 128, bf16, AdamW and EMA; and its model compiled as a whole
 PEER = {"upstream trainer": 460.0, "upstream model, compiled": 488.0}
@@ -102,7 +103,7 @@ class BenchmarkConfig:
 
 def make_data(folder: Path, size: str) -> None:
     """An autoencoder of random weights (nothing is decoded) and latents of its shape, all in one shard."""
-    channels, side = SIZES[size][3:]
+    channels, side = SIZES[size][4:]
     parts = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}
     vae = AutoencoderVTP(
         sample_size=4 * side,
@@ -127,10 +128,11 @@ def train(
     data: Path, size: str, processes: int, strategy: str, steps: int, output: Path, *options: str
 ) -> tuple[list[dict], dict[str, float]]:
     """Run the program to the end: the losses of its log; its seconds, altogether and of training."""
-    layers, heads, head_dim = SIZES[size][:3]
+    layers, heads, head_dim, qk_norm = SIZES[size][:4]
     words = [f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
     words += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
-    words += [f"--model.attention_head_dim={head_dim}", f"--max_train_steps={steps}", "--report_to=none", *options]
+    words += [f"--model.attention_head_dim={head_dim}", f"--model.qk_norm={str(qk_norm).lower()}"]
+    words += [f"--max_train_steps={steps}", "--report_to=none", *options]
     environment = program_environment()
     environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "fsdp" else {}
     states = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("checkpoint-*/state.json")]

@@ -57,3 +57,24 @@ def rotate_back(query, key, value, cos, sin):
     parts = [rotate_interleaved(part.float(), cos, -sin) for part in (query, key)]
     result = torch.cat([part.flatten(2) for part in (*parts, value.float())], dim=-1)
     return result.to(query.dtype), result.flatten(0, 1).sum(0)
+
+
+def norm_and_rotate(x, cos, sin, weights, eps):
+    result = x.clone()
+    rotate_(result, cos, sin, weights.unbind(0), eps)
+    return result[..., : x.shape[-1] // 3 * 2]
+
+
+def norm_and_rotate_back(query, key, value, cos, sin, x, weights, eps):
+    grads, weight_grads = [], []
+    for k, (grad, values) in enumerate(
+        zip((query, key), x.unflatten(-1, (3, *query.shape[2:])).unbind(2), strict=False)
+    ):
+        grad, values = rotate_interleaved(grad.float(), cos, -sin), values.float()
+        inverse = torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+        values = values * inverse
+        weight_grads.append((grad * values).flatten(0, 2).sum(0))
+        grad = grad * weights[k].float()
+        grads.append(inverse * (grad - values * (grad * values).mean(-1, keepdim=True)))
+    result = torch.cat([part.flatten(2) for part in (*grads, value.float())], dim=-1)
+    return result.to(query.dtype), result.flatten(0, 1).sum(0), torch.stack(weight_grads)

@@ -15,7 +15,7 @@ Upstream's loader reads the folder too, the statistics from latents_stats.pt. On
 --mixed_precision bf16 --compile --num_workers 12 is fastest.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,7 @@ from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config,
 from vtp_diffusion.runtime.processes import gather_objects, join_processes
 from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.runtime.reproducibility import autocast, stream_seed
+from vtp_diffusion.training.compilation import compile_modules
 
 Sample = tuple[int, int]  # image, copy
 FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that decide no latent
@@ -72,7 +73,7 @@ class Config(Settings):
     shard_size: int = setting(10_000, "latents a shard", at_least=1)
     dtype: Literal["float32", "float16", "bfloat16"] = setting("bfloat16", "of the shards")
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "precision of the encoder's matrix products")
-    compile: bool = setting(False, "torch.compile the encoder")
+    compile: bool = setting(False, "torch.compile the encoder, a VTP's block by block")
     num_workers: int = setting(0, "processes that read images ahead", at_least=0)
     seed: int = setting(0, "of the augmentation", at_least=0)
 
@@ -89,14 +90,24 @@ def collate(items: list[dict]) -> tuple[torch.Tensor, list[str], list[int]]:
     )
 
 
-def read_items(config: Config, dataset, shards: list[list[Sample]]) -> Iterator[tuple]:
+def read_items(config: Config, dataset, shards: list[list[Sample]], pinned: bool) -> Iterator[tuple]:
     """Every batch of every shard, which `encode_shard` takes from it; batches never span two shards."""
     batches = [
         [index for index, _ in samples[start : start + config.batch_size]]
         for samples in shards
         for start in range(0, len(samples), config.batch_size)
     ]
-    return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=config.num_workers))
+    options = {"num_workers": config.num_workers, "pin_memory": pinned}
+    return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options))
+
+
+def compiled_encoder(vae) -> Callable:
+    """`encode_raw` for an autoencoder whose blocks are compiled here, one for all alike: half a minute, where a whole
+    encoder unrolled takes minutes. One that names no blocks is compiled as a whole."""
+    if not vae._repeated_blocks:
+        return torch.compile(encode_raw)
+    compile_modules(vae, vae._repeated_blocks)
+    return encode_raw
 
 
 @torch.no_grad()
@@ -112,10 +123,10 @@ def encode_shard(config: Config, vae, encode, dataset, samples: list[Sample], ba
         skipped += [wanted[k] for k in range(len(batch)) if k not in kept]
         if not kept:
             continue
-        images = images if len(kept) == len(batch) else images[kept]
-        images = changed_images(config, images, [batch[k] for k in kept], vae.device)
+        # all are encoded: another size of batch would be compiled anew
+        images = changed_images(config, images, batch, vae.device)
         for latents, source in zip(parts, (images, images.flip(3)), strict=True):
-            latents.append(encode(vae, source).to(dtype).cpu())
+            latents.append(encode(vae, source).to(dtype).cpu()[kept])
         labels += [found[k] for k in kept]
     if not labels:
         raise ValueError(f"none of the {len(samples)} images of a shard can be read, the first is {skipped[0]}")
@@ -124,7 +135,7 @@ def encode_shard(config: Config, vae, encode, dataset, samples: list[Sample], ba
 
 def changed_images(config: Config, images: torch.Tensor, samples: list[Sample], device) -> torch.Tensor:
     """uint8 images (B, 3, R, R) -> float32 in [-1, 1] on the device, all copies but the first changed."""
-    images = images.to(device)
+    images = images.to(device, non_blocking=True)
     plain = from_uint8(images)
     if all(copy == 0 for _, copy in samples):
         return plain
@@ -148,8 +159,8 @@ def encode_missing(
     accelerator.wait_for_everyone()  # all have looked before anyone writes
     todo = [k for k, there in enumerate(written) if not there][rank::processes]
     count = sum(len(shards[k]) for k in todo)
-    encode = torch.compile(encode_raw) if config.compile else encode_raw
-    batches = read_items(config, dataset, [shards[k] for k in todo])
+    encode = compiled_encoder(vae) if config.compile else encode_raw
+    batches = read_items(config, dataset, [shards[k] for k in todo], pinned=accelerator.device.type == "cuda")
     bar = tqdm(total=count, desc="encoding", disable=not accelerator.is_main_process)
     with bar, ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is encoded
         writing = None

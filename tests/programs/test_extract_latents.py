@@ -1,5 +1,6 @@
 """train_dit/extract_latents.py as a user runs it: from image files to latents, resumed, and with bad input."""
 
+import functools
 import glob
 import importlib.util
 import json
@@ -243,6 +244,18 @@ def test_an_unreadable_image(in_memory, program, made, tmp_path, monkeypatch):
     assert latents.labels.tolist() == [0, 0, 0, 0, 1, 1]
     (tmp_path / "out" / "latents.json").unlink()  # verified again from what the shards say
     assert extract(program, made, tmp_path / "out", *options).metadata == latents.metadata
+
+
+def test_compiled_are_the_blocks_of_a_vtp_and_otherwise_the_encoder(program, made, tmp_path, monkeypatch):
+    """Traced without a graph break, not turned into machine code."""
+    compiled, compile = [], functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda what, **more: compiled.append(what.__name__) or compile(what, **more))
+    one_batch = ("--batch_size", 7, "--shard_size", 7)
+    plain = read_all(extract(program, made, tmp_path / "plain", *one_batch))["latents"]
+    latents = read_all(extract(program, made, tmp_path / "compiled", *one_batch, "--compile"))["latents"]
+    torch.testing.assert_close(latents, plain, rtol=1e-4, atol=1e-5)
+    assert compiled == ["forward", "forward"]  # a block of the encoder, one of the decoder, not called
+    assert program.compiled_encoder(kl()) is not encode_raw and compiled[2:] == ["encode_raw"]
 
 
 @pytest.mark.parametrize(("make", "shape"), [(kl, (4, 8, 8)), (dc, (4, 8, 8)), (rae, (64, 2, 2))])

@@ -112,11 +112,16 @@ class FusedBlock:
 
     def _attention(self, attention: LightningDiTAttention, x: torch.Tensor, rotary: tuple) -> tuple[torch.Tensor, ...]:
         """(B, N, D) -> (B, N, D) and the bias (D,) that is still to be added."""
-        out = attention.to_out[0]
-        if isinstance(attention.norm_q, nn.RMSNorm):  # norms between the product and the rotation
+        out, norms = attention.to_out[0], (attention.norm_q, attention.norm_k)
+        if {type(norm) for norm in norms} not in ({nn.Identity}, {nn.RMSNorm}):  # norms that kernels do not know
             return attention(x, rotary=rotary), torch.zeros_like(out.bias)
         weight, bias = joined_parameters(attention.to_q, attention.to_k, attention.to_v)
-        query, key, value = RotatedProjections.apply(x, weight.to(x.dtype), bias, *rotary, self.kernels)
+        projections = x, weight.to(x.dtype), bias, *rotary, self.kernels
+        if isinstance(norms[0], nn.RMSNorm):
+            weights = torch.stack([norm.weight for norm in norms])  # (2, head_dim)
+            query, key, value = NormedProjections.apply(*projections, weights, norms[0].eps)
+        else:
+            query, key, value = RotatedProjections.apply(*projections)
         with sdpa_kernel(ATTENTION, set_priority=True):
             attended = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
         return linear_without_bias(attended.transpose(1, 2).flatten(2), out), out.bias
@@ -156,3 +161,27 @@ class ResidualNorm(torch.autograd.Function):
             scale_grad = (by_norm * weight).to(scale.dtype)
             weight_grad = (by_norm * (1 + scale)).sum((0, 1)).to(weight.dtype)
         return x_grad, update_grad, bias_grad, gate_grad, weight_grad, shift_grad, scale_grad, None, None, None
+
+
+class NormedProjections(torch.autograd.Function):
+    """`RotatedProjections` with root-mean-square norms of queries and keys before the rotation, of `weights`
+    (2, head_dim). The product is kept for the backward pass: a norm cannot be undone where a weight is zero."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, cos, sin, kernels, weights, eps):
+        projected = F.linear(x, weight, bias.to(x.dtype))  # (B, N, 3 D)
+        turned = kernels.norm_and_rotate(projected, cos, sin, weights, eps)  # (B, N, 2 D)
+        ctx.save_for_backward(x, weight, cos, sin, projected, weights)
+        ctx.bias_dtype, ctx.eps, ctx.kernels = bias.dtype, eps, kernels
+        value = projected.unflatten(-1, (3, -1, cos.shape[1])).select(2, 2)
+        return *turned.unflatten(-1, (2, -1, cos.shape[1])).unbind(2), value
+
+    @staticmethod
+    def backward(ctx, query, key, value):
+        x, weight, cos, sin, projected, weights = ctx.saved_tensors
+        grad, bias_grad, norm_grads = ctx.kernels.norm_and_rotate_back(
+            query, key, value, cos, sin, projected, weights, ctx.eps
+        )
+        weight_grad = grad.flatten(0, 1).T @ x.flatten(0, 1)
+        norm_grads = norm_grads.to(weights.dtype)
+        return grad @ weight, weight_grad, bias_grad.to(ctx.bias_dtype), None, None, None, norm_grads, None

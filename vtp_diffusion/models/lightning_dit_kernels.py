@@ -125,19 +125,19 @@ def _to_float8(x, result, factors, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _rotate(
-    x, cos, sin, weights,
-    length, heads, step, eps,
+    x, cos, sin, weights, result,
+    length, heads, step, result_step, eps,
     size: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """The queries and then the keys at the start of x (rows, step), heads * size each, normed and rotated in place.
-    cos, sin (length, size): both of a pair have the same; weights (2, size). A program has one row of either."""
+    """The queries and then the keys at the start of x (rows, step), heads * size each, normed and rotated to the start
+    of result (rows, result_step), which may be x. cos, sin (length, size): both of a pair have the same; weights
+    (2, size). A program has one row of either."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     channel = tl.arange(0, 2 * PAIRS)
     there = (head < heads)[:, None] & (channel < size)[None, :]
-    start = x + row * step + tl.program_id(1) * heads * size
-    place = start + head[:, None] * size + channel[None, :]
-    values = tl.load(place, mask=there, other=0.0).to(tl.float32)
+    place = tl.program_id(1) * heads * size + head[:, None] * size + channel[None, :]
+    values = tl.load(x + row * step + place, mask=there, other=0.0).to(tl.float32)
     if NORM:
         weight = weights + tl.program_id(1) * size
         scale = tl.load(weight + channel, mask=channel < size, other=0.0).to(tl.float32)
@@ -148,18 +148,21 @@ def _rotate(
     turn_sin = tl.load(sin + angle, mask=2 * pair < size, other=0.0)[None, :]
     first, second = tl.split(tl.reshape(values, (HEADS, PAIRS, 2)))
     turned = tl.join(first * turn_cos - second * turn_sin, second * turn_cos + first * turn_sin)
-    tl.store(place, tl.reshape(turned, (HEADS, 2 * PAIRS)).to(x.dtype.element_ty), mask=there)
+    turned = tl.reshape(turned, (HEADS, 2 * PAIRS)).to(result.dtype.element_ty)
+    tl.store(result + row * result_step + place, turned, mask=there)
 
 
 @triton.jit
 def _rotate_back(
-    query, key, value, cos, sin, result, sums,
-    length, heads, parts, batch_step,
+    query, key, value, cos, sin, x, weights, result, sums, norm_sums,
+    length, heads, parts, batch_step, eps,
     size: tl.constexpr, row_step: tl.constexpr, head_step: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """query, key, value (B, length, heads, size), alike in memory; result (B * length, 3 * heads * size), queries and
-    keys turned back; sums (B * parts, 3 * heads * size). A program has some rows of a sample and one of the three."""
+    keys turned back and, if x (as result) was normed before, taken through the norms of weights (2, size); sums
+    (B * parts, 3 * heads * size) of result and norm_sums (B * parts, 3, size) of the gradients of weights, those of
+    values zero. A program has some rows of a sample and one of the three."""
     sample, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     which = tl.program_id(1)
     head = tl.arange(0, HEADS)
@@ -174,8 +177,15 @@ def _rotate_back(
     source += sample * batch_step + head[:, None] * head_step + channel[None, :]
     target = which * heads * size + head[:, None] * size + channel[None, :]
     total = tl.zeros((HEADS, 2 * PAIRS), dtype=tl.float32)
+    if NORM:
+        by_norm = tl.zeros((HEADS, 2 * PAIRS), dtype=tl.float32)
+        known = (channel < size) & (which < 2)
+        weight = tl.load(weights + which * size + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     for row in tl.range(part, length, parts, num_stages=STAGES):
         values = tl.load(source + row * row_step, mask=there, other=0.0).to(tl.float32)
+        place = (sample * length + row) * (3 * heads * size) + target
+        if NORM:  # loaded here, where rows are loaded ahead
+            before = tl.load(x + place, mask=there & (which < 2), other=0.0).to(tl.float32)
         if which < 2:
             angle = row * size + 2 * pair
             turn_cos = tl.load(cos + angle, mask=2 * pair < size, other=0.0)[None, :]
@@ -183,10 +193,18 @@ def _rotate_back(
             first, second = tl.split(tl.reshape(values, (HEADS, PAIRS, 2)))
             turned = tl.join(first * turn_cos + second * turn_sin, second * turn_cos - first * turn_sin)
             values = tl.reshape(turned, (HEADS, 2 * PAIRS))
+            if NORM:
+                inverse = tl.rsqrt(tl.sum(before * before, axis=1) / size + eps)[:, None]
+                normed = before * inverse
+                by_norm += values * normed
+                values *= weight
+                values = inverse * (values - normed * (tl.sum(values * normed, axis=1) / size)[:, None])
         total += values
-        place = (sample * length + row) * (3 * heads * size) + target
         tl.store(result + place, values.to(result.dtype.element_ty), mask=there)
     tl.store(sums + tl.program_id(0).to(tl.int64) * (3 * heads * size) + target, total, mask=there)
+    if NORM:
+        own = norm_sums + tl.program_id(0) * (3 * size) + which * size + channel
+        tl.store(own, tl.sum(by_norm, axis=0), mask=channel < size)
 
 
 def _outputs(shape: tuple[int, ...], like: torch.Tensor, float8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -299,13 +317,28 @@ def rotate_(
 
     Args: `cos`, `sin`: tables (N, d) of `lightning_dit_rotary_tables`; `norms`: weights (d,) of queries and keys.
     """
+    _launch_rotate(x, cos, sin, None if norms is None else torch.stack(norms), eps, x)
+
+
+def norm_and_rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weights: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Queries and keys (B, N, 2 · heads · d) as `rotate_` makes them of x, which stays: the backward pass reads it.
+
+    Args: `weights`: (2, d), of the norms of queries and keys.
+    """
+    result = x.new_empty(*x.shape[:2], x.shape[2] // 3 * 2)
+    _launch_rotate(x, cos, sin, weights, eps, result)
+    return result
+
+
+def _launch_rotate(x, cos, sin, weights, eps, result):
     batch, length, step = x.shape
     size = cos.shape[1]
     heads = step // (3 * size)
-    weights = cos if norms is None else torch.stack(norms)
     _rotate[(batch * length, 2)](
-        x, cos, sin, weights, length, heads, step, eps,
-        size=size, NORM=norms is not None, HEADS=triton.next_power_of_2(heads),
+        x, cos, sin, cos if weights is None else weights, result, length, heads, step, result.shape[2], eps,
+        size=size, NORM=weights is not None, HEADS=triton.next_power_of_2(heads),
         PAIRS=triton.next_power_of_2(size) // 2, num_warps=ROTATE_WARPS,
     )  # fmt: skip
 
@@ -315,16 +348,38 @@ def rotate_back(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Backward pass of `rotate_` without norms, of gradients (B, N, heads, d) that come apart: the gradient of what
     was rotated (B, N, 3 · heads · d), and its sum over samples and tokens, float32."""
+    return _launch_rotate_back(query, key, value, cos, sin, None, None, 0.0)[:2]
+
+
+def norm_and_rotate_back(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward pass of `norm_and_rotate`, of gradients as of `rotate_back`: what that returns, and the gradients
+    (2, d) of the weights, float32."""
+    grad, sums, norm_sums = _launch_rotate_back(query, key, value, cos, sin, x, weights, eps)
+    return grad, sums, norm_sums.sum(0)[:2]
+
+
+def _launch_rotate_back(query, key, value, cos, sin, x, weights, eps):
     batch, length, heads, size = query.shape
     if not query.stride() == key.stride() == value.stride() or query.stride(3) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     parts = min(length, max(1, TURN_PROGRAMS // (3 * batch)))
     result = query.new_empty(batch, length, 3 * heads * size)
     sums = torch.empty(batch * parts, 3 * heads * size, device=query.device)
+    norm_sums = sums if weights is None else torch.empty(batch * parts, 3, size, device=query.device)
+    norm = (result, cos) if weights is None else (x, weights)  # not read without weights
     _rotate_back[(batch * parts, 3)](
-        query, key, value, cos, sin, result, sums,
-        length, heads, parts, query.stride(0), size=size, row_step=query.stride(1), head_step=query.stride(2),
-        HEADS=triton.next_power_of_2(heads), PAIRS=triton.next_power_of_2(size) // 2,
+        query, key, value, cos, sin, *norm, result, sums, norm_sums,
+        length, heads, parts, query.stride(0), eps, size=size, row_step=query.stride(1), head_step=query.stride(2),
+        NORM=weights is not None, HEADS=triton.next_power_of_2(heads), PAIRS=triton.next_power_of_2(size) // 2,
         STAGES=TURN_STAGES, num_warps=TURN_WARPS,
     )  # fmt: skip
-    return result, sums.sum(0)
+    return result, sums.sum(0), norm_sums
