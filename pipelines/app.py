@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 Pictures = list[tuple[Image.Image, str]]  # with captions
 MOST_IMAGES = 64  # of one request
 SOLVERS = ("pipeline", "euler", "heun", "unipc", "dpm++", "dopri5")
-STYLE = "@media (max-width: 700px) {.grid-container {grid-template-columns: repeat(2, 1fr) !important}}"  # phones
+# captions in several lines instead of cut; two columns on phones
+STYLE = """.caption-label {white-space: normal !important; overflow-wrap: anywhere}
+@media (max-width: 700px) {.grid-container {grid-template-columns: repeat(2, 1fr) !important}}"""
 
 
 @dataclass(kw_only=True)
@@ -184,13 +186,17 @@ def build_page(page: Page) -> Blocks:
     return blocks
 
 
+def look() -> dict[str, Any]:
+    """What `launch` is told of the page's looks; fonts are those of the browser, none are fetched from elsewhere."""
+    theme = require("gradio", extra="app").themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return {"theme": theme, "css": STYLE, "quiet": True}
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(AppConfig, argv, __doc__)
-    gradio = require("gradio", extra="app")
+    require("gradio", extra="app")
     blocks = build_page(Page(config))
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from elsewhere
-    look = {"theme": theme, "css": STYLE, "quiet": True}
-    blocks.launch(server_port=config.port, share=config.share, prevent_thread_lock=True, **look)
+    blocks.launch(server_port=config.port, share=config.share, prevent_thread_lock=True, **look())
     print(f"the page is at {blocks.share_url or blocks.local_url} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
 

@@ -9,6 +9,7 @@ Images are cropped to squares as ADM does. A file that can't be read stops the p
 those before it; with --skip-unreadable such files are counted and left out.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,14 +107,15 @@ def main(argv: list[str] | None = None) -> None:
         reconstruction = reconstruct(vae, original)
         ratios.append(psnr(original, reconstruction).item())
         images += [image, to_pil(reconstruction)[0]]
-        tqdm.write(f"{file.name:40} {ratios[-1]:7.2f} dB")
+        tqdm.write(f"{f'{file.parent.name}/{file.name}':40} {ratios[-1]:7.2f} dB")
     draw_picture(config.output, images, ratios)
     if skipped:
         print(f"{len(skipped)} of {len(files)} files can't be read: {', '.join(map(str, skipped))}")
     if not images:
         raise ValueError(f"none of the {len(files)} files can be read as an image")
-    then = "eval/reconstruction.py --vae {} --data.source FOLDER --data.resolution {} --output reconstruction.json"
-    print_end([config.output], then, config.vae, resolution)
+    then = "eval/reconstruction.py --vae {} --data.source {} --split all --data.resolution {} --output results.json"
+    folder = next(filter(os.path.isdir, config.images), "FOLDER")
+    print_end([config.output], then, config.vae, folder, resolution)
 
 
 if __name__ == "__main__":

@@ -119,11 +119,12 @@ def validate(config: Config, run: TrainingRun, teacher, distance: QuickDistance 
 def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: LatentDataset) -> Path:
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import write_model_card
+    from vtp_diffusion.generation.sampling import to_bfloat16
     from vtp_diffusion.runtime.disk import writing
 
     folder, known, guidance = run.folder.path / "pipeline", dataset.metadata or {}, config.teacher.guidance_settings
     if config.save_dtype == "bfloat16":
-        pipeline.to(dtype=torch.bfloat16)
+        to_bfloat16(pipeline)
     with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
         pipeline.save_pretrained(folder)
     write_model_card(

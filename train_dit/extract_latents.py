@@ -44,7 +44,7 @@ from vtp_diffusion.data.latent_shards import (
     write_shard,
     write_statistics,
 )
-from vtp_diffusion.data.openmoji import ATTRIBUTION, LICENSE
+from vtp_diffusion.data.openmoji import LICENSE, read_attribution
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
 from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime import folder_lock
@@ -253,7 +253,9 @@ def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: l
         "skipped": sorted(skipped),
         "label_names": dataset.label_names,
         "license": LICENSE if config.data.source == "openmoji" else None,
-        "attribution": ATTRIBUTION.strip() if config.data.source == "openmoji" else None,
+        "attribution": read_attribution(config.data.resolution, config.data.cache_dir)
+        if config.data.source == "openmoji"
+        else None,
         "shards": {path.name: count for path, (_, _, count) in zip(paths, verified, strict=True)},
         "hashes": read_hashes(paths),
         "mean": mean,
@@ -264,7 +266,7 @@ def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: l
     write_metadata(folder, metadata)
     print(f"{folder}: {total} latents, {len(skipped)} images skipped, {METADATA_NAME} written")
     print(f"over channels: mean {min(mean):.3f} to {max(mean):.3f}, deviation {min(std):.3f} to {max(std):.3f}")
-    then = "train_dit/train.py --config NAME --vae {} --latents {} --output_dir runs/dit"
+    then = "train_dit/train.py --config NAME --vae {} --latents {} --output_dir runs/dit --validation.labels 0"
     print_end([folder], then, config.vae, folder)
 
 

@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     from vtp_diffusion.training.loop import TrainingRun
 
 CONFIGS = [file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")) if "distill" not in file.name]
-NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png"
+NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --guidance_scale {} --output samples.png"
 
 
 @dataclass(kw_only=True)
@@ -244,11 +244,12 @@ def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDist
 def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> None:
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import write_model_card
+    from vtp_diffusion.generation.sampling import to_bfloat16
     from vtp_diffusion.runtime.disk import writing
 
     folder = run.folder.path / "pipeline"
     if config.save_dtype == "bfloat16":
-        pipeline.to(dtype=torch.bfloat16)
+        to_bfloat16(pipeline)
     with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
         pipeline.save_pretrained(folder)
     known, source = dataset.metadata or {}, "latents of training images"
@@ -268,7 +269,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         shift=f"{resolve_shift(config.shift, dataset.shape):.4g}",
     )
     print(f"the pipeline is in {folder}{run.skipped_note}")
-    print_end([run.folder.path, folder], NEXT, folder)
+    print_end([run.folder.path, folder], NEXT, folder, config.validation.guidance_scale)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -292,7 +293,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     pipeline = build_pipeline(config, vae, transformer, dataset)
-    pipeline.get_label_ids(config.validation.labels or [0])
+    try:
+        pipeline.get_label_ids(config.validation.labels or [0])
+    except ValueError as error:  # most often a configuration's labels beside other images
+        raise ValueError(f"validation.labels are not classes of these images: {error}") from error
     check_guide(config.guide, folder, transformer)
     distance = open_distance(config, pipeline)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)

@@ -194,12 +194,12 @@ def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -
         perceptual.compile()
 
 
-def print_written(config: Config, run: TrainingRun) -> None:
+def print_written(config: Config, run: TrainingRun, split: str) -> None:
     vae, *others = (run.folder.path / name for name in ("vae", "results.json", SOUND))
     print(f"the autoencoder is in {vae}{run.skipped_note}")
-    then = "eval/reconstruction.py --vae {} --data.source {} --data.resolution {} --output reconstruction.json"
+    then = "eval/reconstruction.py --vae {} --data.source {} --split {} --data.resolution {} --output results.json"
     written = [run.folder.path, vae, *(path for path in others if path.exists())]
-    print_end(written, then, vae, config.data.source, config.data.resolution)
+    print_end(written, then, vae, config.data.source, split, config.data.resolution)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in datasets:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
             print(f"{name}: {', '.join(changes)}")
-        print_written(config, run)
+        print_written(config, run, "validation" if "held_out" in datasets else "train")
     run.end()
 
 

@@ -3,25 +3,24 @@
     python experiments/frontier/run.py --runs velocity muon base_head --seeds 0 1 2
 
 Every run is train_dit/train.py with base.yaml and the options of RUNS. Runs and measurements that are done are not
-repeated, and an interrupted run goes on: the same command again continues the experiment. Nothing is started that
-would not end within --seconds.
+repeated, and an interrupted run goes on: the same command again continues the experiment. After --seconds everything
+has ended: what still trains is told to save itself before. Results are written as they come.
 """
 
 import os
-import queue
-import subprocess
-import sys
-import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
+from vtp_diffusion.runtime.experiments import Task, bundle, run_task, work_through
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-VAE = "weights/openmoji-128/vae"
+MEASURE = "experiments/frontier/measure.py"
+VAE = os.path.relpath(ROOT / "weights/openmoji-128/vae")
 HEAD = ["--model.base_head_layer", "3"]
 DATA = ["--model.prediction", "data"]
 MUON = ["--optimizer", "muon"]
@@ -58,8 +57,9 @@ class Config(Settings):
     together: int = setting(1, "runs at a time on each GPU", at_least=1)
     steps: int = setting(3000, "steps of training", at_least=1)
     guide_step: int = setting(500, "the EMA weights of this step are kept for autoguidance", at_least=1)
-    seconds: float = setting(1e9, "start nothing that would not end within this time", above=0)
-    expected_seconds: float = setting(200.0, "of one run and its measurement", above=0)
+    seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
+    least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)
+    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far")
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
 
     def __post_init__(self):
@@ -68,26 +68,16 @@ class Config(Settings):
             raise ValueError(f"runs are {', '.join(unknown)}, expected of {', '.join(RUNS)}")
 
 
-def program(words: list[str], gpu: int, log: Path) -> None:
-    """Run one program of the repository on one GPU. Raises: RuntimeError with the end of its output if it fails."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4"}
-    with log.open("a") as stream:
-        status = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    if status:
-        raise RuntimeError(f"{' '.join(words)} failed:\n" + "\n".join(log.read_text().splitlines()[-12:]))
-
-
-def prepare(config: Config, folder: Path) -> None:
+def preparation(config: Config, folder: Path) -> list[Task]:
     """The latents of all runs, and the reference's features."""
     words = ["train_dit/extract_latents.py", "--vae", VAE, "--output_dir", str(folder / "latents")]
     words += ["--data.resolution", "128", "--copies", str(config.copies)]
     words += ["--augmentation.shift", "4", "--augmentation.scale", "0.05"]
-    program(words, config.gpus[0], folder / "prepare.log")
-    if not (reference := folder / "reference.safetensors").is_file():
-        words = ["experiments/frontier/measure.py", "--reference", str(reference)]
-        program(words, config.gpus[0], folder / "prepare.log")
+    reference = folder / "reference.safetensors"
+    return [
+        Task("latents", folder / "latents" / "latents.json", (words,)),
+        Task("reference", reference, ([MEASURE, "--reference", str(reference)],)),
+    ]
 
 
 def training(config: Config, folder: Path, name: str, seed: int) -> list[str]:
@@ -100,56 +90,41 @@ def training(config: Config, folder: Path, name: str, seed: int) -> list[str]:
     return [*words, "--max_train_steps", str(config.steps), "--guide.step", str(config.guide_step)]
 
 
-def train_and_measure(config: Config, folder: Path, name: str, seed: int, gpu: int) -> None:
+def measured_run(config: Config, folder: Path, name: str, seed: int) -> Task:
     """One run, and its measurement into RUN-SEED.json."""
-    output, log, results = folder / f"{name}-{seed}", folder / f"{name}-{seed}.log", Path(config.results)
-    program(training(config, folder, name, seed), gpu, log)
-    words = ["experiments/frontier/measure.py", "--reference", str(folder / "reference.safetensors")]
-    words += ["--pipeline", str(output / "pipeline"), "--log", str(output / "log.jsonl")]
-    words += ["--output", str(results / f"{name}-{seed}.json")]
+    output, results, first = folder / f"{name}-{seed}", Path(config.results), min(config.seeds)
+    result, needs = results / f"{name}-{seed}.json", ("latents", "reference")
+    words = [MEASURE, "--reference", str(folder / "reference.safetensors"), "--pipeline", str(output / "pipeline")]
+    words += ["--log", str(output / "log.jsonl"), "--output", str(result)]
     if name == "student":
         words += ["--num_inference_steps", "1", "2", "4"]
-    elif seed > min(config.seeds):  # with the scales of the first seed
-        words += ["--scales_of", str(results / f"{name}-{min(config.seeds)}.json")]
-    program(words, gpu, log)
+    elif seed > first:  # with the scales of the first seed
+        words += ["--scales_of", str(results / f"{name}-{first}.json")]
+        needs += (f"{name}-{first}",)
+    return Task(f"{name}-{seed}", result, (training(config, folder, name, seed), words), needs)
+
+
+def plan(config: Config, folder: Path) -> list[Task]:
+    """Everything that is wanted, in its order; measured runs need no preparation."""
+    runs = [measured_run(config, folder, name, seed) for seed in sorted(config.seeds) for name in config.runs]
+    return runs if all(task.done for task in runs) else preparation(config, folder) + runs
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    start, folder = time.monotonic(), Path(config.output_dir)
+    deadline, folder, results = time.monotonic() + config.seconds, Path(config.output_dir), config.results
     folder.mkdir(parents=True, exist_ok=True)
-    Path(config.results).mkdir(parents=True, exist_ok=True)
-    prepare(config, folder)
-    wanted = [(name, seed) for seed in config.seeds for name in config.runs]
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    for name, seed in wanted:
-        if not (Path(config.results) / f"{name}-{seed}.json").is_file():
-            waiting.put((name, seed))
-    faults = []
+    Path(results).mkdir(parents=True, exist_ok=True)
+    tasks = plan(config, folder)
 
-    def work(gpu: int) -> None:
-        while time.monotonic() - start + config.expected_seconds < config.seconds:
-            try:
-                name, seed = waiting.get_nowait()
-            except queue.Empty:
-                return
-            began = time.monotonic()
-            try:
-                train_and_measure(config, folder, name, seed, gpu)
-                print(f"{name}-{seed}: {time.monotonic() - began:.0f} s on GPU {gpu}", flush=True)
-            except RuntimeError as fault:
-                faults.append(str(fault))
-                print(fault, flush=True)
+    def after(task: Task) -> None:
+        if config.bundle is not None:
+            bundle(Path(results), Path(config.bundle))
 
-    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in config.gpus * config.together]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    done = [(n, s) for n, s in wanted if (Path(config.results) / f"{n}-{s}.json").is_file()]
-    print(
-        f"{len(done)} of {len(wanted)} runs are measured in {config.results}; the same command goes on with the rest"
-    )
+    start = partial(run_task, logs=folder, deadline=deadline)
+    faults = work_through(tasks, config.gpus * config.together, deadline, config.least_seconds, start, after)
+    done = sum(task.done for task in tasks)
+    print(f"{done} of {len(tasks)} tasks are done, results in {results}; the same command goes on with the rest")
     if faults:
         raise SystemExit(1)
 

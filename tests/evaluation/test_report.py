@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -281,3 +282,22 @@ def test_a_report_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code, str(Path(PROGRAM).parents[1] / "vtp_diffusion")], check=False)
     assert done.returncode == 0
+
+
+def test_on_a_phone_the_summary_ends_on_the_second_screen(tmp_path, monkeypatch):
+    """The results of the shipped pipeline, in Debian's chromium."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("there is no chromium")
+    results = Path(__file__).parents[2] / "weights/openmoji-128/results"
+    names = ("generation", "reconstruction", "probe_category")
+    page = tmp_path / "page.html"
+    report(monkeypatch, "--results", *(str(results / f"{name}.json") for name in names), "--output", str(page))
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 390, "height": 844})
+        tab.goto(page.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        summary = tab.locator("section", has=tab.get_by_role("heading", name="Summary")).bounding_box()
+        assert summary["y"] + summary["height"] < 2 * 844
+        browser.close()

@@ -1,6 +1,7 @@
 """The page of pipelines/app.py: what it computes, without gradio; where gradio is installed, the page itself."""
 
 import html
+import shutil
 
 import numpy as np
 import pytest
@@ -88,3 +89,36 @@ def test_the_page_as_a_browser_calls_it(app, page):
     finally:
         blocks.close()
     assert gradio.__version__.startswith("6.")
+
+
+def test_the_page_in_a_browser(app, page):
+    """Debian's chromium, at the width of a desktop and of a phone: images appear, nothing is cut, nothing is fetched
+    from elsewhere, and a message is shown."""
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("there is no chromium")
+    blocks = app.build_page(page)
+    _, address, _ = blocks.launch(prevent_thread_lock=True, **app.look())
+    asked = []
+    try:
+        with playwright.sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            for width in (1280, 390):
+                tab = browser.new_page(viewport={"width": width, "height": 800})
+                tab.on("request", lambda request: asked.append(request.url))
+                tab.goto(address)
+                tab.get_by_label("number input for Steps").fill("2")
+                tab.get_by_role("button", name="Generate").click()
+                tab.wait_for_selector(".grid-container img")
+                assert tab.evaluate("document.documentElement.scrollWidth") == width
+                captions = tab.locator(".caption-label")
+                assert captions.count() == 8 and "golden retriever" in captions.all_inner_texts()
+                assert captions.evaluate_all("all => all.every(one => one.scrollWidth <= one.clientWidth)")
+            tab.get_by_label("Seed").fill("-3")
+            tab.get_by_role("button", name="Generate").click()
+            assert "seed is -3" in tab.inner_text(".toast-body")
+            browser.close()
+    finally:
+        blocks.close()
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked)

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from vtp_diffusion.runtime.programs import programs
 
@@ -27,6 +28,34 @@ def test_every_command_parses(checker, capsys):
     with pytest.raises(SystemExit) as status:
         checker.main()
     assert status.value.code == 0, capsys.readouterr().out
+
+
+SHORT = {
+    "extract_latents": ["--copies", "1", "--augmentation.shift", "0"],
+    "train": ["--validation.num_inference_steps", "1", "--max_train_steps", "1", "--lr_warmup_steps", "0",
+              "--train_batch_size", "2", "--compile", "false", "--report_to", "none", "--mixed_precision", "no"],
+    "generate": ["--num_images", "2", "--num_inference_steps", "1"],
+}  # fmt: skip
+
+
+def test_four_commands_lead_from_own_images_to_a_page_of_samples(checker, tmp_path, monkeypatch, capsys):
+    """As docs/own_images.md has them, but for sizes; one class, so that no class is assumed."""
+    from accelerate.state import AcceleratorState
+
+    install, *commands = checker.commands(ROOT / "docs" / "own_images.md")[:4]
+    assert install[:2] == ["pip", "install"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    Path("weights").symlink_to(ROOT / "weights")
+    for k in range(2):
+        file = Path("data/photos/shape", f"{k}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (90 * k, 200, 30)).save(file)
+    for _, program, *words in commands:
+        AcceleratorState._reset_state(True)
+        checker.load(ROOT / program).main([*words, *SHORT[Path(program).stem]])
+        assert capsys.readouterr().out.splitlines()[-1].startswith("written: ")
+    assert Image.open("photos.png").width > 2 * 128
 
 
 def test_every_configuration_is_listed_by_one_program(checker):

@@ -81,7 +81,7 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path):
     assert "the autoencoder is in run/vae" in done.stdout and "held_out: psnr " in done.stdout
     written, _, then = done.stdout.splitlines()[-1].partition("; next: ")
     assert written == "written: run, run/vae, run/results.json, run/decoder_before_collapse.safetensors"
-    assert then.startswith("python eval/reconstruction.py --vae run/vae --data.source openmoji --data.resolution 32")
+    assert then.startswith("python eval/reconstruction.py --vae run/vae --data.source openmoji --split validation")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["held_out"]["after"]["psnr"] != results["held_out"]["before"]["psnr"]
     assert results["encoder_unchanged"] is True and isinstance(results["collapse"], list)
@@ -275,7 +275,7 @@ def test_configurations_hold_nothing_unknown(name):
     assert config.adversarial.start_step < config.max_train_steps
 
 
-def test_shards_are_read_as_a_stream_and_resumed(tmp_path, inputs, monkeypatch):
+def test_shards_are_read_as_a_stream_and_resumed(tmp_path, inputs, monkeypatch, capsys):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -297,6 +297,7 @@ def test_shards_are_read_as_a_stream_and_resumed(tmp_path, inputs, monkeypatch):
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     results = json.loads((tmp_path / "resumed" / "results.json").read_text())
     assert results["train"]["images"] == 4 and "held_out" not in results
+    assert "--split train " in capsys.readouterr().out.splitlines()[-1]
     assert results["left_out"]["unreadable"] >= 1
     with pytest.raises(ValueError, match="keep_on_device is true with data.streaming, expected none or false"):
         program.main(arguments(tmp_path / "other", inputs, *more, "--keep_on_device=true"))

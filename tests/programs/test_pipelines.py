@@ -226,7 +226,8 @@ def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
 
 def test_reconstruct_side_by_side(started, tmp_path, pipeline_folder, images):
     printed = started[1]["reconstruct.py"]
-    assert printed.count("dB") == 3 and "0.png" in printed and "mean of 2" in printed
+    assert printed.count("dB") == 3 and "images/0.png" in printed and "mean of 2" in printed
+    assert "--data.source images --split all --data.resolution" in printed.splitlines()[-1]
     assert Image.open(started[0] / "out.png").width >= 4 * 96
     vae = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images")
     call(*vae, images / "1.png", "--resolution", 64)

@@ -373,7 +373,7 @@ def test_wandb_that_is_missing_is_named_with_its_extra(tmp_path):
         ({"train_batch_size": 0}, "train_batch_size is 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0"),
-        ({"lr_warmup_steps": 7}, "lr_warmup_steps is 7, expected 0 to 6"),
+        ({"lr_warmup_steps": 7}, "lr_warmup_steps is 7, expected 0 to max_train_steps, 6"),
     ],
 )
 def test_settings_outside_their_range_are_refused(changes, message):

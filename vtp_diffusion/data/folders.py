@@ -57,7 +57,7 @@ class FolderLayout:
             there = f"it holds {', '.join(self.images)}" if WHOLE not in self.images else "its images are not split"
             raise ValueError(
                 f"{self.folder} has no {split} split: {there}. Expected sub-folders train and validation (or test) "
-                "and no others, or that the split all is asked for"
+                "and no others, or that all are asked for (--split all, where there is this option)"
             )
         parts = self.images if split == "all" else [self._part(split)]
         return [pair for part in parts for pair in self.images[part]]

@@ -28,6 +28,7 @@ SKIN_TONES = {
     "1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"
 }  # fmt: skip
 METADATA_NAME = "metadata.jsonl"
+ATTRIBUTION_NAME = "ATTRIBUTION.txt"
 
 
 def default_cache_dir() -> Path:
@@ -65,6 +66,11 @@ def openmoji_folder(resolution: int, cache_dir: str | Path | None = None) -> Pat
 def read_metadata(folder: Path) -> list[dict]:
     """The rows of metadata.jsonl, in order."""
     return [json.loads(line) for line in (folder / METADATA_NAME).read_text(encoding="utf-8").splitlines()]
+
+
+def read_attribution(resolution: int, cache_dir: str | Path | None = None) -> str:
+    """What the folder of the images says of their licences: a folder may hold other styles beside OpenMoji's."""
+    return (openmoji_folder(resolution, cache_dir) / ATTRIBUTION_NAME).read_text(encoding="utf-8").strip()
 
 
 def list_openmoji() -> list[dict]:
@@ -131,7 +137,7 @@ def _render(folder: Path, resolution: int) -> None:
             with ThreadPoolExecutor() as pool:
                 drawn = pool.map(lambda row: draw(row, partial), rows)
                 lines = list(tqdm(drawn, total=len(rows), desc="rendering OpenMoji"))
-            (partial / "ATTRIBUTION.txt").write_text(ATTRIBUTION, encoding="utf-8")
+            (partial / ATTRIBUTION_NAME).write_text(ATTRIBUTION, encoding="utf-8")
             (partial / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError:
         if not (folder / METADATA_NAME).is_file():  # else another process was faster: the same was drawn

@@ -31,7 +31,7 @@ from ..data.batches import (
 from ..data.image_datasets import DataConfig, ImageDataset
 from ..data.image_files import CROP
 from ..data.latent_shards import LatentDataset
-from ..data.openmoji import ATTRIBUTION, LICENSE
+from ..data.openmoji import LICENSE, read_attribution
 from ..models.latent_space import (
     autoencoder_identity,
     check_latents_fit,
@@ -123,7 +123,7 @@ class OnlineLatents:
         openmoji = config.source == "openmoji"
         self.metadata = {
             "license": LICENSE if openmoji else None,
-            "attribution": ATTRIBUTION.strip() if openmoji else None,
+            "attribution": read_attribution(config.resolution, config.cache_dir) if openmoji else None,
         }
         origin = {"images": images.fingerprint, "autoencoder": autoencoder_identity(vae)}
         self.fingerprint = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]

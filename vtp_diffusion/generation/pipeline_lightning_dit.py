@@ -173,7 +173,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         if not self.labels:
             raise ValueError(f"unknown label {label!r}: this pipeline has no id2label, give an index")
         close = difflib.get_close_matches(name, self.labels, n=5, cutoff=0.4)
-        hint = f"; similar names: {', '.join(close)}" if close else ""
+        hint = f", such as {', '.join(close or list(self.labels)[:5])}"
         raise ValueError(f"unknown label {label!r}: expected one of the {len(self.labels)} names in `labels`{hint}")
 
     @torch.no_grad()

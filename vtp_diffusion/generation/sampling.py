@@ -174,3 +174,10 @@ def _tensor_sha256(name: str, tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
     digest.update(content)  # not joined: the tensors of XL/1 would be copied
     return digest.hexdigest()
+
+
+def to_bfloat16(pipeline: DiffusionPipeline) -> None:
+    """Cast the networks, as `to` of diffusers does, which warns of modules kept in float32 even if there are none."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.bfloat16()

@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _first_line(file: Path) -> str:
-    return ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n")[0]
+    """What a program is, without the list of its details that may follow."""
+    first = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n")[0]
+    return re.split("[:;]", first)[0].rstrip(".")
 
 
 def command() -> None:

@@ -83,7 +83,9 @@ class TrainingConfig(Settings):
                 f"ema_decay, {self.ema_decay}"
             )
         if self.lr_warmup_steps > self.max_train_steps:
-            raise ValueError(f"lr_warmup_steps is {self.lr_warmup_steps}, expected 0 to {self.max_train_steps} steps")
+            raise ValueError(
+                f"lr_warmup_steps is {self.lr_warmup_steps}, expected 0 to max_train_steps, {self.max_train_steps}"
+            )
         self.micro_batch_size(1)
 
     def micro_batch_size(self, processes: int) -> int:

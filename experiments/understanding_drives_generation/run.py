@@ -1,0 +1,252 @@
+"""Does understanding drive generation? Tokenizers that differ in their objectives, and the same generator on each.
+
+    python experiments/understanding_drives_generation/run.py --data runs/emoji.tar --gpus 0 1 2 3 4 5 6 7
+    python experiments/understanding_drives_generation/run.py --smallest
+
+The first trains every tokenizer, measures it on held-out concepts, trains a generator on its latents and measures
+that at several steps. Done tasks are not repeated, and an interrupted run goes on: the same command again continues
+the experiment. After --seconds everything has ended: what still trains is told to save itself before. Results are
+written as they come to results/ in --output_dir; --bundle keeps them in one file as well. `data.py` makes the images;
+without --data they are OpenMoji alone. `table.py` reads the results.
+
+--smallest is the smallest part on a CPU in minutes: two tokenizers at 32 pixels and a few steps. It shows that the
+chain works, and nothing about the question.
+"""
+
+import tarfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import Settings, parse_config, setting
+from vtp_diffusion.runtime.disk import replacing
+from vtp_diffusion.runtime.experiments import Task, bundle, run_task, work_through
+
+HERE = Path(__file__).resolve().parent
+ALL = ("contrastive", "self_supervision", "reconstruction")
+SMALL = ["--model.encoder_hidden_size", "192", "--model.encoder_num_attention_heads", "3"]
+# name -> objectives, how many times the steps, further options
+TOKENIZERS: dict[str, tuple[tuple[str, ...], int, list[str]]] = {
+    "reconstruction": (("reconstruction",), 1, []),
+    "contrastive": (("contrastive", "reconstruction"), 1, []),
+    "self_supervision": (("self_supervision", "reconstruction"), 1, []),
+    "all": (ALL, 1, []),
+    "reconstruction_long": (("reconstruction",), 4, []),
+    "reconstruction_small": (("reconstruction",), 1, SMALL),
+    "all_small": (ALL, 1, SMALL),
+}
+TINY_TOKENIZER = {
+    "train_batch_size": 32, "lr_warmup_steps": 5, "mixed_precision": "no", "ema_decay": 0.9, "compile": "false",
+    "compile_stacks": "false", "cuda_graphs": "false", "checkpointing_steps": 1000, "log_steps": 20,
+    "model.patch_size": 8, "model.latent_channels": 16, "model.encoder_hidden_size": 64,
+    "model.encoder_num_layers": 2, "model.encoder_num_attention_heads": 2, "model.decoder_hidden_size": 64,
+    "model.decoder_num_layers": 2, "model.decoder_num_attention_heads": 2, "reconstruction.lpips": 0,
+    "reconstruction.lpips_trunk": "none",
+    "text.text_hidden_size": 32, "text.text_num_layers": 1, "text.text_num_attention_heads": 2,
+    "text.projection_dim": 32, "self_supervision.head_hidden_size": 64, "self_supervision.head_bottleneck": 32,
+    "self_supervision.prototypes": 128, "self_supervision.crops.local_crops": 4,
+    "self_supervision.crops.local_size": 16, "augmentation.shift": 2,
+}  # fmt: skip
+TINY_GENERATOR = {
+    "train_batch_size": 32, "lr_warmup_steps": 5, "mixed_precision": "no", "ema_decay": 0.9, "log_steps": 20,
+    "model.num_layers": 2, "model.num_attention_heads": 2, "model.attention_head_dim": 32,
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Config(Settings):
+    """Settings of this program; --smallest replaces those in `SMALLEST`."""
+
+    tokenizers: list[str] = setting(default_factory=lambda: list(TOKENIZERS)[:5], help=f"of {', '.join(TOKENIZERS)}")
+    seeds: list[int] = setting(default_factory=lambda: [0], help="of the generators", at_least=0)
+    tokenizer_steps: int = setting(
+        5000, "steps of a tokenizer; reconstruction_long takes four times as many", at_least=1
+    )
+    generator_steps: list[int] = setting(
+        default_factory=lambda: [2000, 5000, 10000, 20000], help="at which a generator is measured", at_least=1
+    )
+    data: str | None = setting(None, "folder or FILE.tar that data.py wrote; none: OpenMoji alone, rendered")
+    resolution: int = setting(128, "side of the images in pixels", at_least=1)
+    limit: int | None = setting(None, "use only so many images", at_least=100)
+    copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
+    num_images: int = setting(3000, "images sampled for a measurement", at_least=10)
+    batch_size: int = setting(250, "images sampled at once", at_least=1)
+    num_inference_steps: int = setting(50, "Euler steps; there is no guidance", at_least=1)
+    probe_steps: int = setting(2000, "steps of the linear probe", at_least=1)
+    networks: list[str] = setting(
+        default_factory=lambda: ["vgg16", "efficientnet_lite0"], help="of the distances, beside one of random weights"
+    )
+    output_dir: str = setting("runs/understanding", "folder for everything that is made")
+    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far")
+    gpus: list[int] = setting(default_factory=lambda: [0], help="of this machine", at_least=0)
+    together: int = setting(1, "tasks at a time on each GPU", at_least=1)
+    seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
+    least_seconds: float = setting(120.0, "nothing is started that has less than this left", at_least=0)
+    smallest: bool = setting(False, "the smallest part, for a CPU")
+
+    def __post_init__(self):
+        if self.smallest:
+            vars(self).update(SMALLEST)
+        super().__post_init__()
+        if unknown := [name for name in self.tokenizers if name not in TOKENIZERS]:
+            raise ValueError(f"tokenizers are {', '.join(unknown)}, expected of {', '.join(TOKENIZERS)}")
+        if self.data is not None and not Path(self.data).exists():
+            raise ValueError(f"data {self.data} is not there, expected what data.py wrote")
+
+    @property
+    def folder(self) -> Path:
+        """Everything that is made: the smallest part must not lie among the rest."""
+        return Path(self.output_dir + "-smallest" * self.smallest)
+
+
+SMALLEST = {
+    "tokenizers": ["reconstruction", "all"], "tokenizer_steps": 60, "generator_steps": [40, 80], "resolution": 32,
+    "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50,
+    "data": None, "networks": ["efficientnet_lite0"],
+}  # fmt: skip
+
+
+def options(values: dict) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+class Plan:
+    """The tasks of an experiment.
+
+    Attributes: `folder`: for what is made; `results`: for what is found; `images`: cache folder of the images, None
+    where programs render OpenMoji.
+    """
+
+    def __init__(self, config: Config, images: Path | None):
+        self.config, self.folder, self.images = config, config.folder, images
+        self.results = self.folder / "results"
+
+    def data(self, resolution: bool = True) -> list[str]:
+        """The options that name the images; a reference of distances takes the size of what it is compared with."""
+        values = {"data.limit": self.config.limit or "none"}
+        values |= {"data.source": "openmoji", "data.resolution": self.config.resolution} if resolution else {}
+        return options(values | ({"data.cache_dir": self.images} if self.images else {}))
+
+    def tokenizer(self, name: str) -> Task:
+        objectives, times, further = TOKENIZERS[name]
+        folder, config = self.folder / f"tokenizer-{name}", self.config
+        words = ["train_vtp/train.py", "--config", str(HERE / "tokenizer.yaml"), *self.data(), *further]
+        words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
+        words += ["--output_dir", str(folder)]
+        if config.smallest:
+            words += options(TINY_TOKENIZER | {"validation_steps": config.tokenizer_steps})
+        result = self.results / f"tokenizer-{name}.json"
+        copies = (folder / "log.jsonl", result.with_suffix(".jsonl")), (folder / "results.json", result)
+        return Task(f"tokenizer-{name}", result, (words,), copies=copies)
+
+    def vae(self, name: str) -> str:
+        return str(self.folder / f"tokenizer-{name}" / "vae")
+
+    def latents(self, name: str) -> Task:
+        folder = self.folder / f"latents-{name}"
+        words = ["train_dit/extract_latents.py", "--vae", self.vae(name), "--output_dir", str(folder), *self.data()]
+        words += options({"copies": self.config.copies, "augmentation.shift": 4, "augmentation.scale": 0.05})
+        return Task(f"latents-{name}", folder / "latents.json", (words,), (f"tokenizer-{name}",))
+
+    def measured_tokenizer(self, name: str) -> list[Task]:
+        """Reconstruction, with LPIPS on the network that was not trained on, and the linear probe."""
+        result, probe = (self.results / f"{kind}-{name}.json" for kind in ("reconstruction", "probe"))
+        words = ["eval/reconstruction.py", "--vae", self.vae(name), *self.data(), "--output", str(result)]
+        words += ["--feature_network", *self.config.networks, "--worst_cases", str(result.with_suffix(".png"))]
+        probing = ["eval/linear_probe.py", "--model", self.vae(name), *self.data(), "--data.label_column", "category"]
+        probing += ["--steps", str(self.config.probe_steps), "--output", str(probe)]
+        probing += ["--features", str(self.folder / f"features-{name}"), "--train_batch_size", "256"]
+        needs = (f"tokenizer-{name}",)
+        return [
+            Task(f"reconstruction-{name}", result, (words,), needs),
+            Task(f"probe-{name}", probe, (probing,), needs),
+        ]
+
+    def generator(self, name: str, seed: int, place: int) -> Task:
+        """Train to one of the steps that are measured, and measure; a picture at the last one."""
+        config, steps = self.config, sorted(self.config.generator_steps)
+        folder, label = self.folder / f"generator-{name}-{seed}", f"generator-{name}-{seed}"
+        words = ["train_dit/train.py", "--config", str(HERE / "generator.yaml"), "--vae", self.vae(name)]
+        words += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
+        words += ["--max_train_steps", str(steps[place]), "--output_dir", str(folder)]
+        words += options(TINY_GENERATOR) if config.smallest else []
+        result, control = self.results / f"{label}-{steps[place]}.json", place == 0 and seed == min(config.seeds)
+        programs = [words, [*self.measurement(str(folder / "pipeline"), control), "--output", str(result)]]
+        if place == len(steps) - 1:  # before the measurement, whose result ends the task
+            picture = ["pipelines/generate.py", "--pipeline", str(folder / "pipeline"), "--num_images", "64"]
+            picture += ["--label_rule", "balanced", "--num_inference_steps", str(config.num_inference_steps)]
+            programs.insert(1, [*picture, "--output", str(result.with_suffix(".png"))])
+        needs = (f"{label}-{steps[place - 1]}" if place else f"latents-{name}",)
+        copies = ((folder / "log.jsonl", self.results / f"{label}.jsonl"),)
+        return Task(f"{label}-{steps[place]}", result, tuple(programs), needs, copies)
+
+    def measurement(self, pipeline: str, control: bool) -> list[str]:
+        """Against training images of all styles, without skin tones; `control`: the untrained generator as well."""
+        config = self.config
+        words = ["eval/generation.py", "--images", pipeline, "--reference", "openmoji", *self.data(resolution=False)]
+        words += ["--labels", "reference", "--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
+        words += options({"num_images": config.num_images, "num_inference_steps": config.num_inference_steps})
+        words += options({"batch_size": config.batch_size, "compile": "false"})  # compiling takes longer than it saves
+        return [*words, *(["--control", "untrained"] if control else [])]
+
+    def tasks(self) -> list[Task]:
+        """In the order in which they are started: the longest first, the first points of all generators early."""
+        config, names = self.config, self.config.tokenizers
+        longest = sorted(names, key=lambda name: (-TOKENIZERS[name][1], -len(TOKENIZERS[name][0])))
+        tasks = [self.tokenizer(name) for name in longest] + [self.latents(name) for name in names]
+        for seed in sorted(config.seeds):
+            points = range(len(config.generator_steps))
+            tasks += [self.generator(name, seed, place) for place in points for name in names]
+        return tasks + [task for name in names for task in self.measured_tokenizer(name)]
+
+
+def open_data(config: Config, folder: Path) -> Path | None:
+    """The cache folder with the images, from the archive if one is given."""
+    if config.data is None or Path(config.data).is_dir():
+        return None if config.data is None else Path(config.data)
+    if not (images := folder / "data").is_dir():
+        with replacing(images) as unfinished, tarfile.open(config.data) as archive:
+            archive.extractall(unfinished, filter="data")
+    return images
+
+
+def write_random_network(folder: Path, resolution: int) -> None:
+    """An encoder with random weights: what its distance shows as well is no finding about content."""
+    import torch
+
+    from vtp_diffusion import AutoencoderVTP
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 192, "num_layers": 4, "num_attention_heads": 3}
+    encoder = {f"encoder_{name}": value for name, value in size.items()}
+    decoder = {"decoder_hidden_size": 32, "decoder_num_layers": 1, "decoder_num_attention_heads": 1}
+    with replacing(folder) as unfinished:
+        AutoencoderVTP(sample_size=resolution, patch_size=8, **encoder, **decoder).save_pretrained(unfinished)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    deadline, folder = time.monotonic() + config.seconds, config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = Plan(config, open_data(config, folder))
+    plan.results.mkdir(exist_ok=True)
+    if not (folder / "random").is_dir():
+        write_random_network(folder / "random", config.resolution)
+    tasks = plan.tasks()
+
+    def after(task: Task) -> None:
+        if config.bundle is not None:
+            bundle(plan.results, Path(config.bundle))
+
+    start = partial(run_task, logs=folder, deadline=deadline)
+    faults = work_through(tasks, config.gpus * config.together, deadline, config.least_seconds, start, after)
+    done = sum(task.done for task in tasks)
+    print(f"{done} of {len(tasks)} tasks are done, results in {plan.results}; the same command goes on with the rest")
+    if faults:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,122 @@
+"""Tasks on several GPUs until a deadline: order, needs, failures, what is skipped, what is stopped."""
+
+import tarfile
+import time
+
+import pytest
+
+from vtp_diffusion.runtime import experiments
+from vtp_diffusion.runtime.experiments import OutOfTimeError, Task, bundle, run_program, run_task, work_through
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda name, *needs: Task(name, tmp_path / f"{name}.json", (), needs)
+
+
+def finish(task, gpu):
+    task.result.write_text("{}")
+
+
+def soon(seconds=60.0):
+    return time.monotonic() + seconds
+
+
+def test_a_task_waits_for_what_it_needs_and_done_ones_are_not_repeated(make):
+    tasks, started = [make("c", "b"), make("b", "a"), make("a"), make("ready")], []
+    finish(tasks[3], 0)
+
+    def start(task, gpu):
+        started.append(task.name)
+        finish(task, gpu)
+
+    after = []
+    assert work_through(tasks, [0, 1], soon(), 0.0, start, lambda task: after.append(task.name)) == []
+    assert started == after == ["a", "b", "c"]
+
+    def full(task):
+        raise OSError("the disk is full")
+
+    assert work_through([make("d")], [0], soon(), 0.0, start, full) == ["d: the disk is full"]
+
+
+def test_a_failure_stops_only_what_needs_it(make):
+    tasks = [make("a"), make("b", "a"), make("other")]
+
+    def start(task, gpu):
+        if task.name == "a":
+            raise RuntimeError("no memory")
+        finish(task, gpu)
+
+    assert work_through(tasks, [0], soon(), 0.0, start) == ["a: no memory"]
+    assert [task.done for task in tasks] == [False, False, True]
+
+
+def test_nothing_starts_too_late_and_what_was_stopped_is_no_failure(make):
+    started = []
+    seconds = experiments.SAVING_SECONDS + 50
+    assert work_through([make("late")], [0], soon(seconds), 60.0, lambda task, gpu: started.append(task)) == []
+    assert started == []
+
+    def stopped(task, gpu):
+        raise OutOfTimeError("train.py")
+
+    tasks = [make("a"), make("b", "a")]
+    assert work_through(tasks, [0], soon(), 0.0, stopped) == [] and not tasks[0].done
+
+
+def test_needs_have_to_be_tasks(make):
+    with pytest.raises(ValueError, match="b needs a, expected tasks among b"):
+        work_through([make("b", "a")], [0], soon(), 0.0, finish)
+
+
+def test_a_program_is_told_to_save_before_the_deadline(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "SAVING_SECONDS", 5.0)
+    log, saved = tmp_path / "log", tmp_path / "saved"
+    code = f"import pathlib, signal, sys, time\nsaved = pathlib.Path({str(saved)!r})\n"
+    code += "signal.signal(signal.SIGTERM, lambda *_: (saved.write_text('x'), sys.exit(0)))\n"
+    code += "saved.with_name('ready').touch()\ntime.sleep(60)"
+    monkeypatch.setattr(experiments.subprocess.Popen, "wait", waiting_for(tmp_path / "ready"))
+    program = script(tmp_path, code)
+    with pytest.raises(OutOfTimeError, match="stopped at the deadline"):
+        run_program([program], 0, log, soon(5.0))
+    assert saved.is_file()
+
+
+def waiting_for(file):
+    """Popen.wait that first lets the program come as far as to write `file`."""
+    wait = experiments.subprocess.Popen.wait
+
+    def patient(process, timeout=None):
+        while not file.exists() and process.poll() is None:
+            time.sleep(0.01)
+        return wait(process, timeout)
+
+    return patient
+
+
+def script(folder, code):
+    path = folder / f"program{len(code)}.py"
+    path.write_text(code)
+    return str(path)
+
+
+def test_a_task_copies_its_result_and_names_what_failed(tmp_path):
+    writes = script(tmp_path, "import sys; open(sys.argv[1], 'w').write('7')")
+    written, result = tmp_path / "made", tmp_path / "made.json"
+    run_task(Task("made", result, ([writes, str(written)],), copies=((written, result),)), 0, tmp_path, soon())
+    assert result.read_text() == "7"
+    with pytest.raises(RuntimeError, match="failed, .*log has all of its output:\n(.*\n)*boom"):
+        run_program([script(tmp_path, "raise SystemExit('boom')")], 0, tmp_path / "log", soon())
+    with pytest.raises(RuntimeError, match="empty ended without"):
+        run_task(Task("empty", tmp_path / "empty.json", ()), 0, tmp_path, soon())
+
+
+def test_a_bundle_holds_the_finished_files(tmp_path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name in ("a.json", "a.png", ".b.json.unfinished"):
+        (folder / name).write_text(name)
+    bundle(folder, tmp_path / "out" / "results.tar.gz")
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        assert archive.getnames() == ["a.json", "a.png"]

@@ -1,0 +1,171 @@
+"""Experiments: many programs on the GPUs of a machine, until a deadline. The scripts of experiments/ use it."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .disk import replacing
+from .programs import ROOT
+
+SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then it is killed
+
+
+class OutOfTimeError(Exception):
+    """A program was stopped at the deadline."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One result and the programs that make it.
+
+    Attributes:
+        result: file that is there when the task is done.
+        programs: each one's words, run one after the other; all of them can be repeated.
+        needs: names of the tasks that come before.
+        copies: (file, place) of what is copied at the end out of run folders, which are too large to be kept.
+    """
+
+    name: str
+    result: Path
+    programs: tuple[list[str], ...]
+    needs: tuple[str, ...] = ()
+    copies: tuple[tuple[Path, Path], ...] = ()
+
+    @property
+    def done(self) -> bool:
+        return self.result.is_file()
+
+
+def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
+    """Run a program of the repository on one GPU; its output goes to the end of `log`.
+
+    At the deadline (of `time.monotonic`), less what saving may take, it gets SIGTERM: a training run saves itself and
+    goes on when it is started again.
+
+    Raises: OutOfTimeError if it was stopped. RuntimeError with the end of its output if it fails.
+    """
+    environment = {"OMP_NUM_THREADS": "4"} | os.environ
+    environment |= {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("a") as stream:
+        print(shlex.join(words), file=stream, flush=True)
+        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            status = process.wait(max(0.0, deadline - SAVING_SECONDS - time.monotonic()))
+        except subprocess.TimeoutExpired as error:
+            process.terminate()
+            try:
+                process.wait(SAVING_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            raise OutOfTimeError(f"{words[0]} was stopped at the deadline") from error
+    if status:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:]
+        raise RuntimeError(f"{words[0]} failed, {log} has all of its output:\n" + "\n".join(lines))
+
+
+def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
+    """Run a task's programs, with one log. Raises: as `run_program`; RuntimeError if they leave no result."""
+    for words in task.programs:
+        run_program(words, gpu, logs / f"{task.name}.log", deadline)
+    for file, place in task.copies:
+        with replacing(place) as unfinished:
+            shutil.copyfile(file, unfinished)
+    if not task.done:
+        raise RuntimeError(f"{task.name} ended without {task.result}")
+
+
+def work_through(
+    tasks: Sequence[Task],
+    gpus: Sequence[int],
+    deadline: float,
+    least_seconds: float,
+    start: Callable[[Task, int], None],
+    after: Callable[[Task], None] = lambda task: None,
+) -> list[str]:
+    """Start every task that is not done, the earliest first, one at a time on each GPU.
+
+    A task waits for those that it needs; where one of these fails it is not started. Nothing is started that would
+    have less than `least_seconds` before it is told to save.
+
+    Args:
+        gpus: an entry a worker; a GPU that is named twice works on two tasks at once.
+        start: runs a task on a GPU, as `run_task` does.
+        after: called when a task is done, never twice at once.
+
+    Returns: what went wrong, a text for each failed task.
+    Raises: ValueError for a task that needs one that is not among `tasks`.
+    """
+    names = {task.name for task in tasks}
+    for task in tasks:
+        if missing := [name for name in task.needs if name not in names]:
+            raise ValueError(
+                f"{task.name} needs {', '.join(missing)}, expected tasks among {', '.join(sorted(names))}"
+            )
+    changed = threading.Condition()
+    done = {task.name for task in tasks if task.done}
+    waiting, running, faults = [task for task in tasks if not task.done], set[str](), list[str]()
+
+    def take() -> Task | None:
+        with changed:
+            while waiting and time.monotonic() + least_seconds + SAVING_SECONDS < deadline:
+                for task in waiting:
+                    if done.issuperset(task.needs):
+                        waiting.remove(task)
+                        running.add(task.name)
+                        return task
+                if not running:  # what is left needs a task that failed
+                    return None
+                changed.wait(1.0)
+            return None
+
+    def ended(task: Task, gpu: int, began: float) -> None:
+        with changed:
+            if task.done:
+                print(f"{task.name}: {time.monotonic() - began:.0f} s on GPU {gpu}", flush=True)
+                after(task)
+                done.add(task.name)
+
+    def work(gpu: int) -> None:
+        while (task := take()) is not None:
+            began = time.monotonic()
+            try:
+                start(task, gpu)
+                ended(task, gpu, began)
+            except OutOfTimeError as stop:
+                print(f"{task.name}: {stop}", flush=True)
+            except Exception as error:  # a thread would lose it: the caller gets it at the end
+                faults.append(f"{task.name}: {error}")
+                print(faults[-1], flush=True)
+            with changed:
+                running.discard(task.name)
+                changed.notify_all()
+
+    workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # the programs under way get it too, and save; no others are started
+        waiting.clear()
+        raise
+    return faults
+
+
+def bundle(folder: Path, file: Path) -> None:
+    """Write all files of a folder into one tar file, at once or not at all; what is unfinished is left out."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as unfinished, tarfile.open(unfinished, "w:gz") as archive:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                archive.add(path, path.name)
