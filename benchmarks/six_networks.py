@@ -23,6 +23,7 @@ import torch
 
 from vtp_diffusion.evaluation.measurement import wanted_outputs
 from vtp_diffusion.evaluation.one_pass import record_images
+from vtp_diffusion.evaluation.sources import HASH_BYTES
 from vtp_diffusion.metrics import timm_networks
 from vtp_diffusion.metrics.features import Extractor, FeatureNetwork
 from vtp_diffusion.metrics.inception import InceptionFeatures, save_random_inception
@@ -100,7 +101,7 @@ def record(extractors: dict[str, Extractor], images: torch.Tensor, batch_size: i
     places: list[Sequence[int]] = [
         range(k, min(k + batch_size, len(images))) for k in range(0, len(images), batch_size)
     ]
-    batches = ((place, images[place[0] : place[-1] + 1], [bytes([0])] * len(place)) for place in places)
+    batches = ((place, images[place[0] : place[-1] + 1], [bytes(HASH_BYTES)] * len(place)) for place in places)
     wanted = {name: wanted_outputs(extractor.network, "generated") for name, extractor in extractors.items()}
     record_images(batches, len(images), extractors, wanted, seed=0)
 

@@ -62,16 +62,8 @@ from vtp_diffusion.data.npz import ImageSpool, NpzImages
 from vtp_diffusion.evaluation import protocols
 from vtp_diffusion.evaluation.comparison import compare_files
 from vtp_diffusion.evaluation.convergence import reach_line
-from vtp_diffusion.evaluation.judges import (
-    JudgesConfig,
-    check_sizes,
-    measure_fdr6,
-    measure_memorisation,
-    reference_statistics,
-    statistics_files,
-    wanted_of,
-)
-from vtp_diffusion.evaluation.measurement import MEASURED, Measurement, wanted_outputs
+from vtp_diffusion.evaluation.judges import check_floor, check_sizes, measure_fdr6, measure_memorisation
+from vtp_diffusion.evaluation.measurement import MEASURED, JudgesConfig, Measurement, wanted_of, wanted_outputs
 from vtp_diffusion.evaluation.near_duplicates import count_near_duplicates
 from vtp_diffusion.evaluation.one_pass import (
     FeaturesConfig,
@@ -80,9 +72,10 @@ from vtp_diffusion.evaluation.one_pass import (
     record_source,
     settings_of,
     split_rule,
+    statistics_device,
 )
 from vtp_diffusion.evaluation.printed_results import print_faults, print_results
-from vtp_diffusion.evaluation.references import write_statistics
+from vtp_diffusion.evaluation.references import reference_statistics, write_statistics
 from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     FolderImages,
@@ -133,7 +126,9 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
     batch_size: int = setting(32, "images sampled at once", at_least=1)
 
     def __post_init__(self) -> None:
-        protocols.follow_protocol(self)
+        if self.protocol != protocols.OWN:
+            protocols.follow_protocol(self)
+        self.labels = self.labels or "random"
         super().__post_init__()
         check_output(self.output)
         if self.nearest_neighbours is not None:
@@ -248,7 +243,8 @@ def collect_images(config: GenerationConfig) -> Sources:
         for name, source in opened.items()
     }
     for name, source in opened.items():
-        protocols.check_samples(name, getattr(source, "settings", None), config.protocol)
+        if config.protocol != protocols.OWN and getattr(source, "settings", None) is not None:
+            protocols.check_samples(name, source.settings, config.protocol)
     size = sizes["generated"]
     if sizes.get("control", size) != size:
         raise ValueError(f"control images are {sizes['control']}, the generated ones are {size}")
@@ -282,7 +278,9 @@ def collect_images(config: GenerationConfig) -> Sources:
         least = 3 if name in MEASURED else 2  # a jackknife leaves one out, and a covariance is of 2
         if name != "variants" and len(kept) < least:
             raise ValueError(f"the {name} images are {len(kept)}, expected at least {least}")
-    return sources | real
+    made = {name: entry for name, entry in sources.items() if isinstance(entry[0], PipelineImages)}
+    given = {name: entry for name, entry in sources.items() if name not in made}
+    return given | real | made  # what takes longest comes last: faults of files are found before
 
 
 def record_all(
@@ -303,6 +301,8 @@ def record_all(
             spool.pack(settings=np.array(json.dumps(source.settings)))
         if name in MEASURED:
             check_duplicates(config, name, source, kept, records[name])
+        elif name == "reference" and "floor" in records:
+            check_floor(records)
     return records
 
 
@@ -325,13 +325,16 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     made = {name: source.settings for name, (source, _) in sources.items() if name in MEASURED and source.settings}
     files = {"images": config.images, "control": config.control, "reference": config.reference}
     files |= {"floor_images": config.floor_images}
-    files |= {f"reference of {n}": f for n, f in statistics_files(config).items() if f != config.reference}
+    files |= {f"reference of {n}": f for n, f in config.statistics_files.items() if f != config.reference}
     reference = sources.get("reference")
     real, base = (None, None) if reference is None else (reference[0], len(reference[1]))
     counts = {name: len(kept) for name, (_, kept) in sources.items() if name != "variants"}
     counts |= {"reference": None if real is None else len(real), "reference_without_variants": base}
+    protocol = {"name": config.protocol}
+    if config.protocol != protocols.OWN:
+        protocol = protocols.describe_protocol(config.protocol, made.get("generated"))
     return {
-        "protocol": protocols.describe_protocol(config.protocol, made.get("generated")),
+        "protocol": protocol,
         "image_size": list(sources["generated"][0].size),
         "counts": counts,
         "labels_rule": {name: made.get(name, {}).get("labels", "unknown") for name in records if name in MEASURED},
@@ -375,9 +378,10 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     if config.reference.endswith(".npz") and not Path(config.reference).is_file():
         raise ValueError(f"reference {config.reference} is not there")
     extractors = open_networks(config, config.networks)
-    statistics = reference_statistics(config, extractors, config.protocol)
+    statistics = reference_statistics(config, extractors, config.protocol) if config.statistics_files else {}
     sources = collect_images(config)
-    check_sizes(config, {name: len(kept) for name, (_, kept) in sources.items()}, extractors)
+    if config.has_fdr6 or config.memorisation:
+        check_sizes(config, {name: len(kept) for name, (_, kept) in sources.items()}, extractors)
     records = record_all(config, sources, extractors, wait)
     faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     if this_process()[0] > 0:
@@ -389,8 +393,8 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
         for name in MEASURED:
             if name not in records:
                 continue
-            arguments = (extractors[network].network, name, records, statistics[network], config.seed, config.device)
-            measured = Measurement(*arguments).run()
+            arguments = (extractors[network].network, name, records, statistics.get(network, {}), config.seed)
+            measured = Measurement(*arguments, statistics_device(extractors[network])).run()
             if "mind" in config.metrics:
                 measured.measure_mind()
             cost = {key: value for key, value in results["sampling"].get(name, {}).items() if key in COST}

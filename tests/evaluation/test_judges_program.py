@@ -88,7 +88,7 @@ def test_six_networks_mind_and_memorisation_in_one_pass(files, sets, evaluate, t
     assert minds[0]["num_images"] == COUNT and minds[0]["projections"] == 1000
     assert minds[0]["floor"]["kind"] == "held-out" and 0 < minds[0]["spread"]["value"] < minds[0]["value"]
     shares = {row["network"]: row["share"] for row in results["memorisation"]}
-    assert min(shares.values()) >= 5 / COUNT and "memorised on dinov2_l" in printed
+    assert min(shares.values()) >= 5 / COUNT and f"{COUNT} training images" in printed
     assert any(row.what == "FDr6" and "clip_l" in row.details for row in table_rows([read_result(output)]))
 
 
@@ -109,6 +109,11 @@ def test_published_constants_and_statistics_of_files(files, sets, evaluate, tmp_
     assert first["fdr6"]["generated"]["constants"] == PUBLISHED_CONSTANTS
     assert "published for ImageNet at 256 px" in first["fdr6"]["constants_from"]
     assert first["fdr6"]["generated"]["value"] == pytest.approx(second["fdr6"]["generated"]["value"], rel=1e-6)
+    line = compare_files([str(outputs[0])] * 2)[-1]
+    assert line.split()[0] == "FDr6" and " 0 ± at most " in line
+    first["fdr6"]["generated"]["constants"]["mae_l"] = 1.0
+    (tmp_path / "other.json").write_text(json.dumps(first))
+    assert "FDr6 does not compare" in compare_files([str(outputs[0]), str(tmp_path / "other.json")])[-1]
     with pytest.raises(ValueError, match="the statistics of the reference of FD-DINOv2-L are None in A"):
         compare_files([str(output) for output in outputs])
     with pytest.raises(ValueError, match="statistics of features of dinov2_l .* the feature network is clip_l"):
@@ -117,6 +122,17 @@ def test_published_constants_and_statistics_of_files(files, sets, evaluate, tmp_
     for file, message in (("images.npz", "images.npz holds no statistics"), ("none.npz", "for clip_l, is not there")):
         with pytest.raises(ValueError, match=message):
             evaluate(*common, "--reference_statistics", f"clip_l={tmp_path / file}", "--output", outputs[1])
+
+
+def test_floor_images_of_the_reference_are_refused(files, sets, evaluate, tmp_path):
+    mixed = np.load(sets["validation"])["arr_0"].copy()
+    mixed[:2] = np.load(sets["train"])["arr_0"][:2]
+    np.savez(tmp_path / "mixed.npz", mixed)
+    with pytest.raises(ValueError, match=f"2 of {COUNT} floor_images are also in the reference, pixel for pixel"):
+        evaluate(
+            "--images", sets["generated"], "--reference", sets["train"], "--floor_images", tmp_path / "mixed.npz",
+            "--feature_network", "mae_l", "--weights", files[3], "--output", tmp_path / "r.json",
+        )  # fmt: skip
 
 
 def test_what_a_judge_lacks_is_named_before_anything_is_read(files, sets, evaluate, tmp_path, monkeypatch):

@@ -21,10 +21,26 @@ def compare_files(paths: Sequence[str]) -> list[str]:
     reasons = differing_conditions(first, second)
     if reasons:
         raise ValueError(f"{paths[0]} and {paths[1]} do not compare: " + "; ".join(reasons))
-    return [f"{'':12} {'A':>10} {'B':>10} {'B - A':>10}"] + [
-        f"{name:12} {a['value']:10.4g} {b['value']:10.4g} {b['value'] - a['value']:10.4g} "
+    pairs = _paired(first, second)
+    width = max(map(len, pairs))
+    lines = [f"{'':{width}} {'A':>10} {'B':>10} {'B - A':>10}"] + [
+        f"{name:{width}} {a['value']:10.4g} {b['value']:10.4g} {b['value'] - a['value']:10.4g} "
         f"± {math.hypot(a['spread']['value'], b['spread']['value']):.2g}"
-        for name, (a, b) in _paired(first, second).items()
+        for name, (a, b) in pairs.items()
+    ]
+    return lines + _compared_fdr6(first, second, width)
+
+
+def _compared_fdr6(first: dict, second: dict, width: int) -> list[str]:
+    """The line of FDr6, where both results have one; its six distances compare even where its constants differ."""
+    a, b = (result.get("fdr6", {}).get("generated") for result in (first, second))
+    if a is None or b is None:
+        return []
+    if any(not math.isclose(a["constants"][name], b["constants"][name]) for name in a["constants"]):
+        return ["FDr6 does not compare: what its distances are divided by differs"]
+    error = math.hypot(a["spread_at_most"], b["spread_at_most"])
+    return [
+        f"{'FDr6':{width}} {a['value']:10.4g} {b['value']:10.4g} {b['value'] - a['value']:10.4g} ± at most {error:.2g}"
     ]
 
 

@@ -1,12 +1,13 @@
 """What is measured of generated images on one network: every distance with its real-vs-real baseline ("floor") and
 spread, and every score."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 
-from ..metrics.features import FeatureNetwork
+from ..metrics.features import Extractor, FeatureNetwork
 from ..metrics.frechet import (
     JACKKNIFE_GROUPS,
     Floor,
@@ -16,6 +17,7 @@ from ..metrics.frechet import (
     frechet_distance,
     jackknife_deviation,
 )
+from ..metrics.networks import network_name
 from ..metrics.scores import (
     DENSITY_NEIGHBOURS,
     INCEPTION_SPLITS,
@@ -27,13 +29,71 @@ from ..metrics.scores import (
     kernel_distance,
     precision_recall,
 )
+from ..metrics.six import SIX
 from ..metrics.sliced import PROJECTIONS, SLICED_MINIMUM, sliced_distance
+from ..runtime.config import setting
 from ..runtime.reproducibility import exact_float32, random_stream
-from .one_pass import ImageRecord, Wanted
+from .one_pass import FeaturesConfig, ImageRecord, Wanted
 
 MEASURED = ("generated", "control")
 REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and the rest, as in ADM's files
 FLOOR_SUBSETS = 10  # of the kernel distance, in each of the floor's repetitions
+
+
+@dataclass(kw_only=True)
+class JudgesConfig(FeaturesConfig):
+    """What is measured beside every network's distances and scores."""
+
+    floor_images: str | None = setting(None, "real images outside the reference, as it")
+    metrics: list[Literal["mind", "memorisation"]] = setting(
+        default_factory=list,
+        help="further ones: mind, the sliced Wasserstein distance; memorisation, images nearer to the reference than "
+        "floor_images are",
+    )
+    fdr6_constants: Literal["published", "computed"] = setting(
+        "published", "what FDr6 divides by; computed: distances of floor_images to the reference"
+    )
+    reference_statistics: list[str] = setting(
+        default_factory=list, help="NETWORK=FILE.npz: statistics of the reference for a network, made by `reference`"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.statistics_files  # refuses words that are no NETWORK=FILE
+        if self.fdr6_constants == "computed" and not self.has_fdr6:
+            missing = ", ".join(name for name in SIX if name not in self.feature_network)
+            raise ValueError(f"fdr6_constants is computed, but feature_network lacks {missing}: name fdr6, all six")
+        if self.floor_images is None and (self.memorisation or self.computes_constants):
+            what = "metrics memorisation" if self.memorisation else "fdr6_constants computed"
+            raise ValueError(f"{what} needs floor_images: real images that the generator was not trained on")
+
+    @property
+    def has_fdr6(self) -> bool:
+        return set(SIX) <= set(self.feature_network)
+
+    @property
+    def computes_constants(self) -> bool:
+        return self.fdr6_constants == "computed"
+
+    @property
+    def memorisation(self) -> bool:
+        return "memorisation" in self.metrics
+
+    @property
+    def statistics_files(self) -> dict[str, str]:
+        """Network -> npz of the reference's statistics: of `reference_statistics`, else the reference if it is one.
+
+        Raises:
+            ValueError: a word that is no NETWORK=FILE, or one for a network that is not measured.
+        """
+        files = dict.fromkeys(self.feature_network, self.reference) if self.reference.endswith(".npz") else {}
+        for word in self.reference_statistics:
+            name, _, file = word.partition("=")
+            if not file or network_name(name) not in self.feature_network:
+                known = ", ".join(self.feature_network)
+                raise ValueError(f"reference_statistics must be NETWORK=FILE.npz with one of {known}, got {word!r}")
+            files[network_name(name)] = file
+        return files
 
 
 def wanted_outputs(network: FeatureNetwork, part: str, all_features: bool = False) -> dict[str, Wanted]:
@@ -53,6 +113,26 @@ def wanted_outputs(network: FeatureNetwork, part: str, all_features: bool = Fals
         wanted["spatial"] = Wanted(groups, REFERENCE_IMAGES)
     if "logits" in network.output_dims and part in MEASURED:
         wanted["logits"] = Wanted(0, None)
+    return wanted
+
+
+def wanted_of(
+    config: JudgesConfig, part: str, extractors: dict[str, Extractor], neighbours: str | None
+) -> dict[str, dict[str, Wanted]]:
+    """Network -> output -> what is to be remembered of a set of images.
+
+    Args:
+        neighbours: the network that near-duplicates are looked for on, if they are.
+    """
+    all_features = {name for name in extractors if name == neighbours or config.memorisation}
+    wanted = {
+        name: wanted_outputs(extractor.network, part, all_features=name in all_features)
+        for name, extractor in extractors.items()
+        if part != "variants" or name in all_features
+    }
+    if part == "floor" and config.computes_constants:
+        for name in SIX:
+            wanted[name]["features"].groups = 1
     return wanted
 
 

@@ -7,16 +7,22 @@ def _deviation_text(deviation: float | None) -> str:
     return "" if deviation is None else f"± {deviation:7.2g}"
 
 
+def _title(row: dict, protocol: str) -> str:
+    return row["distance"] + f" ({protocol})" * (protocol != "own")
+
+
 def print_results(results: dict) -> None:
     """Print what `eval/generation.py` writes: one line a distance, a score and a fault."""
     protocol = results["protocol"]["name"]
     print(f"\nprotocol {protocol}" + ": " * (len(results["protocol"]) > 1), end="")
     print(", ".join(f"{key} {value}" for key, value in results["protocol"].items() if key != "name"))
-    print(f"\n{'':12} {'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes")
-    for row in results["distances"] + results["kernel_distances"]:
+    rows = results["distances"] + results["kernel_distances"]
+    width = max((len(_title(row, protocol)) for row in rows), default=0)
+    columns = f"{'images':10} {'N':>7} {'distance':>22}   {'at equal sizes':>22} {'real (floor)':>20}  sizes"
+    print(f"\n{'':{width}} {columns}")
+    for row in rows:
         floor, value = row["floor"], f"{row['value']:.4g} ± {row['spread']['value']:.2g}"
-        title = row["distance"] + f" ({protocol})" * (protocol != "own")
-        print(f"{title:12} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
+        print(f"{_title(row, protocol):{width}} {row['images']:10} {row['num_images']:7} {value:>22}   ", end="")
         if floor is None:
             held = "statistics only" if results["counts"]["reference"] is None else "too few images"
             print(f"no floor: the reference holds {held}")
@@ -79,7 +85,7 @@ def _print_judges(results: dict) -> None:
     for row in results.get("memorisation", []):
         print(
             f"memorised on {row['network']:14} {row['images']:10} {row['num_images']:7} {row['share']:.1%} "
-            f"(held-out images: {row['quantile']:.0%})"
+            f"(held-out images: {row['quantile']:.0%}; {row['num_training']} training images)"
         )
 
 

@@ -54,14 +54,11 @@ PROTOCOLS = {
 
 
 def follow_protocol(config: Any) -> None:
-    """Give a configuration of `eval/generation.py` what its protocol fixes; without one, labels are random.
+    """Give a configuration of `eval/generation.py` what its published protocol fixes.
 
     Raises:
         ValueError: an option that contradicts the protocol, named.
     """
-    if config.protocol == OWN:
-        config.labels = config.labels or "random"
-        return
     protocol = PROTOCOLS[config.protocol]
     fixed = {"feature_network": ["inception"], "feature_mode": "exact"}
     fixed |= {"labels": protocol.labels, "num_images": protocol.num_images}
@@ -101,10 +98,8 @@ def check_reference(path: str, arrays: Collection[str], protocol: str) -> None:
         )
 
 
-def check_samples(name: str, settings: dict | None, protocol: str) -> None:
+def check_samples(name: str, settings: dict, protocol: str) -> None:
     """Raises: ValueError if images say that they were made with labels or a rounding unlike the protocol's."""
-    if protocol == OWN or settings is None:
-        return
     for key in ("labels", "rounding"):
         wanted = getattr(PROTOCOLS[protocol], key)
         if settings.get(key, wanted) != wanted:
@@ -120,10 +115,8 @@ def rounding_of(protocol: str) -> dict[str, Rounding]:
 
 
 def describe_protocol(protocol: str, settings: dict | None) -> dict:
-    """What result files say of it. Args: `settings`: what made the generated images, where that is known."""
-    if protocol == OWN:
-        return {"name": OWN}
+    """What result files say of a published one. Args: `settings`: what made the images, where that is known."""
     fixed = PROTOCOLS[protocol]
     made = settings or {}
-    found = {key: made.get(key, "unknown, images were given as files") for key in ("labels", "rounding")}
+    found = {key: made.get(key, "unknown (images were given as files)") for key in ("labels", "rounding")}
     return {"name": protocol, "reference": fixed.reference, "num_images": fixed.num_images} | found

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from ..data.npz import open_npz, write_npz
+from ..metrics.features import Extractor
 from ..metrics.frechet import GaussianStatistics
 from ..metrics.networks import FeatureNetwork
+from .measurement import JudgesConfig
 from .one_pass import ImageRecord
 from .protocols import OWN, check_reference
 from .sources import ImageSource, read_batches
@@ -69,6 +71,24 @@ def read_statistics(
             found[output] = GaussianStatistics.from_moments(*moments, device=device)
         except ValueError as error:
             raise ValueError(f"{path}: {mean} and {covariance}: {error}") from error
+    return found
+
+
+def reference_statistics(
+    config: JudgesConfig, extractors: dict[str, Extractor], protocol: str
+) -> dict[str, dict[str, GaussianStatistics]]:
+    """Network -> output -> statistics, of every network that a file holds some of; with a protocol they are its own.
+
+    Raises:
+        ValueError: what `read_statistics` raises, or a file of `reference_statistics` that holds images only.
+    """
+    found = {}
+    for name, file in config.statistics_files.items():
+        if not Path(file).is_file():
+            raise ValueError(f"{file}, the statistics of the reference for {name}, is not there")
+        found[name] = read_statistics(file, extractors[name].network, config.device, protocol)
+        if not found[name] and file != config.reference:
+            raise ValueError(f"{file} holds no statistics: make them with `eval/generation.py reference`")
     return found
 
 
