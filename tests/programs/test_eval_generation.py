@@ -321,6 +321,7 @@ def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_
         (["--feature_batch_size", "0"], "feature_batch_size is 0, expected a positive number"),
         (["--reference", "missing.npz"], "reference missing.npz is not there"),
         (["--weights", "vgg16=none.safetensors", "--feature_network", "vgg16"], "none.safetensors"),
+        (["--weights", "clip_l=x", "--feature_network", "vgg16"], "weights are given for clip_l, measured are vgg16"),
     ],
 )
 def test_bad_input(words, message, evaluate, reference, tmp_path):
