@@ -107,41 +107,22 @@ def build_pipeline(teacher, student) -> LightningDiTPipeline:
 
 def validate(config: Config, run: TrainingRun, teacher, distance: QuickDistance | None, step: int) -> None:
     """A sample grid and a quick distance of the EMA weights."""
-    from vtp_diffusion.evaluation.validation import sample_grid
+    from vtp_diffusion.evaluation.validation import report_validation
 
     with run.averaged_weights():
-        pipeline = build_pipeline(teacher, run.model)
-        values = {} if distance is None else distance.measure(pipeline, run.device, **config.validation.sampler)
-        draw = run.is_main and config.validation.labels
-        run.report(step, values, sample_grid(config.validation, pipeline, run.device) if draw else None)
+        report_validation(config.validation, run, build_pipeline(teacher, run.model), distance, step)
 
 
-def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: LatentDataset) -> Path:
+def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: LatentDataset) -> None:
     """Write pipeline/ with its model card."""
-    from vtp_diffusion.generation.model_card import write_model_card
-    from vtp_diffusion.generation.sampling import to_bfloat16
-    from vtp_diffusion.runtime.disk import writing
+    from vtp_diffusion.generation.model_card import save_with_card
 
-    folder, known, guidance = run.folder.path / "pipeline", dataset.metadata or {}, config.teacher.guidance_settings
-    if config.save_dtype == "bfloat16":
-        to_bfloat16(pipeline)
-    with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
-        pipeline.save_pretrained(folder)
-    write_model_card(
-        folder / "README.md",
-        config,
-        autoencoder=type(pipeline.vae).__name__,
-        license=known.get("license"),
-        attribution=known.get("attribution"),
-        names=list((pipeline.config.id2label or dataset.id2label).values()),
-        parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
-        data=f"{len(dataset)} latents of training images",
-        batch=run.config.train_batch_size,
-        speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
-        student=pipeline.transformer.config.student
-        | {"baked": "no guidance" if guidance is None else f"guidance of scale {guidance['guidance_scale']}"},
-    )
-    return folder
+    guidance = config.teacher.guidance_settings
+    baked = "no guidance" if guidance is None else f"guidance of scale {guidance['guidance_scale']}"
+    student = pipeline.transformer.config.student | {"baked": baked}
+    data = f"{len(dataset)} latents of training images"
+    folder = save_with_card(config, run, pipeline, dataset, data=data, student=student)
+    print_end([run.folder.path, folder], NEXT, folder, max(config.student_steps))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -149,8 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers import DiffusionPipeline
 
     from vtp_diffusion.data.latent_shards import LatentDataset
-    from vtp_diffusion.evaluation.sources import pipeline_image_size
-    from vtp_diffusion.evaluation.validation import QuickDistance
+    from vtp_diffusion.evaluation.validation import open_distance
     from vtp_diffusion.generation import distillation
     from vtp_diffusion.generation.fast_sampling import prepare_sampling
     from vtp_diffusion.models.loading import load_saved
@@ -170,11 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         student.enable_gradient_checkpointing()
     pipeline = build_pipeline(teacher, student)
     pipeline.get_label_ids(config.validation.labels or [0])
-    distance = None
-    if config.validation.distance.num_images:
-        settings = config.validation.distance, config.validation.seed, pipeline_image_size(pipeline)[0]
-        distance = QuickDistance(*settings)
-
+    distance = open_distance(config.validation, pipeline)
     torch.set_float32_matmul_precision("high")  # TensorFloat-32, but in the finite differences
     objective = distillation.MeanVelocityObjective(student)
     if config.compile:
@@ -199,9 +175,7 @@ def main(argv: list[str] | None = None) -> None:
             validate(config, run, teacher, distance, step + 1)
     with run.averaged_weights():
         if run.is_main:
-            saved = save_pipeline(config, run, build_pipeline(teacher, run.model), dataset)
-            print(f"the pipeline is in {saved}{run.skipped_note}")
-            print_end([folder.path, saved], NEXT, saved, max(config.student_steps))
+            save_pipeline(config, run, build_pipeline(teacher, run.model), dataset)
     run.end()
 
 

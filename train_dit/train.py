@@ -220,60 +220,35 @@ def build_pipeline(config: Config, vae, transformer, dataset, guide=None) -> Lig
     return pipeline
 
 
-def open_distance(config: Config, pipeline: LightningDiTPipeline) -> QuickDistance | None:
-    """The Fréchet distance of validations, if the configuration asks for one."""
-    from vtp_diffusion.evaluation.sources import pipeline_image_size
-    from vtp_diffusion.evaluation.validation import QuickDistance
-
-    if config.validation.distance.num_images == 0:
-        return None
-    return QuickDistance(config.validation.distance, config.validation.seed, pipeline_image_size(pipeline)[0])
-
-
 def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDistance | None, step: int) -> None:
     """A sample grid and a quick distance of the EMA weights, guided without a classifier if at all."""
-    from vtp_diffusion.evaluation.validation import sample_grid
+    from vtp_diffusion.evaluation.validation import report_validation
 
     with run.averaged_model() as model:
-        pipeline = build_pipeline(config, vae, model, dataset)
-        values = {} if distance is None else distance.measure(pipeline, run.device, **config.validation.sampler)
-        draw = run.is_main and config.validation.labels
-        run.report(step, values, sample_grid(config.validation, pipeline, run.device) if draw else None)
+        report_validation(config.validation, run, build_pipeline(config, vae, model, dataset), distance, step)
 
 
 def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> None:
     """Write pipeline/ with its model card."""
-    from vtp_diffusion.generation.model_card import write_model_card
-    from vtp_diffusion.generation.sampling import to_bfloat16
-    from vtp_diffusion.runtime.disk import writing
+    from vtp_diffusion.generation.model_card import save_with_card
 
-    folder = run.folder.path / "pipeline"
-    if config.save_dtype == "bfloat16":
-        to_bfloat16(pipeline)
-    with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
-        pipeline.save_pretrained(folder)
-    known, source = dataset.metadata or {}, "latents of training images"
-    write_model_card(
-        folder / "README.md",
+    source = "latents of training images" if config.latents else "training images, encoded in every step"
+    folder = save_with_card(
         config,
-        autoencoder=type(pipeline.vae).__name__,
-        license=known.get("license"),
-        attribution=known.get("attribution"),
-        names=list(dataset.id2label.values()),
-        parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
-        data=f"{len(dataset)} {source if config.latents else 'training images, encoded in every step'}",
-        batch=run.config.train_batch_size,
-        speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
+        run,
+        pipeline,
+        dataset,
+        data=f"{len(dataset)} {source}",
         times=config.times_text,
         time_shift=f"{resolve_shift(config.time_shift, dataset.shape):.4g}",
         shift=f"{resolve_shift(config.shift, dataset.shape):.4g}",
     )
-    print(f"the pipeline is in {folder}{run.skipped_note}")
     print_end([run.folder.path, folder], NEXT, folder, config.validation.guidance_scale)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
+    from vtp_diffusion.evaluation.validation import open_distance
     from vtp_diffusion.models.loading import load_autoencoder
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
@@ -298,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:  # most often a configuration's labels beside other images
         raise ValueError(f"validation.labels are not classes of these images: {error}") from error
     check_guide(config.guide, folder, transformer)
-    distance = open_distance(config, pipeline)
+    distance = open_distance(config.validation, pipeline)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
     objective = build_objective(config, transformer, vae)

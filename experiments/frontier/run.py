@@ -10,12 +10,11 @@ has ended: what still trains is told to save itself before. Results are written 
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.experiments import Task, bundle, run_task, work_through
+from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -46,20 +45,15 @@ RUNS = {
 
 
 @dataclass(kw_only=True)
-class Config(Settings):
+class Config(MachineConfig):
     """Settings of this program."""
 
     runs: list[str] = setting(default_factory=lambda: ["velocity"], help=f"of {', '.join(RUNS)}")
     seeds: list[int] = setting(default_factory=lambda: [0], help="of training", at_least=0)
     output_dir: str = setting("runs/frontier", "folder for everything that is made")
     results: str = setting("experiments/frontier/results", "folder for the measurements, RUN-SEED.json")
-    gpus: list[int] = setting(default_factory=lambda: [0], help="of this machine", at_least=0)
-    together: int = setting(1, "runs at a time on each GPU", at_least=1)
     steps: int = setting(3000, "steps of training", at_least=1)
     guide_step: int = setting(500, "the EMA weights of this step are kept for autoguidance", at_least=1)
-    seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
-    least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)
-    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far")
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
 
     def __post_init__(self):
@@ -116,17 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     Path(results).mkdir(parents=True, exist_ok=True)
     tasks = plan(config, folder)
-
-    def after(task: Task) -> None:
-        if config.bundle is not None:
-            bundle(Path(results), Path(config.bundle))
-
-    start = partial(run_task, logs=folder, deadline=deadline)
-    faults = work_through(tasks, config.gpus * config.together, deadline, config.least_seconds, start, after)
-    done = sum(task.done for task in tasks)
-    print(f"{done} of {len(tasks)} tasks are done, results in {results}; the same command goes on with the rest")
-    if faults:
-        raise SystemExit(1)
+    carry_out(config, tasks, Path(results), folder, deadline)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ chain works, and nothing about the question.
 import tarfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
-from vtp_diffusion.runtime.config import Settings, parse_config, setting
+from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
-from vtp_diffusion.runtime.experiments import Task, bundle, run_task, work_through
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
 
 HERE = Path(__file__).resolve().parent
 ALL = ("contrastive", "self_supervision", "reconstruction")
@@ -56,7 +55,7 @@ TINY_GENERATOR = {
 
 
 @dataclass(kw_only=True)
-class Config(Settings):
+class Config(MachineConfig):
     """Settings of this program; --smallest replaces those in `SMALLEST`."""
 
     tokenizers: list[str] = setting(default_factory=lambda: list(TOKENIZERS)[:5], help=f"of {', '.join(TOKENIZERS)}")
@@ -79,10 +78,6 @@ class Config(Settings):
         default_factory=lambda: ["vgg16", "efficientnet_lite0"], help="of the distances, beside one of random weights"
     )
     output_dir: str = setting("runs/understanding", "folder for everything that is made")
-    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far")
-    gpus: list[int] = setting(default_factory=lambda: [0], help="of this machine", at_least=0)
-    together: int = setting(1, "tasks at a time on each GPU", at_least=1)
-    seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
     least_seconds: float = setting(120.0, "nothing is started that has less than this left", at_least=0)
     smallest: bool = setting(False, "the smallest part, for a CPU")
 
@@ -235,17 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     if not (folder / "random").is_dir():
         write_random_network(folder / "random", config.resolution)
     tasks = plan.tasks()
-
-    def after(task: Task) -> None:
-        if config.bundle is not None:
-            bundle(plan.results, Path(config.bundle))
-
-    start = partial(run_task, logs=folder, deadline=deadline)
-    faults = work_through(tasks, config.gpus * config.together, deadline, config.least_seconds, start, after)
-    done = sum(task.done for task in tasks)
-    print(f"{done} of {len(tasks)} tasks are done, results in {plan.results}; the same command goes on with the rest")
-    if faults:
-        raise SystemExit(1)
+    carry_out(config, tasks, plan.results, folder, deadline)
 
 
 if __name__ == "__main__":

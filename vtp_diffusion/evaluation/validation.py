@@ -16,10 +16,11 @@ from ..metrics.networks import feature_network
 from ..runtime.config import Settings, setting
 from ..runtime.processes import gather_objects, this_process
 from ..runtime.reproducibility import random_stream
-from .sources import DatasetImages, ImageSource, PipelineImages, read_batches
+from .sources import DatasetImages, ImageSource, PipelineImages, pipeline_image_size, read_batches
 
 if TYPE_CHECKING:
     from ..generation.pipeline_lightning_dit import LightningDiTPipeline
+    from ..training.loop import TrainingRun
 
 
 @dataclass(kw_only=True)
@@ -118,3 +119,23 @@ class QuickDistance:
         for k, part in enumerate(parts):
             features[k::processes] = part
         return features
+
+
+def open_distance(config: ValidationConfig, pipeline: "LightningDiTPipeline") -> QuickDistance | None:
+    """The Fréchet distance of validations, if the configuration asks for one."""
+    if config.distance.num_images == 0:
+        return None
+    return QuickDistance(config.distance, config.seed, pipeline_image_size(pipeline)[0])
+
+
+def report_validation(
+    config: ValidationConfig,
+    run: "TrainingRun",
+    pipeline: "LightningDiTPipeline",
+    distance: QuickDistance | None,
+    step: int,
+) -> None:
+    """Report a quick distance and a sample grid of a pipeline that has the EMA weights; every process has to call."""
+    values = {} if distance is None else distance.measure(pipeline, run.device, **config.sampler)
+    draw = run.is_main and config.labels
+    run.report(step, values, sample_grid(config, pipeline, run.device) if draw else None)

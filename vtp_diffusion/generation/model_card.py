@@ -1,11 +1,20 @@
 """The model card (README.md) of a trained pipeline."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
+
+from ..runtime.disk import writing
+from .sampling import to_bfloat16
+
+if TYPE_CHECKING:
+    from ..training.loop import TrainingRun
+    from .pipeline_lightning_dit import LightningDiTPipeline
 
 # diffusers' load_or_create_model_card wants a Hub repository and a network, and its template leaves gaps.
 TEMPLATE = """\
@@ -93,3 +102,30 @@ def write_model_card(
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
     card = ModelCard(template.render(card_data=data.to_yaml(), **fields), ignore_metadata_errors=False)
     populate_model_card(card, tags=["class-to-image", "lightning-dit"] + ["vtp"] * vtp).save(file)
+
+
+def save_with_card(config: Any, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: Any, **values: Any) -> Path:
+    """Write the pipeline of a run that is over into its pipeline/, with a model card, and say where it is.
+
+    Args: `dataset`: what it was trained on; `values`: the fields of the card that the program knows.
+    Returns: the folder. Raises: as `write_model_card`, and what saving raises, saying that nothing is lost.
+    """
+    folder, known = run.folder.path / "pipeline", dataset.metadata or {}
+    if config.save_dtype == "bfloat16":
+        to_bfloat16(pipeline)
+    with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
+        pipeline.save_pretrained(folder)
+    write_model_card(
+        folder / "README.md",
+        config,
+        autoencoder=type(pipeline.vae).__name__,
+        license=known.get("license"),
+        attribution=known.get("attribution"),
+        names=list((pipeline.config.id2label or dataset.id2label).values()),
+        parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
+        batch=run.config.train_batch_size,
+        speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
+        **values,
+    )
+    print(f"the pipeline is in {folder}{run.skipped_note}")
+    return folder

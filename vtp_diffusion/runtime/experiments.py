@@ -10,12 +10,25 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from .config import Settings, setting
 from .disk import replacing
 from .programs import ROOT
 
 SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then it is killed
+
+
+@dataclass(kw_only=True)
+class MachineConfig(Settings):
+    """How an experiment uses a machine."""
+
+    gpus: list[int] = setting(default_factory=lambda: [0], help="of this machine", at_least=0)
+    together: int = setting(1, "tasks at a time on each GPU", at_least=1)
+    seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
+    least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)
+    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far")
 
 
 class OutOfTimeError(Exception):
@@ -169,3 +182,22 @@ def bundle(folder: Path, file: Path) -> None:
         for path in sorted(folder.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 archive.add(path, path.name)
+
+
+def carry_out(config: MachineConfig, tasks: Sequence[Task], results: Path, logs: Path, deadline: float) -> None:
+    """Work through an experiment, with its results bundled as they come, and say how far it is.
+
+    Args: `results`, `logs`: folders that are there; `deadline`: of `time.monotonic`.
+    Raises: SystemExit(1) if a task failed.
+    """
+
+    def after(task: Task) -> None:
+        if config.bundle is not None:
+            bundle(results, Path(config.bundle))
+
+    start = partial(run_task, logs=logs, deadline=deadline)
+    faults = work_through(tasks, config.gpus * config.together, deadline, config.least_seconds, start, after)
+    done = sum(task.done for task in tasks)
+    print(f"{done} of {len(tasks)} tasks are done, results in {results}; the same command goes on with the rest")
+    if faults:
+        raise SystemExit(1)
