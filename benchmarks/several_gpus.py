@@ -4,20 +4,21 @@ r"""Programs on 1, 2 and 4 GPUs of one host in one job: rates, scaling, memory, 
     python benchmarks/several_gpus.py --tiny true --processes 1 2 --seconds 900 --output several.json    # a CPU
 
 First a tiny run of train_dit/train.py on all GPUs, which smaller numbers of them go on with after its checkpoint. Then
-all smaller numbers side by side, each on GPUs of its own (a row's `gpus`, and `beside` it what ran meanwhile); then all
-GPUs on one program after the other. `--parts` are:
+all smaller numbers side by side, each on GPUs of its own (`gpus` of a row; `beside`: what ran meanwhile, and where);
+then all GPUs on one program after the other. `--parts` are:
 
 - dit: train_dit/train.py, XL/1, 128 images a GPU, by dit_training.py; on all GPUs with a profile (step_profile.py)
-- vtp: train_vtp/train.py, VTP Large, all objectives, by vtp_scaling.py; on one and on all GPUs. Options after `--` go to it
+- vtp: train_vtp/train.py, VTP Large, all objectives, by vtp_scaling.py; on one and on all GPUs. Options after `--` are
+  for this program
 - latents: train_dit/extract_latents.py, VTP-Large, noise of 256 px; images: pipelines/generate.py, XL/1 with it
 - sharded: dit with FSDP2, on all GPUs
 - resume: see above; losses of all steps are compared with those of the run that went on
 
 Weights are random. Of latents and images the rate is that of the shards and parts which are there after every process
-has one; `seconds_to_first` before has starting and compiling in it. `scaling` is the rate beside that of as many single
-GPUs. A row is in the file as soon as it is measured. A program that fails becomes a row with its `error`, and the next
-one starts. After --seconds everything ends. With --keep_rows rows of FILE.json that have no error stay, and are not
-measured again.
+has one; `seconds_to_first` before has starting and compiling in it. `scaling` is the rate beside that of as many
+single GPUs. A row is in the file as soon as it is measured. A program that fails becomes a row with its `error`, and
+the next one starts. After --seconds everything ends. With --keep_rows rows of FILE.json that have no error stay, and
+are not measured again.
 """
 
 import contextlib
@@ -93,15 +94,13 @@ def plan(processes: list[int], parts: list[str]) -> list[list[Lane]]:
     """What is measured: phases one after the other, of lanes side by side."""
     everything, lanes, free = list(range(processes[-1])), [], 0
     for count in processes[:-1]:
-        wanted = (
-            ["dit", "images", "latents", "vtp", "resume"] if count == 1 else ["dit", "latents", "images", "resume"]
-        )
-        lanes.append((everything[free : free + count], wanted))
+        wanted = ["dit", "latents", "images", "resume"]
+        lanes.append((everything[free : free + count], [*wanted, "vtp"] if count == 1 else wanted))
         free += count
     if spare := everything[free:]:  # compiling VTP takes longest
-        lanes[0] = (lanes[0][0], ["dit", "images", "resume"])
-        lanes.append((spare[:1], ["vtp", "latents"]))
-    phases = [[(everything, ["resume"])], lanes, [(everything, ["dit", "vtp", "latents", "images", "sharded"])]]
+        lanes[0] = (lanes[0][0], ["dit", "images"])
+        lanes.append((spare[:1], ["vtp", "latents", "resume"]))
+    phases = [[(everything, ["resume"])], lanes, [(everything, ["dit", "latents", "images", "sharded", "vtp"])]]
     return [[(gpus, [part for part in wanted if part in parts]) for gpus, wanted in lanes] for lanes in phases]
 
 
@@ -158,7 +157,8 @@ def measure_vtp(config: BenchmarkConfig, folder: Path, gpus: list[int], options:
         output=str(folder / "vtp.json"), size=config.size, processes=[len(gpus)], steps=VTP_STEPS[config.size]
     )
     # one process alone would record CUDA graphs, which several cannot
-    yield from vtp_scaling.measure(settings, ["--cuda_graphs=false", *options], gpus)
+    for row in vtp_scaling.measure(settings, ["--cuda_graphs=false", *options], gpus):
+        yield {name: value for name, value in row.items() if name != "times_one"}
 
 
 def measure_latents(config: BenchmarkConfig, folder: Path, gpus: list[int]) -> Iterator[dict]:
@@ -333,9 +333,8 @@ def main(argv: list[str] | None = None) -> None:
     failed = [f"{row['part']} on {row['processes']}" for row in job.rows if "error" in row]
     print(f"results: {config.output}")
     if failed or not complete:
-        what = (
-            f"failed: {', '.join(failed)}" if failed else f"not everything was measured in {config.seconds:g} seconds"
-        )
+        late = f"not everything was measured in {config.seconds:g} seconds"
+        what = f"failed: {', '.join(failed)}" if failed else late
         raise SystemExit(f"{what}. --keep_rows measures what is missing")
 
 

@@ -4,9 +4,9 @@
 
 `dit_training.py --profile` starts it. FILE.json has milliseconds of a step for every process: of its GPU's time from
 the first kernel of the profiled steps to the last. `nccl_ms` is when a kernel of NCCL ran, also one that waited for
-another process; `hidden_ms` is the part of it during which other kernels ran; `waiting_ms` the rest of it together with
-`idle_ms`, when nothing ran. Then the bandwidth of an all-reduce alone, as nccl-tests define bus bandwidth: 2 (n - 1) / n
-of the tensor's bytes in the median time.
+another process; `hidden_ms` is the part of it during which other kernels ran; `waiting_ms` the rest of it together
+with `idle_ms`, when nothing ran. Then the bandwidth of an all-reduce alone, as nccl-tests define bus bandwidth:
+2 (n - 1) / n of the tensor's bytes in the median time.
 """
 
 import json
