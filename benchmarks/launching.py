@@ -29,12 +29,13 @@ def torchrun(processes: int, program: Path, *words: object) -> list[str]:
 def program_environment(gpus: list[int] | None = None) -> dict[str, str]:
     """The environment of a program: this package first, and where there is no GPU, accelerate told so.
 
-    Args: `gpus`: those that the program sees; None: all.
+    Args: `gpus`: those that the program sees, of the ones that this one sees; None: all.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     if gpus is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        names = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names.split(",")[k] if names else str(k) for k in gpus)
     return environment | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
 
 

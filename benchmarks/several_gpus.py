@@ -50,8 +50,6 @@ from vtp_diffusion.runtime.disk import check_output, file_sha256, read_json, wri
 PARTS = ("resume", "dit", "vtp", "latents", "images", "sharded")
 LOOK_SECONDS = 0.02
 RESUME_STEPS = 12
-# pieces of latents and of images: every process needs two, for the rate is that of the second and later ones
-PIECES = {"large": 12, "tiny": 4}
 SHARD = {"large": 768, "tiny": 8}  # images; a part of an npz has 256
 NOISE_FILES = 512  # different ones; the others are links to them
 DIT_STEPS = {"large": 36, "tiny": 6}
@@ -81,6 +79,11 @@ class BenchmarkConfig(Settings):
             raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
         if "sharded" in self.parts and not torch.cuda.is_available():
             self.parts = [part for part in self.parts if part != "sharded"]  # accelerate shards on GPUs only
+
+    @property
+    def pieces(self) -> int:
+        """Of latents and of images: every process needs two, for the rate is that of the second and later ones."""
+        return (2 if self.tiny else 3) * self.processes[-1]
 
     @property
     def size(self) -> str:
@@ -113,7 +116,7 @@ def make_files(config: BenchmarkConfig, folder: Path) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if "latents" in config.parts:
-        make_images(folder / "noise", PIECES[config.size] * SHARD[config.size])
+        make_images(folder / "noise", config.pieces * SHARD[config.size])
 
 
 def make_folder(path: Path) -> Path:
@@ -168,7 +171,7 @@ def measure_latents(config: BenchmarkConfig, folder: Path, gpus: list[int]) -> I
     words += [f"--num_workers={12 if on_gpu else 0}", f"--mixed_precision={'bf16' if on_gpu else 'no'}"]
     words += [] if on_gpu else ["--batch_size=4"]
     program, files = ROOT / "train_dit" / "extract_latents.py", (output, "latents_*.safetensors")
-    row = watch(program, words, gpus, files, PIECES[config.size], SHARD[config.size])
+    row = watch(program, words, gpus, files, config.pieces, SHARD[config.size])
     together = hashlib.sha256()
     for path in sorted(output.glob(files[1])):
         together.update(file_sha256(path).encode())
@@ -177,10 +180,10 @@ def measure_latents(config: BenchmarkConfig, folder: Path, gpus: list[int]) -> I
 
 def measure_images(config: BenchmarkConfig, folder: Path, gpus: list[int]) -> Iterator[dict]:
     output, part = folder / f"images-{len(gpus)}.npz", 256
-    words = [f"--pipeline={folder / 'pipeline'}", f"--output={output}", f"--num_images={PIECES[config.size] * part}"]
+    words = [f"--pipeline={folder / 'pipeline'}", f"--output={output}", f"--num_images={config.pieces * part}"]
     words += [f"--num_inference_steps={EVALUATIONS[config.size]}", "--batch_size=64"]
     files = (output.with_name(f"{output.name}.parts"), "[0-9]*.npy")
-    row = watch(ROOT / "pipelines" / "generate.py", words, gpus, files, PIECES[config.size], part)
+    row = watch(ROOT / "pipelines" / "generate.py", words, gpus, files, config.pieces, part)
     yield row | {"sha256": file_sha256(output)}
 
 

@@ -98,10 +98,12 @@ def test_wrong_settings_are_refused(tmp_path, load, words, message):
         load("several_gpus").main([f"--output={tmp_path / 'x.json'}", *words])
 
 
-@pytest.mark.parametrize(("gpus", "visible"), [(None, "5"), ([1, 2], "1,2")])
+@pytest.mark.parametrize(("gpus", "visible"), [(None, "5,6,7"), ([1, 2], "6,7")])
 def test_a_program_sees_the_gpus_it_is_given(load, monkeypatch, gpus, visible):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
     assert load("launching").program_environment(gpus)["CUDA_VISIBLE_DEVICES"] == visible
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert load("launching").program_environment([1, 2])["CUDA_VISIBLE_DEVICES"] == "1,2"
 
 
 def kernel(name, start, end):
