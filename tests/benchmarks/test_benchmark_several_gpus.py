@@ -1,14 +1,17 @@
 """benchmarks/several_gpus.py and step_profile.py: what runs where, and the arithmetic of their rows."""
 
 import importlib
+import json
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 
@@ -135,3 +138,35 @@ def test_a_trace_has_what_ran_in_the_steps_that_count(load):
         profiler.step()
     profiler.stop()
     assert sum(event.get("name") == "aten::mm" for event in program.trace(profiler)) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_steps_after_the_first_ones_are_profiled_and_the_file_written_once(tmp_path, load, monkeypatch):
+    program, path, made = load("step_profile"), tmp_path / "x.json", []
+    monkeypatch.setattr(program.TrainingRun, "optimise", lambda training, step, inputs: made.append(step) or inputs)
+    profiled, training = program.Profile(path, first=3), SimpleNamespace(device=torch.device("cpu"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        for step in range(3 + program.WARM_UP + program.STEPS):
+            assert not path.exists() and profiled(training, step, "inputs") == "inputs"
+    finally:
+        dist.destroy_process_group()
+    (row,) = (result := json.loads(path.read_text()))["all_reduce"]
+    assert result["processes"] == [{"kernels": 0}] and made == list(range(9))
+    assert row["bytes"] == 2**20 and row["milliseconds"] > 0 and row["bus_gb_per_second"] == 0  # nothing to pass on
+
+
+def test_latents_and_images_have_a_rate_after_the_first_piece_of_every_process(tmp_path, load, monkeypatch):
+    """Four files of 8 images: two processes, whose second ones come half a second after the first ones."""
+    benchmark = load("several_gpus")
+    body = f"""
+import os, pathlib, time
+for k, age in enumerate((0, 0.25, 0.5, 0.75)):
+    path = pathlib.Path({str(tmp_path)!r}) / f"latents_{{k}}.safetensors"
+    path.touch()
+    os.utime(path, (time.time() + age,) * 2)"""
+    monkeypatch.setattr(benchmark, "torchrun", lambda *_: [sys.executable, "-c", body])
+    row = benchmark.watch(tmp_path / "x.py", [], [0, 1], (tmp_path, "latents_*.safetensors"), 4, 8)
+    assert row["images"] == 32 and row["images_per_second"] == pytest.approx(16 / 0.5, rel=0.05)
+    with pytest.raises(RuntimeError, match="had 4 files latents_.*, expected 6"):
+        benchmark.watch(tmp_path / "x.py", [], [0, 1], (tmp_path, "latents_*.safetensors"), 6, 8)
