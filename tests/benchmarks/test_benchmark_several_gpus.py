@@ -66,6 +66,8 @@ def test_a_part_that_fails_is_a_row_and_the_next_one_is_measured(tmp_path, load,
     config.keep_rows = True
     again = benchmark.Job(config, [])
     assert [row["part"] for row in again.rows] == ["images"]
+    again.keep({"part": "images", "processes": 1, "images_per_second": 3.0})
+    assert [row["images_per_second"] for row in again.rows] == [3.0]
     assert again.known("images", [3]) and not again.known("images", [0, 1]) and not again.known("dit", [0])
 
 
