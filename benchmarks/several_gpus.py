@@ -219,6 +219,7 @@ def measure_resume(config: BenchmarkConfig, folder: Path, gpus: list[int]) -> It
     """On all GPUs the run that others go on with; on fewer, one that goes on after its checkpoint."""
     half, count = RESUME_STEPS // 2, len(gpus)
     options = dit_training.resume_options(4 * config.processes[-1], half)
+    options += dit_training.WAYS["plain"]  # kernels are made for widths of real models
     straight, output = folder / "straight", folder / f"moved-{count}"
     if count == config.processes[-1]:
         output = straight
