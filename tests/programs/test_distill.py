@@ -12,6 +12,7 @@ from test_train_dit import NAMES, ROOT, fresh_accelerate, make_autoencoder, make
 from tiny_training import interrupted_copy
 
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.generation.distillation import MeanVelocityObjective
 from vtp_diffusion.runtime.yaml_files import read_yaml
 
 
@@ -70,7 +71,7 @@ def run(tmp_path_factory, made):
 
 def log_of(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    kept = ("step", "loss", "grad_norm")
+    kept = ("step", "loss", "squared_error", "grad_norm")
     return [{key: line[key] for key in kept} for line in lines if "loss" in line]
 
 
@@ -108,7 +109,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path, made, step):
 def test_micro_steps_and_steps_see_the_same(run, tmp_path, made):
     load_program().main(arguments(tmp_path / "run", made, "--gradient_accumulation_steps=2"))
     for one, other in zip(log_of(run), log_of(tmp_path / "run"), strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["squared_error"] == pytest.approx(other["squared_error"], rel=1e-4)
 
 
 def test_the_loss_falls_and_one_step_comes_near_to_the_teacher(tmp_path, made):
@@ -119,7 +120,7 @@ def test_the_loss_falls_and_one_step_comes_near_to_the_teacher(tmp_path, made):
     more = ["--max_train_steps=100", "--trajectory_steps=60", "--train_batch_size=16", "--log_steps=20"]
     more += ["--learning_rate=3e-3", "--checkpointing_steps=100", "--validation_steps=100"]
     load_program().main(arguments(tmp_path / "run", made, *more))
-    errors = {line["step"]: line["loss"] for line in log_of(tmp_path / "run")}
+    errors = {line["step"]: line["squared_error"] for line in log_of(tmp_path / "run")}
     assert errors[60] < 0.5 * errors[20] and errors[100] < 0.1 * errors[20]
     student = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     left = (student(num_inference_steps=1, **options).images - many).norm() / (one - many).norm()
@@ -157,6 +158,19 @@ def test_another_teacher_does_not_go_on_with_the_run(run, tmp_path, made):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was trained with teacher of fingerprint"):
         load_program().main(arguments(tmp_path / "run", made, teacher=tmp_path / "other"))
+
+
+def test_a_large_error_counts_as_a_small_one_of_its_direction():
+    def network(latents, *rest, **options):
+        return (latents,)
+
+    objective = MeanVelocityObjective(torch.nn.Identity())
+    objective.transformer.forward = network
+    x = torch.zeros(2, 1, 1, 1, requires_grad=True)
+    losses = objective(x, None, None, None, torch.tensor([0.1, 20.0])[:, None, None, None])
+    losses["loss"].backward()
+    assert losses["squared_error"].item() == pytest.approx((0.01 + 400) / 2)
+    torch.testing.assert_close(x.grad.flatten(), -torch.tensor([0.1 / 1.01, 20 / 401]))
 
 
 def test_the_configuration_fits_the_shipped_teacher():

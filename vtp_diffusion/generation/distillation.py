@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from ..training.loop import TrainingRun
 
 DELTA = 5e-3  # of the finite differences, as in MF-RAE
+# A sample's weight is 1 / (its squared error + SCALE). With MF-RAE's 1e-3, samples with r = t, whose target has no
+# noise, outweigh the intervals; without weights a few targets near noise would, where du/dt can be very large.
+SCALE = 1.0  # that of velocities
 EVERY = 2  # of so many samples of the second stage one has an interval, the others r = t; 4 in MF-RAE
 NOISE_STREAM = 3  # of trajectories, beside the streams of latent_inputs.py
 
@@ -190,13 +193,10 @@ class MeanVelocityObjective(nn.Module):
         labels: torch.Tensor,
         target: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """The mean loss of a batch. Args: `latents`, `target`: (B, C, h, w); `times`, `next_times`, `labels`: (B,).
-
-        MF-RAE divides a sample's by the loss itself. Here where r = t it comes to nothing, as the teacher's velocity
-        has no noise: those samples would outweigh the intervals, and did so on flows whose mean velocity is known.
-        """
+        """The mean losses. Args: `latents`, `target`: (B, C, h, w); `times`, `next_times`, `labels`: (B,)."""
         prediction = self.transformer(latents, times, labels, return_dict=False, next_timestep=next_times)[0]
-        return {"loss": (prediction.float() - target).square().mean()}
+        errors = (prediction.float() - target).square().flatten(1).mean(1)  # (B,)
+        return {"squared_error": errors.mean(), "loss": (errors / (errors.detach() + SCALE)).mean()}
 
 
 class Intervals:
