@@ -96,7 +96,8 @@ def measured_run(config: Config, folder: Path, name: str, seed: int) -> Task:
     result, needs = results / f"{name}-{seed}.json", ("latents", "reference")
     words = [MEASURE, "--reference", str(folder / "reference.safetensors"), "--output", str(result)]
     if name == TEACHER:
-        words += ["--pipeline", SHIPPED, "--solver", "unipc", "--num_inference_steps", "1", "2", "4", "16", "50"]
+        words += ["--pipeline", SHIPPED, "--solver", "unipc", "--kinds", "none", "classifier_free"]
+        words += ["--num_inference_steps", "1", "2", "4", "16", "50"]
         return Task(f"{name}-{seed}", result, (words,), ("reference",))
     words += ["--pipeline", str(output / "pipeline"), "--log", str(output / "log.jsonl")]
     if name in STUDENTS:
