@@ -54,17 +54,13 @@ SIZES = {
 }
 # img/s on one H100: LightningDiT-XL/1, 256 tokens, batch 128, bf16, AdamW and EMA; and its model compiled as a whole
 PEER = {"upstream trainer": 460.0, "upstream model, compiled": 488.0}
-# How the training is started: as it is by default (fused kernels, CUDA graphs on one GPU), with less, or by a newer
-# method.
+# How the training is started: as it is by default (fused kernels, CUDA graphs on one GPU), and with less.
 WAYS = {
     "fast": [],
     "recompute": ["--recompute=true"],
     "no_graphs": ["--cuda_graphs=false"],
     "plain": ["--fused=false", "--cuda_graphs=false"],
     "compiled": ["--compile=true"],
-    "muon": ["--optimizer=muon"],
-    "base_head": ["--model.base_head_layer=8"],
-    "data": ["--model.prediction=data"],
 }
 LOSS_TOLERANCE = 0.02  # relative; bf16 gradients summed in another order, over some steps
 NUM_LATENTS = 1024
