@@ -1,6 +1,6 @@
 """Validation during training: sample grid and quick Fréchet distance, beside its real-vs-real baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -139,3 +139,22 @@ def report_validation(
     values = {} if distance is None else distance.measure(pipeline, run.device, **config.sampler)
     draw = run.is_main and config.labels
     run.report(step, values, sample_grid(config, pipeline, run.device) if draw else None)
+
+
+def validated_steps(
+    run: "TrainingRun", distance: QuickDistance | None, validate: Callable[[int], None]
+) -> Iterator[int]:
+    """The steps of a run that trains a generator, with its validations in between, if they report anything.
+
+    Args: `validate`: is given the number of steps done, after those where a validation is due, and before the first
+        step where an interruption left one out.
+    """
+    config = run.config
+    watched = bool(config.validation.labels) or distance is not None
+    if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
+        validate(run.first_step)
+    for step in run.steps():
+        yield step
+        if watched and run.due(step, config.validation_steps):
+            run.save_due(step)
+            validate(step + 1)
