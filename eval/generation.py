@@ -12,7 +12,7 @@ the same on other networks; floors, spreads, a control and near-duplicates.
     python eval/generation.py reference --reference FOLDER --resolution 256 --feature_network inception \\
         --output reference.npz
 
-    python eval/generation.py --images samples.npz --reference data/train --floor_images data/validation \
+    python eval/generation.py --images samples.npz --reference data/train --floor_images data/validation \\
         --feature_network fdr6 --metrics mind memorisation --output judges.json
 
     python eval/generation.py compare A.json B.json
@@ -92,7 +92,6 @@ from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import NEIGHBOUR_NETWORK
-from vtp_diffusion.metrics.networks import weight_files
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
@@ -134,8 +133,6 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
         check_output(self.output)
         if self.nearest_neighbours is not None:
             check_output(self.nearest_neighbours, ".png", "nearest_neighbours")
-        if unused := sorted(weight_files(self.weights, self.feature_network).keys() - set(self.networks)):
-            raise ValueError(f"weights are given for {', '.join(unused)}, measured are {', '.join(self.networks)}")
         if self.control == UNTRAINED and not is_pipeline(self.images):
             raise ValueError(f"control {UNTRAINED} resets the network of a pipeline, images {self.images} is none")
         if self.save_images is not None and not any(is_pipeline(s) for s in (self.images, self.control or "")):
@@ -378,8 +375,6 @@ def make_reference(config: ReferenceConfig) -> None:
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
-    if config.reference.endswith(".npz") and not Path(config.reference).is_file():
-        raise ValueError(f"reference {config.reference} is not there")
     extractors = open_networks(config, config.networks)
     statistics = reference_statistics(config, extractors, config.protocol) if config.statistics_files else {}
     sources = collect_images(config)

@@ -76,7 +76,7 @@ class ReconstructionEvaluationConfig(Settings):
         default_factory=lambda: ["vgg16"], help=f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"
     )
     weights: list[str] = setting(
-        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE if there is one"
+        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE alone where there is one network"
     )
     worst_cases: str | None = setting(None, f"FILE.png: the {WORST} images of the lowest PSNR and what became of them")
     batch_size: int = setting(16, "images at once", at_least=1)
@@ -89,6 +89,7 @@ class ReconstructionEvaluationConfig(Settings):
         if self.worst_cases is not None:
             check_output(self.worst_cases, ".png", "worst_cases")
         self.feature_network = [network_name(name) for name in self.feature_network]
+        weight_files(self.weights, self.feature_network)  # for its ValueError
 
 
 class WorstCases:

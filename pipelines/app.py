@@ -25,7 +25,7 @@ from PIL import Image
 
 from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, read_image
 from vtp_diffusion.data.images import enlarged, from_pil, to_pil, to_uint8
-from vtp_diffusion.evaluation.sources import pipeline_image_size
+from vtp_diffusion.evaluation.sources import check_real_images, pipeline_image_size
 from vtp_diffusion.evaluation.training_images import TrainingImages
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
@@ -67,6 +67,8 @@ class AppConfig(Settings):
         check_device(self.device)
         if not self.pipeline:
             raise ValueError("pipeline is empty: give the folder of at least one saved pipeline")
+        if self.reference is not None:
+            check_real_images(self.reference, "reference")
 
 
 class Page:
