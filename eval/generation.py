@@ -38,7 +38,7 @@ Memorisation is the share of images nearer to a training image than all but 5 % 
 
 Of every distance three numbers are given: to the whole reference, with its standard error; at the sizes at which real
 images can be compared with real ones; and what real images get there, the floor. The last two belong together
-(`metrics/statistics.py`). Without --floor_images the floor comes from two disjoint random parts of the reference, with
+(`metrics/frechet.py`). Without --floor_images the floor comes from two disjoint random parts of the reference, with
 it from real images outside it. A control (images of an untrained network) shows what no learning gets. Variants that a
 data set draws less often (skin tones) are left out of the reference; neighbours are looked for among all of it.
 
@@ -151,6 +151,7 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
 
 @dataclass(kw_only=True)
 class ReferenceConfig(FeaturesConfig):
+    output: str = setting(help="FILE.npz for the statistics; of several networks one each, named after them")
     resolution: int = setting(256, "side that the images are cropped to", at_least=1)
 
     def __post_init__(self) -> None:
@@ -375,6 +376,8 @@ def make_reference(config: ReferenceConfig) -> None:
 
 
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
+    if config.reference.endswith(".npz") and not Path(config.reference).is_file():
+        raise ValueError(f"reference {config.reference} is not there")
     extractors = open_networks(config, config.networks)
     statistics = reference_statistics(config, extractors, config.protocol) if config.statistics_files else {}
     sources = collect_images(config)

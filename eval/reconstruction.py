@@ -67,7 +67,7 @@ class ReconstructionEvaluationConfig(Settings):
     vae: str = setting(help="folder of a diffusers autoencoder")
     data: DataConfig = setting(help="images")
     output: str = setting(help="FILE.json for the results")
-    split: str = setting("validation", "split of the images")
+    split: str = setting("validation", "split of the images: train, validation or all")
     num_images: int | None = setting(None, "so many of the split at random; none = all", at_least=3)
     seed: int = setting(0, "of random choices: images, and the groups of the jackknife", at_least=0)
     lpips_network: str = setting("alex", "alex (usual as a metric) or vgg")

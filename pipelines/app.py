@@ -59,7 +59,7 @@ class AppConfig(Settings):
     )
     reference: str | None = setting(None, "training images: npz, folder, openmoji or a `datasets` collection")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
-    port: int = setting(7860, "of this machine", at_least=1, at_most=65535)
+    port: int = setting(7860, "port of this machine that the page is served on", at_least=1, at_most=65535)
     share: bool = setting(False, "a public address through gradio's servers: whoever has it can use the page")
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@
     accelerate launch train_dit/train.py --config openmoji
     accelerate launch train_dit/train.py --config vtp_large_xl --latents latents/mine --output_dir runs/mine
 
-It learns from the latents that train_dit/extract_latents.py wrote. With `latents: null` it learns online, from the
+It learns from the latents that train_dit/extract_latents.py wrote. With --latents none it learns online, from the
 images of `data`: the autoencoder then runs in every step, on images changed as `augmentation` says.
 
 Every field of the configuration is also an option (--help lists them): --learning_rate 1e-3, --model.num_layers 8.

@@ -74,7 +74,9 @@ class DataConfig(Settings):
     skip_empty_captions: bool = setting(
         False, "streaming: leave samples without a text out of every objective, not one"
     )
-    cache_dir: str | None = setting(None, "where OpenMoji is rendered to; see the README", may_change=True)
+    cache_dir: str | None = setting(
+        None, "where OpenMoji is rendered to; none: VTP_DIFFUSION_CACHE or the user's cache folder", may_change=True
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -45,7 +45,7 @@ FLOOR_SUBSETS = 10  # of the kernel distance, in each of the floor's repetitions
 class JudgesConfig(FeaturesConfig):
     """What is measured beside every network's distances and scores."""
 
-    floor_images: str | None = setting(None, "real images outside the reference, as it")
+    floor_images: str | None = setting(None, "real images outside the reference: npz, folder or collection")
     metrics: list[Literal["mind", "memorisation"]] = setting(
         default_factory=list,
         help="further ones: mind, the sliced Wasserstein distance; memorisation, images nearer to the reference than "

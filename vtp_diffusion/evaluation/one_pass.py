@@ -31,6 +31,9 @@ USUAL_NETWORKS = ("vgg16", "efficientnet_lite0")
 class ReferenceDataConfig(DataConfig):
     """How real images are read. What goes with their source is checked where that is known, see `open_reference`."""
 
+    source: str = setting(DataConfig.source, "not to be set: reference and floor_images decide")
+    resolution: int = setting(DataConfig.resolution, "not to be set: the size of the images decides")
+
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
 
@@ -52,7 +55,7 @@ class FeaturesConfig(Settings):
     weights: list[str] = setting(
         default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE alone where there is one network"
     )
-    output: str = setting(help="FILE for the results")
+    output: str = setting(help="FILE.json for the results")
     seed: int = setting(0, "of samples, labels and random subsets", at_least=0)
     feature_mode: FeatureMode = setting("exact", "exact: float32; fast: float16 inside the network")
     feature_batch_size: int = setting(256 if ON_CUDA else 32, "images a network sees at once", at_least=1)

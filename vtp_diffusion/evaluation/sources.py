@@ -201,11 +201,9 @@ def pipeline_image_size(pipe: "DiffusionPipeline") -> tuple[int, int]:
 
 
 def check_real_images(source: str, option: str) -> None:
-    """Raises: ValueError if a source of `open_reference` is an npz or a folder that is not there."""
+    """Raises: ValueError if a source of `open_reference` is a folder that is not there."""
     if not source.endswith(".npz"):
         check_source(source, option)
-    elif not Path(source).is_file():
-        raise ValueError(f"{option} {source} is not there")
 
 
 def open_reference(

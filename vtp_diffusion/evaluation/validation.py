@@ -12,7 +12,7 @@ from ..data.images import image_grid
 from ..generation.sampling import draw_labels, initial_noise
 from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
-from ..metrics.networks import feature_network
+from ..metrics.networks import FEATURE_NETWORKS, feature_network
 from ..runtime.config import Settings, setting
 from ..runtime.processes import gather_objects, this_process
 from ..runtime.reproducibility import random_stream
@@ -28,8 +28,10 @@ class DistanceConfig(Settings):
     """Settings of the quick distance: too few images for a number to publish, enough to see where training goes."""
 
     num_images: int = setting(0, "samples of random classes; 0 is no distance", at_least=0)
-    network: str = setting("vgg16", "feature network: vgg16, efficientnet_lite0, inception")
-    weights: str | None = setting(None, "its weights; none takes the installed package")
+    network: str = setting("vgg16", f"feature network: one of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER")
+    weights: str | None = setting(
+        None, "file of its weights; none: the installed package, or the cache they are downloaded to"
+    )
     reference: DataConfig = setting(
         default_factory=DataConfig, help="real images; their resolution is that of the samples"
     )
