@@ -420,10 +420,11 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["compare"]:
+    asks = bool({"-h", "--help"} & set(words))  # for help, which is the same of all but `reference`
+    if words[:1] == ["compare"] and not asks:
         print("\n".join(compare_files(words[1:])))
         return
-    if words[:1] == ["reach"]:
+    if words[:1] == ["reach"] and not asks:
         print(reach_line(words[1:]))
         return
     makes_reference = words[:1] == ["reference"]
