@@ -59,18 +59,18 @@ def guidance_settings(pipe) -> dict[str, list[dict]]:
     free = {"guidance": "classifier_free"}
     kinds = {
         "none": [{}],
-        "classifier_free": [free | {"guidance_scale": scale} for scale in (1.5, 2.0, 3.0)],
+        "classifier_free": [free | {"guidance_scale": scale} for scale in (2.0, 3.0, 4.0, 6.0)],
         "interval": [
             free | {"guidance_scale": scale, "guidance_interval": (low, 1.0)}
-            for scale, low in ((2.5, 0.15), (3.5, 0.15), (3.5, 0.3))
+            for scale, low in ((3.5, 0.15), (5.0, 0.15), (7.0, 0.15))
         ],
     }
     if pipe.guidance_transformer is not None:
-        kinds["autoguidance"] = [{"guidance": "autoguidance", "guidance_scale": s} for s in (1.5, 2.0, 3.0)]
+        kinds["autoguidance"] = [{"guidance": "autoguidance", "guidance_scale": s} for s in (1.25, 1.5, 2.0)]
     if pipe.transformer.config.base_head_layer is not None:
         kinds["internal"] = [
             {"guidance": "internal", "guidance_scale": scale, "guidance_interval": (0.0, 0.9)}
-            for scale in (1.4, 1.78, 2.5, 3.5)
+            for scale in (2.5, 3.5, 5.0, 7.0)
         ]
     return kinds
 
