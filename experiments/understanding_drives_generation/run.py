@@ -1,6 +1,6 @@
 """Does understanding drive generation? Tokenizers that differ in their objectives, and the same generator on each.
 
-    python experiments/understanding_drives_generation/run.py --data runs/emoji.tar --gpus 0 1 2 3 --together 2
+    python experiments/understanding_drives_generation/run.py --data runs/emoji.tar --gpus 0 1 --together 2
     python experiments/understanding_drives_generation/run.py --smallest
 
 The first trains every tokenizer, measures it on held-out concepts, trains a generator on its latents and measures
@@ -26,6 +26,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
+from vtp_diffusion.runtime.programs import ROOT
 
 HERE = Path(__file__).resolve().parent
 ALL = ("contrastive", "self_supervision", "reconstruction")
@@ -33,15 +34,23 @@ SMALL = ["--model.encoder_hidden_size", "192", "--model.encoder_num_attention_he
 # name -> objectives, how many times the steps, further options
 TOKENIZERS: dict[str, tuple[tuple[str, ...], int, list[str]]] = {
     "reconstruction": (("reconstruction",), 1, []),
-    "contrastive": (("contrastive", "reconstruction"), 1, []),
-    "self_supervision": (("self_supervision", "reconstruction"), 1, []),
     "all": (ALL, 1, []),
     "reconstruction_long": (("reconstruction",), 4, []),
+    "contrastive": (("contrastive", "reconstruction"), 1, []),
+    "self_supervision": (("self_supervision", "reconstruction"), 1, []),
     "reconstruction_small": (("reconstruction",), 1, SMALL),
     "all_small": (ALL, 1, SMALL),
     "reconstruction_half": (("reconstruction",), 1, []),
     "all_half": (ALL, 1, []),
 }
+HEADLINE = ("reconstruction", "all", "reconstruction_long")  # with several seeds
+# All of a group comes before the next: what time ends is the last one.
+GROUPS = (
+    HEADLINE,
+    ("contrastive", "self_supervision"),
+    ("reconstruction_small", "all_small"),
+    ("reconstruction_half", "all_half"),
+)
 HALF_SEED = 1  # another hash than the one that holds out
 HALF = "_half"  # names that end so are trained on half of the concepts; the held-out ones are the same
 TINY_TOKENIZER = {
@@ -66,27 +75,33 @@ TINY_GENERATOR = {
 class Config(MachineConfig):
     """Settings of this program; --smallest replaces those in `SMALLEST`."""
 
-    tokenizers: list[str] = setting(default_factory=lambda: list(TOKENIZERS)[:5], help=f"of {', '.join(TOKENIZERS)}")
-    seeds: list[int] = setting(default_factory=lambda: [0], help="of the generators", at_least=0)
+    tokenizers: list[str] = setting(default_factory=lambda: list(TOKENIZERS), help=f"of {', '.join(TOKENIZERS)}")
+    seeds: list[int] = setting(
+        default_factory=lambda: [0, 1, 2],
+        help=f"of the generators on {', '.join(HEADLINE)}; others take the smallest alone",
+        at_least=0,
+    )
     tokenizer_steps: int = setting(
         2000, "steps of a tokenizer; reconstruction_long takes four times as many", at_least=1
     )
     generator_steps: list[int] = setting(
-        default_factory=lambda: [2000, 6000], help="at which a generator is measured", at_least=1
+        default_factory=lambda: [1000, 3000],
+        help="at which the first seed is measured; others at the last",
+        at_least=1,
     )
     data: str | None = setting(None, "folder or FILE.tar that data.py wrote; none: OpenMoji alone, rendered")
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
     limit: int | None = setting(None, "use only so many images", at_least=100)
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
-    num_images: int = setting(3000, "images sampled for a measurement", at_least=10)
+    num_images: int = setting(2000, "images sampled for a measurement", at_least=10)
     batch_size: int = setting(250, "images sampled at once", at_least=1)
-    num_inference_steps: int = setting(50, "Euler steps; there is no guidance", at_least=1)
+    num_inference_steps: int = setting(25, "UniPC steps; there is no guidance", at_least=1)
     probe_steps: int = setting(2000, "steps of the linear probe", at_least=1)
     networks: list[str] = setting(
         default_factory=lambda: ["vgg16", "efficientnet_lite0"], help="of the distances, beside one of random weights"
     )
     output_dir: str = setting("runs/understanding", "folder for everything that is made")
-    least_seconds: float = setting(120.0, "nothing is started that has less than this left", at_least=0)
+    least_seconds: float = setting(45.0, "nothing is started that has less than this left", at_least=0)
     smallest: bool = setting(False, "the smallest part, for a CPU")
 
     def __post_init__(self):
@@ -105,7 +120,8 @@ class Config(MachineConfig):
 
 
 SMALLEST = {
-    "tokenizers": ["reconstruction", "all"], "tokenizer_steps": 60, "generator_steps": [40, 80], "resolution": 32,
+    "tokenizers": ["reconstruction", "all"], "seeds": [0], "tokenizer_steps": 60, "generator_steps": [40, 80],
+    "resolution": 32,
     "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50,
     "data": None, "networks": ["efficientnet_lite0"],
 }  # fmt: skip
@@ -169,23 +185,26 @@ class Plan:
             Task(f"probe-{name}", probe, (probing,), needs),
         ]
 
-    def generator(self, name: str, seed: int, place: int) -> Task:
-        """Train to one of the steps that are measured, and measure; a picture at the last one."""
+    def generator(self, name: str, seed: int, place: int, first: bool) -> list[Task]:
+        """Train to one of the steps that are measured, and measure; the `first` seed also at the steps before. Two
+        tasks: a measurement that the deadline stops must not cost another start of the training program."""
         config, steps = self.config, sorted(self.config.generator_steps)
         folder, label = self.folder / f"generator-{name}-{seed}", f"generator-{name}-{seed}"
         words = ["train_dit/train.py", "--config", str(HERE / "generator.yaml"), "--vae", self.vae(name)]
         words += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
         words += ["--max_train_steps", str(steps[place]), "--output_dir", str(folder)]
         words += options(TINY_GENERATOR) if config.smallest else []
-        result, control = self.results / f"{label}-{steps[place]}.json", place == 0 and seed == min(config.seeds)
-        programs = [words, [*self.measurement(str(folder / "pipeline"), control), "--output", str(result)]]
-        if place == len(steps) - 1:  # before the measurement, whose result ends the task
-            picture = ["pipelines/generate.py", "--pipeline", str(folder / "pipeline"), "--num_images", "64"]
-            picture += ["--label_rule", "balanced", "--num_inference_steps", str(config.num_inference_steps)]
-            programs.insert(1, [*picture, "--output", str(result.with_suffix(".png"))])
-        needs = (f"{label}-{steps[place - 1]}" if place else f"latents-{name}",)
-        copies = ((folder / "log.jsonl", self.results / f"{label}.jsonl"),)
-        return Task(f"{label}-{steps[place]}", result, tuple(programs), needs, copies)
+        result = self.results / f"{label}-{steps[place]}.json"
+        needs = (f"{label}-{steps[place - 1]}" if place and first else f"latents-{name}",)
+        log, trained = result.with_suffix(".jsonl"), f"trained-{name}-{seed}-{steps[place]}"
+        training = Task(trained, log, (words,), needs, copies=((folder / "log.jsonl", log),))
+        measured = folder / f"measured-{steps[place]}.json"
+        programs = [[*self.measurement(str(folder / "pipeline"), first and place == 0), "--output", str(measured)]]
+        if first and place == len(steps) - 1:
+            programs[0] += ["--save_images", str(folder / "samples")]
+            picture = [f"{HERE.relative_to(ROOT)}/samples.py", "--samples", str(folder / "samples" / "generated.npz")]
+            programs.append([*picture, "--output", str(result.with_suffix(".png"))])
+        return [training, Task(result.stem, result, tuple(programs), (trained,), copies=((measured, result),))]
 
     def measurement(self, pipeline: str, control: bool) -> list[str]:
         """Against training images of all styles, without skin tones; `control`: the untrained generator as well."""
@@ -193,18 +212,28 @@ class Plan:
         words = ["eval/generation.py", "--images", pipeline, "--reference", "openmoji", *self.data(resolution=False)]
         words += ["--labels", "reference", "--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
         words += options({"num_images": config.num_images, "num_inference_steps": config.num_inference_steps})
+        words += options({"solver": "unipc"})
         words += options({"batch_size": config.batch_size, "compile": "false"})  # compiling takes longer than it saves
         return [*words, *(["--control", "untrained"] if control else [])]
 
     def tasks(self) -> list[Task]:
-        """In the order in which they are started: the longest first, the first points of all generators early."""
-        config, names = self.config, self.config.tokenizers
+        """In the order in which they are started, of one of the `GROUPS` after the other."""
+        names, seeds, tasks = self.config.tokenizers, sorted(self.config.seeds), []
+        for group in GROUPS:
+            tasks += self.chain([name for name in names if name in group], seeds if group is HEADLINE else seeds[:1])
+        return tasks
+
+    def chain(self, names: list[str], seeds: list[int]) -> list[Task]:
+        """All tasks of some tokenizers: the longest first, further seeds of the generators last."""
+        last = len(self.config.generator_steps) - 1
         longest = sorted(names, key=lambda name: (-TOKENIZERS[name][1], -len(TOKENIZERS[name][0])))
         tasks = [self.tokenizer(name) for name in longest] + [self.latents(name) for name in names]
-        for seed in sorted(config.seeds):
-            points = range(len(config.generator_steps))
-            tasks += [self.generator(name, seed, place) for place in points for name in names]
-        return tasks + [task for name in names for task in self.measured_tokenizer(name)]
+        for place in range(last + 1):
+            tasks += [task for name in names for task in self.generator(name, seeds[0], place, first=True)]
+        tasks += [task for name in names for task in self.measured_tokenizer(name)]
+        for seed in seeds[1:]:
+            tasks += [task for name in names for task in self.generator(name, seed, last, first=False)]
+        return tasks
 
 
 def open_data(config: Config, folder: Path) -> Path | None:

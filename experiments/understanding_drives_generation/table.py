@@ -1,20 +1,28 @@
-"""The table and the figure of this experiment, from the results of run.py.
+"""The tables and figures of this experiment, from the results of run.py.
 
     python experiments/understanding_drives_generation/table.py --results runs/understanding/results \\
         --output experiments/understanding_drives_generation/results/table.json
 
-Writes the table as JSON, and beside it the same as Markdown and the figure as SVG: every distance against the steps
-of the generator, a line a tokenizer (mean over seeds, the seeds as dots), dashed what real images get at equal sizes.
-What is not measured yet is left out of the figure and a dash in the table.
+Writes the tables as JSON and Markdown, and beside them, as far as they are measured:
+
+    table.svg             every distance against the steps of the generator, a line a tokenizer
+    table-scaling.svg     distances against the width of the encoder and the share of the training concepts
+    table-tokenizers.svg  what the encoder understands (k-NN) against what the decoder reconstructs (PSNR)
+    table-samples.png     the same 64 samples of every generator, a row a tokenizer
+
+What is not measured yet is left out of figures and a dash in the tables.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import ceil, floor, log10
 from pathlib import Path
 from statistics import mean, stdev
 
+from PIL import Image, ImageDraw, ImageFont
+
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import check_output, read_json, write_json, write_text
+from vtp_diffusion.runtime.disk import check_output, read_json, write_json, write_picture, write_text
 
 # column -> (file, path in it)
 COLUMNS = {
@@ -29,8 +37,39 @@ COLUMNS = {
     "effective rank": ("tokenizer", ("held_out", "effective_rank")),
 }
 NEAREST = ("class token", 20)
-COLOURS = ("#2c5f9e", "#c0392b", "#27864b", "#8e44ad", "#7f8c8d", "#d68910", "#16a085", "#000080", "#e377c2")
-WIDTH, HEIGHT, MARGIN, LINE = 360, 260, 44, 16  # of a panel, in pixels
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a tokenizer is called and drawn. The colours are Okabe and Ito's, which the colour-blind tell apart."""
+
+    label: str
+    colour: str
+    marker: str
+    dash: str = ""
+
+
+STYLES = {
+    "reconstruction": Style("reconstruction", "#0072B2", "circle"),
+    "reconstruction_long": Style("reconstruction, 4 times longer", "#56B4E9", "circle", "7 4"),
+    "contrastive": Style("+ contrastive", "#009E73", "diamond", "2 3"),
+    "self_supervision": Style("+ self-supervision", "#CC79A7", "triangle", "10 3 2 3"),
+    "all": Style("all three objectives", "#D55E00", "square"),
+    "reconstruction_small": Style("reconstruction, half the width", "#0072B2", "circle", "2 3"),
+    "all_small": Style("all three, half the width", "#D55E00", "square", "2 3"),
+    "reconstruction_half": Style("reconstruction, half the data", "#0072B2", "circle", "7 4"),
+    "all_half": Style("all three, half the data", "#D55E00", "square", "7 4"),
+}
+MAIN = list(STYLES)[:5]  # in the first figure and the picture of samples; the others are in the second figure
+# axis -> value -> ending of the tokenizer's name
+SCALES = {
+    "width of the encoder": {192: "_small", 384: ""},
+    "share of the training concepts, %": {50: "_half", 100: ""},
+}
+RANDOM = "FD-VTP-192"  # on the encoder of random weights
+TITLES = {RANDOM: "FD on a random network (control)"}
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
+LABEL, SAMPLE_ROWS = 190, 4  # pixels beside the samples for names; rows of the pictures of samples.py
 
 
 @dataclass(kw_only=True)
@@ -38,7 +77,7 @@ class Config(Settings):
     """Settings of this program."""
 
     results: str = setting(help="folder with the results of run.py")
-    output: str = setting(help="FILE.json for the table; .md and .svg go beside it")
+    output: str = setting(help="FILE.json for the tables; .md, .svg and .png go beside it")
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,7 +133,7 @@ def read_generators(folder: Path, name: str) -> dict[str, dict[int, dict]]:
 
 def collect(folder: Path) -> dict[str, dict]:
     """Tokenizer -> what is known of it. Raises: ValueError for a folder without results."""
-    names = [file.stem.removeprefix("tokenizer-") for file in sorted(folder.glob("tokenizer-*.json"))]
+    names = [name for name in STYLES if (folder / f"tokenizer-{name}.json").is_file()]
     if not names:
         raise ValueError(f"{folder} holds no tokenizer-NAME.json, expected the results folder of run.py")
     return {n: {"tokenizer": read_tokenizer(folder, n), "generators": read_generators(folder, n)} for n in names}
@@ -112,74 +151,246 @@ def cell(points: dict[int, dict] | None, step: int) -> str:
     return number(point["mean"]) + (f" ± {number(point['deviation'])}" if point["deviation"] is not None else "")
 
 
+def last_common_step(table: dict[str, dict]) -> int | None:
+    """The last step at which all generators are measured that are measured at all."""
+    steps = [set(points) for row in table.values() for points in row["generators"].values()]
+    return max(set.intersection(*steps), default=None) if steps else None
+
+
 def markdown(table: dict[str, dict]) -> str:
     """Two tables: tokenizers on held-out concepts, and generators at the last step that all of them have."""
     measures = list(dict.fromkeys(measure for row in table.values() for measure in row["generators"]))
-    steps = [set(points) for row in table.values() for points in row["generators"].values()]
-    common = set.intersection(*steps) if steps else set()
+    step = last_common_step(table)
     columns = list(next(iter(table.values()))["tokenizer"])
     lines = ["| tokenizer | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in table.items():
-        lines.append(f"| {name} | " + " | ".join(number(value) for value in row["tokenizer"].values()) + " |")
-    if common:
-        step = max(common)
+        lines.append(
+            f"| {STYLES[name].label} | " + " | ".join(number(value) for value in row["tokenizer"].values()) + " |"
+        )
+    if step is not None:
         lines += ["", f"Generators at step {step}, distances at equal sizes:", ""]
         lines += ["| tokenizer | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
         for name, row in table.items():
             cells = [cell(row["generators"].get(measure), step) for measure in measures]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {STYLES[name].label} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def panel(measure: str, curves: dict[str, dict[int, dict]], left: int) -> list[str]:
-    """One measure against the steps, as SVG elements; `curves`: tokenizer -> step -> point."""
-    points = [point for curve in curves.values() for point in curve.values()]
-    values = [value for point in points for value in [*point["seeds"].values(), point.get("real", point["mean"])]]
-    last, low, high = max(step for curve in curves.values() for step in curve), min(values), max(values)
+@dataclass
+class Curve:
+    """A line of a panel. `dots`: (x, y) that it is the mean of; a curve without line has points alone."""
 
-    def x(step: int) -> str:
-        return f"{left + MARGIN + (WIDTH - 2 * MARGIN) * step / last:.1f}"
+    style: Style
+    points: list[tuple[float, float]]
+    dots: list[tuple[float, float]] = field(default_factory=list)
+    line: bool = True
 
-    def y(value: float) -> str:
-        return f"{HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * (value - low) / ((high - low) or 1.0):.1f}"
 
-    parts = [f'<text x="{left + MARGIN}" y="20">{measure}: {low:.3g} to {high:.3g}</text>']
-    parts.append(f'<text x="{left + MARGIN}" y="{HEIGHT - 15}">steps 0 to {last}</text>')
-    real = [point["real"] for point in points if "real" in point]
-    if real:
-        line = f'x1="{x(0)}" x2="{x(last)}" y1="{y(mean(real))}" y2="{y(mean(real))}"'
-        parts.append(f'<line {line} stroke="black" stroke-dasharray="4 3"/>')
-    for colour, curve in zip(COLOURS, curves.values(), strict=False):
-        path = " ".join(f"{x(step)},{y(point['mean'])}" for step, point in curve.items())
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for step, point in curve.items():
-            dots = point["seeds"].values()
-            parts += [f'<circle cx="{x(step)}" cy="{y(value)}" r="2.5" fill="{colour}"/>' for value in dots]
+@dataclass
+class Panel:
+    """One coordinate system. `baseline`: the height of a labelled horizontal line."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    baseline: float | None = None
+    logarithmic: bool = True
+    named: bool = False  # the points carry their names
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Two to eight round numbers from `low` to `high`."""
+    if low == high:
+        return [low]
+    unit = 10 ** floor(log10(high - low))
+    step = next(unit * k for k in (0.2, 0.5, 1, 2) if (high - low) / (unit * k) <= 7)
+    return [k * step for k in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
+
+
+def marker(style: Style, x: float, y: float, r: float = 5.0) -> str:
+    shapes = {
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "diamond": [(0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)],
+        "triangle": [(0, -1.3), (1.3, 1), (-1.3, 1)],
+    }
+    if style.marker == "circle":
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="{style.colour}"/>'
+    corners = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in shapes[style.marker])
+    return f'<polygon points="{corners}" fill="{style.colour}"/>'
+
+
+def stroke(style: Style) -> str:
+    return f'stroke="{style.colour}" stroke-width="2" fill="none" stroke-dasharray="{style.dash or "none"}"'
+
+
+def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>'
+
+
+def draw(panel: Panel, left: float, top: float) -> list[str]:
+    """A panel as SVG elements; `left`, `top`: of its corner."""
+    every = [point for curve in panel.curves for point in curve.points + curve.dots]
+    xs, heights = (
+        sorted({x for x, _ in every}),
+        [y for _, y in every] + [panel.baseline] * (panel.baseline is not None),
+    )
+    pad = 0.08 * (max(heights) - min(heights)) or 0.5
+    low, high = min(heights) - pad, max(heights) + pad
+    scale = log10 if panel.logarithmic else float
+    margin = 0.1 * (scale(xs[-1]) - scale(xs[0])) or 0.5
+    first, last = scale(xs[0]) - margin, scale(xs[-1]) + margin
+    x0, x1, y0, y1 = left + LEFT, left + WIDTH - RIGHT, top + HEIGHT - BOTTOM, top + TOP
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return x0 + (x1 - x0) * (scale(x) - first) / (last - first), y0 + (y1 - y0) * (y - low) / (high - low)
+
+    parts = [text((x0 + x1) / 2, top + 20, panel.title, more='font-weight="bold"')]
+    parts += [text((x0 + x1) / 2, y0 + 38, panel.x_label)]
+    turned = f'transform="rotate(-90 {left + 14} {(y0 + y1) / 2})"'
+    parts += [text(left + 14, (y0 + y1) / 2, panel.y_label, more=turned)]
+    for value in ticks(low, high):
+        y = place(xs[0], value)[1]
+        parts.append(f'<path d="M{x0} {y:.1f}H{x1}" stroke="#dddddd"/>' + text(x0 - 6, y + 4, f"{value:g}", "end"))
+    for value in xs if panel.logarithmic else ticks(xs[0] - margin, xs[-1] + margin):
+        x = place(value, low)[0]
+        parts.append(f'<path d="M{x:.1f} {y0}v5" stroke="black"/>' + text(x, y0 + 19, f"{value:,g}"))
+    parts.append(f'<path d="M{x0} {y1}V{y0}H{x1}" stroke="black" fill="none"/>')
+    if panel.baseline is not None:
+        y = place(xs[0], panel.baseline)[1]
+        parts.append(f'<path d="M{x0} {y:.1f}H{x1}" stroke="black" stroke-dasharray="4 3"/>')
+        parts.append(text(x1, y - 5, "real against real images", "end", 'font-size="11"'))
+    for curve in panel.curves:
+        spots = [place(*point) for point in curve.points]
+        if curve.line and len(spots) > 1:
+            parts.append(f'<path d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in spots)}" {stroke(curve.style)}/>')
+        parts += [marker(curve.style, *spot) for spot in spots]
+        for x, y in (place(*dot) for dot in curve.dots):
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="white" stroke="{curve.style.colour}"/>')
+        for x, y in spots * panel.named:  # names lie inside the axes
+            right = x > (x0 + x1) / 2
+            parts.append(text(x - 8 if right else x + 8, y - 7, curve.style.label, "end" if right else "start"))
     return parts
 
 
-def figure(table: dict[str, dict]) -> str:
-    """All measures beside each other as an SVG, with the names of the tokenizers below."""
-    measures = list(dict.fromkeys(measure for row in table.values() for measure in row["generators"]))
-    parts = []
-    for place, measure in enumerate(measures):
-        # every tokenizer keeps its colour, also in a panel where it has no points yet
-        parts += panel(measure, {n: row["generators"].get(measure, {}) for n, row in table.items()}, place * WIDTH)
-    for place, (colour, name) in enumerate(zip(COLOURS, table, strict=False)):
-        parts.append(f'<text x="{MARGIN}" y="{HEIGHT + LINE * (place + 1)}" fill="{colour}">{name}</text>')
-    size = f'width="{max(1, len(measures)) * WIDTH}" height="{HEIGHT + LINE * (len(table) + 1)}"'
+def figure(panels: list[Panel], columns: int, legend: list[Style], note: str) -> str:
+    """Panels in rows as an SVG, with a legend and a line of explanation below."""
+    parts, columns = [], min(columns, len(panels))
+    for place, panel in enumerate(panels):
+        parts += draw(panel, place % columns * WIDTH, place // columns * HEIGHT)
+    y = ceil(len(panels) / columns) * HEIGHT + LINE
+    for style in legend:
+        parts.append(f'<path d="M{LEFT} {y}h44" {stroke(style)}/>' + marker(style, LEFT + 22, y))
+        parts.append(text(LEFT + 54, y + 4, style.label, "start"))
+        y += LINE
+    parts.append(text(LEFT, y + 4, note, "start", 'font-size="11" fill="#444444"'))
+    size = f'viewBox="0 0 {columns * WIDTH} {y + LINE}" width="{columns * WIDTH}" height="{y + LINE}"'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
     return "\n".join([start, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"]) + "\n"
 
 
+def distances(table: dict[str, dict]) -> list[str]:
+    """Those that are measured, that of the random network last."""
+    found = dict.fromkeys(measure for row in table.values() for measure in row["generators"])
+    return sorted((measure for measure in found if measure.startswith("FD-")), key=lambda name: name == RANDOM)
+
+
+def training_panels(table: dict[str, dict]) -> list[Panel]:
+    """Every distance against the steps of the generator."""
+    panels = []
+    for measure in distances(table):
+        curves, real = [], []
+        for name in MAIN:
+            points = table.get(name, {}).get("generators", {}).get(measure)
+            if points:
+                dots = [(s, v) for s, p in points.items() for v in p["seeds"].values() if len(p["seeds"]) > 1]
+                curves.append(Curve(STYLES[name], [(s, p["mean"]) for s, p in points.items()], dots))
+                real += [point["real"] for point in points.values() if "real" in point]
+        if curves:
+            baseline, title = mean(real) if real else None, TITLES.get(measure, measure)
+            panels.append(Panel(title, "training steps of the generator", "distance", curves, baseline))
+    return panels
+
+
+def scaling_panels(table: dict[str, dict]) -> list[Panel]:
+    """Distances at the last common step against the width of the encoder and the share of the data; reconstruction
+    alone and all three objectives."""
+    panels, step = [], last_common_step(table)
+    for label, values in SCALES.items():
+        for measure in distances(table):
+            curves = []
+            for base in ("reconstruction", "all"):
+                found = {x: table.get(base + end, {}).get("generators", {}).get(measure) for x, end in values.items()}
+                points = [(x, points[step]["mean"]) for x, points in found.items() if points and step in points]
+                if len(points) == len(values):
+                    curves.append(Curve(STYLES[base], points))
+            if curves and measure != RANDOM:
+                panels.append(Panel(f"{measure} at step {step:,}", label, "distance", curves))
+    return panels
+
+
+def tokenizer_panel(table: dict[str, dict]) -> Panel | None:
+    """k-NN against PSNR, a point a tokenizer."""
+    known = {name: table[name]["tokenizer"] for name in MAIN if name in table}
+    values = {name: (row["PSNR"], row["20-NN"]) for name, row in known.items()}
+    curves = [Curve(STYLES[name], [point], line=False) for name, point in values.items() if None not in point]
+    labels = "reconstruction of held-out images: PSNR, dB", "20-NN accuracy, 10 categories"
+    return Panel("The tokenizers", *labels, curves, logarithmic=False, named=True) if curves else None
+
+
+def samples_picture(folder: Path) -> Image.Image | None:
+    """The pictures of samples.py row by row: a row of samples of every tokenizer, then the next one."""
+    files = {
+        name: sorted(folder.glob(f"generator-{name}-*.png"), key=lambda f: int(f.stem.split("-")[-1])) for name in MAIN
+    }
+    strips = {name: Image.open(found[-1]) for name, found in files.items() if found}
+    if not strips:
+        return None
+    width, height = next(iter(strips.values())).size
+    side, gap = height // SAMPLE_ROWS, 12
+    picture = Image.new("RGB", (LABEL + width, (len(strips) * side + gap) * SAMPLE_ROWS - gap), "white")
+    pen, font, y = ImageDraw.Draw(picture), ImageFont.load_default(14), 0
+    for row in range(SAMPLE_ROWS):
+        for name, strip in strips.items():
+            picture.paste(strip.crop((0, row * side, width, (row + 1) * side)), (LABEL, y))
+            pen.text((6, y + side // 2), STYLES[name].label, "black", font, anchor="lm")
+            y += side
+        y += gap
+    return picture.quantize(64, dither=Image.Dither.NONE)
+
+
+def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
+    """All figures that something is measured of, beside the table."""
+    panels = training_panels(table)
+    if panels:
+        styles = [STYLES[name] for name in MAIN if name in table]
+        note = (
+            "Lower is better. Where there are several seeds, the line is their mean and small circles are the seeds."
+        )
+        write_text(output.with_suffix(".svg"), figure(panels, 3, styles, note))
+    panels = scaling_panels(table)
+    if panels:
+        styles, note = [STYLES["reconstruction"], STYLES["all"]], "Lower is better. Means over seeds."
+        write_text(output.with_name(f"{output.stem}-scaling.svg"), figure(panels, 2, styles, note))
+    panel = tokenizer_panel(table)
+    if panel is not None:
+        write_text(
+            output.with_name(f"{output.stem}-tokenizers.svg"), figure([panel], 1, [], "Up and right is better.")
+        )
+    picture = samples_picture(results)
+    if picture is not None:
+        write_picture(output.with_name(f"{output.stem}-samples.png"), picture)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    table, output = collect(Path(config.results)), Path(config.output)
+    results, output = Path(config.results), Path(config.output)
+    table = collect(results)
     write_json(output, {"tokenizers": table})
-    text = markdown(table)
-    write_text(output.with_suffix(".md"), text)
-    write_text(output.with_suffix(".svg"), figure(table))
-    print(text)
+    tables = markdown(table)
+    write_text(output.with_suffix(".md"), tables)
+    write_figures(table, results, output)
+    print(tables)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import json
 import sys
 import tarfile
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -60,31 +62,48 @@ def test_students_stand_beside_their_teacher_which_is_measured_once(tmp_path):
 
 
 def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
-    config = understanding.Config(output_dir=str(tmp_path), seeds=[0, 1], generator_steps=[50, 20])
-    plan = understanding.Plan(config, tmp_path / "images")
+    plan = understanding.Plan(understanding.Config(output_dir=str(tmp_path)), tmp_path / "images")
     tasks = {task.name: task for task in plan.tasks()}
-    assert len(tasks) == len(plan.tasks()) == 5 * (1 + 1 + 2 * 2 + 2)
-    assert plan.tasks()[0].name == "tokenizer-reconstruction_long"
     base, joint, long = (tasks[f"tokenizer-{n}"].programs[0] for n in ("reconstruction", "all", "reconstruction_long"))
     assert set(joint) - set(base) == {"contrastive", "self_supervision", str(tmp_path / "tokenizer-all")}
     assert int(option(long, "--max_train_steps")) == 4 * int(option(base, "--max_train_steps")) == 8_000
     assert option(base, "--data.cache_dir") == str(tmp_path / "images")
 
 
+def test_what_the_headline_needs_comes_first(understanding, tmp_path):
+    config = understanding.Config(output_dir=str(tmp_path), seeds=[1, 0], generator_steps=[50, 20])
+    names = [task.name for task in understanding.Plan(config, None).tasks()]
+    others = len(config.tokenizers) - 3
+    # a generator trains and is measured twice, with the second seed once; two measurements of each tokenizer
+    assert len(set(names)) == len(names) == 3 * (2 + 4 + 2 + 2) + others * (2 + 4 + 2)
+    assert names[:2] == ["tokenizer-reconstruction_long", "tokenizer-all"]
+    headline = names[: names.index("tokenizer-contrastive")]
+    assert len(headline) == 30 and headline[-1] == "generator-reconstruction_long-1-50"
+    assert headline.index("generator-reconstruction_long-0-50") < headline.index("trained-reconstruction-1-50")
+    assert not [name for name in names if name.endswith("-1-20")]
+    starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half")]
+    assert starts == [30, 46, 62]
+
+
 def test_a_generator_is_measured_step_by_step_against_one_reference(understanding, tmp_path):
     config = understanding.Config(output_dir=str(tmp_path), seeds=[0, 1], generator_steps=[50, 20])
     tasks = {task.name: task for task in understanding.Plan(config, None).tasks()}
-    first, last = tasks["generator-all-1-20"], tasks["generator-all-1-50"]
-    assert first.needs == ("latents-all",) and last.needs == ("generator-all-1-20",)
-    assert [option(t.programs[0], "--max_train_steps") for t in (first, last)] == ["20", "50"]
-    assert option(first.programs[0], "--output_dir") == option(last.programs[0], "--output_dir"), "one run goes on"
-    assert [Path(words[0]).stem for words in last.programs] == ["train", "generate", "generation"]
-    measured = [task.programs[-1] for name, task in tasks.items() if name.startswith("generator-")]
+    trained = [tasks[f"trained-all-0-{step}"] for step in (20, 50)]
+    first, last, other = (tasks[f"generator-all-{end}"] for end in ("0-20", "0-50", "1-50"))
+    assert [task.needs for task in (trained[0], first, trained[1], last)] == [
+        ("latents-all",), ("trained-all-0-20",), ("generator-all-0-20",), ("trained-all-0-50",)
+    ]  # fmt: skip
+    assert tasks["trained-all-1-50"].needs == ("latents-all",)
+    assert [option(t.programs[0], "--max_train_steps") for t in trained] == ["20", "50"]
+    assert len({option(t.programs[0], "--output_dir") for t in trained}) == 1, "one run goes on"
+    assert [[Path(words[0]).stem for words in task.programs] for task in (first, last, other)] == [
+        ["generation"], ["generation", "samples"], ["generation"]
+    ]  # fmt: skip
+    measured = [task.programs[0] for name, task in tasks.items() if name.startswith("generator-")]
     assert len({option(words, "--num_images") for words in measured}) == 1
-    assert [n for n, t in tasks.items() if "--control" in t.programs[-1]] == [
-        f"generator-{name}-0-20" for name in config.tokenizers
-    ]
-    assert f"vtp:{tmp_path / 'random'}" in first.programs[-1]
+    controlled = [name for name, task in tasks.items() if "--control" in task.programs[0]]
+    assert sorted(controlled) == sorted(f"generator-{name}-0-20" for name in config.tokenizers)
+    assert f"vtp:{tmp_path / 'random'}" in first.programs[0]
 
 
 def test_the_programs_take_these_words(understanding, tmp_path):
@@ -92,10 +111,14 @@ def test_the_programs_take_these_words(understanding, tmp_path):
     for smallest in (False, True):
         config = understanding.Config(output_dir=str(tmp_path), smallest=smallest)
         plan = understanding.Plan(config, None)
-        for task in (plan.tokenizer("all"), plan.tokenizer("reconstruction"), plan.generator("all", 0, 1)):
+        training, measured = plan.generator("all", 0, 1, first=True)
+        for task in (plan.tokenizer("all"), plan.tokenizer("reconstruction"), training):
             words = task.programs[0]
             program = load(words[0])
             assert program.parse_config(program.Config, words[1:]).output_dir.startswith(str(tmp_path))
+        picture = load(measured.programs[1][0])
+        cut = picture.parse_config(picture.Config, measured.programs[1][1:])
+        assert Path(cut.samples).parent == Path(option(measured.programs[0], "--save_images"))
     assert "max_train_steps" in program.parse_config(program.Config, words[1:]).changeable_keys()
 
 
@@ -107,6 +130,15 @@ def test_smallest_is_small_whatever_else_is_said(understanding):
         understanding.Config(tokenizers=["none"])
     with pytest.raises(ValueError, match="data nowhere is not there"):
         understanding.Config(data="nowhere")
+
+
+def test_samples_are_cut_from_what_was_measured(tmp_path):
+    images = np.repeat(np.arange(70, dtype=np.uint8), 8 * 8 * 3).reshape(70, 8, 8, 3)
+    np.savez(tmp_path / "generated.npz", arr_0=images)
+    load(f"{UNDERSTANDING}/samples.py").main([f"--samples={tmp_path}/generated.npz", f"--output={tmp_path}/a.png"])
+    picture = Image.open(tmp_path / "a.png")
+    assert picture.size == (16 * 48, 4 * 48)
+    assert [picture.getpixel((x, y))[0] for x, y in ((10, 10), (60, 10), (760, 190))] == [0, 1, 63]
 
 
 def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_path):
@@ -169,23 +201,73 @@ def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
         program.main(words)
 
 
-def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
-    program = load(f"{UNDERSTANDING}/table.py")
-    (tmp_path / "tokenizer-all.json").write_text(json.dumps({"held_out": {"recall_at_1": 0.5}}))
+def write_generator(folder, name, seed, step, value):
+    row = {"distance": "FD-VGG", "images": "generated", "value": 9.0, "floor": {"generated": value, "real": 1.0}}
+    scores = [{"score": "recall (VGG)", "images": "generated", "value": 0.25}]
+    results = {"distances": [row], "scores": scores}
+    (folder / f"generator-{name}-{seed}-{step}.json").write_text(json.dumps(results))
+
+
+def write_tokenizer(folder, name, **reconstruction):
     nearest = [{"features": "both", "neighbours": 20, "top1": 0.1}]
     nearest += [{"features": "class token", "neighbours": k, "top1": k / 100} for k in (10, 20)]
-    (tmp_path / "probe-all.json").write_text(json.dumps({"neighbours": nearest}))
+    (folder / f"tokenizer-{name}.json").write_text(json.dumps({"held_out": {"recall_at_1": 0.5}}))
+    (folder / f"probe-{name}.json").write_text(json.dumps({"neighbours": nearest}))
+    (folder / f"reconstruction-{name}.json").write_text(json.dumps(reconstruction))
+
+
+def elements(file: Path, tag: str) -> list[ElementTree.Element]:
+    return ElementTree.parse(file).findall(f".//{{http://www.w3.org/2000/svg}}{tag}")
+
+
+def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
+    program = load(f"{UNDERSTANDING}/table.py")
+    write_tokenizer(tmp_path, "all")
     for seed, value in ((0, 2.0), (1, 4.0)):
-        floor = {"generated": value, "real": 1.0}
-        row = {"distance": "FD-VGG", "images": "generated", "value": 9.0, "floor": floor}
-        scores = [{"score": "recall (VGG)", "images": "generated", "value": 0.25}]
-        results = {"distances": [row], "scores": scores}
-        (tmp_path / f"generator-all-{seed}-20.json").write_text(json.dumps(results))
+        write_generator(tmp_path, "all", seed, 20, value)
     program.main([f"--results={tmp_path}", f"--output={tmp_path}/out/table.json"])
     found = json.loads((tmp_path / "out" / "table.json").read_text())["tokenizers"]["all"]
     assert [found["tokenizer"][name] for name in ("20-NN", "retrieval@1", "PSNR")] == [0.2, 0.5, None]
     assert found["generators"]["FD-VGG"]["20"]["mean"] == 3.0
-    assert "| all | 3 ± 1.414 | 0.25 ± 0 |" in (tmp_path / "out" / "table.md").read_text()
-    assert (tmp_path / "out" / "table.svg").read_text().count("<circle") == 4
+    assert "| all three objectives | 3 ± 1.414 | 0.25 ± 0 |" in (tmp_path / "out" / "table.md").read_text()
+    assert len(elements(tmp_path / "out" / "table.svg", "circle")) == 2, "a seed each"
+    words = [element.text for element in elements(tmp_path / "out" / "table.svg", "text")]
+    assert {"FD-VGG", "training steps of the generator", "real against real images", "20"} < set(words)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["table.json", "table.md", "table.svg"]
     with pytest.raises(ValueError, match="holds no tokenizer-NAME.json"):
         program.main([f"--results={tmp_path}/out", f"--output={tmp_path}/out/table.json"])
+
+
+def test_scaling_is_drawn_where_both_ends_are_measured(tmp_path):
+    program = load(f"{UNDERSTANDING}/table.py")
+    for place, name in enumerate(("reconstruction", "reconstruction_small", "all", "all_half")):
+        write_tokenizer(tmp_path, name, psnr=20.0 + place)
+        write_generator(tmp_path, name, 0, 20, 10.0 + place)
+    write_generator(tmp_path, "all", 0, 40, 1.0)  # not measured of the others: no common step
+    table = program.collect(tmp_path)
+    panels = program.scaling_panels(table)
+    assert [(panel.x_label, [curve.points for curve in panel.curves]) for panel in panels] == [
+        ("width of the encoder", [[(192, 11.0), (384, 10.0)]]),
+        ("share of the training concepts, %", [[(50, 13.0), (100, 12.0)]]),
+    ]
+    assert panels[0].title == "FD-VGG at step 20"
+    program.write_figures(table, tmp_path, tmp_path / "table.json")
+    words = {element.text for element in elements(tmp_path / "table-tokenizers.svg", "text")}
+    assert {"reconstruction", "all three objectives"} < words and "all three, half the data" not in words
+
+
+def test_samples_of_all_generators_stand_row_by_row(tmp_path):
+    program = load(f"{UNDERSTANDING}/table.py")
+    assert program.samples_picture(tmp_path) is None
+    for name, step, colour in (("all", 90, "red"), ("all", 100, "lime"), ("reconstruction", 100, "blue")):
+        Image.new("RGB", (768, 192), colour).save(tmp_path / f"generator-{name}-0-{step}.png")
+    picture = program.samples_picture(tmp_path).convert("RGB")
+    assert picture.size == (program.LABEL + 768, 4 * 2 * 48 + 3 * 12)
+    assert [picture.getpixel((900, y)) for y in (24, 72, 102)] == [(0, 0, 255), (0, 255, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (3.9, 17.2), (95.0, 1300.0), (0.448, 0.452), (2.0, 2.0)])
+def test_axes_have_round_numbers(low, high):
+    found = load(f"{UNDERSTANDING}/table.py").ticks(low, high)
+    assert len(found) in range(3, 9) or low == high
+    assert all(low - 1e-9 <= value <= high + 1e-9 and len(f"{value:g}") <= 5 for value in found)

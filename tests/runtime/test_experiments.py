@@ -6,7 +6,16 @@ import time
 import pytest
 
 from vtp_diffusion.runtime import experiments
-from vtp_diffusion.runtime.experiments import OutOfTimeError, Task, bundle, run_program, run_task, work_through
+from vtp_diffusion.runtime.experiments import (
+    MachineConfig,
+    OutOfTimeError,
+    Task,
+    bundle,
+    carry_out,
+    run_program,
+    run_task,
+    work_through,
+)
 
 
 @pytest.fixture
@@ -112,14 +121,40 @@ def test_a_task_copies_its_result_and_names_what_failed(tmp_path):
         run_task(Task("empty", tmp_path / "empty.json", ()), 0, tmp_path, soon())
 
 
-def test_a_bundle_holds_the_finished_files(tmp_path):
+def test_a_bundle_holds_the_finished_files_and_the_logs(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     for name in ("a.json", "a.png", ".b.json.unfinished"):
         (folder / name).write_text(name)
-    bundle(folder, tmp_path / "out" / "results.tar.gz")
+    for name in ("a.log", "a.txt"):
+        (tmp_path / name).write_text(name)
+    bundle(folder, tmp_path, tmp_path / "out" / "results.tar.gz")
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
-        assert archive.getnames() == ["a.json", "a.png"]
+        assert archive.getnames() == ["a.json", "a.png", "logs/a.log"]
+
+
+def test_logs_of_a_task_that_was_stopped_are_kept_and_its_result_is_not(tmp_path, monkeypatch):
+    results, file = tmp_path / "results", tmp_path / "log.jsonl"
+    results.mkdir()
+    file.write_text("{}")
+    copies = (file, results / "a.json"), (file, results / "a.jsonl"), (tmp_path / "none", results / "b")
+    task = Task("a", results / "a.json", (["train.py"],), copies=copies)
+
+    def stopped(words, gpu, log, deadline):
+        log.write_text("step 1")
+        raise OutOfTimeError("train.py")
+
+    monkeypatch.setattr(experiments, "run_program", stopped)
+    config = MachineConfig(bundle=str(tmp_path / "results.tar.gz"))
+    carry_out(config, [task], results, tmp_path, soon(1e4))
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        assert archive.getnames() == ["a.jsonl", "logs/a.log"]
+    assert not task.done
+
+
+def test_too_little_time_to_start_anything_is_refused():
+    with pytest.raises(ValueError, match="seconds is 80, which starts nothing: expected more than least_seconds, 60,"):
+        MachineConfig(seconds=80)
 
 
 def test_a_program_finds_the_repository_and_what_the_caller_finds(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from .config import Settings, setting
 from .disk import replacing
 from .programs import ROOT
 
-SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then it is killed
+SAVING_SECONDS = 20.0  # that a program has to save and end after SIGTERM; then it is killed
 
 
 @dataclass(kw_only=True)
@@ -28,7 +28,15 @@ class MachineConfig(Settings):
     together: int = setting(1, "tasks at a time on each GPU", at_least=1)
     seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
     least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)
-    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far")
+    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far, and the logs")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seconds <= self.least_seconds + SAVING_SECONDS:
+            raise ValueError(
+                f"seconds is {self.seconds:g}, which starts nothing: expected more than least_seconds, "
+                f"{self.least_seconds:g}, and {SAVING_SECONDS:g} to save in"
+            )
 
 
 class OutOfTimeError(Exception):
@@ -43,7 +51,8 @@ class Task:
         result: file that is there when the task is done.
         programs: each one's words, run one after the other; all of them can be repeated.
         needs: names of the tasks that come before.
-        copies: (file, place) of what is copied at the end out of run folders, which are too large to be kept.
+        copies: (file, place) of what is copied at the end out of run folders, which are too large to be kept. Of a
+            task that did not come to its end all but the result is copied, as far as it is there.
     """
 
     name: str
@@ -89,11 +98,16 @@ def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
 
 def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
     """Run a task's programs, with one log. Raises: as `run_program`; RuntimeError if they leave no result."""
-    for words in task.programs:
-        run_program(words, gpu, logs / f"{task.name}.log", deadline)
-    for file, place in task.copies:
-        with replacing(place) as unfinished:
-            shutil.copyfile(file, unfinished)
+    ended = False
+    try:
+        for words in task.programs:
+            run_program(words, gpu, logs / f"{task.name}.log", deadline)
+        ended = True
+    finally:
+        for file, place in task.copies:
+            if ended or (file.is_file() and place != task.result):
+                with replacing(place) as unfinished:
+                    shutil.copyfile(file, unfinished)
     if not task.done:
         raise RuntimeError(f"{task.name} ended without {task.result}")
 
@@ -176,13 +190,16 @@ def work_through(
     return faults
 
 
-def bundle(folder: Path, file: Path) -> None:
-    """Write all files of a folder into one tar file, at once or not at all; what is unfinished is left out."""
+def bundle(results: Path, logs: Path, file: Path) -> None:
+    """Write all results and, in logs/, the programs' logs into one tar file, at once or not at all; what is
+    unfinished is left out."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as unfinished, tarfile.open(unfinished, "w:gz") as archive:
-        for path in sorted(folder.iterdir()):
+        for path in sorted(results.iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 archive.add(path, path.name)
+        for path in sorted(logs.glob("*.log")):
+            archive.add(path, f"logs/{path.name}")
 
 
 def carry_out(config: MachineConfig, tasks: Sequence[Task], results: Path, logs: Path, deadline: float) -> None:
@@ -192,12 +209,13 @@ def carry_out(config: MachineConfig, tasks: Sequence[Task], results: Path, logs:
     Raises: SystemExit(1) if a task failed.
     """
 
-    def after(task: Task) -> None:
+    def after(task: Task | None) -> None:
         if config.bundle is not None:
-            bundle(results, Path(config.bundle))
+            bundle(results, logs, Path(config.bundle))
 
     start = partial(run_task, logs=logs, deadline=deadline)
     faults = work_through(tasks, config.gpus * config.together, deadline, config.least_seconds, start, after)
+    after(None)  # what was stopped or failed has logs too
     done = sum(task.done for task in tasks)
     print(f"{done} of {len(tasks)} tasks are done, results in {results}; the same command goes on with the rest")
     if faults:
