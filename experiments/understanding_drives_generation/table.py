@@ -67,7 +67,7 @@ SCALES = {
     "share of the training concepts, %": {50: "_half", 100: ""},
 }
 RANDOM = "FD-VTP-192"  # on the encoder of random weights
-TITLES = {RANDOM: "FD on a random network (control)"}
+TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
 LABEL, SAMPLE_ROWS = 190, 4  # pixels beside the samples for names; rows of the pictures of samples.py
 
@@ -196,7 +196,6 @@ class Panel:
     curves: list[Curve]
     baseline: float | None = None
     logarithmic: bool = True
-    named: bool = False  # the points carry their names
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -267,9 +266,6 @@ def draw(panel: Panel, left: float, top: float) -> list[str]:
         parts += [marker(curve.style, *spot) for spot in spots]
         for x, y in (place(*dot) for dot in curve.dots):
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="white" stroke="{curve.style.colour}"/>')
-        for x, y in spots * panel.named:  # names lie inside the axes
-            right = x > (x0 + x1) / 2
-            parts.append(text(x - 8 if right else x + 8, y - 7, curve.style.label, "end" if right else "start"))
     return parts
 
 
@@ -335,7 +331,7 @@ def tokenizer_panel(table: dict[str, dict]) -> Panel | None:
     values = {name: (row["PSNR"], row["20-NN"]) for name, row in known.items()}
     curves = [Curve(STYLES[name], [point], line=False) for name, point in values.items() if None not in point]
     labels = "reconstruction of held-out images: PSNR, dB", "20-NN accuracy, 10 categories"
-    return Panel("The tokenizers", *labels, curves, logarithmic=False, named=True) if curves else None
+    return Panel("The tokenizers", *labels, curves, logarithmic=False) if curves else None
 
 
 def samples_picture(folder: Path) -> Image.Image | None:
@@ -374,9 +370,9 @@ def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
         write_text(output.with_name(f"{output.stem}-scaling.svg"), figure(panels, 2, styles, note))
     panel = tokenizer_panel(table)
     if panel is not None:
-        write_text(
-            output.with_name(f"{output.stem}-tokenizers.svg"), figure([panel], 1, [], "Up and right is better.")
-        )
+        styles = [curve.style for curve in panel.curves]
+        drawn = figure([panel], 1, styles, "Up and right is better.")
+        write_text(output.with_name(f"{output.stem}-tokenizers.svg"), drawn)
     picture = samples_picture(results)
     if picture is not None:
         write_picture(output.with_name(f"{output.stem}-samples.png"), picture)

@@ -122,6 +122,18 @@ def test_the_programs_take_these_words(understanding, tmp_path):
     assert "max_train_steps" in program.parse_config(program.Config, words[1:]).changeable_keys()
 
 
+def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
+    found = load("docs/check_commands.py").commands(ROOT / UNDERSTANDING / "README.md")
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/emoji.tar", option(found[0], "--noto"), option(found[0], "--fluent")):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert [Path(words[1]).stem for words in found] == ["data", *["run"] * 4, "table", "run", "table"]
+    for words in found:
+        program = load(words[1])
+        program.parse_config(program.Config, words[2:])
+
+
 def test_smallest_is_small_whatever_else_is_said(understanding):
     config = understanding.Config(smallest=True, num_images=5000)
     assert (config.num_images, config.tokenizers) == (100, ["reconstruction", "all"])
@@ -232,7 +244,9 @@ def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
     assert "| all three objectives | 3 ± 1.414 | 0.25 ± 0 |" in (tmp_path / "out" / "table.md").read_text()
     assert len(elements(tmp_path / "out" / "table.svg", "circle")) == 2, "a seed each"
     words = [element.text for element in elements(tmp_path / "out" / "table.svg", "text")]
-    assert {"FD-VGG", "training steps of the generator", "real against real images", "20"} < set(words)
+    assert {"FD-VGG (LPIPS trains on it)", "training steps of the generator", "real against real images", "20"} < set(
+        words
+    )
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["table.json", "table.md", "table.svg"]
     with pytest.raises(ValueError, match="holds no tokenizer-NAME.json"):
         program.main([f"--results={tmp_path}/out", f"--output={tmp_path}/out/table.json"])
