@@ -67,6 +67,7 @@ SCALES = {
     "share of the training concepts, %": {50: "_half", 100: ""},
 }
 RANDOM = "FD-VTP-192"  # on the encoder of random weights
+RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is no finding about content."
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
 LABEL, SAMPLE_ROWS = 190, 4  # pixels beside the samples for names; rows of the pictures of samples.py
@@ -173,6 +174,10 @@ def markdown(table: dict[str, dict]) -> str:
         for name, row in table.items():
             cells = [cell(row["generators"].get(measure), step) for measure in measures]
             lines.append(f"| {STYLES[name].label} | " + " | ".join(cells) + " |")
+        found = [[row["generators"].get(measure, {}).get(step, {}) for row in table.values()] for measure in measures]
+        real = [[point["real"] for point in points if "real" in point] for points in found]
+        cells = [number(mean(values) if values else None) for values in real]
+        lines += ["| real against real images | " + " | ".join(cells) + " |", "", RANDOM_NOTE]
     return "\n".join(lines) + "\n"
 
 
