@@ -181,8 +181,8 @@ class Plan:
         probing += ["--features", str(self.folder / f"features-{name}"), "--train_batch_size", "256"]
         needs = (f"tokenizer-{name}",)
         return [
-            Task(f"reconstruction-{name}", result, (words,), needs),
-            Task(f"probe-{name}", probe, (probing,), needs),
+            Task(f"reconstruction-{name}", result, (words,), needs, saves=False),
+            Task(f"probe-{name}", probe, (probing,), needs, saves=False),
         ]
 
     def generator(self, name: str, seed: int, place: int, first: bool) -> list[Task]:
@@ -204,7 +204,8 @@ class Plan:
             programs[0] += ["--save_images", str(folder / "samples")]
             picture = [f"{HERE.relative_to(ROOT)}/samples.py", "--samples", str(folder / "samples" / "generated.npz")]
             programs.append([*picture, "--output", str(result.with_suffix(".png"))])
-        return [training, Task(result.stem, result, tuple(programs), (trained,), copies=((measured, result),))]
+        copies = ((measured, result),)
+        return [training, Task(result.stem, result, tuple(programs), (trained,), copies, saves=False)]
 
     def measurement(self, pipeline: str, control: bool) -> list[str]:
         """Against training images of all styles, without skin tones; `control`: the untrained generator as well."""

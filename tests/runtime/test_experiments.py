@@ -88,7 +88,7 @@ def test_a_program_is_told_to_save_before_the_deadline(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments.subprocess.Popen, "wait", waiting_for(tmp_path / "ready"))
     program = script(tmp_path, code)
     with pytest.raises(OutOfTimeError, match="stopped at the deadline"):
-        run_program([program], 0, log, soon(5.0))
+        run_program([program], 0, log, soon(0.0))
     assert saved.is_file()
 
 
@@ -140,7 +140,7 @@ def test_logs_of_a_task_that_was_stopped_are_kept_and_its_result_is_not(tmp_path
     copies = (file, results / "a.json"), (file, results / "a.jsonl"), (tmp_path / "none", results / "b")
     task = Task("a", results / "a.json", (["train.py"],), copies=copies)
 
-    def stopped(words, gpu, log, deadline):
+    def stopped(words, gpu, log, stop):
         log.write_text("step 1")
         raise OutOfTimeError("train.py")
 
@@ -150,6 +150,15 @@ def test_logs_of_a_task_that_was_stopped_are_kept_and_its_result_is_not(tmp_path
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         assert archive.getnames() == ["a.jsonl", "logs/a.log"]
     assert not task.done
+
+
+def test_what_saves_nothing_runs_up_to_the_deadline(tmp_path, monkeypatch):
+    stops, end = [], soon(100.0)
+    monkeypatch.setattr(experiments, "run_program", lambda words, gpu, log, stop: stops.append(end - stop))
+    (tmp_path / "a.json").touch()
+    for saves in (True, False):
+        run_task(Task("a", tmp_path / "a.json", (["x.py"],), saves=saves), 0, tmp_path, end)
+    assert stops == pytest.approx([experiments.SAVING_SECONDS, experiments.ENDING_SECONDS])
 
 
 def test_too_little_time_to_start_anything_is_refused():

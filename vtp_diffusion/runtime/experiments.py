@@ -17,7 +17,8 @@ from .config import Settings, setting
 from .disk import replacing
 from .programs import ROOT
 
-SAVING_SECONDS = 20.0  # that a program has to save and end after SIGTERM; then it is killed
+SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then it is killed
+ENDING_SECONDS = 3.0  # that one has which saves nothing
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,8 @@ class Task:
         needs: names of the tasks that come before.
         copies: (file, place) of what is copied at the end out of run folders, which are too large to be kept. Of a
             task that did not come to its end all but the result is copied, as far as it is there.
+        saves: the programs save themselves when they are stopped; others, which lose what they did, run up to the
+            deadline.
     """
 
     name: str
@@ -60,17 +63,17 @@ class Task:
     programs: tuple[list[str], ...]
     needs: tuple[str, ...] = ()
     copies: tuple[tuple[Path, Path], ...] = ()
+    saves: bool = True
 
     @property
     def done(self) -> bool:
         return self.result.is_file()
 
 
-def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
+def run_program(words: list[str], gpu: int, log: Path, stop: float) -> None:
     """Run a program of the repository on one GPU; its output goes to the end of `log`.
 
-    At the deadline (of `time.monotonic`), less what saving may take, it gets SIGTERM: a training run saves itself and
-    goes on when it is started again.
+    At `stop` (of `time.monotonic`) it gets SIGTERM: a training run saves itself and goes on when it is started again.
 
     Raises: OutOfTimeError if it was stopped. RuntimeError with the end of its output if it fails.
     """
@@ -82,7 +85,7 @@ def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
         try:
-            status = process.wait(max(0.0, deadline - SAVING_SECONDS - time.monotonic()))
+            status = process.wait(max(0.0, stop - time.monotonic()))
         except subprocess.TimeoutExpired as error:
             process.terminate()
             try:
@@ -98,10 +101,10 @@ def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
 
 def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
     """Run a task's programs, with one log. Raises: as `run_program`; RuntimeError if they leave no result."""
-    ended = False
+    ended, stop = False, deadline - (SAVING_SECONDS if task.saves else ENDING_SECONDS)
     try:
         for words in task.programs:
-            run_program(words, gpu, logs / f"{task.name}.log", deadline)
+            run_program(words, gpu, logs / f"{task.name}.log", stop)
         ended = True
     finally:
         for file, place in task.copies:
