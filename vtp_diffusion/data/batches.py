@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.config import Settings, setting
+from ..runtime.processes import to_device
 from .images import from_uint8
 
 # A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
@@ -132,13 +133,6 @@ def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = N
     if device.type == "cuda":
         return num_bytes <= DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
     return num_bytes <= HOST_BYTES
-
-
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on the device, without waiting for what is queued there."""
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
 
 
 def columns_to_device(columns: dict[str, Any], device: torch.device) -> dict[str, Any]:

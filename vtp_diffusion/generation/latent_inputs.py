@@ -27,7 +27,6 @@ from ..data.batches import (
     gathered_batches,
     read_ahead,
     read_batches,
-    to_device,
 )
 from ..data.image_datasets import DataConfig, ImageDataset
 from ..data.image_files import CROP
@@ -40,7 +39,7 @@ from ..models.latent_space import (
     encode_with_features,
     latent_statistics,
 )
-from ..runtime.processes import this_process
+from ..runtime.processes import this_process, to_device
 from ..runtime.random_reads import available_memory
 from ..runtime.reproducibility import autocast, draw_for_positions
 

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.batches import to_device
 from ..data.images import from_uint8
 from ..runtime.config import Settings, setting
+from ..runtime.processes import to_device
 from ..runtime.reproducibility import exact_float32
 
 # Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
