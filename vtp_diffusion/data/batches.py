@@ -52,9 +52,7 @@ class StepBatchSampler:
         rank, world_size: this process and how many there are; together they read each epoch once.
         weights: (num_samples,) not negative; all equal counts as none.
         accumulation: micro-steps a step.
-
-    Raises:
-        ValueError: sizes that are not positive, weights of another shape, negative, not finite or all zero.
+    Raises: ValueError: sizes that are not positive, weights of another shape, negative, not finite or all zero.
     """
 
     def __init__(
@@ -296,9 +294,7 @@ def augment_images(images: torch.Tensor, config: AugmentationConfig, draws: torc
     Args:
         images: (B, 3, H, W), uint8 or float in [-1, 1].
         draws: (B, NUM_DRAWS) uniform in [0, 1), on the images' device.
-
-    Returns:
-        (B, 3, H, W) float32 in [-1, 1].
+    Returns: (B, 3, H, W) float32 in [-1, 1].
     """
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     if config == UNCHANGED:

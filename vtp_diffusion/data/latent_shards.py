@@ -208,11 +208,9 @@ class LatentDataset(Dataset):
         num_bytes: of all latents together.
         fingerprint: identifies the files.
         weights: None: every latent counts the same.
-
-    Raises:
-        ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
-            together, labels out of range, missing, double or overlapping shards, or other files or counts than
-            latents.json promises.
+    Raises: ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
+        together, labels out of range, missing, double or overlapping shards, or other files or counts than
+        latents.json promises.
     """
 
     weights = None
@@ -347,7 +345,6 @@ class LatentDataset(Dataset):
         Args:
             mirrored: (B,) bool: take the latent of the mirror image.
             into: (B, C, h, w) of the same dtype, contiguous, which becomes the result.
-
         Returns: raw `latents` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for.
         Raises: IndexError for an index out of range.
         """

@@ -58,8 +58,7 @@ def _check_plain(path: str | Path, entry: zipfile.ZipInfo) -> None:
 def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of the npy file that an open file stands at the beginning of.
 
-    Raises:
-        ValueError: no npy file, or one in Fortran order.
+    Raises: ValueError: no npy file, or one in Fortran order.
     """
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -72,11 +71,8 @@ def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
 class NpzImages:
     """Images of an npz by row, read when asked for.
 
-    Args:
-        path: an npz with `arr_0`, uint8 (N, H, W, 3), and perhaps `settings`, JSON text that says what made them.
-
-    Raises:
-        ValueError: the file is no npz, is damaged, holds something else, or fewer images than its settings say.
+    Args: `path`: an npz with `arr_0`, uint8 (N, H, W, 3), and perhaps `settings`, JSON text that says what made them.
+    Raises: ValueError: the file is no npz, is damaged, holds something else, or fewer images than its settings say.
     """
 
     def __init__(self, path: str | Path):
@@ -174,9 +170,7 @@ def write_npz(
         count, size: number of images, their height and width.
         batches: uint8 (B, H, W, 3).
         arrays: name -> array, beside `arr_0`.
-
-    Raises:
-        ValueError: the batches hold another number of images, or others.
+    Raises: ValueError: the batches hold another number of images, or others.
     """
     path, written = Path(path), 0
     path.parent.mkdir(parents=True, exist_ok=True)

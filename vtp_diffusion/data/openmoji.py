@@ -51,9 +51,8 @@ def openmoji_folder(resolution: int, cache_dir: str | Path | None = None) -> Pat
     It holds images/, metadata.jsonl (file_name, key, base, category, subcategory, label, caption, skin_tone: what
     `datasets` reads as an image folder) and ATTRIBUTION.txt. A complete folder is used without the packages that draw.
 
-    Raises:
-        ImportError: it has to be rendered and a package for that is missing.
-        ValueError: `resolution` is not positive, or the place is taken by something else.
+    Raises: ImportError: it has to be rendered and a package for that is missing. ValueError: `resolution` is not
+        positive, or the place is taken by something else.
     """
     if resolution < 1:
         raise ValueError(f"the resolution must be a positive number of pixels, got {resolution}")

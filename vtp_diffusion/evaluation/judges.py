@@ -19,8 +19,7 @@ def check_floor(records: dict[str, ImageRecord]) -> None:
     """Refuse floor images that are reference images: distances and memorisation are measured against what images
     outside the reference get, and so many copies (pixel for pixel) would make that nothing.
 
-    Raises:
-        ValueError: a share of copies as large as the quantile of memorisation.
+    Raises: ValueError: a share of copies as large as the quantile of memorisation.
     """
     floor = records["floor"].keys
     copies = int(np.isin(floor, records["reference"].keys).sum())
@@ -53,9 +52,7 @@ def measure_fdr6(
 ) -> dict:
     """FDr6 of every measured set of images, for result files.
 
-    Args:
-        distances: rows of `Measurement`.
-        statistics: of the reference where files hold them.
+    Args: `distances`: rows of `Measurement`; `statistics`: of the reference where files hold them.
     """
     constants, source = PUBLISHED_CONSTANTS, PUBLISHED
     if config.computes_constants:

@@ -87,9 +87,7 @@ def cached_features(
         num_layers: last layers whose class tokens are kept.
         progress: called with the number of images just read.
         num_workers: processes that read images.
-
-    Raises:
-        ValueError: the folder holds features of another model or of other images, or something else.
+    Raises: ValueError: the folder holds features of another model or of other images, or something else.
     """
     folder = Path(folder)
     key = {

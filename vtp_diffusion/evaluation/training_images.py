@@ -21,7 +21,6 @@ class TrainingImages:
         reference: as of `open_reference`.
         size: height and width of the images.
         network: of the features, as `feature_network` takes it.
-
     Raises: ValueError if the reference has no images of this size.
     """
 

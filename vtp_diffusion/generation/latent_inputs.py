@@ -113,9 +113,7 @@ class OnlineLatents:
         vae: the autoencoder, frozen.
         config: of the images.
         augmentation: changes made to them; mirroring is drawn apart from it.
-
     Attributes: `shape`, `id2label`, `metadata`, `weights` and `fingerprint`, as those of `LatentDataset`.
-
     Raises: ValueError if the autoencoder does not take images of this size.
     """
 

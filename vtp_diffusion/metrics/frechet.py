@@ -48,12 +48,9 @@ class GaussianStatistics:
     ) -> "GaussianStatistics":
         """Statistics from a mean (D,) and a covariance (D, D), as files hold them.
 
-        Args:
-            count: of how many samples; only merging needs it.
-
-        Raises:
-            ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric, or
-                variances below 0.
+        Args: `count`: of how many samples; only merging needs it.
+        Raises: ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric, or
+            variances below 0.
         """
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
             raise ValueError(
@@ -91,9 +88,8 @@ class GaussianStatistics:
     def update(self, features: torch.Tensor) -> None:
         """Adds a batch (B, D).
 
-        Raises:
-            ValueError: another width, now; values that are not finite, when the batch is counted in: to look at each
-                batch would make the host wait for the device each time.
+        Raises: ValueError: another width, now; values that are not finite, when the batch is counted in: to look at
+            each batch would make the host wait for the device each time.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features {tuple(features.shape)} given, expected (B, {self.dim})")
@@ -199,9 +195,8 @@ class GaussianStatistics:
 def _sum_of_roots(product: torch.Tensor, scale: torch.Tensor) -> float:
     """Sum of the square roots of the eigenvalues of a symmetric product of covariances, without its rounding noise.
 
-    Args:
-        scale: product of the Frobenius norms of the covariances. The product's own largest eigenvalue is noise itself
-            where the ranges of the two are orthogonal.
+    Args: `scale`: product of the Frobenius norms of the covariances. The product's own largest eigenvalue is noise
+        itself where the ranges of the two are orthogonal.
     """
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     noise = eigenvalues <= 4 * torch.finfo(torch.float64).eps * scale
@@ -219,8 +214,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     compared several times comes first. What a number says depends on the network the features come from: only with the
     Inception weights of 2015 is it an FID.
 
-    Raises:
-        ValueError: statistics of different dimensions, or of fewer than 2 samples.
+    Raises: ValueError: statistics of different dimensions, or of fewer than 2 samples.
     """
     if a.dim != b.dim:
         raise ValueError(f"statistics of {a.dim} and of {b.dim} features cannot be compared")
@@ -267,8 +261,7 @@ def jackknife_deviation(
 
     A bootstrap would draw images twice, which moves a Fréchet distance upwards by itself.
 
-    Raises:
-        ValueError: fewer than 2 groups, other groups of the reference, or 1 sample where a group is left out.
+    Raises: ValueError: fewer than 2 groups, other groups of the reference, or 1 sample where a group is left out.
     """
     paired = not isinstance(reference, GaussianStatistics)
     if len(groups) < 2:

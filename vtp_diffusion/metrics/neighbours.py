@@ -24,8 +24,7 @@ def nearest_neighbours(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine distance (N,) of each query (N, D) to its nearest key (M, D), and that key's index (N,).
 
-    Args:
-        exclude_self: query i is key i and must not find itself.
+    Args: `exclude_self`: query i is key i and must not find itself.
     """
     if queries.shape[1] != keys.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} features and keys {keys.shape[1]}")
@@ -110,12 +109,9 @@ def memorised(
 ) -> Memorised:
     """The share of generated images that lie nearer to a training image than all but 5 % of real held-out images do.
 
-    Args:
-        generated, held_out, training: features (N, D), (M, D) and (K, D) of one network. All training images: of a
-            part of them held-out and generated images are further away, but not alike.
-
-    Raises:
-        ValueError: fewer held-out images than the quantile needs (20 for 5 %).
+    Args: `generated`, `held_out`, `training`: features (N, D), (M, D) and (K, D) of one network. All training images:
+        of a part of them held-out and generated images are further away, but not alike.
+    Raises: ValueError: fewer held-out images than the quantile needs (20 for 5 %).
     """
     check_held_out(len(held_out), quantile)
     threshold = torch.quantile(nearest_neighbours(held_out, training)[0], quantile).item()
@@ -137,9 +133,7 @@ def neighbour_grid(
 ) -> Image.Image:
     """Pairs, each generated image above its neighbour, in the order given, labelled with the distance.
 
-    Args:
-        queries, neighbours: uint8 (N, 3, H, W), of one size.
-        distances: (N,).
+    Args: `queries`, `neighbours`: uint8 (N, 3, H, W), of one size; `distances`: (N,).
     """
     pairs = []
     for query, neighbour in zip(to_pil(queries), to_pil(neighbours), strict=True):

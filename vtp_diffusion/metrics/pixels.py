@@ -32,8 +32,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     for their degrees of freedom, and images are not made smaller first. Other choices give other numbers:
     `SSIM_SETTINGS` says all this in words.
 
-    Raises:
-        ValueError: other types or shapes, or images smaller than the window.
+    Raises: ValueError: other types or shapes, or images smaller than the window.
     """
     if x.shape != y.shape or x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(

@@ -69,8 +69,7 @@ SCALE = (0.458, 0.448, 0.450)
 class ConvolutionalTrunk(nn.Module):
     """VGG16 or AlexNet without its classifier, frozen, weights float32.
 
-    Args:
-        network: "vgg" or "alex".
+    Args: `network`: "vgg" or "alex".
 
     The weights are random until `load_weights`.
     """
@@ -97,11 +96,8 @@ class ConvolutionalTrunk(nn.Module):
     def load_weights(self, source: str | Path) -> dict[str, torch.Tensor]:
         """Loads the weights strictly from a source that `load_trunk` knows, and keeps its path as `file`.
 
-        Returns:
-            The LPIPS heads, if the source holds them, else an empty dictionary.
-
-        Raises:
-            ValueError: the source does not hold exactly this network (and heads); or what `load_trunk` raises.
+        Returns: The LPIPS heads, if the source holds them, else an empty dictionary.
+        Raises: ValueError: the source does not hold exactly this network (and heads); or what `load_trunk` raises.
         """
         state, self.file = load_trunk(self.network, source)
         heads = {name: state.pop(name) for name in list(state) if name.startswith("heads.")}
@@ -132,8 +128,7 @@ class ConvolutionalTrunk(nn.Module):
 def package_file(package: str, relative: str, install: str) -> Path:
     """Path of a file inside an installed package, which is not imported.
 
-    Raises:
-        ImportError: the package is not installed (says `install`), or it does not hold the file.
+    Raises: ImportError: the package is not installed (says `install`), or it does not hold the file.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -210,11 +205,8 @@ def load_trunk(network: str, source: str | Path) -> tuple[dict[str, torch.Tensor
 
     Returns:
         The state dict, float32, and the file it came from; of an exported file, with the LPIPS heads that it holds.
-
-    Raises:
-        ValueError: unknown network; a file that does not hold that network.
-        ImportError: the package is not installed.
-        OSError: the download failed.
+    Raises: ValueError: unknown network; a file that does not hold that network. ImportError: the package is not
+        installed. OSError: the download failed.
     """
     if network not in CONVOLUTIONS:
         raise ValueError(f"network {network!r} is unknown; known: {', '.join(CONVOLUTIONS)}")
@@ -246,8 +238,7 @@ def export_trunk(
     VGG16 is 29 MB in float16. Rounding the weights to float16 moves LPIPS by less than 1e-4; heads stay float32.
     `LPIPS(network, trunk=path)` and the feature network "vgg16" read the file.
 
-    Raises:
-        ValueError: a dtype that is not float32, float16 or bfloat16, or what `load_trunk` raises.
+    Raises: ValueError: a dtype that is not float32, float16 or bfloat16, or what `load_trunk` raises.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype {dtype} given, expected torch.float32, torch.float16 or torch.bfloat16")

@@ -19,8 +19,7 @@ DAMAGE_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeE
 def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:
     """The EMA weights of an upstream `.pt` file `{"model", "ema", "opt", "config"}`.
 
-    Raises:
-        ValueError: the file is missing, cannot be read, or holds no "ema".
+    Raises: ValueError: the file is missing, cannot be read, or holds no "ema".
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_file():
@@ -44,9 +43,7 @@ def lightning_dit_architecture(
     Args:
         released: the tensors under "ema". The rotary table among them has the width of a head.
         source: what the message calls the checkpoint.
-
-    Raises:
-        ValueError: naming the keys that are missing.
+    Raises: ValueError: naming the keys that are missing.
     """
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "feat_rope.freqs_cos")
     if missing := [name for name in needed if name not in released]:
@@ -77,9 +74,7 @@ def convert_lightning_dit_state_dict(
         released: the tensors under "ema".
         config: configuration keywords of the model.
         source: what the message calls the checkpoint.
-
-    Raises:
-        ValueError: naming keys that are missing or left over, or rotary tables of another grid, head size or base.
+    Raises: ValueError: naming keys that are missing or left over, or rotary tables of another grid, head size or base.
     """
     grid, head_dim = config["sample_size"] // config["patch_size"], config["attention_head_dim"]
     rotary = dict(

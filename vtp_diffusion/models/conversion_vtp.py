@@ -64,9 +64,7 @@ def convert_vtp_config(
         released: the content of `config.json`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
         source: what the message calls the configuration.
-
-    Raises:
-        ValueError: naming every option that is missing, unknown, or set to something these models do not compute.
+    Raises: ValueError: naming every option that is missing, unknown, or set to something these models do not compute.
     """
     problems = []
     unknown = sorted(set(released) - set(VTP_OPTIONS) - set(VTP_FIXED_OPTIONS) - VTP_IGNORED_OPTIONS)
@@ -107,9 +105,7 @@ def convert_vtp_state_dict(
         released: tensors of `model.safetensors`.
         config: configuration keywords of `VTPModel`, from `convert_vtp_config`.
         source: what the message calls the checkpoint.
-
-    Raises:
-        ValueError: naming keys that are missing or left over, or periods that differ.
+    Raises: ValueError: naming keys that are missing or left over, or periods that differ.
     """
     periods = {"trunk.rope_embed.periods": "encoder", "pixel_decoder.rope_embed.periods": "decoder"}
     state = rename_strictly(released, _vtp_rename_table(config) | {name: (name,) for name in periods}, source)
@@ -179,9 +175,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     Args:
         folder_or_hub_id: local folder, hub repository id, or one of `RELEASED`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
-
-    Raises:
-        ValueError: for a missing or unreadable file, or a checkpoint that these models do not compute.
+    Raises: ValueError: for a missing or unreadable file, or a checkpoint that these models do not compute.
     """
     if rope_dtype is not None and rope_dtype not in ROTARY_DTYPES:
         raise ValueError(f"rope_dtype={rope_dtype!r} is not None or one of {sorted(ROTARY_DTYPES)}.")

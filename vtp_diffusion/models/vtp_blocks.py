@@ -21,8 +21,7 @@ ROTARY_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class VTPTransformer(nn.Module):
     """What encoder and decoder share: pre-norm blocks and a final norm over patches with axial rotary embedding.
 
-    Raises:
-        ValueError: when the size of a head is not a whole multiple of 4 (two axes, pairs of channels).
+    Raises: ValueError: when the size of a head is not a whole multiple of 4 (two axes, pairs of channels).
     """
 
     def __init__(

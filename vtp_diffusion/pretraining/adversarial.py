@@ -213,8 +213,7 @@ class AdversarialDecoding(nn.Module):
 def find_autoencoder(folder: str | Path) -> Path:
     """The AutoencoderVTP folder that is meant: the folder itself, or vae/ in the run folder of the first stage.
 
-    Raises:
-        ValueError: it is neither, or the first stage has not finished.
+    Raises: ValueError: it is neither, or the first stage has not finished.
     """
     folder = Path(folder)
     for path in (folder, folder / "vae"):
@@ -240,7 +239,6 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
         log: lines of log.jsonl in order.
         start_step: `AdversarialConfig.start_step`.
         psnr: name of the PSNR in the log; its first value is that before training.
-
     Returns: {"step", "sign", "value"}, in the order of the steps.
     """
     rules = {

@@ -85,9 +85,7 @@ def make_crops(
         config: sizes, numbers and scales.
         draws: (B, views, NUM_DRAWS), as of `draw_crops`.
         change: `recolour_views`, or that compiled.
-
-    Returns:
-        global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
+    Returns: global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
     """
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     draws = draws.transpose(0, 1)  # (views, B, NUM_DRAWS)
@@ -149,7 +147,6 @@ def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], s
         draws: (V·B, >= 5) uniform: area, aspect ratio, left, top, mirroring; all images' first view first.
         scale: bounds of the share of area.
         size: side of the crops.
-
     Returns: (V·B, 3, size, size), in the order of the draws.
     """
     count, _, height, width = images.shape

@@ -211,10 +211,8 @@ def build_config(config_class: type[Config], values: dict[str, Any], where: str,
         values: key -> value, as YAML gives them (lists for tuples, integers for floats are accepted).
         where: what the error messages call the place the values came from, such as a file name.
         prefix: the section, with its dot, that the keys belong to.
-
-    Raises:
-        ValueError: an unknown key (with the nearest known one), a value of another type, a number that is not finite,
-            a missing required key.
+    Raises: ValueError: an unknown key (with the nearest known one), a value of another type, a number that is not
+        finite, a missing required key.
     """
     annotations = _check_keys(config_class, values, where, prefix)
     fields = [f for f in dataclasses.fields(config_class) if f.init]
@@ -399,10 +397,8 @@ def parse_config(
         argv: the words of the command line, without the program's name; None means those of this process.
         description: what `--help` says first.
         shipped: the configurations of this program, which `--config` takes by name too.
-
-    Raises:
-        ValueError: an unknown key or option, a value of another type, a missing required value.
-        FileNotFoundError: the YAML file does not exist.
+    Raises: ValueError: an unknown key or option, a value of another type, a missing required value. FileNotFoundError:
+        the YAML file does not exist.
     """
     leaves = _leaves(config_class)
     words = sys.argv[1:] if argv is None else argv

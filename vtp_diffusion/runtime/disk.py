@@ -136,9 +136,7 @@ def write_results(path: str | Path, evaluation: str, config: Any, results: dict[
         path: FILE.json; written at once or not at all, folders are made.
         evaluation: by which `eval/report.py` knows what the file holds.
         config: the program's, a dataclass.
-
-    Returns:
-        What was written: settings that name caches are left out, they decide no number.
+    Returns: What was written: settings that name caches are left out, they decide no number.
     """
     path = Path(path)
     versions = {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}

@@ -53,9 +53,8 @@ _Yaml.add_implicit_resolver(
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not valid YAML, or holds something else than a mapping.
+    Raises: FileNotFoundError: there is no such file. ValueError: the file is not valid YAML, or holds something else
+        than a mapping.
     """
     path = Path(path)
     if not path.is_file():

@@ -108,8 +108,7 @@ def find_damage(folder: Path) -> str | None:
 def newest_whole_checkpoint(folder: RunFolder) -> tuple[int, Path] | None:
     """(step, folder) of the newest checkpoint that is as it was written; newer ones are named in a warning.
 
-    Raises:
-        ValueError: there are checkpoints, but every one is damaged: starting over would be a surprise.
+    Raises: ValueError: there are checkpoints, but every one is damaged: starting over would be a surprise.
     """
     damages = []
     for step, path in reversed(folder.checkpoints()):
@@ -236,9 +235,8 @@ class CheckpointWriter:
         """Copy the state and begin to write it, once the checkpoint before is written; for every process.
 
         Args: `limit`: how many to keep.
-        Raises:
-            OSError: this one or the one before could not be written, for example because the disk is full. What was
-                written of it is removed; if it was another process than the main one that failed, by the next start.
+        Raises: OSError: this one or the one before could not be written, for example because the disk is full. What
+            was written of it is removed; if it was another process than the main one that failed, by the next start.
         """
         self.wait()
         with _named(state.step, self.folder):
@@ -334,8 +332,7 @@ def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int
 def resume(state: TrainingState, folder: RunFolder) -> None:
     """Continue from the newest checkpoint that is not damaged, with whatever number of processes it was written.
 
-    Raises:
-        ValueError: all are damaged, or it has another fingerprint.
+    Raises: ValueError: all are damaged, or it has another fingerprint.
     """
     rank, _ = this_process()
     found = from_main(lambda: newest_whole_checkpoint(folder))
