@@ -287,17 +287,8 @@ def _probe_rows(result: Result) -> Iterable[Row]:
         f"{'with' if best['patches'] else 'without'} patches, learning rate {best['learning_rate']:g}"
     )
     always = f"chance is always the most frequent class, {_share(chance['uniform'])} guessing"
-    yield Row(
-        FEATURES,
-        "linear probe, top-1",
-        UP,
-        _share(best["top1"]),
-        "",
-        guess,
-        count,
-        f"{details}; {always}",
-        result.name,
-    )
+    details = f"{details}; {always}"
+    yield Row(FEATURES, "linear probe, top-1", UP, _share(best["top1"]), "", guess, count, details, result.name)
     for row in values["neighbours"]:
         what = f"{row['neighbours']}-NN on the {row['features']}".replace("the both", "both tokens")
         yield Row(FEATURES, what, UP, _share(row["top1"]), "", guess, count, always, result.name)

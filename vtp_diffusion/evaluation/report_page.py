@@ -25,14 +25,7 @@ PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
 AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
 STEP_AXIS = "training step"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 34, 18, 46  # of a chart and its margins
-HEADS = {
-    "what": "what",
-    "value": "value",
-    "best": "best possible",
-    "chance": "chance",
-    "images": "images",
-    "details": "details",
-}
+HEADS = {name: name for name in ("what", "value", "best", "chance", "images", "details")} | {"best": "best possible"}
 TEMPLATES = Environment(
     loader=PackageLoader("vtp_diffusion.evaluation"), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 
 KNN_NEIGHBOURS = (10, 20)
-
-
 KNN_TEMPERATURE = 0.07
 
 

@@ -1,6 +1,6 @@
 """Gaussian statistics of features, the Fréchet distance between two of them, its spread and its floor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -303,16 +303,14 @@ class Floor:
     generated_deviation: float | None
 
 
-def _summary(
-    kind: str, sizes: tuple[int, int], real: list[float], generated: list[float], whole: Sequence[str] = ()
+def _floor(
+    kind: str, sizes: tuple[int, int], distances: Iterable[tuple[float, float]], whole: tuple[bool, bool]
 ) -> Floor:
-    """`whole`: names of the sides that were the same images in every repetition."""
-    deviations = {
-        name: None if name in whole else float(np.std(values))
-        for name, values in (("real", real), ("generated", generated))
-    }
-    means = float(np.mean(real)), float(np.mean(generated))
-    return Floor(kind, sizes, len(real), means[0], deviations["real"], means[1], deviations["generated"])
+    """`distances`: real and generated, of every repetition; `whole`: which of them had the same images in all."""
+    values, sides = list(distances), []
+    for side, always in zip(zip(*values, strict=True), whole, strict=True):
+        sides += [float(np.mean(side)), None if always else float(np.std(side))]
+    return Floor(kind, sizes, len(values), *sides)
 
 
 def floor_of_halves(
@@ -339,14 +337,13 @@ def floor_of_halves(
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 4 reference images, got {len(generated)}, {len(reference)}")
     generator = random_stream("floor", seed)
-    real_distances, generated_distances = [], []
-    for _ in range(repetitions):
+
+    def repetition() -> tuple[float, float]:
         order = generator.permutation(len(reference))
-        half = prepare(reference[order[n : 2 * n]])
-        subset = generated[generator.permutation(len(generated))[:n]]
-        real_distances.append(distance(half, prepare(reference[order[:n]])))
-        generated_distances.append(distance(half, prepare(subset)))
-    return _summary("halves", (n, n), real_distances, generated_distances)
+        half, subset = prepare(reference[order[n : 2 * n]]), generated[generator.permutation(len(generated))[:n]]
+        return distance(half, prepare(reference[order[:n]])), distance(half, prepare(subset))
+
+    return _floor("halves", (n, n), (repetition() for _ in range(repetitions)), (False, False))
 
 
 def floor_of_images(
@@ -368,12 +365,9 @@ def floor_of_images(
     n = min(len(generated), len(held_out))
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 2 held-out images, got {len(generated)} and {len(held_out)}")
-    generator = random_stream("floor", seed)
-    whole = prepare(reference)
-    real_distances, generated_distances = [], []
-    for _ in range(repetitions):
-        for features, distances in ((held_out, real_distances), (generated, generated_distances)):
-            subset = features[generator.permutation(len(features))[:n]]
-            distances.append(distance(whole, prepare(subset)))
-    whole = [name for name, features in (("real", held_out), ("generated", generated)) if len(features) == n]
-    return _summary("held-out", (n, len(reference)), real_distances, generated_distances, whole)
+    generator, whole, sides = random_stream("floor", seed), prepare(reference), (held_out, generated)
+    distances = (
+        tuple(distance(whole, prepare(side[generator.permutation(len(side))[:n]])) for side in sides)
+        for _ in range(repetitions)
+    )
+    return _floor("held-out", (n, len(reference)), distances, (len(held_out) == n, len(generated) == n))

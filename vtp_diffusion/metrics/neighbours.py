@@ -15,7 +15,6 @@ from ..data.images import image_grid, to_pil
 from ..runtime.reproducibility import stream_seed
 
 MEMORISED_QUANTILE = 0.05
-
 NEIGHBOUR_NETWORK = "efficientnet_lite0"
 
 
@@ -104,27 +103,26 @@ class Memorised:
     num_training: int
 
 
-def memorised(
-    generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor, quantile: float = MEMORISED_QUANTILE
-) -> Memorised:
+def memorised(generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor) -> Memorised:
     """The share of generated images that lie nearer to a training image than all but 5 % of real held-out images do.
 
     Args: `generated`, `held_out`, `training`: features (N, D), (M, D) and (K, D) of one network. All training images:
         of a part of them held-out and generated images are further away, but not alike.
     Raises: ValueError: fewer held-out images than the quantile needs (20 for 5 %).
     """
-    check_held_out(len(held_out), quantile)
+    check_held_out(len(held_out))
+    quantile = MEMORISED_QUANTILE
     threshold = torch.quantile(nearest_neighbours(held_out, training)[0], quantile).item()
     share = (nearest_neighbours(generated, training)[0] < threshold).double().mean().item()
     return Memorised(share, threshold, quantile, len(generated), len(held_out), len(training))
 
 
-def check_held_out(count: int, quantile: float = MEMORISED_QUANTILE) -> None:
+def check_held_out(count: int) -> None:
     """Raises: ValueError if so many held-out images do not have the quantile."""
-    if count * quantile < 1:
+    if count * MEMORISED_QUANTILE < 1:
         raise ValueError(
-            f"memorisation is measured against the nearest {quantile:.0%} of held-out images: there are {count}, "
-            f"expected at least {round(1 / quantile)}"
+            f"memorisation is measured against the nearest {MEMORISED_QUANTILE:.0%} of held-out images: there are "
+            f"{count}, expected at least {round(1 / MEMORISED_QUANTILE)}"
         )
 
 

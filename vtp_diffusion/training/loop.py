@@ -1,8 +1,5 @@
 """The loop of the training programs: processes, steps, resuming; what else a step takes is in the files beside.
-
-Everything random is keyed by the seed and the position in the run, never by what was drawn before. That is what makes
-ten steps, a restart and ten more steps the same as twenty, bit for bit on a CPU.
-"""
+Why a resumed run does the same, bit for bit on a CPU, stands in runtime/reproducibility.py."""
 
 import contextlib
 from collections.abc import Callable, Iterator
