@@ -180,9 +180,7 @@ def write_npz(
             np.lib.format.write_array_header_1_0(file, header)
             for batch in batches:
                 if batch.dtype != np.uint8 or batch.shape[1:] != (*size, 3):
-                    raise ValueError(
-                        f"a batch is {batch.dtype} {batch.shape}, expected uint8 (B, {size[0]}, {size[1]}, 3)"
-                    )
+                    raise ValueError(f"got {batch.dtype} {batch.shape}, expected uint8 (B, {size[0]}, {size[1]}, 3)")
                 file.write(np.ascontiguousarray(batch).data)
                 written += len(batch)
         for name, array in arrays.items():

@@ -46,9 +46,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
                 | {"guidance_scale": config["validation.guidance_scale"]}
             )
     if not rows:
-        raise ValueError(
-            f"{folder}/log.jsonl has no distances: expected a run with validation.distance.num_images above 0"
-        )
+        raise ValueError(f"{folder}/log.jsonl has no distances: expected validation.distance.num_images above 0")
     return rows
 
 

@@ -25,8 +25,7 @@ def check_floor(records: dict[str, ImageRecord]) -> None:
     copies = int(np.isin(floor, records["reference"].keys).sum())
     if copies >= MEMORISED_QUANTILE * len(floor):
         raise ValueError(
-            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected real images "
-            "outside it"
+            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected others"
         )
 
 

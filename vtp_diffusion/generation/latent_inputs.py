@@ -234,7 +234,5 @@ def class_names(dataset: LatentDataset | OnlineLatents, num_classes: int | None)
     if num_classes is None or num_classes == len(names):
         return names
     if num_classes < len(names):
-        raise ValueError(
-            f"model.num_classes is {num_classes}, but the labels of the training data go from 0 to {len(names) - 1}"
-        )
+        raise ValueError(f"model.num_classes is {num_classes}, but the data's labels go from 0 to {len(names) - 1}")
     return {index: names.get(index, str(index)) for index in range(num_classes)}

@@ -50,9 +50,7 @@ class _SampleFiles:
         if file.is_file():
             check_same_run(read_json(file), settings, self.path)
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_ours, self.folder.iterdir()))):
-            raise ValueError(
-                f"{self.folder} holds files of something else: expected a new or empty folder, or one of this run"
-            )
+            raise ValueError(f"{self.folder} holds files of something else: expected a new folder, or this run's")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -157,10 +157,8 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
     with ThreadPoolExecutor() as pool:  # hashing is most of a start, and lets other threads run
         for name in ("vae", "transformer", "guidance_transformer"):
             if getattr(pipe, name, None) is not None:
-                digests = pool.map(
-                    _tensor_sha256, *zip(*sorted(getattr(pipe, name).state_dict().items()), strict=True)
-                )
-                weights[name] = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+                hashes = pool.map(_tensor_sha256, *zip(*sorted(getattr(pipe, name).state_dict().items()), strict=True))
+                weights[name] = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
     config = pipe.scheduler.config
     scheduler = {"class": type(pipe.scheduler).__name__, "shift": config.get("flow_shift", config.get("shift"))}
     return {"weights": weights, "scheduler": scheduler, "dtype": str(pipe.dtype), "noise": NOISE_RULE}

@@ -26,9 +26,7 @@ VTP_PREFIX = "vtp:"
 
 def _resize(images: torch.Tensor, side: int = INPUT_SIDE) -> torch.Tensor:
     # One input size whatever the images' own, so that distances of models of different resolutions can be compared.
-    return functional.interpolate(
-        images.float(), size=(side, side), mode="bilinear", antialias=True, align_corners=False
-    )
+    return functional.interpolate(images.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 class VGG16Features(FeatureNetwork):

@@ -92,9 +92,7 @@ class ConvolutionalTrunk(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] to the activations 0..`last`, each (B, C_i, H_i, W_i)."""
         minimum = MINIMUM_SIDE[self.network]
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < minimum:
-            raise ValueError(
-                f"images of shape {tuple(images.shape)} given, expected (B, 3, H, W) with sides of at least {minimum}"
-            )
+            raise ValueError(f"images are {tuple(images.shape)}, expected (B, 3, H, W), sides of at least {minimum}")
         hidden = (images.to(self.shift.dtype) - self.shift) / self.scale
         activations = []
         for index, layer in enumerate(self.features):
@@ -133,9 +131,7 @@ class _NumpyUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(
-                f"refusing {module}.{name}: the file may hold nested dictionaries of numpy arrays only"
-            )
+            raise pickle.UnpicklingError(f"refusing {module}.{name}: expected nested dictionaries of numpy arrays")
         return self.ALLOWED[module, name]
 
 

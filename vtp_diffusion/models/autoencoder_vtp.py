@@ -230,9 +230,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             ValueError: for latents that are not (B, C, h, w).
         """
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"Latents have shape {tuple(z.shape)}, expected (B, {self.latent_channels}, height, width)."
-            )
+            raise ValueError(f"Latents are {tuple(z.shape)}, expected (B, {self.latent_channels}, height, width).")
         if self.use_slicing and z.shape[0] > 1:
             sample = torch.cat([self._decode(latent) for latent in z.split(1)])
         else:
@@ -408,8 +406,7 @@ def _latent_statistics(mean, std, channels: int) -> tuple[list[float] | None, li
     mean, std = ([float(value) for value in values] for values in (mean, std))
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
-            f"latents_mean and latents_std have {len(mean)} and {len(std)} values, "
-            f"expected latent_channels={channels}."
+            f"latents_mean and latents_std have {len(mean)} and {len(std)} values, expected latent_channels={channels}"
         )
     if not all(math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)):
         raise ValueError("latents_mean must be finite and latents_std finite and positive.")
@@ -424,7 +421,6 @@ def _block_out_channels(given: list[int] | None, patch_size: int, width: int) ->
         expected = [width] * patch_size.bit_length()
     if given is not None and (expected is None or len(given) != len(expected)):
         raise ValueError(
-            f"block_out_channels={given}: pipelines read 2 ** (length - 1) from it, "
-            f"which must be patch_size={patch_size}."
+            f"block_out_channels={given}: pipelines read 2 ** (length - 1) from it, expected patch_size={patch_size}."
         )
     return list(given) if given is not None else expected

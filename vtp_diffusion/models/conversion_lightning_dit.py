@@ -68,9 +68,8 @@ def convert_lightning_dit_state_dict(
     Raises: ValueError: naming keys that are missing or left over, or rotary tables of another grid, head size or base.
     """
     grid, head_dim = config["sample_size"] // config["patch_size"], config["attention_head_dim"]
-    rotary = dict(
-        zip(("feat_rope.freqs_cos", "feat_rope.freqs_sin"), lightning_dit_rotary_tables(grid, head_dim), strict=True)
-    )
+    names = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
+    rotary = dict(zip(names, lightning_dit_rotary_tables(grid, head_dim), strict=True))
     state = rename_strictly(released, _lightning_dit_rename_table(config) | {name: (name,) for name in rotary}, source)
     for name, expected in rotary.items():
         given = state.pop(name)

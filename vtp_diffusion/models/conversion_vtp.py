@@ -183,8 +183,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     released = read_json(config_file)
     if (name := released.get("_class_name")) is not None:
         raise ValueError(
-            f"{folder_or_hub_id} holds a saved {name}, expected a released checkpoint: load it with "
-            f"{name}.from_pretrained."
+            f"{folder_or_hub_id} holds a saved {name}, expected a released checkpoint: use {name}.from_pretrained."
         )
     config = convert_vtp_config(released, rope_dtype, source=str(config_file))
     weights_file = _released_file(folder_or_hub_id, "model.safetensors")
@@ -223,7 +222,6 @@ def _released_file(folder_or_hub_id: str | Path, name: str) -> Path:
         folder_or_hub_id = f"{RELEASED_BY}/{folder_or_hub_id}"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder_or_hub_id)):
         raise ValueError(
-            f"{folder_or_hub_id} is neither a folder nor a hub repository id like 'owner/name', "
-            f"nor one of {', '.join(RELEASED)}."
+            f"{folder_or_hub_id} is neither a folder nor a hub id like 'owner/name', nor one of {', '.join(RELEASED)}."
         )
     return Path(hf_hub_download(str(folder_or_hub_id), name))

@@ -231,9 +231,7 @@ def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
     if not Path(folder).exists():
         return VTPModel.from_released(str(folder))
     if not file.is_file():
-        raise ValueError(
-            f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel (config.json)"
-        )
+        raise ValueError(f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel, config.json")
     name = read_json(file).get("_class_name")
     if name is None:
         return VTPModel.from_released(str(folder))

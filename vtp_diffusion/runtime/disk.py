@@ -110,9 +110,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}{hint and '. ' + hint}") from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} holds {str(values)[:40]!r}, expected a JSON object of names and values{hint and '. ' + hint}"
-        )
+        raise ValueError(f"{path} holds {str(values)[:40]!r}, expected a JSON object{hint and '. ' + hint}")
     return values
 
 

@@ -201,9 +201,7 @@ def averaged_state(model: Any, average: AveragedWeights) -> dict[str, torch.Tens
 def write_model(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
     """What `model.save_pretrained` writes, with other weights than those in the model."""
     model.save_config(folder)
-    save_file(
-        {name: value.contiguous().cpu() for name, value in state.items()}, folder / WEIGHTS_NAME, {"format": "pt"}
-    )
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS_NAME, {"format": "pt"})
 
 
 def export_averaged(model: Any, average: AveragedWeights, path: Path) -> None:
@@ -378,9 +376,7 @@ def _load_weights(state: TrainingState, path: Path, average_step: int) -> None:
         saved = read_safetensors(path / state.model_name / WEIGHTS_NAME)
         current = state.model.state_dict()
         if saved.keys() != current.keys():
-            raise ValueError(
-                f"{path / state.model_name} and the model differ in {sorted(saved.keys() ^ current.keys())}"
-            )
+            raise ValueError(f"{path / state.model_name} and model differ in {sorted(saved.keys() ^ current.keys())}")
         beside = read_safetensors(path / "objective.safetensors")
         for target, values in ((current, saved), (state.beside_model(), beside)):
             for name, value in values.items():

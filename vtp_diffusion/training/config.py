@@ -34,9 +34,7 @@ class TrainingConfig(Settings):
         above=0,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "precision of the matrix products")
-    ema_decay: float = setting(
-        0.9999, "decay of the averaged weights, constant from the first step", at_least=0, below=1
-    )
+    ema_decay: float = setting(0.9999, "decay of averaged weights, constant from the first step", at_least=0, below=1)
     ema_further_decays: list[float] = setting(
         default_factory=list, help="decays of further averages, which checkpoints hold beside", at_least=0, below=1
     )
@@ -49,30 +47,22 @@ class TrainingConfig(Settings):
     compile: bool = setting(False, "torch.compile the forward and backward passes", may_change=True)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", may_change=True)
     checkpointing_steps: int = setting(
-        5000, "a checkpoint every so many steps, and one at the end", may_change=True, at_least=1
+        5000, "between checkpoints; one is made at the end", may_change=True, at_least=1
     )
     checkpoints_total_limit: int | None = setting(
-        2, "oldest checkpoints beyond these are deleted", may_change=True, at_least=1
+        2, "the oldest beyond these are deleted", may_change=True, at_least=1
     )
-    validation_steps: int = setting(
-        5000, "a validation every so many steps, and one at the end", may_change=True, at_least=1
-    )
+    validation_steps: int = setting(5000, "between validations; one is made at the end", may_change=True, at_least=1)
     log_steps: int = setting(50, "steps averaged in one line of log.jsonl", may_change=True, at_least=1)
-    dataloader_num_workers: int = setting(
-        0, "processes reading data that is not kept on the device", may_change=True, at_least=0
-    )
-    keep_on_device: bool | None = setting(
-        None, "hold all training data on the device; none decides by size", may_change=True
-    )
+    dataloader_num_workers: int = setting(0, "processes reading data not on the device", may_change=True, at_least=0)
+    keep_on_device: bool | None = setting(None, "hold all data on the device; none decides by size", may_change=True)
     peak_flops: float | None = setting(
         None,
         "FLOP/s of one device that MFU is a share of; none takes a known GPU's bfloat16 peak",
         may_change=True,
         above=0,
     )
-    report_to: Literal["none", "tensorboard", "wandb"] = setting(
-        "tensorboard", "tracker beside log.jsonl", may_change=True
-    )
+    report_to: Literal["none", "tensorboard", "wandb"] = setting("tensorboard", "beside log.jsonl", may_change=True)
 
     def __post_init__(self):
         super().__post_init__()
