@@ -141,13 +141,10 @@ def columns_to_device(columns: dict[str, Any], device: torch.device) -> dict[str
     }
 
 
-def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Columns]:
-    """Batches of rows of columns that lie on the device already. Nothing waits for the device: of all that training
-    needs, only indices travel there.
-
-    Args: `columns`: name -> (N, ...), on one device.
-    """
-    device = next(iter(columns.values())).device
+def gathered_batches(columns: Columns, sampler: StepBatchSampler, device: torch.device) -> Iterator[Columns]:
+    """Batches of rows of columns (N, ...), all of which are held on the device: of all that training needs, only
+    indices travel there then, and nothing waits for it."""
+    columns = columns_to_device(columns, device)
     for indices in sampler:
         rows = to_device(torch.tensor(indices), device)
         yield {name: column[rows] for name, column in columns.items()}

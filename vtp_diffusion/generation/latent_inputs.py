@@ -82,8 +82,7 @@ def stored_latents(
     steps = micro_steps(sampler)
     if fits_on_device(dataset.num_bytes, device, keep_on_device):
         columns = dataset.__getitems__(list(range(len(dataset))))
-        columns = {name: column.to(device) for name, column in columns.items()}
-        for step, batch in zip(steps, gathered_batches(columns, sampler), strict=True):
+        for step, batch in zip(steps, gathered_batches(columns, sampler, device), strict=True):
             flips = to_device(torch.from_numpy(draw_flips(sampler, step, random_flip)), device)
             latents = torch.where(flips[:, None, None, None], batch["latents_flip"], batch["latents"])
             yield {"latents": latents, "labels": batch["labels"]}
@@ -156,8 +155,7 @@ class OnlineLatents:
         pixels = len(self.images) * 3 * self.images.resolution**2
         if fits_on_device(pixels, device, keep_on_device):
             columns = {"image": all_images(self.images), "label": torch.tensor(self.images.labels)}
-            columns = {name: column.to(device) for name, column in columns.items()}
-            batches = gathered_batches(columns, sampler)
+            batches = gathered_batches(columns, sampler, device)
         else:
             collate = functools.partial(collate_images, columns=("image", "label"))
             batches = read_batches(self.images, sampler, collate, device, num_workers)

@@ -72,6 +72,11 @@ class _SampleFiles:
         if not file.exists():
             write_json(file, self.settings)
 
+    def finish(self, labels: list[int]) -> None:
+        """By one process, when all have written. Raises: ValueError if images are missing."""
+        if missing := self.missing():
+            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
+
 
 class SampleFolder(_SampleFiles):
     """A PNG file an image, 000000.png and so on, and settings.json."""
@@ -94,11 +99,6 @@ class SampleFolder(_SampleFiles):
         with writing(self.folder / f"{number:06d}.png", KEPT):
             to_pil(image[None])[0].save(unfinished)
             unfinished.rename(self.folder / f"{number:06d}.png")
-
-    def finish(self, labels: list[int]) -> None:
-        """By one process, when all have written. Raises: ValueError if images are missing."""
-        if missing := self.missing():
-            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
 
 
 class SampleNpz(_SampleFiles):
@@ -154,9 +154,7 @@ class SampleNpz(_SampleFiles):
                 unfinished.rename(self._part(index))
 
     def finish(self, labels: list[int]) -> None:
-        """By one process, when all have written. Raises: ValueError if images are missing."""
-        if missing := self.missing():
-            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
+        super().finish(labels)
         if not self.complete:
             size = np.load(self._part(0), mmap_mode="r").shape[1:3]
             text = np.array(json.dumps(self.settings))

@@ -90,7 +90,9 @@ def reconstruct(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     x = from_uint8(images).to(vae.device, vae.dtype)
     x = vae((x + 1) / 2).sample * 2 - 1 if normalises_inside(vae) else vae(x).sample
     if x.shape != images.shape:
-        raise ValueError(f"{type(vae).__name__} turns {tuple(images.shape)} into {tuple(x.shape)}, expected one size")
+        raise ValueError(
+            f"{type(vae).__name__} turns images {tuple(images.shape)} into {tuple(x.shape)}, expected the same size"
+        )
     return finite_to_uint8(x).to(images.device)
 
 

@@ -33,6 +33,7 @@ def setting(
     default_factory: Any = dataclasses.MISSING,
     may_change: bool = False,
     before: Any = dataclasses.MISSING,
+    ordered: bool = False,
     **bounds: float,
 ) -> Any:
     """A field of a configuration: its help text and the numbers it takes.
@@ -42,11 +43,12 @@ def setting(
         may_change: a resumed run may set it differently: it decides no result, or is the way out of a run that cannot
             go on as it was.
         before: what runs did that began before there was this setting. They keep it: their folder decides.
+        ordered: of two numbers, the smaller comes first.
         bounds: at_least, above, at_most, below: for the number, or for every number of a list. None and words pass.
     """
     if unknown := bounds.keys() - set(BOUNDS):
         raise TypeError(f"unknown bounds {sorted(unknown)}, known: {', '.join(BOUNDS)}")
-    metadata = {"help": help, "may_change": may_change} | bounds
+    metadata = {"help": help, "may_change": may_change, "ordered": ordered} | bounds
     if before is not dataclasses.MISSING:
         metadata["before"] = before
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
@@ -73,6 +75,8 @@ def check_bounds(field: dataclasses.Field, value: Any, name: str) -> None:
         )
         if not inside:
             raise ValueError(f"{name} is {value}, expected {_bounds_text(bounds)}")
+    if field.metadata.get("ordered") and numbers != sorted(numbers):
+        raise ValueError(f"{name} is {value}, expected the smaller number first")
 
 
 def _bounds_text(bounds: dict[str, float]) -> str:
