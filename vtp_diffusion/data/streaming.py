@@ -124,10 +124,8 @@ class StreamingImages:
         while True:
             block = None  # the last one goes before the next is read: else memory would hold two
             block, after = rows.read_block(position, self.config.shuffle_buffer, block_bytes)
-            order = _permutation(
-                "samples of a block", position, len(block), seed, stream, position.epoch, position.block
-            )
-            order = order.tolist()
+            keys = seed, stream, position.epoch, position.block
+            order = _permutation("samples of a block", position, len(block), *keys).tolist()
             for place in order[position.taken :]:
                 position = replace(position, taken=position.taken + 1)
                 item, lacking = self._item(*block[place])

@@ -58,10 +58,7 @@ def draw_flips(sampler: StepBatchSampler, step: int, random_flip: bool) -> np.nd
     if not random_flip:
         return np.zeros(sampler.batch_size, dtype=bool)
     drawn = draw_for_positions(
-        lambda count, generator: {"flip": torch.rand(count, generator=generator)},
-        sampler.positions(step),
-        sampler.seed,
-        FLIP_STREAM,
+        lambda n, g: {"flip": torch.rand(n, generator=g)}, sampler.positions(step), sampler.seed, FLIP_STREAM
     )
     return (drawn["flip"] < 0.5).numpy()
 
@@ -171,11 +168,9 @@ class OnlineLatents:
 
     def _changed(self, images: torch.Tensor, sampler: StepBatchSampler, step: int, random_flip: bool) -> torch.Tensor:
         """uint8 images (B, 3, R, R) -> augmented, float32 in [-1, 1]."""
+        positions, seed = sampler.positions(step), sampler.seed
         drawn = draw_for_positions(
-            lambda count, generator: {"draws": torch.rand(count, NUM_DRAWS, generator=generator)},
-            sampler.positions(step),
-            sampler.seed,
-            AUGMENTATION_STREAM,
+            lambda n, g: {"draws": torch.rand(n, NUM_DRAWS, generator=g)}, positions, seed, AUGMENTATION_STREAM
         )
         changed = augment_images(images, self.augmentation, draws=to_device(drawn["draws"], images.device))
         flips = to_device(torch.from_numpy(draw_flips(sampler, step, random_flip)), images.device)

@@ -100,6 +100,13 @@ def neighbour_radii(features: torch.Tensor, neighbours: int, chunk: int | None =
     return torch.cat(parts)  # + 1: the nearest is the feature itself
 
 
+def _centred(generated: torch.Tensor, reference: torch.Tensor, neighbours: int, chunk: int | None) -> tuple:
+    """Both around the reference's mean: products of numbers with a common offset lose digits; and the chunk."""
+    check_pair(generated, reference, neighbours + 1)
+    centre = reference.mean(0)
+    return generated - centre, reference - centre, chunk or _chunk(generated, reference)
+
+
 def precision_recall(
     generated: torch.Tensor, reference: torch.Tensor, neighbours: int = PRECISION_NEIGHBOURS, chunk: int | None = None
 ) -> tuple[float, float]:
@@ -111,11 +118,7 @@ def precision_recall(
     Args: `generated`, `reference`: (N, D) and (M, D). ADM takes all generated images and 10,000 reference ones.
     Raises: ValueError: shapes that do not fit, features that are not finite, or no more rows than `neighbours`.
     """
-    check_pair(generated, reference, neighbours + 1)
-    # distances do not change, but products of numbers with a common offset lose digits
-    centre = reference.mean(0)
-    generated, reference = generated - centre, reference - centre
-    chunk = chunk or _chunk(generated, reference)
+    generated, reference, chunk = _centred(generated, reference, neighbours, chunk)
     radii, other_radii = neighbour_radii(reference, neighbours, chunk), neighbour_radii(generated, neighbours, chunk)
     precise = 0
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
@@ -136,10 +139,7 @@ def density_coverage(
 
     Raises: ValueError: as `precision_recall`.
     """
-    check_pair(generated, reference, neighbours + 1)
-    centre = reference.mean(0)
-    generated, reference = generated - centre, reference - centre
-    chunk = chunk or _chunk(generated, reference)
+    generated, reference, chunk = _centred(generated, reference, neighbours, chunk)
     radii = neighbour_radii(reference, neighbours, chunk)
     inside = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)

@@ -47,11 +47,8 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
     _repeated_blocks = [*AutoencoderVTP._repeated_blocks, "VTPTextBlock"]
     _skip_layerwise_casting_patterns = [*AutoencoderVTP._skip_layerwise_casting_patterns, "token_embedding"]
     _group_offload_block_modules = [
-        *AutoencoderVTP._group_offload_block_modules,
-        "autoencoder",
-        "visual_projection",
-        "text_model",
-    ]
+        *AutoencoderVTP._group_offload_block_modules, "autoencoder", "visual_projection", "text_model",
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(

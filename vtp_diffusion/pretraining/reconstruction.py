@@ -63,26 +63,16 @@ class ReconstructionPartConfig(ReconstructionConfig):
 
     weight: float | None = setting(None, "of this objective; none: 0.1 (the paper's) beside others, 1 alone", above=0)
     share: float | None = setting(
-        None,
-        "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone",
-        above=0,
-        at_most=1,
+        None, "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone", above=0, at_most=1
     )
     stochastic_depth: float = setting(
-        0.0,
-        "drop path: share of samples a residual branch of the encoder leaves out; no source states it",
-        at_least=0,
-        below=1,
+        0.0, "drop path: share of samples a branch of the encoder leaves out; no source states it", at_least=0, below=1
     )
 
     def resolved(self, alone: bool) -> "ReconstructionPartConfig":
         """The same with numbers for weight and share. Args: `alone`: whether nothing else is trained for."""
-        weight, share = (1.0, 1.0) if alone else (PAPER_WEIGHT, PAPER_SHARE)
-        return replace(
-            self,
-            weight=weight if self.weight is None else self.weight,
-            share=share if self.share is None else self.share,
-        )
+        usual = {"weight": 1.0, "share": 1.0} if alone else {"weight": PAPER_WEIGHT, "share": PAPER_SHARE}
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
 
 class ReconstructionObjective(Objective):
