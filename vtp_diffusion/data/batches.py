@@ -298,11 +298,9 @@ def augment_images(images: torch.Tensor, config: AugmentationConfig, draws: torc
         return images
     if draws.shape != (len(images), NUM_DRAWS):
         raise ValueError(f"draws have shape {tuple(draws.shape)}, expected {(len(images), NUM_DRAWS)}")
-    flip, recolour, angle, scale, shift_x, shift_y = draws[:, :6].unbind(1)  # (B,)
+    flip, tint, angle, scale, shift_x, shift_y = draws[:, :6].unbind(1)  # (B,)
     if config.hue > 0:
-        order = torch.where(
-            recolour[:, None] < config.hue, draws[:, 6:].argsort(1), torch.arange(3, device=images.device)
-        )
+        order = torch.where(tint[:, None] < config.hue, draws[:, 6:].argsort(1), torch.arange(3, device=images.device))
         images = images.gather(1, order[:, :, None, None].expand_as(images))
     if config.shift > 0 or config.scale > 0 or config.rotation > 0:
         steps = 2 * config.shift + 1

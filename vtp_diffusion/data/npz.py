@@ -221,7 +221,6 @@ class ImageSpool:
         """By one process, when all have written: the npz, with other arrays beside `arr_0`; the spool is removed."""
         mapped = np.memmap(self.file, np.uint8, "r", shape=(self.count, *self.size, 3))
         rows = max(1, READ_BYTES // max(1, mapped[0].size))
-        write_npz(
-            self.path, self.count, self.size, (mapped[k : k + rows] for k in range(0, self.count, rows)), **arrays
-        )
+        batches = (mapped[k : k + rows] for k in range(0, self.count, rows))
+        write_npz(self.path, self.count, self.size, batches, **arrays)
         self.file.unlink()

@@ -137,11 +137,9 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             raise ValueError(f"rope_dtype={rope_dtype!r} is not one of {sorted(ROTARY_DTYPES)}.")
         if scaling_factor != 1.0:
             raise ValueError(f"scaling_factor={scaling_factor}: only 1.0; latents_mean and latents_std set the scale.")
-        latents_mean, latents_std = _latent_statistics(latents_mean, latents_std, latent_channels)
+        mean, std = _latent_statistics(latents_mean, latents_std, latent_channels)
         block_out_channels = _block_out_channels(block_out_channels, patch_size, encoder_hidden_size)
-        self.register_to_config(
-            latents_mean=latents_mean, latents_std=latents_std, block_out_channels=block_out_channels
-        )
+        self.register_to_config(latents_mean=mean, latents_std=std, block_out_channels=block_out_channels)
 
         self.spatial_compression_ratio = patch_size
         self.latent_channels = latent_channels
@@ -205,9 +203,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             latent = torch.cat([self._encode(image) for image in x.split(1)])
         else:
             latent = self._encode(x)
-        posterior = DiagonalGaussianDistribution(
-            torch.cat([latent, torch.zeros_like(latent)], dim=1), deterministic=True
-        )
+        posterior = DiagonalGaussianDistribution(torch.cat([latent, torch.zeros_like(latent)], 1), deterministic=True)
         if not return_dict:
             return (posterior,)
         return AutoencoderVTPOutput(latent_dist=posterior, latent=latent)
