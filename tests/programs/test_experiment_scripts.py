@@ -43,6 +43,22 @@ def test_frontier_prepares_once_and_other_seeds_wait_for_the_first(tmp_path):
     assert all(task.done for task in program.plan(config, tmp_path / "made"))
 
 
+def test_students_stand_beside_their_teacher_which_is_measured_once(tmp_path):
+    program = load("experiments/frontier/run.py")
+    config = program.Config(runs=["teacher", "student_trajectories"], seeds=[0, 1], results=str(tmp_path))
+    tasks = {task.name: task for task in program.plan(config, tmp_path / "made")}
+    assert list(tasks) == ["latents", "reference", "teacher-0", "student_trajectories-0", "student_trajectories-1"]
+    distill, measure = tasks["student_trajectories-1"].programs
+    given = load(distill[0]).parse_config(load(distill[0]).Config, distill[1:])
+    assert given.trajectory_steps == given.max_train_steps == 4000 and given.seed == 1
+    measured = load(measure[0])
+    for words in (measure, *tasks["teacher-0"].programs):
+        pipeline = measured.parse_config(measured.Config, words[1:]).pipeline
+        assert (ROOT / pipeline).is_dir() == (words is not measure) == (pipeline == given.teacher.pipeline)
+    with pytest.raises(ValueError, match="runs are none, expected of velocity, .*, student_trajectories, teacher"):
+        program.Config(runs=["none"])
+
+
 def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
     config = understanding.Config(output_dir=str(tmp_path), seeds=[0, 1], generator_steps=[50, 20])
     plan = understanding.Plan(config, tmp_path / "images")

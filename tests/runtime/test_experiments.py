@@ -120,3 +120,10 @@ def test_a_bundle_holds_the_finished_files(tmp_path):
     bundle(folder, tmp_path / "out" / "results.tar.gz")
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
         assert archive.getnames() == ["a.json", "a.png"]
+
+
+def test_a_program_finds_the_repository_and_what_the_caller_finds(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "module_of_the_caller.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
+    run_program([script(tmp_path, "import module_of_the_caller, vtp_diffusion")], 0, tmp_path / "log", soon())

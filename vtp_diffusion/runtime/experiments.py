@@ -66,7 +66,8 @@ def run_program(words: list[str], gpu: int, log: Path, deadline: float) -> None:
     Raises: OutOfTimeError if it was stopped. RuntimeError with the end of its output if it fails.
     """
     environment = {"OMP_NUM_THREADS": "4"} | os.environ
-    environment |= {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment |= {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
     with log.open("a") as stream:
         print(shlex.join(words), file=stream, flush=True)
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
