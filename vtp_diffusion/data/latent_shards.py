@@ -138,7 +138,9 @@ def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
     header, skipped = _read_header(path), len(read_skipped(path))
     count, found = header["labels"]["shape"][0] + skipped, _SHARD_DTYPES[header["latents"]["dtype"]]
     if count != samples or found != dtype:
-        raise ValueError(f"{path} has {count} samples in {found}, expected {samples} in {dtype}: delete it, run again")
+        raise ValueError(
+            f"{path} holds {count} samples in {found}, expected {samples} in {dtype}: delete it, run again"
+        )
     check_content(path)
 
 
