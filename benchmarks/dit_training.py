@@ -15,9 +15,11 @@ images a GPU on an H100 it is put beside the upstream trainer's on the same work
 compares with that run: with the same number of processes, deterministic, every bit of the weights has to be the same;
 from the first to the second of --processes the losses have to agree within `LOSS_TOLERANCE`.
 
-Every run's seconds are those from its start to its end and, as its log counts them, of training alone: what is between
-is starting, compiling and saving. A row is in the file as soon as it is measured, and when the benchmark is told to
-stop (SIGTERM, SIGINT), the training that it started ends at once.
+Speed is measured until the last of --steps is in the log, and nothing is saved; --profile adds what a step of several
+processes waits for (step_profile.py). Every run's seconds are those from its start to its end and, as its log counts
+them, of training alone: what is between is starting, compiling and, where a run is compared, saving. A row is in the
+file as soon as it is measured, and when the benchmark is told to stop (SIGTERM, SIGINT), the training that it started
+ends at once.
 """
 
 import itertools
@@ -34,16 +36,28 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from launching import ROOT, device_name, end_by_exception, program_environment, read_log, run_to_its_end, torchrun
+from launching import (
+    ROOT,
+    device_name,
+    end_by_exception,
+    program_environment,
+    read_log,
+    run_to_its_end,
+    run_until,
+    steps_logged,
+    torchrun,
+)
 from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.data.latent_shards import write_metadata, write_shard
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.runtime.disk import check_output, write_results
+from vtp_diffusion.runtime.disk import check_output, read_json, write_results
 
 PROGRAM = ROOT / "train_dit" / "train.py"
+PROFILED = ROOT / "benchmarks" / "step_profile.py"  # the same program, some of its steps profiled
+NEVER = 1_000_000  # steps
 # layers, heads, channels of a head, qk_norm, channels and side of the latents
 SIZES = {
     "tiny": (2, 2, 16, False, 4, 4),
@@ -79,6 +93,10 @@ class BenchmarkConfig:
     steps: int = field(default=60, metadata={"help": "of every run"})
     ways: list[str] = field(default_factory=lambda: ["fast"], metadata={"help": f"some of {', '.join(WAYS)}"})
     speed: bool = field(default=True, metadata={"help": "measure img/s, memory and scaling"})
+    profile: bool = field(
+        default=False,
+        metadata={"help": "several processes: what a step waits for, see step_profile.py"},
+    )
     resume_check: bool = field(default=False, metadata={"help": "compare interrupted runs with straight ones"})
     same_losses: bool = field(default=False, metadata={"help": "compare the losses of all ways with float32's"})
 
@@ -125,35 +143,63 @@ def make_data(folder: Path, size: str) -> None:
 
 
 def train(
-    data: Path, size: str, processes: int, strategy: str, steps: int, output: Path, *options: str
+    data: Path,
+    size: str,
+    processes: int,
+    strategy: str,
+    steps: int,
+    output: Path,
+    *options: str,
+    saved: bool = True,
+    profile: Path | None = None,
+    gpus: list[int] | None = None,
 ) -> tuple[list[dict], dict[str, float]]:
-    """Run the program to the end: the losses of its log; its seconds, altogether and of training."""
+    """Run the program: the losses of its log; its seconds, altogether and of training.
+
+    Args:
+        saved: to its end; False: only until its last step is in the log, and nothing is saved.
+        profile: FILE.json for a profile of the steps that come then, with `saved` False.
+        gpus: those to use; None: the first.
+    """
     layers, heads, head_dim, qk_norm = SIZES[size][:4]
     words = [f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
     words += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
     words += [f"--model.attention_head_dim={head_dim}", f"--model.qk_norm={str(qk_norm).lower()}"]
-    words += [f"--max_train_steps={steps}", "--report_to=none", *options]
-    environment = program_environment()
+    words += [f"--max_train_steps={steps if saved else NEVER}", "--report_to=none", *options]
+    command = torchrun(processes, PROGRAM, *words)
+    if profile is not None:
+        command = torchrun(processes, PROFILED, profile, steps, *words)
+    environment = program_environment(gpus)
     environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if strategy == "fsdp" else {}
     states = [json.loads(path.read_text(encoding="utf-8")) for path in output.glob("checkpoint-*/state.json")]
     before, start = max((state["seconds"] for state in states), default=0.0), time.perf_counter()
-    run_to_its_end(torchrun(processes, PROGRAM, *words), environment)
+    if saved:
+        run_to_its_end(command, environment)
+    else:
+        run_until(lambda: profile.is_file() if profile else steps_logged(output) >= steps, command, environment)
     seconds = {"altogether": time.perf_counter() - start}
-    losses = [line for line in read_log(output) if "loss" in line]
+    losses = [line for line in read_log(output) if "loss" in line and line["step"] <= steps]
     return losses, seconds | {"training": losses[-1]["seconds"] - before}
 
 
-def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> Iterator[dict]:
-    """A row for every strategy, way and number of processes, as soon as it is measured."""
+def measure_speed(
+    config: BenchmarkConfig, data: Path, size: str, folder: Path, gpus: list[int] | None = None
+) -> Iterator[dict]:
+    """A row for every strategy, way and number of processes, as soon as it is measured.
+
+    Args: `gpus`: those to use; None: the first.
+    """
     images, single = images_per_process(config, size), {}
     for strategy, way, processes in itertools.product(config.strategies, config.ways, config.processes):
         if strategy == "fsdp" and processes == 1:
             continue
         every = max(1, config.steps // 12)
         options = [f"--train_batch_size={images * processes}", f"--log_steps={every}", *precision()]
-        options += ["--checkpointing_steps=1000000", *WAYS[way]]
+        options += [f"--checkpointing_steps={NEVER}", f"--validation_steps={NEVER}", *WAYS[way]]
         output = folder / f"{strategy}-{way}-{processes}"
-        lines, seconds = train(data, size, processes, strategy, config.steps, output, *options)
+        profile = folder / f"{output.name}.json" if config.profile and processes > 1 else None
+        ends = {"saved": False, "profile": profile, "gpus": gpus}
+        lines, seconds = train(data, size, processes, strategy, config.steps, output, *options, **ends)
         shutil.rmtree(output)
         steady = [line for line in lines if line["step"] > config.steps // 3]
         row = {"size": size, "strategy": strategy, "way": way, "processes": processes, "images_a_process": images}
@@ -164,6 +210,8 @@ def measure_speed(config: BenchmarkConfig, data: Path, size: str, folder: Path) 
             single[way] = row["images_per_second"]
         row["scaling"] = row["images_per_second"] / (processes * single[way]) if way in single else None
         comparable = size == "XL/1" and images == 128 and processes == 1 and "H100" in device_name()
+        if profile is not None:
+            row["profile"] = read_json(profile)
         row["ratio_to"] = {n: row["images_per_second"] / v for n, v in PEER.items()} if comparable else None
         yield row | {"seconds": seconds}
 
@@ -212,14 +260,22 @@ def saved_weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{part}/{key}": value for part, state in states.items() for key, value in state.items()}
 
 
+def resume_options(batch_size: int, half: int) -> list[str]:
+    """Options of a run that is to be compared with one which goes on after a checkpoint of the step `half`."""
+    words = [f"--train_batch_size={batch_size}", "--log_steps=1", *precision(), "--deterministic"]
+    return [*words, f"--checkpointing_steps={half}", "--checkpoints_total_limit=2"]
+
+
+def largest_difference(straight: list[dict], moved: list[dict]) -> float:
+    """Of the losses of two runs, in parts of the first one's."""
+    return max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(straight, moved, strict=True))
+
+
 def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -> Iterator[dict]:
     """Bits of a resumed run on as many processes, then losses of one that goes on with another number of them."""
     first, second = config.processes[0], config.processes[-1]
     steps, half = config.steps, -(-config.steps // 2)
-    options = [f"--train_batch_size={images_per_process(config, size) * max(config.processes)}", "--log_steps=1"]
-    options += precision()
-    options += [f"--checkpointing_steps={half}", "--checkpoints_total_limit=2"]
-    options += ["--deterministic", *WAYS[config.ways[0]]]
+    options = [*resume_options(images_per_process(config, size) * max(config.processes), half), *WAYS[config.ways[0]]]
     result = {"size": size, "steps": steps, "seconds": {}}
     straight, seconds = train(data, size, first, "ddp", steps, folder / "straight", *options)
     result["seconds"]["straight"] = seconds
@@ -232,7 +288,7 @@ def check_resume(config: BenchmarkConfig, data: Path, size: str, folder: Path) -
     result["resumed_on_the_same_processes"] = {"processes": first, "bits_differ_in": differing}
     yield result
     moved, result["seconds"]["moved"] = train(data, size, second, "ddp", steps, folder / "moved", *options)
-    largest = max(abs(a["loss"] - b["loss"]) / a["loss"] for a, b in zip(straight, moved, strict=True))
+    largest = largest_difference(straight, moved)
     result["moved"] = {"from": first, "to": second, "largest_relative_loss_difference": largest}
     result["passed"] = not differing and largest < LOSS_TOLERANCE
     for name in ("straight", "resumed", "moved"):

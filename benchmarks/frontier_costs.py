@@ -95,7 +95,7 @@ def training_step(config: BenchmarkConfig, method: str) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     changes, optimizer = METHODS[method]
     with device:
-        model = make_transformer(config.tiny, **changes)
+        model = make_transformer(config.tiny, **changes).to(device)
     if why_not_fused(model, device) is None:
         fuse_training(model)
     objective = FlowMatchingObjective(model, cosine_loss=True)

@@ -26,10 +26,16 @@ def torchrun(processes: int, program: Path, *words: object) -> list[str]:
     return [*launcher, str(program), *map(str, words)]
 
 
-def program_environment() -> dict[str, str]:
-    """The environment of a program: this package first, and where there is no GPU, accelerate told so."""
+def program_environment(gpus: list[int] | None = None) -> dict[str, str]:
+    """The environment of a program: this package first, and where there is no GPU, accelerate told so.
+
+    Args: `gpus`: those that the program sees, of the ones that this one sees; None: all.
+    """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if gpus is not None:
+        names = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(names.split(",")[k] if names else str(k) for k in gpus)
     return environment | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
 
 
@@ -42,6 +48,10 @@ def read_log(run: Path) -> list[dict]:
     path = run / "log.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def steps_logged(run: Path) -> int:
+    return max((line["step"] for line in read_log(run)), default=0)
 
 
 def run_to_its_end(command: list, environment: dict[str, str]) -> None:

@@ -40,7 +40,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from launching import ROOT, device_name, end_by_exception, program_environment, read_log, run_until, torchrun
+from launching import (
+    ROOT,
+    device_name,
+    end_by_exception,
+    program_environment,
+    read_log,
+    run_until,
+    steps_logged,
+    torchrun,
+)
 
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output, write_results
@@ -118,8 +127,8 @@ def batch_sizes(config: BenchmarkConfig, processes: int) -> tuple[int, int]:
     return (images, images // processes) if config.same_losses else (images * processes, images)
 
 
-def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
-    """A row for every number of processes, as soon as it is measured."""
+def measure(config: BenchmarkConfig, options: list[str], gpus: list[int] | None = None) -> Iterator[dict]:
+    """A row for every number of processes, as soon as it is measured. Args: `gpus`: those to use; None: the first."""
     file, single = SIZES[config.size][0], None
     first: list[dict] = []
     for processes in config.processes:
@@ -128,7 +137,7 @@ def measure(config: BenchmarkConfig, options: list[str]) -> Iterator[dict]:
             again = config.same_losses and processes == 1 and single is not None
             settings = changes(config) | {"output_dir": run}
             settings["train_batch_size"], images_a_process = batch_sizes(config, processes)
-            environment = program_environment()
+            environment = program_environment(gpus)
             if config.same_losses:
                 environment |= {"NVIDIA_TF32_OVERRIDE": "0"}  # torch allows TensorFloat-32 to convolutions
                 environment |= ROUNDED_OTHERWISE if again else {}
@@ -178,10 +187,6 @@ def compare(first: list[dict], second: list[dict]) -> dict:
         "largest_difference_of_losses": max(found, key=lambda place: place["difference"]),
         "differences_of_gradient_norms": norms,
     }
-
-
-def steps_logged(run: Path) -> int:
-    return max((line["step"] for line in read_log(run)), default=0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,7 +29,11 @@ def commands(page: Path) -> list[list[str]]:
 def load(program: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"documented_{program.parent.name}_{program.stem}", program)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(program.parent))  # as for a program that is started
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(program.parent))
     return module
 
 

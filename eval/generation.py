@@ -12,7 +12,7 @@ the same on other networks; floors, spreads, a control and near-duplicates.
     python eval/generation.py reference --reference FOLDER --resolution 256 --feature_network inception \\
         --output reference.npz
 
-    python eval/generation.py --images samples.npz --reference data/train --floor_images data/validation \
+    python eval/generation.py --images samples.npz --reference data/train --floor_images data/validation \\
         --feature_network fdr6 --metrics mind memorisation --output judges.json
 
     python eval/generation.py compare A.json B.json
@@ -38,7 +38,7 @@ Memorisation is the share of images nearer to a training image than all but 5 % 
 
 Of every distance three numbers are given: to the whole reference, with its standard error; at the sizes at which real
 images can be compared with real ones; and what real images get there, the floor. The last two belong together
-(`metrics/statistics.py`). Without --floor_images the floor comes from two disjoint random parts of the reference, with
+(`metrics/frechet.py`). Without --floor_images the floor comes from two disjoint random parts of the reference, with
 it from real images outside it. A control (images of an untrained network) shows what no learning gets. Variants that a
 data set draws less often (skin tones) are left out of the reference; neighbours are looked for among all of it.
 
@@ -92,7 +92,6 @@ from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import NEIGHBOUR_NETWORK
-from vtp_diffusion.metrics.networks import weight_files
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
@@ -134,8 +133,6 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
         check_output(self.output)
         if self.nearest_neighbours is not None:
             check_output(self.nearest_neighbours, ".png", "nearest_neighbours")
-        if unused := sorted(weight_files(self.weights, self.feature_network).keys() - set(self.networks)):
-            raise ValueError(f"weights are given for {', '.join(unused)}, measured are {', '.join(self.networks)}")
         if self.control == UNTRAINED and not is_pipeline(self.images):
             raise ValueError(f"control {UNTRAINED} resets the network of a pipeline, images {self.images} is none")
         if self.save_images is not None and not any(is_pipeline(s) for s in (self.images, self.control or "")):
@@ -154,6 +151,7 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
 
 @dataclass(kw_only=True)
 class ReferenceConfig(FeaturesConfig):
+    output: str = setting(help="FILE.npz for the statistics; of several networks one each, named after them")
     resolution: int = setting(256, "side that the images are cropped to", at_least=1)
 
     def __post_init__(self) -> None:
@@ -422,10 +420,11 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
-    if words[:1] == ["compare"]:
+    asks = bool({"-h", "--help"} & set(words))  # for help, which is the same of all but `reference`
+    if words[:1] == ["compare"] and not asks:
         print("\n".join(compare_files(words[1:])))
         return
-    if words[:1] == ["reach"]:
+    if words[:1] == ["reach"] and not asks:
         print(reach_line(words[1:]))
         return
     makes_reference = words[:1] == ["reference"]

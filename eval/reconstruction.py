@@ -67,7 +67,7 @@ class ReconstructionEvaluationConfig(Settings):
     vae: str = setting(help="folder of a diffusers autoencoder")
     data: DataConfig = setting(help="images")
     output: str = setting(help="FILE.json for the results")
-    split: str = setting("validation", "split of the images")
+    split: str = setting("validation", "split of the images: train, validation or all")
     num_images: int | None = setting(None, "so many of the split at random; none = all", at_least=3)
     seed: int = setting(0, "of random choices: images, and the groups of the jackknife", at_least=0)
     lpips_network: str = setting("alex", "alex (usual as a metric) or vgg")
@@ -76,7 +76,7 @@ class ReconstructionEvaluationConfig(Settings):
         default_factory=lambda: ["vgg16"], help=f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER"
     )
     weights: list[str] = setting(
-        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE if there is one"
+        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE alone where there is one network"
     )
     worst_cases: str | None = setting(None, f"FILE.png: the {WORST} images of the lowest PSNR and what became of them")
     batch_size: int = setting(16, "images at once", at_least=1)
@@ -89,6 +89,7 @@ class ReconstructionEvaluationConfig(Settings):
         if self.worst_cases is not None:
             check_output(self.worst_cases, ".png", "worst_cases")
         self.feature_network = [network_name(name) for name in self.feature_network]
+        weight_files(self.weights, self.feature_network)  # for its ValueError
 
 
 class WorstCases:

@@ -50,7 +50,7 @@ class ZeroShotConfig(Settings):
     model: str = setting(help="folder of a VTPModel or of a released checkpoint")
     data: DataConfig = setting(help="images with labels")
     output: str = setting(help="FILE.json for the results")
-    split: str = setting("validation", "split of the images")
+    split: str = setting("validation", "split of the images: train, validation or all")
     classes: Literal["imagenet", "data"] = setting("data", "whose class names")
     templates: list[str] = setting(
         default_factory=list, help="prompts, {} is the name; none = CLIP's 80 for imagenet, else 'a photo of a {}.'"

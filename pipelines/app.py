@@ -25,7 +25,7 @@ from PIL import Image
 
 from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, read_image
 from vtp_diffusion.data.images import enlarged, from_pil, to_pil, to_uint8
-from vtp_diffusion.evaluation.sources import pipeline_image_size
+from vtp_diffusion.evaluation.sources import check_real_images, pipeline_image_size
 from vtp_diffusion.evaluation.training_images import TrainingImages
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
@@ -59,7 +59,7 @@ class AppConfig(Settings):
     )
     reference: str | None = setting(None, "training images: npz, folder, openmoji or a `datasets` collection")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
-    port: int = setting(7860, "of this machine", at_least=1, at_most=65535)
+    port: int = setting(7860, "port of this machine that the page is served on", at_least=1, at_most=65535)
     share: bool = setting(False, "a public address through gradio's servers: whoever has it can use the page")
 
     def __post_init__(self) -> None:
@@ -67,6 +67,8 @@ class AppConfig(Settings):
         check_device(self.device)
         if not self.pipeline:
             raise ValueError("pipeline is empty: give the folder of at least one saved pipeline")
+        if self.reference is not None:
+            check_real_images(self.reference, "reference")
 
 
 class Page:

@@ -48,7 +48,7 @@ class GenerateConfig(SamplerConfig):
 
     pipeline: str = setting(help="folder of a saved pipeline")
     output: str = setting(help="FILE.png for one labelled picture, FILE.npz, or a folder of files")
-    labels: list[str] = setting(default_factory=list, help="class names or indices; index=4 where both are possible")
+    labels: list[str] = setting(default_factory=list, help="class names or indices; index=4 where 4 is a name too")
     num_images_per_label: int = setting(1, "images of each of the labels", at_least=1)
     num_images: int | None = setting(None, "so many images of drawn labels", at_least=1)
     label_rule: Literal["random", "balanced"] = setting(

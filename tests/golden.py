@@ -1,9 +1,10 @@
-"""The golden sets of LightningDiT: tiny upstream checkpoints with their expected outputs."""
+"""The golden sets of LightningDiT and VTP: tiny upstream checkpoints with their expected outputs."""
 
 import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from vtp_diffusion import LightningDiTTransformer2DModel
 
@@ -33,4 +34,12 @@ def lightning_dit_architecture(name: str) -> dict:
 def load_lightning_dit(name: str) -> LightningDiTTransformer2DModel:
     return LightningDiTTransformer2DModel.from_released(
         GOLDEN / name / "0000100.pt", **lightning_dit_architecture(name)
+    )
+
+
+def vtp_golden(name: str, rope_dtype: str) -> dict[str, torch.Tensor]:
+    """Inputs and outputs of a VTP with rotary tables of this type: what does not depend on it is kept once."""
+    golden = load_file(GOLDEN / name / "golden.safetensors")
+    return (
+        golden if rope_dtype == "bfloat16" else golden | load_file(GOLDEN / name / "golden_float32_rope.safetensors")
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers import DiffusionPipeline
 
     from vtp_diffusion.data.latent_shards import LatentDataset
-    from vtp_diffusion.evaluation.validation import open_distance
+    from vtp_diffusion.evaluation.validation import open_distance, validated_steps
     from vtp_diffusion.generation import distillation
     from vtp_diffusion.generation.fast_sampling import prepare_sampling
     from vtp_diffusion.models.loading import load_saved
@@ -165,14 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     run.accelerator.print(f"teacher: {prepare_sampling(teacher, config.teacher.sampler)}")
     batches = latent_batches(run, config, dataset)
     inputs = distillation.distillation_inputs(run, config, teacher, times, dataset, batches)
-    watched = bool(config.validation.labels) or distance is not None
-    if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
-        validate(config, run, teacher, distance, run.first_step)
-    for step in run.steps():
+    for step in validated_steps(run, distance, partial(validate, config, run, teacher, distance)):
         run.optimise(step, inputs)
-        if watched and run.due(step, config.validation_steps):
-            run.save_due(step)
-            validate(config, run, teacher, distance, step + 1)
     with run.averaged_weights():
         if run.is_main:
             save_pipeline(config, run, build_pipeline(teacher, run.model), dataset)

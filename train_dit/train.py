@@ -4,7 +4,7 @@
     accelerate launch train_dit/train.py --config openmoji
     accelerate launch train_dit/train.py --config vtp_large_xl --latents latents/mine --output_dir runs/mine
 
-It learns from the latents that train_dit/extract_latents.py wrote. With `latents: null` it learns online, from the
+It learns from the latents that train_dit/extract_latents.py wrote. With --latents none it learns online, from the
 images of `data`: the autoencoder then runs in every step, on images changed as `augmentation` says.
 
 Every field of the configuration is also an option (--help lists them): --learning_rate 1e-3, --model.num_layers 8.
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -124,10 +125,6 @@ class Config(TrainingConfig, FlowMatchingConfig):
             )
         if self.recompute and self.fused is False:
             raise ValueError("recompute is on and fused is off: it is a part of fused blocks")
-        asked = "fused" if self.fused else "recompute" if self.recompute else None
-        if asked and (self.compile or not torch.cuda.is_available()):
-            reason = "compile is on too: give one of them" if self.compile else "there is no CUDA GPU"
-            raise ValueError(f"{asked} is on, but {reason}")
         if self.guide.step is not None and self.guide.step > self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
@@ -191,14 +188,24 @@ def build_objective(config: Config, transformer: nn.Module, vae: nn.Module) -> F
     return objective
 
 
-def use_fused_blocks(config: Config, run: TrainingRun) -> None:
-    """Fused kernels in the blocks, where the configuration asks for them or they can be had. Raises: ValueError."""
-    from vtp_diffusion.models.fused_lightning_dit import fuse_training, why_not_fused
+def why_blocks_are_plain(config: Config) -> str | None:
+    """Why blocks do not run in fused kernels; None if they do. Raises: ValueError if they were asked for."""
+    from vtp_diffusion.models.fused_lightning_dit import why_no_kernels
+    from vtp_diffusion.runtime.processes import device_of_process
 
-    reason = "compile is on" if config.compile else why_not_fused(run.model, run.device)
+    if config.fused is False:
+        return "fused is off"
+    reason = "compile is on" if config.compile else why_no_kernels(device_of_process())
     if (config.fused or config.recompute) and reason:
         raise ValueError(f"{'fused' if config.fused else 'recompute'} is on, but {reason}")
-    if config.fused is not False and reason is None:
+    return reason
+
+
+def use_fused_blocks(config: Config, run: TrainingRun, reason: str | None) -> None:
+    """Fused kernels in the blocks unless there is a reason against them; which of the two is printed."""
+    from vtp_diffusion.models.fused_lightning_dit import fuse_training
+
+    if reason is None:
         fuse_training(run.model, config.recompute)
         run.accelerator.print("blocks run in fused kernels (fused)")
     elif config.fused is None and run.device.type == "cuda":
@@ -248,7 +255,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
-    from vtp_diffusion.evaluation.validation import open_distance
+    from vtp_diffusion.evaluation.validation import open_distance, validated_steps
     from vtp_diffusion.models.loading import load_autoencoder
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
@@ -256,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.training.rates import forward_flops
     from vtp_diffusion.training.run_folder import RunFolder
 
+    plain = why_blocks_are_plain(config)
     folder = RunFolder(config.output_dir, config)
     vae = load_autoencoder(config.vae)
     dataset = open_training_data(config, vae)
@@ -289,21 +297,15 @@ def main(argv: list[str] | None = None) -> None:
         in_parts=config.alignment.ends,  # then its projector gets no more gradients
         cuda_graphs=False if config.compile and config.cuda_graphs is None else config.cuda_graphs,
     )
-    use_fused_blocks(config, run)
+    use_fused_blocks(config, run, plain)
     vae.to(run.device)
     inputs = training_inputs(run, config, latent_batches(run, config, dataset), vae, dataset.shape, num_classes)
-    watched = bool(config.validation.labels) or distance is not None
-    if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
-        validate(config, run, vae, dataset, distance, run.first_step)
-    for step in run.steps():
+    for step in validated_steps(run, distance, partial(validate, config, run, vae, dataset, distance)):
         if config.alignment.ends and step == config.alignment.until_step:
             run.record_anew()
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide
             export_averaged(run.model, run.optimisation.average, folder.path / GUIDE)
-        if watched and run.due(step, config.validation_steps):
-            run.save_due(step)
-            validate(config, run, vae, dataset, distance, step + 1)
     with run.averaged_model() as model:
         if run.is_main:
             pipeline = build_pipeline(config, vae, model, dataset, open_guide(config.guide, folder))

@@ -1,6 +1,6 @@
 """Does understanding drive generation? Tokenizers that differ in their objectives, and the same generator on each.
 
-    python experiments/understanding_drives_generation/run.py --data runs/emoji.tar --gpus 0 1 2 3 4 5 6 7
+    python experiments/understanding_drives_generation/run.py --data runs/emoji.tar --gpus 0 1 2 3 --together 2
     python experiments/understanding_drives_generation/run.py --smallest
 
 The first trains every tokenizer, measures it on held-out concepts, trains a generator on its latents and measures
@@ -13,11 +13,15 @@ without --data they are OpenMoji alone. `table.py` reads the results.
 chain works, and nothing about the question.
 """
 
+import json
+import shutil
 import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from vtp_diffusion.data.image_datasets import DataConfig
+from vtp_diffusion.data.openmoji import METADATA_NAME, is_held_out, openmoji_folder, read_metadata
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
@@ -35,7 +39,11 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], int, list[str]]] = {
     "reconstruction_long": (("reconstruction",), 4, []),
     "reconstruction_small": (("reconstruction",), 1, SMALL),
     "all_small": (ALL, 1, SMALL),
+    "reconstruction_half": (("reconstruction",), 1, []),
+    "all_half": (ALL, 1, []),
 }
+HALF_SEED = 1  # another hash than the one that holds out
+HALF = "_half"  # names that end so are trained on half of the concepts; the held-out ones are the same
 TINY_TOKENIZER = {
     "train_batch_size": 32, "lr_warmup_steps": 5, "mixed_precision": "no", "ema_decay": 0.9, "compile": "false",
     "compile_stacks": "false", "cuda_graphs": "false", "checkpointing_steps": 1000, "log_steps": 20,
@@ -61,10 +69,10 @@ class Config(MachineConfig):
     tokenizers: list[str] = setting(default_factory=lambda: list(TOKENIZERS)[:5], help=f"of {', '.join(TOKENIZERS)}")
     seeds: list[int] = setting(default_factory=lambda: [0], help="of the generators", at_least=0)
     tokenizer_steps: int = setting(
-        5000, "steps of a tokenizer; reconstruction_long takes four times as many", at_least=1
+        2000, "steps of a tokenizer; reconstruction_long takes four times as many", at_least=1
     )
     generator_steps: list[int] = setting(
-        default_factory=lambda: [2000, 5000, 10000, 20000], help="at which a generator is measured", at_least=1
+        default_factory=lambda: [2000, 6000], help="at which a generator is measured", at_least=1
     )
     data: str | None = setting(None, "folder or FILE.tar that data.py wrote; none: OpenMoji alone, rendered")
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
@@ -118,16 +126,18 @@ class Plan:
         self.config, self.folder, self.images = config, config.folder, images
         self.results = self.folder / "results"
 
-    def data(self, resolution: bool = True) -> list[str]:
+    def data(self, resolution: bool = True, half: bool = False) -> list[str]:
         """The options that name the images; a reference of distances takes the size of what it is compared with."""
         values = {"data.limit": self.config.limit or "none"}
         values |= {"data.source": "openmoji", "data.resolution": self.config.resolution} if resolution else {}
-        return options(values | ({"data.cache_dir": self.images} if self.images else {}))
+        images = self.folder / "half" if half else self.images
+        return options(values | ({"data.cache_dir": images} if images else {}))
 
     def tokenizer(self, name: str) -> Task:
         objectives, times, further = TOKENIZERS[name]
         folder, config = self.folder / f"tokenizer-{name}", self.config
-        words = ["train_vtp/train.py", "--config", str(HERE / "tokenizer.yaml"), *self.data(), *further]
+        words = ["train_vtp/train.py", "--config", str(HERE / "tokenizer.yaml"), *further]
+        words += self.data(half=name.endswith(HALF))
         words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
         words += ["--output_dir", str(folder)]
         if config.smallest:
@@ -207,6 +217,21 @@ def open_data(config: Config, folder: Path) -> Path | None:
     return images
 
 
+def write_half(config: Config, images: Path | None, folder: Path) -> None:
+    """A cache folder with every held-out concept and, by a hash of their base, half of the others."""
+    whole, data = openmoji_folder(config.resolution, images), DataConfig(source="openmoji")
+    rows = read_metadata(whole)
+    kept = [
+        row
+        for row in rows
+        if is_held_out(row["base"], data.holdout, data.holdout_seed) or is_held_out(row["base"], 0.5, HALF_SEED)
+    ]
+    with replacing(folder) as unfinished:
+        half = unfinished / whole.name
+        shutil.copytree(whole, half)
+        (half / METADATA_NAME).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
 def write_random_network(folder: Path, resolution: int) -> None:
     """An encoder with random weights: what its distance shows as well is no finding about content."""
     import torch
@@ -227,6 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(config, open_data(config, folder))
     plan.results.mkdir(exist_ok=True)
+    if any(name.endswith(HALF) for name in config.tokenizers) and not (folder / "half").is_dir():
+        write_half(config, plan.images, folder / "half")
     if not (folder / "random").is_dir():
         write_random_network(folder / "random", config.resolution)
     tasks = plan.tasks()

@@ -29,7 +29,7 @@ COLUMNS = {
     "effective rank": ("tokenizer", ("held_out", "effective_rank")),
 }
 NEAREST = ("class token", 20)
-COLOURS = ("#2c5f9e", "#c0392b", "#27864b", "#8e44ad", "#7f8c8d", "#d68910", "#16a085")
+COLOURS = ("#2c5f9e", "#c0392b", "#27864b", "#8e44ad", "#7f8c8d", "#d68910", "#16a085", "#000080", "#e377c2")
 WIDTH, HEIGHT, MARGIN, LINE = 360, 260, 44, 16  # of a panel, in pixels
 
 

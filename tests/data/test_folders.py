@@ -6,6 +6,7 @@ import unicodedata
 import pytest
 from PIL import Image
 
+from vtp_diffusion.data import image_datasets
 from vtp_diffusion.data.folders import read_layout
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.streaming import open_splits
@@ -82,9 +83,12 @@ def test_names_are_equal_however_their_accents_are_stored(tmp_path):
         read_layout(make(tmp_path / "one", [f"{composed}/0.png", f"{decomposed}/1.png"]))
 
 
-def test_a_folder_without_splits_has_nothing_held_out(tmp_path):
-    config = DataConfig(source=str(make(tmp_path, ["a/0.png", "a/1.png"])), resolution=1)
+def test_a_folder_without_splits_has_nothing_held_out(tmp_path, monkeypatch):
+    config, looks = DataConfig(source=str(make(tmp_path, ["a/0.png", "a/1.png"])), resolution=1), []
+    monkeypatch.setattr(image_datasets, "read_layout", lambda folder: looks.append(folder) or read_layout(folder))
     assert open_splits(config, None, 1)[1].keys() == {"train"}
+    assert len(open_dataset(config, "validation", or_all=True)) == 2
+    assert looks == [str(tmp_path)] * 2, "once for each data set"
     assert len(open_dataset(config, "all")) == 2
     with pytest.raises(ValueError, match="has no validation split: its images are not split"):
         open_dataset(config, "validation")

@@ -3,6 +3,7 @@
 import functools
 import io
 import pickle
+import re
 import tarfile
 from collections import namedtuple
 
@@ -19,6 +20,7 @@ from vtp_diffusion.data.image_files import (
     center_crop,
     read_image,
 )
+from vtp_diffusion.data.shard_files import check_source
 from vtp_diffusion.data.streaming import StreamingImages, open_splits
 
 
@@ -118,6 +120,18 @@ def test_held_out_images_have_the_class_numbers_of_the_training_images(tmp_path)
 def test_folders_that_are_not_understood(names, split, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         open_dataset(folder_config(make_folder(tmp_path, names)), split)
+
+
+@pytest.mark.parametrize("source", ["/no/such", "./x", "~/x", "a/b/c", "a/", "a b", "there/x", "there.tar"])
+def test_a_folder_that_is_not_there_is_refused_without_a_look_at_the_hub(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there.tar").touch()
+    (tmp_path / "parquet").touch()  # no builder's name is read as a path
+    for known in ("openmoji", "imagenet-1k", "owner/name.v2", "parquet", "there"):
+        check_source(known, "source")
+    with pytest.raises(ValueError, match=f"source is {re.escape(repr(source))}, which is no folder"):
+        DataConfig(source=source)
 
 
 def test_limit_is_spread_over_the_whole_set(tmp_path):

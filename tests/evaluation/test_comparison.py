@@ -61,6 +61,9 @@ def test_the_program_prints_it(compare, tmp_path, capsys):
     program = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "generation.py"))
     program["main"](["compare", str(tmp_path / "A.json"), str(tmp_path / "B.json")])
     assert "-1 ± 0.5" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program["main"](["compare", "--help"])
+    assert "compare A.json B.json" in capsys.readouterr().out
 
 
 def test_other_files_are_refused(compare, tmp_path):

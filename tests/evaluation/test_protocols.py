@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from vtp_diffusion.data.images import to_uint8
+from vtp_diffusion.evaluation.one_pass import USUAL_NETWORKS
 from vtp_diffusion.evaluation.protocols import (
     PROTOCOLS,
     check_reference,
@@ -21,8 +22,8 @@ class Given:
     """The options that a protocol looks at, as a user leaves them."""
 
     def __init__(self, **options):
-        self.labels = self.num_images = None
-        self.feature_network, self.feature_mode = ["vgg16", "efficientnet_lite0"], "exact"
+        self.labels = self.num_images = self.feature_network = None
+        self.feature_mode = "exact"
         self.reference, self.protocol = "statistics.npz", "jit"
         vars(self).update(options)
 
@@ -40,7 +41,7 @@ def test_what_is_left_open_follows_the_protocol():
         ({"labels": "random"}, "labels is random, but protocol jit fixes balanced"),
         ({"num_images": 1000}, "num_images is 1000, but protocol jit fixes 50000"),
         ({"feature_mode": "fast"}, "feature_mode is fast, but protocol jit fixes exact"),
-        ({"feature_network": ["vgg16"]}, "feature_network is vgg16, but protocol jit fixes inception"),
+        ({"feature_network": list(USUAL_NETWORKS)}, "feature_network is vgg16, .*, but protocol jit fixes inception"),
         ({"reference": "photos"}, "reference is photos, but protocol jit measures against .* jit_in256_stats.npz"),
     ],
 )

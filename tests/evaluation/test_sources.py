@@ -344,7 +344,12 @@ def test_names_and_weights_on_the_command_line(tmp_path):
     file = tmp_path / "a=b.pth"
     file.write_bytes(b"")
     assert weight_files([str(file)], ["vgg16"]) == {"vgg16": str(file)}
-    assert weight_files([f"efficientnet-lite0={file}"], ["vgg16"]) == {"efficientnet_lite0": str(file)}
+    wanted = {"efficientnet_lite0": str(file)}
+    assert weight_files([f"efficientnet-lite0={file}"], ["vgg16"], beside=["efficientnet_lite0"]) == wanted
+    with pytest.raises(ValueError, match="weights are given for efficientnet_lite0, measured are vgg16"):
+        FeaturesConfig(
+            reference="openmoji", output="r", feature_network=["vgg16"], weights=[f"efficientnet-lite0={file}"]
+        )
     for entry, networks in ((str(file), ["vgg16", "inception"]), ("none.pth", ["vgg16"]), (f"clip={file}", ())):
         with pytest.raises(ValueError, match="weights must be NETWORK=FILE"):
             weight_files([entry], networks)

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 from diffusers import AutoModel
-from golden import GOLDEN, relative_error
-from safetensors.torch import load_file
+from golden import GOLDEN, relative_error, vtp_golden
 
 from vtp_diffusion import AutoencoderVTP
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES, denormalize_images, normalize_images
@@ -68,22 +67,21 @@ def check_golden(model: AutoencoderVTP, golden: dict, shape: str, limit: float) 
 @pytest.mark.parametrize("shape", ["square", "wide", "large"])
 @pytest.mark.parametrize("name", VTP_SETS)
 def test_golden_with_the_rotary_embedding_in_float32(name, shape):
-    golden = load_file(GOLDEN / name / "golden_float32_rope.safetensors")
-    check_golden(AutoencoderVTP.from_released(GOLDEN / name, rope_dtype="float32"), golden, shape, limit=1e-5)
+    model = AutoencoderVTP.from_released(GOLDEN / name, rope_dtype="float32")
+    check_golden(model, vtp_golden(name, "float32"), shape, limit=1e-5)
 
 
 @pytest.mark.parametrize("shape", ["square", "wide", "large"])
 @pytest.mark.parametrize("name", VTP_SETS)
 def test_golden_as_released(name, shape):
-    golden, model = load_file(GOLDEN / name / "golden.safetensors"), AutoencoderVTP.from_released(GOLDEN / name)
+    golden, model = vtp_golden(name, "bfloat16"), AutoencoderVTP.from_released(GOLDEN / name)
     assert model.config.rope_dtype == "bfloat16"
     check_golden(model, golden, shape, limit=5e-3)
     check_golden(model.to(torch.bfloat16), golden, shape, limit=4e-2)
 
 
-@pytest.mark.parametrize("name", VTP_SETS)
-def test_golden_rotary_tables_bit_for_bit(name):
-    golden = load_file(GOLDEN / name / "golden.safetensors")
+def test_golden_rotary_tables_bit_for_bit():
+    golden = vtp_golden("vtp_released", "bfloat16")  # the other set's are the same
     tables = [key for key in golden if key.startswith("rope.")]
     assert len(tables) == 16
     for key in tables:

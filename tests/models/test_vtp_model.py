@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-from golden import GOLDEN, relative_error
-from safetensors.torch import load_file
+from golden import GOLDEN, relative_error, vtp_golden
 from test_autoencoder_vtp import TINY, VTP_SETS, tiny_images
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
@@ -32,8 +31,7 @@ def tiny_vtp() -> VTPModel:
 @pytest.mark.parametrize("name", VTP_SETS)
 @pytest.mark.parametrize("rope_dtype", ["float32", "bfloat16"])
 def test_golden(name, rope_dtype):
-    file, limit = {"float32": ("golden_float32_rope", 1e-5), "bfloat16": ("golden", 5e-3)}[rope_dtype]
-    golden = load_file(GOLDEN / name / f"{file}.safetensors")
+    golden, limit = vtp_golden(name, rope_dtype), {"float32": 1e-5, "bfloat16": 5e-3}[rope_dtype]
     model = VTPModel.from_released(GOLDEN / name, rope_dtype=rope_dtype)
     assert type(model.autoencoder) is AutoencoderVTP and not model.training
     for dtype in (torch.float32, torch.bfloat16):

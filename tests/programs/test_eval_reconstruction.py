@@ -123,6 +123,7 @@ def test_an_image_that_cannot_be_read_is_not_measured_as_its_neighbour(words, tm
         (["--vae", "none"], "none is not the folder of a diffusers autoencoder"),
         (["--data.resolution", "36"], "multiple of the autoencoder's patch 8, got 36"),
         (["--lpips_trunk", "none.safetensors"], "neither"),
+        (["--weights", "clip_l=x"], "weights are given for clip_l, measured are efficientnet_lite0"),
     ],
 )
 def test_bad_input(more, message, words, tmp_path, monkeypatch):

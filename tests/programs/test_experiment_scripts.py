@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vtp_diffusion.data.openmoji import read_attribution
+from vtp_diffusion.data.openmoji import is_held_out, read_attribution
 
 ROOT = Path(__file__).parents[2]
 UNDERSTANDING = "experiments/understanding_drives_generation"
@@ -67,7 +67,7 @@ def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(under
     assert plan.tasks()[0].name == "tokenizer-reconstruction_long"
     base, joint, long = (tasks[f"tokenizer-{n}"].programs[0] for n in ("reconstruction", "all", "reconstruction_long"))
     assert set(joint) - set(base) == {"contrastive", "self_supervision", str(tmp_path / "tokenizer-all")}
-    assert int(option(long, "--max_train_steps")) == 4 * int(option(base, "--max_train_steps")) == 20_000
+    assert int(option(long, "--max_train_steps")) == 4 * int(option(base, "--max_train_steps")) == 8_000
     assert option(base, "--data.cache_dir") == str(tmp_path / "images")
 
 
@@ -107,6 +107,21 @@ def test_smallest_is_small_whatever_else_is_said(understanding):
         understanding.Config(tokenizers=["none"])
     with pytest.raises(ValueError, match="data nowhere is not there"):
         understanding.Config(data="nowhere")
+
+
+def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_path):
+    bases = [f"{code:X}" for code in range(0x1F300, 0x1F300 + 400)]
+    folder = tmp_path / "images" / "openmoji-17.0.0-8"
+    folder.mkdir(parents=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"base": base}) + "\n" for base in bases))
+    config = understanding.Config(output_dir=str(tmp_path), resolution=8, tokenizers=["all_half"])
+    understanding.write_half(config, tmp_path / "images", tmp_path / "half")
+    kept = {row["base"] for row in understanding.read_metadata(tmp_path / "half" / folder.name)}
+    held_out = {base for base in bases if is_held_out(base, 0.1, 0)}
+    assert held_out < kept and abs(len(kept - held_out) / len(set(bases) - held_out) - 0.5) < 0.1
+    tasks = understanding.Plan(config, tmp_path / "images").tasks()
+    folders = {task.name: option(task.programs[0], "--data.cache_dir") for task in tasks[:2]}
+    assert folders == {"tokenizer-all_half": str(tmp_path / "half"), "latents-all_half": str(tmp_path / "images")}
 
 
 def test_images_come_from_the_archive_once(understanding, tmp_path):

@@ -25,7 +25,7 @@ from ..runtime.processes import from_main, this_process
 from .folders import content_hashes, read_layout, sorted_names
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
-from .shard_files import announce_copy, check_columns, collection_builder
+from .shard_files import announce_copy, check_columns, check_source, collection_builder
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
@@ -66,10 +66,13 @@ class DataConfig(Settings):
         False, "streaming: other numbers of processes or workers resume at the start of an epoch", may_change=True
     )
     skip_empty_captions: bool = setting(False, "streaming: leave samples without text out of every objective, not one")
-    cache_dir: str | None = setting(None, "where OpenMoji is rendered to; see the README", may_change=True)
+    cache_dir: str | None = setting(
+        None, "where OpenMoji is rendered to; none: VTP_DIFFUSION_CACHE or the user's cache folder", may_change=True
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        check_source(self.source, "source")
         if self.streaming and self.limit is not None:
             raise ValueError(f"limit is {self.limit} with streaming, expected none: max_train_steps decides")
         ours = self.source == "openmoji" or Path(self.source).is_dir()
@@ -230,12 +233,14 @@ def open_dataset(
     config: DataConfig,
     split: Literal["train", "validation", "all"] = "train",
     crop: Crop = center_crop,
+    or_all: bool = False,
 ) -> ImageDataset:
     """Open a data set; every process has to call this: the main one looks into a folder and tells the others.
 
     Splits: OpenMoji is split by base emoji, a folder as `folders.py` says. A collection of `datasets` has its own,
     "validation" being `validation_files` where given, or its validation or else its test split. Classes have the same
     indices in all splits and under any `limit`. What was found is printed. `crop`: (image, resolution) -> the square.
+    `or_all`: a folder without the split is opened whole.
 
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
@@ -248,7 +253,7 @@ def open_dataset(
     if config.source == "openmoji":
         dataset = _open_openmoji(config, split)
     elif Path(config.source).is_dir():
-        dataset = _open_folder(config, split)
+        dataset = _open_folder(config, split, or_all)
     else:
         dataset = _open_collection(config, split)
         classes = f"{len(dataset.label_names)} classes" if config.label_column else "1 class (label_column is none)"
@@ -258,13 +263,6 @@ def open_dataset(
     if len(dataset) * 3 * config.resolution**2 <= IN_MEMORY_BYTES:
         dataset.keep_in_memory()
     return dataset
-
-
-def has_held_out(config: DataConfig) -> bool:
-    """Whether the source has images held out, before any is read; a collection is taken to have some. Every process
-    has to call this."""
-    elsewhere = not Path(config.source).is_dir() or config.source == "openmoji"
-    return elsewhere or from_main(lambda: read_layout(config.source).has("validation"))
 
 
 def _say(line: str) -> None:
@@ -312,11 +310,12 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     )
 
 
-def _open_folder(config: DataConfig, split: str) -> ImageDataset:
+def _open_folder(config: DataConfig, split: str, or_all: bool) -> ImageDataset:
     def look() -> tuple[list[str], list[str], list[int], str, bool]:
         """Classes, keys, labels, fingerprint, and whether no images are held out."""
         layout = read_layout(config.source)
-        pairs = _limited(layout.of_split(split), config.limit)
+        part = "all" if or_all and not layout.has(split) else split
+        pairs = _limited(layout.of_split(part), config.limit)
         _say(layout.describe())
         paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
         keys = [path.relative_to(layout.folder).as_posix() for path in paths]

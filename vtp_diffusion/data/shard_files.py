@@ -1,5 +1,6 @@
 """Which files a collection of `datasets` is read from, and whether they are there and whole."""
 
+import re
 import shutil
 from glob import glob
 from pathlib import Path
@@ -9,7 +10,21 @@ from ..runtime.optional_packages import require
 
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME
 COPIED = ("parquet", "webdataset")  # into Arrow files, about as large
+
+
+def check_source(source: str, option: str) -> None:
+    """Raises: ValueError for a source that can only be meant as a folder and is none: the Hub would be asked for it,
+    and without a network that takes long."""
+    if source == "openmoji" or source in BUILDERS or Path(source).is_dir():
+        return
+    if not HUB_ID.fullmatch(source) or Path(source.partition("/")[0]).exists():
+        home = "; ~ is not read as the home folder here" * source.startswith("~")
+        raise ValueError(
+            f"{option} is {source!r}, which is no folder{home}. Expected one, openmoji, a builder of `datasets` "
+            f"({', '.join(BUILDERS)}) or a Hub id, OWNER/NAME; the working directory is {Path.cwd()}"
+        )
 
 
 def split_files(config: Any, split: str) -> str | dict[str, str] | None:

@@ -32,7 +32,6 @@ from .image_datasets import (
     ImageDataset,
     check_caption,
     check_label,
-    has_held_out,
     open_dataset,
 )
 from .image_files import UnreadableImageError, center_crop, decode_image
@@ -258,9 +257,7 @@ def open_splits(
             f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
             "a batch would hold an image twice"
         )
-    held_out = {}
-    if has_held_out(config):
-        held_out["held_out"] = open_dataset(config, "validation")
+    held_out = {} if training.whole else {"held_out": open_dataset(config, "validation")}
     return training, {"train": training} | held_out
 
 

@@ -34,6 +34,7 @@ from ..metrics.sliced import PROJECTIONS, SLICED_MINIMUM, sliced_distance
 from ..runtime.config import setting
 from ..runtime.reproducibility import exact_float32, random_stream
 from .one_pass import FeaturesConfig, ImageRecord, Wanted
+from .sources import check_real_images
 
 MEASURED = ("generated", "control")
 REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and the rest, as in ADM's files
@@ -44,7 +45,7 @@ FLOOR_SUBSETS = 10  # of the kernel distance, in each of the floor's repetitions
 class JudgesConfig(FeaturesConfig):
     """What is measured beside every network's distances and scores."""
 
-    floor_images: str | None = setting(None, "real images outside the reference, as it")
+    floor_images: str | None = setting(None, "real images outside the reference: npz, folder or collection")
     metrics: list[Literal["mind", "memorisation"]] = setting(
         default_factory=list,
         help="further ones: mind, the sliced Wasserstein distance; memorisation, images nearer to the reference than "
@@ -59,6 +60,8 @@ class JudgesConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.floor_images is not None:
+            check_real_images(self.floor_images, "floor_images")
         _ = self.statistics_files  # refuses words that are no NETWORK=FILE
         if self.fdr6_constants == "computed" and not self.has_fdr6:
             missing = ", ".join(name for name in SIX if name not in self.feature_network)

@@ -20,14 +20,18 @@ from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_names,
 from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process, to_device
 from ..runtime.reproducibility import random_stream
-from .sources import ImageSource, PipelineImages, read_batches
+from .sources import ImageSource, PipelineImages, check_real_images, read_batches
 
 ON_CUDA = torch.cuda.is_available()
+USUAL_NETWORKS = ("vgg16", "efficientnet_lite0")
 
 
 @dataclass(kw_only=True)
 class ReferenceDataConfig(DataConfig):
     """How real images are read. What goes with their source is checked where that is known, see `open_reference`."""
+
+    source: str = setting(DataConfig.source, "not to be set: reference and floor_images decide")
+    resolution: int = setting(DataConfig.resolution, "not to be set: the size of the images decides")
 
     def __post_init__(self) -> None:
         Settings.__post_init__(self)
@@ -42,14 +46,15 @@ class FeaturesConfig(Settings):
         default_factory=ReferenceDataConfig,
         help="columns, hold-out and cache of data sets; reference and floor_images set the source",
     )
-    feature_network: list[str] = setting(
-        default_factory=lambda: ["vgg16", "efficientnet_lite0"],
-        help=f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER; fdr6: six of them, for FDr6",
+    feature_network: list[str] | None = setting(
+        None,
+        f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER; fdr6: six of them, for FDr6; none: "
+        f"{' and '.join(USUAL_NETWORKS)}, or as the protocol says",
     )
     weights: list[str] = setting(
-        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE if there is one"
+        default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE alone where there is one network"
     )
-    output: str = setting(help="FILE for the results")
+    output: str = setting(help="FILE.json for the results")
     seed: int = setting(0, "of samples, labels and random subsets", at_least=0)
     feature_mode: FeatureMode = setting("exact", "exact: float32; fast: float16 inside the network")
     feature_batch_size: int = setting(256 if ON_CUDA else 32, "images a network sees at once", at_least=1)
@@ -60,21 +65,33 @@ class FeaturesConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
+        check_real_images(self.reference, "reference")
         if (self.data.source, self.data.resolution) != (DataConfig.source, DataConfig.resolution):
             raise ValueError(
                 "data.source and data.resolution are decided by reference, floor_images and the size of the images: "
                 f"got {self.data.source} and {self.data.resolution}"
             )
+        if self.feature_network is None:
+            self.feature_network = list(USUAL_NETWORKS)
         if not self.feature_network:
             raise ValueError(f"feature_network is empty, expected one or more of {', '.join(FEATURE_NETWORKS)}")
         self.feature_network = network_names(self.feature_network)
-        weight_files(self.weights, self.feature_network)
+        _ = self.weight_files  # refuses words that are no NETWORK=FILE, and networks that are not used
+
+    @property
+    def networks(self) -> list[str]:
+        """Those that images pass through."""
+        return self.feature_network
+
+    @property
+    def weight_files(self) -> dict[str, str]:
+        """Network -> file of its weights. Raises: as `weight_files`."""
+        return weight_files(self.weights, self.feature_network, self.networks)
 
 
 def open_networks(config: FeaturesConfig, names: list[str]) -> dict[str, Extractor]:
     """Network -> extractor, ready on the device. Raises what `feature_network` raises."""
-    files = weight_files(config.weights, config.feature_network)
-    networks = {name: feature_network(name, files.get(name)) for name in names}
+    networks = {name: feature_network(name, config.weight_files.get(name)) for name in names}
     return {
         name: Extractor(network, config.device, config.feature_mode, config.compile, config.feature_batch_size)
         for name, network in networks.items()

@@ -12,12 +12,11 @@ in the reference, in the classes of the images and in how pixels become uint8, a
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..data.images import Rounding
 from ..generation.sampling import LabelRule
-from .one_pass import FeaturesConfig
 
 ProtocolName = Literal["own", "adm", "torch-fidelity", "jit", "imf"]
 OWN = "own"  # no published protocol: everything is as the options say
@@ -62,10 +61,8 @@ def follow_protocol(config: Any) -> None:
     protocol = PROTOCOLS[config.protocol]
     fixed = {"feature_network": ["inception"], "feature_mode": "exact"}
     fixed |= {"labels": protocol.labels, "num_images": protocol.num_images}
-    (networks,) = (field for field in fields(FeaturesConfig) if field.name == "feature_network")
-    unset = {"feature_network": networks.default_factory()}
     for name, value in fixed.items():
-        if (given := getattr(config, name)) == unset.get(name):
+        if (given := getattr(config, name)) is None:
             setattr(config, name, value)
         elif given != value:
             raise ValueError(

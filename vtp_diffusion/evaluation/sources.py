@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data.batches import READ_AHEAD, read_ahead
-from ..data.image_datasets import Crop, DataConfig, ImageDataset, has_held_out, open_dataset
+from ..data.image_datasets import Crop, DataConfig, ImageDataset, open_dataset
 from ..data.image_files import center_crop, list_images, read_header, read_image
 from ..data.npz import IMAGES_KEY, NpzImages, open_npz
+from ..data.shard_files import check_source
 from ..runtime.disk import read_json
 from ..runtime.processes import from_main, gather_objects, reading_processes, this_process
 from ..runtime.reproducibility import random_stream
@@ -130,11 +131,11 @@ class DatasetImages:
         return int(torch.stack(found).any(0).sum())
 
 
-def open_measured(config: DataConfig, split: str, crop: Crop = center_crop) -> DatasetImages:
+def open_measured(config: DataConfig, split: str, crop: Crop = center_crop, or_all: bool = False) -> DatasetImages:
     """A data set whose images are counted: those that cannot be read, where that is allowed, are left out before
     anything is chosen or measured, and `dataset.skipped` holds their keys. Every process has to call this. Raises what
     `open_dataset` raises."""
-    dataset = open_dataset(config, split, crop)
+    dataset = open_dataset(config, split, crop, or_all)
     return DatasetImages(_without_unreadable(dataset) if config.skip_unreadable else dataset)
 
 
@@ -199,6 +200,12 @@ def pipeline_image_size(pipe: "DiffusionPipeline") -> tuple[int, int]:
         return tuple(pipe.decode_latents(latents).shape[2:])
 
 
+def check_real_images(source: str, option: str) -> None:
+    """Raises: ValueError if a source of `open_reference` is a folder that is not there."""
+    if not source.endswith(".npz"):
+        check_source(source, option)
+
+
 def open_reference(
     data: DataConfig, source: str, split: str, size: tuple[int, int]
 ) -> tuple[ImageSource, list[int], list[int]] | None:
@@ -218,7 +225,7 @@ def open_reference(
         raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
     data = DataConfig(**vars(data) | {"source": source, "resolution": size[0]})
     # a folder without splits is what it is; all of it is its train split
-    images = open_measured(data, split if split == "train" or has_held_out(data) else "all")
+    images = open_measured(data, split, or_all=split == "validation")
     weights = images.dataset.weights
     is_base = weights == weights.max()
     base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (is_base, ~is_base))

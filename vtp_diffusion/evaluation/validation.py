@@ -1,6 +1,6 @@
 """Validation during training: sample grid and quick Fréchet distance, beside its real-vs-real baseline."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from ..data.images import image_grid
 from ..generation.sampling import draw_labels, initial_noise
 from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
-from ..metrics.networks import feature_network
+from ..metrics.networks import FEATURE_NETWORKS, feature_network
 from ..runtime.config import Settings, setting
 from ..runtime.processes import gather_objects, this_process
 from ..runtime.reproducibility import random_stream
@@ -28,8 +28,10 @@ class DistanceConfig(Settings):
     """Settings of the quick distance: too few images for a number to publish, enough to see where training goes."""
 
     num_images: int = setting(0, "samples of random classes; 0 is no distance", at_least=0)
-    network: str = setting("vgg16", "feature network: vgg16, efficientnet_lite0, inception")
-    weights: str | None = setting(None, "its weights; none takes the installed package")
+    network: str = setting("vgg16", f"feature network: one of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER")
+    weights: str | None = setting(
+        None, "file of its weights; none: the installed package, or the cache they are downloaded to"
+    )
     reference: DataConfig = setting(
         default_factory=DataConfig, help="real images; their resolution is that of the samples"
     )
@@ -139,3 +141,22 @@ def report_validation(
     values = {} if distance is None else distance.measure(pipeline, run.device, **config.sampler)
     draw = run.is_main and config.labels
     run.report(step, values, sample_grid(config, pipeline, run.device) if draw else None)
+
+
+def validated_steps(
+    run: "TrainingRun", distance: QuickDistance | None, validate: Callable[[int], None]
+) -> Iterator[int]:
+    """The steps of a run that trains a generator, with its validations in between, if they report anything.
+
+    Args: `validate`: is given the number of steps done, after those where a validation is due, and before the first
+        step where an interruption left one out.
+    """
+    config = run.config
+    watched = bool(config.validation.labels) or distance is not None
+    if watched and run.validation_missed(None if distance is None else distance.network.distance_name):
+        validate(run.first_step)
+    for step in run.steps():
+        yield step
+        if watched and run.due(step, config.validation_steps):
+            run.save_due(step)
+            validate(step + 1)

@@ -58,7 +58,7 @@ class TeacherConfig(Settings):
     solver: Literal["pipeline", "euler", "unipc"] = setting("unipc", "of trajectories; pipeline: its scheduler")
     guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
     guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
-        "auto", "by what; auto: the pipeline's guidance transformer, else without a class"
+        "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
     )
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "times between which guidance is on, 0 is noise and 1 is data", at_least=0, at_most=1

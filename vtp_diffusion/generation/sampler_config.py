@@ -16,7 +16,9 @@ class SamplerConfig(Settings):
     Raises: ValueError naming an option outside its bounds.
     """
 
-    num_inference_steps: int = setting(50, "evaluations of the network an image, of Heun's method half", at_least=1)
+    num_inference_steps: int = setting(
+        50, "steps of the solver: evaluations of the network, heun takes two a step", at_least=1
+    )
     solver: Literal["pipeline", "euler", "heun", "unipc", "dpm++", "dopri5"] = setting(
         "pipeline", "of the flow; pipeline: its scheduler; dopri5 is adaptive and counts no steps"
     )
@@ -24,7 +26,7 @@ class SamplerConfig(Settings):
     tolerance: float = setting(1e-3, "relative error of a step of dopri5", above=0)
     guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
     guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
-        "auto", "by what; auto: the pipeline's guidance transformer, else without a class"
+        "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
     )
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True

@@ -202,16 +202,18 @@ def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetw
     return FEATURE_NETWORKS[name](weights)
 
 
-def weight_files(entries: Iterable[str], networks: Iterable[str] = ()) -> dict[str, str]:
+def weight_files(entries: Iterable[str], networks: Iterable[str], beside: Iterable[str] = ()) -> dict[str, str]:
     """Feature network -> weights, of the words "NETWORK=FILE" that evaluation programs take.
 
     Args:
-        networks: those that are wanted. Where there is one only, a word may be FILE alone.
+        networks: those that are measured. Where there is one only, a word may be FILE alone.
+        beside: those that are used too.
 
     Raises:
-        ValueError: a word that is neither, or one for an unknown network.
+        ValueError: a word that is neither, or one for a network that is unknown or not used.
     """
     files, networks = {}, [network_name(name) for name in networks]
+    used = list(dict.fromkeys([*networks, *beside]))
     for entry in entries:
         name, separator, file = entry.partition("=")
         if separator and name.replace("-", "_") in FEATURE_NETWORKS:
@@ -223,4 +225,6 @@ def weight_files(entries: Iterable[str], networks: Iterable[str] = ()) -> dict[s
                 f"weights must be NETWORK=FILE with one of {', '.join(FEATURE_NETWORKS)}, or the FILE of the only "
                 f"network, got {entry!r}"
             )
+    if unused := sorted(files.keys() - set(used)):
+        raise ValueError(f"weights are given for {', '.join(unused)}, measured are {', '.join(used)}")
     return files

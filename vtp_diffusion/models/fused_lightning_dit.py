@@ -24,6 +24,11 @@ def why_not_fused(network: nn.Module, device: torch.device) -> str | None:
     """Why a network does not run in fused kernels on a device; None if it does."""
     if type(network).__name__ != "LightningDiTTransformer2DModel":
         return f"the network is a {type(network).__name__}, not a LightningDiT"
+    return why_no_kernels(device)
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why the fused kernels do not run on a device; None if they do."""
     if device.type != "cuda":
         return f"the device is {device}, not a CUDA GPU"
     if importlib.util.find_spec("triton") is None:

@@ -337,7 +337,8 @@ def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str
         description=as_typed(description or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, or a configuration's name; options come after it")
+    named = ", or a configuration's name" * bool(shipped)
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file of options{named}; those given beside it win")
     for name, annotation, field in leaves:
         kind = _describe(annotation)
         if bounds := {key: field.metadata[key] for key in BOUNDS if key in field.metadata}:

@@ -24,7 +24,7 @@ SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then 
 class MachineConfig(Settings):
     """How an experiment uses a machine."""
 
-    gpus: list[int] = setting(default_factory=lambda: [0], help="of this machine", at_least=0)
+    gpus: list[int] = setting(default_factory=lambda: [0], help="indices of this machine's GPUs", at_least=0)
     together: int = setting(1, "tasks at a time on each GPU", at_least=1)
     seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
     least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)

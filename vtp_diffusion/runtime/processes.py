@@ -86,10 +86,7 @@ def from_main(compute: Callable[[], Result]) -> Result:
     every process, before they have joined too."""
     if this_process()[1] == 1:
         return compute()
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)  # as Accelerator does it
+    device_of_process()
     if not dist.is_initialized():  # on a CPU, where accelerate was not told to join: `join_processes` refuses that
         return compute()
     found: list[Any] = [None]
@@ -103,6 +100,14 @@ def from_main(compute: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return value
+
+
+def device_of_process() -> torch.device:
+    """The device that accelerate gives this process, which joins the others, as Accelerator would have it do later."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE).device
 
 
 def this_process() -> tuple[int, int]:
