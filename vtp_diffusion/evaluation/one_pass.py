@@ -238,9 +238,7 @@ def record_images(
         count: size of the set.
         wanted: network -> output -> what to remember.
         seed: decides whose features are kept.
-
-    Raises:
-        ValueError: features that are not finite.
+    Raises: ValueError: features that are not finite.
     """
     outputs = {
         name: {

@@ -20,9 +20,7 @@ def join_processes(**settings: Any) -> Any:
     `PATIENCE`.
 
     Args: `settings`: of accelerate.Accelerator.
-
-    Raises:
-        ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
+    Raises: ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
