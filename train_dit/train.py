@@ -42,6 +42,7 @@ from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.alignment import Alignment, AlignmentConfig
 from vtp_diffusion.generation.autoguidance import GUIDE, GuideConfig, check_guide, open_guide
+from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, why_blocks_are_plain
 from vtp_diffusion.generation.objective import (
     FlowMatchingConfig,
     FlowMatchingObjective,
@@ -67,7 +68,7 @@ NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --guidance_scale {} 
 
 
 @dataclass(kw_only=True)
-class Config(TrainingConfig, FlowMatchingConfig):
+class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
     """Settings of this program."""
 
     # Where these two lie may change: what is in them is compared with the checkpoint (latents) and the latents (vae).
@@ -91,14 +92,6 @@ class Config(TrainingConfig, FlowMatchingConfig):
     shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with, as time_shift", above=0)
     alignment: AlignmentConfig = setting(default_factory=AlignmentConfig, help="with the tokenizer's features")
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)
-    fused: bool | None = setting(
-        None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
-    )
-    recompute: bool = setting(
-        False,
-        "fused blocks make norms and activations again in the backward pass: a fifth less memory",
-        may_change=True,
-    )
     cuda_graphs: bool | None = setting(
         None,
         "launch the passes of a step as a whole; none: on one GPU, without micro-steps and compile. They keep their "
@@ -123,8 +116,6 @@ class Config(TrainingConfig, FlowMatchingConfig):
             raise ValueError(
                 "optimizer is muon and mixed_precision fp16, whose loss scaler skips steps: expected bf16"
             )
-        if self.recompute and self.fused is False:
-            raise ValueError("recompute is on and fused is off: it is a part of fused blocks")
         if self.guide.step is not None and self.guide.step > self.max_train_steps:
             raise ValueError(f"guide.step is {self.guide.step}, expected a step from 1 to {self.max_train_steps}")
         if self.latents is None and self.data is None:
@@ -188,30 +179,6 @@ def build_objective(config: Config, transformer: nn.Module, vae: nn.Module) -> F
     return objective
 
 
-def why_blocks_are_plain(config: Config) -> str | None:
-    """Why blocks do not run in fused kernels; None if they do. Raises: ValueError if they were asked for."""
-    from vtp_diffusion.models.fused_lightning_dit import why_no_kernels
-    from vtp_diffusion.runtime.processes import device_of_process
-
-    if config.fused is False:
-        return "fused is off"
-    reason = "compile is on" if config.compile else why_no_kernels(device_of_process())
-    if (config.fused or config.recompute) and reason:
-        raise ValueError(f"{'fused' if config.fused else 'recompute'} is on, but {reason}")
-    return reason
-
-
-def use_fused_blocks(config: Config, run: TrainingRun, reason: str | None) -> None:
-    """Fused kernels in the blocks unless there is a reason against them; which of the two is printed."""
-    from vtp_diffusion.models.fused_lightning_dit import fuse_training
-
-    if reason is None:
-        fuse_training(run.model, config.recompute)
-        run.accelerator.print("blocks run in fused kernels (fused)")
-    elif config.fused is None and run.device.type == "cuda":
-        run.accelerator.print(f"blocks run as they are, not in fused kernels: {reason}")
-
-
 def build_pipeline(config: Config, vae, transformer, dataset, guide=None) -> LightningDiTPipeline:
     """The pipeline that samples as the configuration says."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -263,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.training.rates import forward_flops
     from vtp_diffusion.training.run_folder import RunFolder
 
-    plain = why_blocks_are_plain(config)
+    plain = why_blocks_are_plain(config, config.compile)
     folder = RunFolder(config.output_dir, config)
     vae = load_autoencoder(config.vae)
     dataset = open_training_data(config, vae)

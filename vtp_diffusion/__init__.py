@@ -1,14 +1,16 @@
 """Latent diffusion on semantic visual tokenizers: VTP as a diffusers autoencoder, LightningDiT, and their pipeline.
 
 Importing registers the classes with diffusers, so that `DiffusionPipeline.from_pretrained(folder)` finds them. Neither
-diffusers nor torch is imported before a class is asked for: a program can refuse a wrong option at once.
+diffusers, which takes several seconds, nor torch is imported before a class is asked for: a program can refuse a wrong
+option at once.
 """
 
-import importlib
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from .runtime import __version__  # noqa: F401
-from .runtime.import_hooks import after_import
 
 _CLASSES = {
     "AutoencoderVTP": ".models.autoencoder_vtp",
@@ -50,4 +52,27 @@ def _register(diffusers: Any) -> None:
     loading.LOADABLE_CLASSES.setdefault(__name__, {})
 
 
-after_import("diffusers", _register)
+class _Registering:
+    """An import hook (PEP 302) that registers as soon as diffusers is imported, by whomever."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "diffusers":
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: Any) -> None:
+                execute(module)
+                _register(sys.modules[name])  # diffusers puts another object in its place
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if "diffusers" in sys.modules:
+    _register(sys.modules["diffusers"])
+else:
+    sys.meta_path.insert(0, _Registering)

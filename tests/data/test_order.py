@@ -108,7 +108,7 @@ def test_batches_are_the_same_however_they_are_read(workers):
     sampler = StepBatchSampler(10, 4, 0, 2, 5)
     before = torch.get_rng_state()
     read = [b["square"].tolist() for b in read_batches(Squares(), sampler, dict, CPU, workers)]
-    gathered = [b["square"].tolist() for b in gathered_batches({"square": torch.arange(10) ** 2}, sampler)]
+    gathered = [b["square"].tolist() for b in gathered_batches({"square": torch.arange(10) ** 2}, sampler, CPU)]
     assert read == gathered == [[i**2 for i in batch] for batch in sampler]
     assert torch.equal(torch.get_rng_state(), before)
 

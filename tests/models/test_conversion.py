@@ -165,7 +165,7 @@ def test_files_that_cannot_be_read(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json is not JSON"):
         AutoencoderVTP.from_released(folder)
-    with pytest.raises(ValueError, match="neither a folder nor a hub repository id"):
+    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
         AutoencoderVTP.from_released(folder / "missing")
 
 

@@ -349,7 +349,7 @@ def test_blur_keeps_constants_and_spreads_a_point_as_a_gaussian():
     [
         ({"share": 1.5}, "share is 1.5"),
         ({"masked_crops": 0.3}, "masked_crops is 0.3 of 2 global crops"),
-        ({"mask_ratio": (0.5, 0.1)}, "mask_ratio is 0.5 to 0.1"),
+        ({"mask_ratio": (0.5, 0.1)}, "mask_ratio is .0.5, 0.1., expected the smaller number first"),
         ({"dino_weight": 0.0, "ibot_weight": 0.0}, "dino_weight or ibot_weight"),
         ({"teacher_temperature": (0.0, 0.07)}, "teacher_temperature"),
         ({"stochastic_depth": 1.0}, "stochastic_depth is 1.0"),

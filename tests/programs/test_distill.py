@@ -106,6 +106,21 @@ def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path, made, step):
         assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_bfloat16_rounds_the_student_but_not_the_finite_differences(run, tmp_path, made, monkeypatch):
+    asked = []
+
+    def target(student, *inputs):
+        means = student(*inputs[:2], inputs[3], return_dict=False, next_timestep=inputs[2])[0]
+        asked.append((means.dtype, torch.is_autocast_enabled("cpu")))
+        return inputs[4]
+
+    monkeypatch.setattr("vtp_diffusion.generation.distillation.mean_velocity_target", target)
+    load_program().main(arguments(tmp_path / "run", made, "--mixed_precision=bf16"))
+    assert asked == 2 * [(torch.float32, False)]
+    exact, rounded = log_of(run)[0]["loss"], log_of(tmp_path / "run")[0]["loss"]
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.02)
+
+
 def test_micro_steps_and_steps_see_the_same(run, tmp_path, made):
     load_program().main(arguments(tmp_path / "run", made, "--gradient_accumulation_steps=2"))
     for one, other in zip(log_of(run), log_of(tmp_path / "run"), strict=True):
@@ -142,7 +157,8 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
         (tmp_path, "conditional", (), "teacher.guidance_scale is 2.0, but .* class_dropout_prob 0"),
         (tmp_path, "student", (), "is a few-step student itself"),
         (tmp_path, "small", (), r"works on latents \(3, 2, 2\), those in .* are \(3, 4, 4\)"),
-        (tmp_path, "teacher", ("--mixed_precision=bf16",), "mixed_precision is bf16, expected no"),
+        (tmp_path, "teacher", ("--mixed_precision=fp16",), "mixed_precision is fp16, expected bf16 or no"),
+        (tmp_path, "teacher", ("--fused=true", "--compile=true"), "fused is on, but compile is on"),
         (tmp_path, "teacher", ("--validation.num_inference_steps=3",), "is 3 and guidance_scale 1.0, expected one"),
         (tmp_path, "teacher", ("--trajectory_steps=7",), "trajectory_steps is 7, expected at most max_train_steps, 6"),
     ):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.config import Settings, setting
+from ..runtime.processes import to_device
 from .images import from_uint8
 
 # A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
@@ -51,9 +52,7 @@ class StepBatchSampler:
         rank, world_size: this process and how many there are; together they read each epoch once.
         weights: (num_samples,) not negative; all equal counts as none.
         accumulation: micro-steps a step.
-
-    Raises:
-        ValueError: sizes that are not positive, weights of another shape, negative, not finite or all zero.
+    Raises: ValueError: sizes that are not positive, weights of another shape, negative, not finite or all zero.
     """
 
     def __init__(
@@ -134,13 +133,6 @@ def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = N
     return num_bytes <= HOST_BYTES
 
 
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on the device, without waiting for what is queued there."""
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
 def columns_to_device(columns: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Columns that a loader delivered (in pinned memory for a GPU); those that are no tensors stay as they are."""
     return {
@@ -149,13 +141,10 @@ def columns_to_device(columns: dict[str, Any], device: torch.device) -> dict[str
     }
 
 
-def gathered_batches(columns: Columns, sampler: StepBatchSampler) -> Iterator[Columns]:
-    """Batches of rows of columns that lie on the device already. Nothing waits for the device: of all that training
-    needs, only indices travel there.
-
-    Args: `columns`: name -> (N, ...), on one device.
-    """
-    device = next(iter(columns.values())).device
+def gathered_batches(columns: Columns, sampler: StepBatchSampler, device: torch.device) -> Iterator[Columns]:
+    """Batches of rows of columns (N, ...), all of which are held on the device: of all that training needs, only
+    indices travel there then, and nothing waits for it."""
+    columns = columns_to_device(columns, device)
     for indices in sampler:
         rows = to_device(torch.tensor(indices), device)
         yield {name: column[rows] for name, column in columns.items()}
@@ -302,20 +291,16 @@ def augment_images(images: torch.Tensor, config: AugmentationConfig, draws: torc
     Args:
         images: (B, 3, H, W), uint8 or float in [-1, 1].
         draws: (B, NUM_DRAWS) uniform in [0, 1), on the images' device.
-
-    Returns:
-        (B, 3, H, W) float32 in [-1, 1].
+    Returns: (B, 3, H, W) float32 in [-1, 1].
     """
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     if config == UNCHANGED:
         return images
     if draws.shape != (len(images), NUM_DRAWS):
         raise ValueError(f"draws have shape {tuple(draws.shape)}, expected {(len(images), NUM_DRAWS)}")
-    flip, recolour, angle, scale, shift_x, shift_y = draws[:, :6].unbind(1)  # (B,)
+    flip, tint, angle, scale, shift_x, shift_y = draws[:, :6].unbind(1)  # (B,)
     if config.hue > 0:
-        order = torch.where(
-            recolour[:, None] < config.hue, draws[:, 6:].argsort(1), torch.arange(3, device=images.device)
-        )
+        order = torch.where(tint[:, None] < config.hue, draws[:, 6:].argsort(1), torch.arange(3, device=images.device))
         images = images.gather(1, order[:, :, None, None].expand_as(images))
     if config.shift > 0 or config.scale > 0 or config.rotation > 0:
         steps = 2 * config.shift + 1

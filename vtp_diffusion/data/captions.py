@@ -15,12 +15,9 @@ Tokenize = Callable[[Sequence[str]], torch.Tensor]
 def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
     """CLIP's byte-pair encoding, out of open_clip: texts -> token ids (B, context length) int64, padded with 0.
 
-    Args:
-        truncate: cut texts that are too long, as CLIP's training does with captions, instead of refusing them.
-
-    Raises:
-        ImportError: open_clip is not installed.
-        ValueError: (of what is returned) a text that does not fit, unless `truncate`.
+    Args: `truncate`: cut texts that are too long, as CLIP's training does with captions, instead of refusing them.
+    Raises: ImportError: open_clip is not installed. ValueError: (of what is returned) a text that does not fit, unless
+        `truncate`.
     """
     tokenizer = require("open_clip", "eval").SimpleTokenizer(context_length=context_length)
 
@@ -28,9 +25,7 @@ def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
         if not truncate:
             for text in texts:
                 if len(text) > CHARACTERS_A_TOKEN * context_length:
-                    raise ValueError(
-                        f"{text[:40]!r}... has {len(text)} characters, the context holds {context_length} tokens"
-                    )
+                    raise ValueError(f"{text[:40]!r}... has {len(text)} characters, context: {context_length} tokens")
                 length = len(tokenizer.encode(text)) + 2  # start and end
                 if length > context_length:
                     raise ValueError(f"{text!r} is {length} tokens long, the context holds {context_length}")

@@ -52,12 +52,10 @@ class ChannelStatistics:
     @classmethod
     def from_moments(cls, moments: dict[str, Any]) -> "ChannelStatistics":
         """What `moments` wrote."""
-        statistics = cls()
-        statistics.count = moments["count"]
-        statistics.mean, statistics.squares = (
-            torch.tensor(moments[name], dtype=torch.float64) for name in ("mean", "squares")
-        )
-        return statistics
+        whole = cls()
+        whole.count = moments["count"]
+        whole.mean, whole.squares = (torch.tensor(moments[name], dtype=torch.float64) for name in ("mean", "squares"))
+        return whole
 
     def result(self) -> tuple[list[float], list[float]]:
         """(mean, population standard deviation), one value a channel."""

@@ -85,9 +85,8 @@ class _Content:
 def read_layout(folder: str | Path) -> FolderLayout:
     """Look into a folder of images.
 
-    Raises:
-        ValueError: naming it: no images; images beside classes; a class or a split without images; two names of one
-            split or class; a link to nothing; a list that would be without effect.
+    Raises: ValueError: naming it: no images; images beside classes; a class or a split without images; two names of
+        one split or class; a link to nothing; a list that would be without effect.
     """
     folder = Path(folder)
     roots = _roots(folder, top := _look(folder))

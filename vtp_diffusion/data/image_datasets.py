@@ -38,9 +38,7 @@ MAX_CLASSES = 2**20  # a label beyond is a mistake, such as an identifier: names
 class DataConfig(Settings):
     """Which images, and how large."""
 
-    source: str = setting(
-        "openmoji", "openmoji, a folder of images, or a hub id / builder of `datasets` (parquet, webdataset)"
-    )
+    source: str = setting("openmoji", "openmoji, a folder, or a hub id / builder of `datasets` (parquet, webdataset)")
     resolution: int = setting(256, "side of the square images in pixels", at_least=1)
     name: str | None = setting(None, "`datasets`: name of the configuration")
     data_files: str | None = setting(None, "`datasets`: files or pattern, for builders")
@@ -54,9 +52,7 @@ class DataConfig(Settings):
     holdout_seed: int = setting(0, "which base emoji those are", at_least=0)
     limit: int | None = setting(None, "use only so many images, spread over the whole set", at_least=1)
     # no change that a run could miss: it is in the fingerprint of the images
-    exif_orientation: bool = setting(
-        True, "turn images as their EXIF data say, as viewers and `datasets` do", may_change=True
-    )
+    exif_orientation: bool = setting(True, "turn them as EXIF data say, as viewers and `datasets` do", may_change=True)
     max_pixels: int | None = setting(
         None, "images of more pixels cannot be read; none: Pillow's limit, 178,956,970", may_change=True, at_least=1
     )
@@ -65,15 +61,11 @@ class DataConfig(Settings):
     skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
     streaming: bool = setting(False, "`datasets`: read the training shards as a stream, never as a whole")
     shuffle_buffer: int = setting(1000, "streaming: samples that a worker shuffles together, at most", at_least=1)
-    shuffle_gib: float = setting(
-        16.0, "streaming: GiB of encoded samples that a node holds for that, at most", above=0
-    )
+    shuffle_gib: float = setting(16.0, "streaming: GiB of encoded samples a node holds for that, at most", above=0)
     stream_restart: bool = setting(
         False, "streaming: other numbers of processes or workers resume at the start of an epoch", may_change=True
     )
-    skip_empty_captions: bool = setting(
-        False, "streaming: leave samples without a text out of every objective, not one"
-    )
+    skip_empty_captions: bool = setting(False, "streaming: leave samples without text out of every objective, not one")
     cache_dir: str | None = setting(
         None, "where OpenMoji is rendered to; none: VTP_DIFFUSION_CACHE or the user's cache folder", may_change=True
     )

@@ -139,7 +139,7 @@ def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
     count, found = header["labels"]["shape"][0] + skipped, _SHARD_DTYPES[header["latents"]["dtype"]]
     if count != samples or found != dtype:
         raise ValueError(
-            f"{path} holds {count} samples in {found}, expected {samples} in {dtype}: delete it and run again"
+            f"{path} holds {count} samples in {found}, expected {samples} in {dtype}: delete it, run again"
         )
     check_content(path)
 
@@ -208,11 +208,9 @@ class LatentDataset(Dataset):
         num_bytes: of all latents together.
         fingerprint: identifies the files.
         weights: None: every latent counts the same.
-
-    Raises:
-        ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
-            together, labels out of range, missing, double or overlapping shards, or other files or counts than
-            latents.json promises.
+    Raises: ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
+        together, labels out of range, missing, double or overlapping shards, or other files or counts than
+        latents.json promises.
     """
 
     weights = None
@@ -347,7 +345,6 @@ class LatentDataset(Dataset):
         Args:
             mirrored: (B,) bool: take the latent of the mirror image.
             into: (B, C, h, w) of the same dtype, contiguous, which becomes the result.
-
         Returns: raw `latents` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for.
         Raises: IndexError for an index out of range.
         """

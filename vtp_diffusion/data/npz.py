@@ -58,8 +58,7 @@ def _check_plain(path: str | Path, entry: zipfile.ZipInfo) -> None:
 def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype of the npy file that an open file stands at the beginning of.
 
-    Raises:
-        ValueError: no npy file, or one in Fortran order.
+    Raises: ValueError: no npy file, or one in Fortran order.
     """
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -72,11 +71,8 @@ def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
 class NpzImages:
     """Images of an npz by row, read when asked for.
 
-    Args:
-        path: an npz with `arr_0`, uint8 (N, H, W, 3), and perhaps `settings`, JSON text that says what made them.
-
-    Raises:
-        ValueError: the file is no npz, is damaged, holds something else, or fewer images than its settings say.
+    Args: `path`: an npz with `arr_0`, uint8 (N, H, W, 3), and perhaps `settings`, JSON text that says what made them.
+    Raises: ValueError: the file is no npz, is damaged, holds something else, or fewer images than its settings say.
     """
 
     def __init__(self, path: str | Path):
@@ -174,9 +170,7 @@ def write_npz(
         count, size: number of images, their height and width.
         batches: uint8 (B, H, W, 3).
         arrays: name -> array, beside `arr_0`.
-
-    Raises:
-        ValueError: the batches hold another number of images, or others.
+    Raises: ValueError: the batches hold another number of images, or others.
     """
     path, written = Path(path), 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,9 +180,7 @@ def write_npz(
             np.lib.format.write_array_header_1_0(file, header)
             for batch in batches:
                 if batch.dtype != np.uint8 or batch.shape[1:] != (*size, 3):
-                    raise ValueError(
-                        f"a batch is {batch.dtype} {batch.shape}, expected uint8 (B, {size[0]}, {size[1]}, 3)"
-                    )
+                    raise ValueError(f"got {batch.dtype} {batch.shape}, expected uint8 (B, {size[0]}, {size[1]}, 3)")
                 file.write(np.ascontiguousarray(batch).data)
                 written += len(batch)
         for name, array in arrays.items():
@@ -229,7 +221,6 @@ class ImageSpool:
         """By one process, when all have written: the npz, with other arrays beside `arr_0`; the spool is removed."""
         mapped = np.memmap(self.file, np.uint8, "r", shape=(self.count, *self.size, 3))
         rows = max(1, READ_BYTES // max(1, mapped[0].size))
-        write_npz(
-            self.path, self.count, self.size, (mapped[k : k + rows] for k in range(0, self.count, rows)), **arrays
-        )
+        batches = (mapped[k : k + rows] for k in range(0, self.count, rows))
+        write_npz(self.path, self.count, self.size, batches, **arrays)
         self.file.unlink()

@@ -51,9 +51,8 @@ def openmoji_folder(resolution: int, cache_dir: str | Path | None = None) -> Pat
     It holds images/, metadata.jsonl (file_name, key, base, category, subcategory, label, caption, skin_tone: what
     `datasets` reads as an image folder) and ATTRIBUTION.txt. A complete folder is used without the packages that draw.
 
-    Raises:
-        ImportError: it has to be rendered and a package for that is missing.
-        ValueError: `resolution` is not positive, or the place is taken by something else.
+    Raises: ImportError: it has to be rendered and a package for that is missing. ValueError: `resolution` is not
+        positive, or the place is taken by something else.
     """
     if resolution < 1:
         raise ValueError(f"the resolution must be a positive number of pixels, got {resolution}")
@@ -87,23 +86,13 @@ def list_openmoji() -> list[dict]:
         tones = entry.get("skin_variations", {})  # "1F3FB", or "1F3FB-1F3FF" for two people -> the variant
         for tone, variant in {"": entry, **tones}.items():
             if path := files.get(_code(variant["unified"])):
-                rows.append(
-                    {
-                        "svg": path,
-                        "key": path.stem,
-                        "base": _code(entry["unified"]),
-                        "category": entry["category"],
-                        "subcategory": entry["subcategory"],
-                        "caption": name + (f", {_tone_name(tone)} skin tone" if tone else ""),
-                        "skin_tone": bool(tone),
-                    }
-                )
+                spoken = " and ".join(SKIN_TONES[part] for part in tone.split("-") if part)
+                row = {"svg": path, "key": path.stem, "base": _code(entry["unified"])}
+                row |= {key: entry[key] for key in ("category", "subcategory")}
+                row["caption"] = f"{name}, {spoken} skin tone" if tone else name
+                rows.append(row | {"skin_tone": bool(tone)})
     names = sorted({row["subcategory"] for row in rows})
     return [row | {"label": names.index(row["subcategory"])} for row in rows]
-
-
-def _tone_name(tone: str) -> str:
-    return " and ".join(SKIN_TONES[part] for part in tone.split("-"))
 
 
 def _code(name: str) -> str:

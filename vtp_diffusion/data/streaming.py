@@ -27,13 +27,7 @@ from ..runtime.optional_packages import require
 from ..runtime.processes import this_process
 from ..runtime.reproducibility import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
-from .image_datasets import (
-    DataConfig,
-    ImageDataset,
-    check_caption,
-    check_label,
-    open_dataset,
-)
+from .image_datasets import DataConfig, ImageDataset, check_caption, check_label, open_dataset
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
 from .shard_files import check_columns, collection_builder, split_files
@@ -65,11 +59,8 @@ class StreamingImages:
     Args:
         config: with `streaming`; `shuffle_buffer` is the size of a block in samples, if they fit into `block_bytes`.
         split: "train" or "validation" (`validation_files` where given, or the validation or else the test split).
-
     Attributes: `has_validation`: whether the source has that split.
-
-    Raises:
-        ValueError: a source that `datasets` cannot read as a stream, a split or a column that is not there.
+    Raises: ValueError: a source that `datasets` cannot read as a stream, a split or a column that is not there.
     """
 
     def __init__(self, config: DataConfig, split: str = "train"):
@@ -114,19 +105,15 @@ class StreamingImages:
         `skip_empty_captions` leaves it out of all objectives; it is counted either way.
 
         Args: `block_bytes`: a block ends with the sample that fills them; a position goes on with the same ones only.
-
-        Raises:
-            UnreadableImageError: unless `skip_unreadable` says to leave such out.
-            ValueError: epoch after epoch holds nothing that can be used.
+        Raises: UnreadableImageError: unless `skip_unreadable` says to leave such out. ValueError: epoch after epoch
+            holds nothing that can be used.
         """
         rows, empty = _Rows(self, seed, stream, num_streams), 0
         while True:
             block = None  # the last one goes before the next is read: else memory would hold two
             block, after = rows.read_block(position, self.config.shuffle_buffer, block_bytes)
-            order = _permutation(
-                "samples of a block", position, len(block), seed, stream, position.epoch, position.block
-            )
-            order = order.tolist()
+            keys = seed, stream, position.epoch, position.block
+            order = _permutation("samples of a block", position, len(block), *keys).tolist()
             for place in order[position.taken :]:
                 position = replace(position, taken=position.taken + 1)
                 item, lacking = self._item(*block[place])
@@ -243,9 +230,7 @@ def open_splits(
     Args:
         evaluation_images: of a stream, so many of either split are measured, by the main process; others have one.
         batch_size: images of a step, over all processes.
-
-    Raises:
-        ValueError: there are fewer training images than a step takes; reading shows it of a stream.
+    Raises: ValueError: there are fewer training images than a step takes; reading shows it of a stream.
     """
     if config.streaming:
         training, count = StreamingImages(config), evaluation_images if this_process()[0] == 0 else 1
@@ -345,10 +330,8 @@ class StreamBatches:
         num_workers: processes that read and decode ahead; 0 does it here.
         rank, world_size: this process.
         state: what `state_dict` returned, to go on after the last batch that was delivered.
-
-    Raises:
-        ValueError: `state` is of other processes or workers; while iterating, an epoch of a stream is smaller than a
-            batch, and what `StreamingImages.samples` raises.
+    Raises: ValueError: `state` is of other processes or workers; while iterating, an epoch of a stream is smaller than
+        a batch, and what `StreamingImages.samples` raises.
     """
 
     def __init__(

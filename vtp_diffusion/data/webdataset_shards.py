@@ -50,9 +50,7 @@ class Shards(WebDataset):
                 sample, other = {}, None
             sample |= {"__key__": key, "__url__": tar_path}
             if exact and column in sample:
-                raise ValueError(
-                    f"{tar_path} holds two files of {key!r} for the column {column}, the second is {path}"
-                )
+                raise ValueError(f"{tar_path} holds two files of {key!r} for column {column}, the second is {path}")
             if exact:
                 decode = self.DECODERS.get(column.rpartition(".")[2], bytes)
                 sample[column] = decode(file.read())

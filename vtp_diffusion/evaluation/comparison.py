@@ -1,9 +1,10 @@
 """Two results of `eval/generation.py` compared: the difference of every distance, or the reasons why there is none."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+
+from ..runtime.disk import read_json
 
 
 def compare_files(paths: Sequence[str]) -> list[str]:
@@ -99,12 +100,8 @@ def _paired(first: dict, second: dict) -> dict[str, tuple[dict, dict]]:
 
 
 def _read(path: Path) -> dict:
-    try:
-        result = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON: expected a result of eval/generation.py") from error
+    result = read_json(path, "Expected a result of eval/generation.py")
     needed = ("distances", "networks", "labels_rule", "image_size", "files_sha256", "images_sha256", "settings")
-    missing = list(needed) if not isinstance(result, dict) else [key for key in needed if key not in result]
-    if missing:
+    if missing := [key for key in needed if key not in result]:
         raise ValueError(f"{path} has no {', '.join(missing)}: expected a result of eval/generation.py")
     return result

@@ -22,9 +22,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
         distance, floor: the value and that of real images at the same sizes, of num_images samples.
         name, network: what the distance is called, and its feature network.
         guidance_scale: that samples were guided with; 1 is none.
-
-    Raises:
-        ValueError: no run folder, a damaged log, or one without distances.
+    Raises: ValueError: no run folder, a damaged log, or one without distances.
     """
     folder = Path(run_folder)
     for name in ("config.yaml", "log.jsonl"):
@@ -48,9 +46,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
                 | {"guidance_scale": config["validation.guidance_scale"]}
             )
     if not rows:
-        raise ValueError(
-            f"{folder}/log.jsonl has no distances: expected a run with validation.distance.num_images above 0"
-        )
+        raise ValueError(f"{folder}/log.jsonl has no distances: expected validation.distance.num_images above 0")
     return rows
 
 

@@ -19,15 +19,13 @@ def check_floor(records: dict[str, ImageRecord]) -> None:
     """Refuse floor images that are reference images: distances and memorisation are measured against what images
     outside the reference get, and so many copies (pixel for pixel) would make that nothing.
 
-    Raises:
-        ValueError: a share of copies as large as the quantile of memorisation.
+    Raises: ValueError: a share of copies as large as the quantile of memorisation.
     """
     floor = records["floor"].keys
     copies = int(np.isin(floor, records["reference"].keys).sum())
     if copies >= MEMORISED_QUANTILE * len(floor):
         raise ValueError(
-            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected real images "
-            "outside it"
+            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected others"
         )
 
 
@@ -53,9 +51,7 @@ def measure_fdr6(
 ) -> dict:
     """FDr6 of every measured set of images, for result files.
 
-    Args:
-        distances: rows of `Measurement`.
-        statistics: of the reference where files hold them.
+    Args: `distances`: rows of `Measurement`; `statistics`: of the reference where files hold them.
     """
     constants, source = PUBLISHED_CONSTANTS, PUBLISHED
     if config.computes_constants:

@@ -26,8 +26,7 @@ LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e
 class HeadSettings:
     """One linear head: what it reads (see `ProbeFeatures.inputs`) and how fast it learns.
 
-    Attributes:
-        learning_rate: of a batch of 256, as DINOv2 states it; the one used is proportional to the batch.
+    Attributes: `learning_rate`: of a batch of 256, as DINOv2 states it; the one used is proportional to the batch.
     """
 
     layers: int
@@ -52,9 +51,7 @@ class LinearHeads:
     DINOv2's recipe: weights from N(0, 0.01), biases 0, cross-entropy, SGD with momentum 0.9 and no weight decay, the
     learning rate falling to 0 along a cosine. Heads that read the same input are one matrix product.
 
-    Args:
-        settings: one entry a head.
-        num_classes: C.
+    Args: `settings`: one entry a head; `num_classes`: C.
     """
 
     def __init__(self, settings: Sequence[HeadSettings], num_classes: int):

@@ -86,8 +86,7 @@ class JudgesConfig(FeaturesConfig):
     def statistics_files(self) -> dict[str, str]:
         """Network -> npz of the reference's statistics: of `reference_statistics`, else the reference if it is one.
 
-        Raises:
-            ValueError: a word that is no NETWORK=FILE, or one for a network that is not measured.
+        Raises: ValueError: a word that is no NETWORK=FILE, or one for a network that is not measured.
         """
         files = dict.fromkeys(self.feature_network, self.reference) if self.reference.endswith(".npz") else {}
         for word in self.reference_statistics:
@@ -124,8 +123,7 @@ def wanted_of(
 ) -> dict[str, dict[str, Wanted]]:
     """Network -> output -> what is to be remembered of a set of images.
 
-    Args:
-        neighbours: the network that near-duplicates are looked for on, if they are.
+    Args: `neighbours`: the network that near-duplicates are looked for on, if they are.
     """
     all_features = {name for name in extractors if name == neighbours or config.memorisation}
     wanted = {
@@ -149,10 +147,7 @@ class Measurement:
         statistics: of the reference where a file holds them, output -> statistics; else those of its record count.
         seed: decides random parts.
         device: to compute on.
-
-    Attributes:
-        distances, kernel_distances, scores: rows for result files.
-        not_measured: what -> why.
+    Attributes: `distances`, `kernel_distances`, `scores`: rows for result files; `not_measured`: what -> why.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from ..data.batches import READ_AHEAD
 from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
 from ..models.latent_space import autoencoder_identity
+from ..runtime.config import setting_differences
 from ..runtime.disk import read_json, replacing
 from ..runtime.optional_packages import require
 from ..runtime.reproducibility import stream_seed
@@ -87,17 +88,11 @@ def cached_features(
         num_layers: last layers whose class tokens are kept.
         progress: called with the number of images just read.
         num_workers: processes that read images.
-
-    Raises:
-        ValueError: the folder holds features of another model or of other images, or something else.
+    Raises: ValueError: the folder holds features of another model or of other images, or something else.
     """
     folder = Path(folder)
-    key = {
-        "model": autoencoder_identity(model),
-        "data": dataset.fingerprint,
-        "num_images": len(dataset),
-        "num_layers": num_layers,
-    }
+    key = {"model": autoencoder_identity(model), "data": dataset.fingerprint}
+    key |= {"num_images": len(dataset), "num_layers": num_layers}
     if folder.exists():
         _check_key(folder, key)
     else:
@@ -170,9 +165,7 @@ def _check_key(folder: Path, key: dict) -> None:
     file = folder / KEY_NAME
     if not file.is_file():
         raise ValueError(f"{folder} is there but holds no features (no {KEY_NAME}): give another folder")
-    there = read_json(file)
-    if differing := [name for name in key if there.get(name) != key[name]]:
-        lines = [f"  {name}: {there.get(name)} there, {key[name]} now" for name in differing]
+    if lines := setting_differences(read_json(file), key):
         raise ValueError(f"{folder} holds other features, remove it or give another folder:\n" + "\n".join(lines))
 
 

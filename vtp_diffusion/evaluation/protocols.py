@@ -55,8 +55,7 @@ PROTOCOLS = {
 def follow_protocol(config: Any) -> None:
     """Give a configuration of `eval/generation.py` what its published protocol fixes.
 
-    Raises:
-        ValueError: an option that contradicts the protocol, named.
+    Raises: ValueError: an option that contradicts the protocol, named.
     """
     protocol = PROTOCOLS[config.protocol]
     fixed = {"feature_network": ["inception"], "feature_mode": "exact"}

@@ -37,9 +37,8 @@ def read_statistics(
 ) -> dict[str, GaussianStatistics]:
     """Statistics of a file, output of the network -> statistics; empty if the file holds images only.
 
-    Raises:
-        ValueError: no npz; statistics of another protocol or network, or of another dimension than it has; half of
-            them.
+    Raises: ValueError: no npz; statistics of another protocol or network, or of another dimension than it has; half of
+        them.
     """
     file = open_npz(path)
     check_reference(str(path), file, protocol)
@@ -79,8 +78,7 @@ def reference_statistics(
 ) -> dict[str, dict[str, GaussianStatistics]]:
     """Network -> output -> statistics, of every network that a file holds some of; with a protocol they are its own.
 
-    Raises:
-        ValueError: what `read_statistics` raises, or a file of `reference_statistics` that holds images only.
+    Raises: ValueError: what `read_statistics` raises, or a file of `reference_statistics` that holds images only.
     """
     found = {}
     for name, file in config.statistics_files.items():

@@ -56,8 +56,7 @@ def result_names(files: Sequence[str | Path]) -> list[str]:
     """What each result file is called on the page: its name without .json, where several have the same with as many
     of the folders above it as tell them apart: run1/generation and run2/generation.
 
-    Raises:
-        ValueError: a file that is there twice.
+    Raises: ValueError: a file that is there twice.
     """
     parts = [Path(file).with_suffix("").parts for file in files]
     names = [part[-1] for part in parts]
@@ -74,9 +73,7 @@ def read_result(path: str | Path, name: str | None = None) -> Result:
     """A result file of eval/.
 
     Args: `name`: what it is called on the page; None is the file's.
-
-    Raises:
-        ValueError: it cannot be read, is of no known evaluation, or is incomplete: named, with what is missing.
+    Raises: ValueError: it cannot be read, is of no known evaluation, or is incomplete: named, with what is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -290,17 +287,8 @@ def _probe_rows(result: Result) -> Iterable[Row]:
         f"{'with' if best['patches'] else 'without'} patches, learning rate {best['learning_rate']:g}"
     )
     always = f"chance is always the most frequent class, {_share(chance['uniform'])} guessing"
-    yield Row(
-        FEATURES,
-        "linear probe, top-1",
-        UP,
-        _share(best["top1"]),
-        "",
-        guess,
-        count,
-        f"{details}; {always}",
-        result.name,
-    )
+    details = f"{details}; {always}"
+    yield Row(FEATURES, "linear probe, top-1", UP, _share(best["top1"]), "", guess, count, details, result.name)
     for row in values["neighbours"]:
         what = f"{row['neighbours']}-NN on the {row['features']}".replace("the both", "both tokens")
         yield Row(FEATURES, what, UP, _share(row["top1"]), "", guess, count, always, result.name)
@@ -326,8 +314,7 @@ ROWS = {
 def table_rows(results: Sequence[Result]) -> list[Row]:
     """All numbers, in the order of the files.
 
-    Raises:
-        ValueError: a file whose numbers are not all there, or which holds none, named.
+    Raises: ValueError: a file whose numbers are not all there, or which holds none, named.
     """
     rows = []
     for result in results:

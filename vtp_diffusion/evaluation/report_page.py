@@ -25,14 +25,7 @@ PICTURES = {"generation": "nearest_neighbours", "reconstruction": "worst_cases"}
 AXES = {"num_inference_steps": "evaluations of the network", "guidance_scale": "guidance scale"}
 STEP_AXIS = "training step"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 300, 58, 34, 18, 46  # of a chart and its margins
-HEADS = {
-    "what": "what",
-    "value": "value",
-    "best": "best possible",
-    "chance": "chance",
-    "images": "images",
-    "details": "details",
-}
+HEADS = {name: name for name in ("what", "value", "best", "chance", "images", "details")} | {"best": "best possible"}
 TEMPLATES = Environment(
     loader=PackageLoader("vtp_diffusion.evaluation"), autoescape=True, undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
@@ -59,17 +52,13 @@ def _sampling(result: Result) -> dict[str, Any]:
     return {name: value for name, value in made.items() if value is not None}  # none and not said are the same
 
 
-def _training_step(result: Result) -> int | None:
-    found = re.search(r"(?:checkpoint|step)[-_](\d+)", result.values["settings"].get("images", ""))
-    return int(found[1]) if found else None
-
-
 def _add_points(groups: dict[tuple, list], result: Result) -> None:
     """The distances of a result, under everything that points of one curve share."""
-    made, step = _sampling(result), _training_step(result)
+    made = _sampling(result)
+    step = re.search(r"(?:checkpoint|step)[-_](\d+)", result.values["settings"].get("images", ""))
     places = [(axis, made.get(key), {k: v for k, v in made.items() if k != key}) for key, axis in AXES.items()]
     if step is not None:
-        places.append((STEP_AXIS, step, {k: v for k, v in made.items() if k != "weights"}))
+        places.append((STEP_AXIS, int(step[1]), {k: v for k, v in made.items() if k != "weights"}))
     for row in result.values["distances"]:
         if row["images"] != "generated":
             continue
@@ -205,13 +194,6 @@ def markdown_text(text: str) -> str:
     return re.sub(r"[\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w)|(?<=:)//|(?<=www)\.", r"\\\g<0>", " ".join(text.split()))
 
 
-def _groups(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.group, []).append(row)
-    return groups
-
-
 def _table_heads(rows: Sequence[Row]) -> tuple[dict[str, str], str]:
     """Columns in which anything stands, and the details where all rows have the same: those stand below, once."""
     heads = {key: head for key, head in HEADS.items() if any(getattr(row, key) for row in rows)}
@@ -236,7 +218,7 @@ def html_page(
         title=title,
         table_heads=_table_heads,
         summary=[row for row in rows if any(row is headline for headline in first.values())],
-        groups=_groups(rows),
+        groups={row.group: [other for other in rows if other.group == row.group] for row in rows},
         results=results,
         charts=charts,
         chart_svg=chart_svg,

@@ -32,9 +32,7 @@ HASH_BYTES = 16
 class ImageSource(Protocol):
     """Images of one size by index.
 
-    Attributes:
-        size: height and width.
-        settings: what made them, or None.
+    Attributes: `size`: height and width; `settings`: what made them, or None.
     """
 
     size: tuple[int, int]
@@ -56,9 +54,8 @@ class FolderImages:
     A folder that `pipelines/generate.py` wrote says in settings.json how many images it is to hold. The main process
     looks into it and tells the others.
 
-    Raises:
-        ValueError: no image files; folders of images beside them; one that cannot be read, has another size or a
-            mode without an 8-bit meaning, named; fewer or more images than the folder's settings say.
+    Raises: ValueError: no image files; folders of images beside them; one that cannot be read, has another size or a
+        mode without an 8-bit meaning, named; fewer or more images than the folder's settings say.
     """
 
     def __init__(self, folder: str | Path):

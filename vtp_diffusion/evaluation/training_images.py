@@ -21,7 +21,6 @@ class TrainingImages:
         reference: as of `open_reference`.
         size: height and width of the images.
         network: of the features, as `feature_network` takes it.
-
     Raises: ValueError if the reference has no images of this size.
     """
 
@@ -31,10 +30,8 @@ class TrainingImages:
             raise ValueError(f"reference {reference} holds statistics only, expected images to find neighbours among")
         self.images, self.device, self.network = opened[0], device, feature_network(network)
         count = len(self.images)
-        batches = tqdm(
-            read_batches(self.images, range(count), BATCH), total=math.ceil(count / BATCH), desc="reference"
-        )
-        self.features = extract_features(self.network, batches, device)
+        read = tqdm(read_batches(self.images, range(count), BATCH), total=math.ceil(count / BATCH), desc="reference")
+        self.features = extract_features(self.network, read, device)
 
     def nearest(self, images: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
         """The nearest training image of each of uint8 (B, 3, H, W), and their cosine distances."""

@@ -25,9 +25,7 @@ class GuideConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         if self.step is not None and self.transformer is not None:
-            raise ValueError(
-                f"guide.step is {self.step} and guide.transformer {self.transformer}, expected one of them"
-            )
+            raise ValueError(f"guide.step is {self.step}, guide.transformer {self.transformer}, expected one of them")
 
     @property
     def text(self) -> str:

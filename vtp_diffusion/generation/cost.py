@@ -4,30 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..training.rates import forward_flops
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
+
 COST = ("flops_per_image", "active_parameters")
-TIME_FREQUENCIES = 256  # sines and cosines that the time embedding starts from
 
 
-def evaluation_flops(config: Any) -> int:
-    """Floating-point operations of one LightningDiT evaluation of one image: matrix products and attention, two for
-    each multiplication with its addition, as `torch.utils.flop_counter` counts them.
-
-    Args: `config`: of a `LightningDiTTransformer2DModel`.
-    """
-    width = config.num_attention_heads * config.attention_head_dim
-    hidden, tokens = int(2 / 3 * 4 * width), (config.sample_size // config.patch_size) ** 2
-    block = tokens * (4 * width**2 + 3 * width * hidden) + 6 * width**2  # projections and SwiGLU; modulation
-    attention = 2 * tokens**2 * width
-    times = 1 if getattr(config, "student", None) is None else 2
-    embedding = tokens * config.patch_size**2 * config.in_channels * width + times * (TIME_FREQUENCIES + width) * width
-    return 2 * (config.num_layers * (block + attention) + embedding) + head_flops(config)
+def evaluation_flops(transformer: LightningDiTTransformer2DModel) -> int:
+    """Floating-point operations of one evaluation of one image, as `forward_flops` counts them."""
+    config = transformer.config
+    latents = torch.empty(1, config.in_channels, config.sample_size, config.sample_size)
+    return forward_flops(transformer, latents, torch.empty(1), torch.zeros(1, dtype=torch.int64))
 
 
 def head_flops(config: Any) -> int:
-    """Those of an output layer, of which internal guidance has two."""
+    """Those of the output layer, of which internal guidance has two."""
     width = config.num_attention_heads * config.attention_head_dim
     return 2 * (config.sample_size**2 * config.in_channels * width + 2 * width**2)
 
@@ -65,5 +62,5 @@ def sampling_cost(
     if guidance == "internal":
         second = head_flops(config)
     else:
-        second = evaluation_flops(config if weaker is None or guidance == "classifier_free" else weaker.config)
-    return found | {"flops_per_image": count * evaluation_flops(config) + guided * second}
+        second = evaluation_flops(pipe.transformer if weaker is None or guidance == "classifier_free" else weaker)
+    return found | {"flops_per_image": count * evaluation_flops(pipe.transformer) + guided * second}

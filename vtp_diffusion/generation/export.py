@@ -19,11 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..runtime.disk import read_json, replacing
 from .pipeline_lightning_dit import LightningDiTPipeline, write_self_contained
 
-ROOT_MODULES = (
-    "models.autoencoder_vtp",
-    "models.transformer_lightning_dit",
-    "generation.pipeline_lightning_dit",
-)
+ROOT_MODULES = ("models.autoencoder_vtp", "models.transformer_lightning_dit", "generation.pipeline_lightning_dit")
 EXPORTED_CLASSES = ("AutoencoderVTP", "LightningDiTTransformer2DModel", "LightningDiTPipeline")
 COMPONENTS = ("vae", "transformer", "scheduler", "guidance_transformer")
 OWN_LIBRARIES = ("vtp_diffusion", "diffusers", "diffusers_modules")

@@ -112,10 +112,8 @@ class FusedForward:
     @torch.no_grad()
     def _products_of(self, block: nn.Module) -> dict[str, Product]:
         attention = block.attn
-        joined = (
-            [attention.to_qkv] if attention.fused_projections else [attention.to_q, attention.to_k, attention.to_v]
-        )
-        weight, bias = (torch.cat([getattr(layer, name) for layer in joined]) for name in ("weight", "bias"))
+        parts = [attention.to_qkv] if attention.fused_projections else [attention.to_q, attention.to_k, attention.to_v]
+        weight, bias = (torch.cat([getattr(layer, name) for layer in parts]) for name in ("weight", "bias"))
         products = {"qkv": (weight, bias)}
         for name, layer in (("out", attention.to_out[0]), ("w12", block.mlp.w12), ("w3", block.mlp.w3)):
             # what adds the other two to the residual stream adds their bias

@@ -27,7 +27,6 @@ from ..data.batches import (
     gathered_batches,
     read_ahead,
     read_batches,
-    to_device,
 )
 from ..data.image_datasets import DataConfig, ImageDataset
 from ..data.image_files import CROP
@@ -40,7 +39,7 @@ from ..models.latent_space import (
     encode_with_features,
     latent_statistics,
 )
-from ..runtime.processes import this_process
+from ..runtime.processes import this_process, to_device
 from ..runtime.random_reads import available_memory
 from ..runtime.reproducibility import autocast, draw_for_positions
 
@@ -59,10 +58,7 @@ def draw_flips(sampler: StepBatchSampler, step: int, random_flip: bool) -> np.nd
     if not random_flip:
         return np.zeros(sampler.batch_size, dtype=bool)
     drawn = draw_for_positions(
-        lambda count, generator: {"flip": torch.rand(count, generator=generator)},
-        sampler.positions(step),
-        sampler.seed,
-        FLIP_STREAM,
+        lambda n, g: {"flip": torch.rand(n, generator=g)}, sampler.positions(step), sampler.seed, FLIP_STREAM
     )
     return (drawn["flip"] < 0.5).numpy()
 
@@ -83,8 +79,7 @@ def stored_latents(
     steps = micro_steps(sampler)
     if fits_on_device(dataset.num_bytes, device, keep_on_device):
         columns = dataset.__getitems__(list(range(len(dataset))))
-        columns = {name: column.to(device) for name, column in columns.items()}
-        for step, batch in zip(steps, gathered_batches(columns, sampler), strict=True):
+        for step, batch in zip(steps, gathered_batches(columns, sampler, device), strict=True):
             flips = to_device(torch.from_numpy(draw_flips(sampler, step, random_flip)), device)
             latents = torch.where(flips[:, None, None, None], batch["latents_flip"], batch["latents"])
             yield {"latents": latents, "labels": batch["labels"]}
@@ -114,9 +109,7 @@ class OnlineLatents:
         vae: the autoencoder, frozen.
         config: of the images.
         augmentation: changes made to them; mirroring is drawn apart from it.
-
     Attributes: `shape`, `id2label`, `metadata`, `weights` and `fingerprint`, as those of `LatentDataset`.
-
     Raises: ValueError if the autoencoder does not take images of this size.
     """
 
@@ -159,8 +152,7 @@ class OnlineLatents:
         pixels = len(self.images) * 3 * self.images.resolution**2
         if fits_on_device(pixels, device, keep_on_device):
             columns = {"image": all_images(self.images), "label": torch.tensor(self.images.labels)}
-            columns = {name: column.to(device) for name, column in columns.items()}
-            batches = gathered_batches(columns, sampler)
+            batches = gathered_batches(columns, sampler, device)
         else:
             collate = functools.partial(collate_images, columns=("image", "label"))
             batches = read_batches(self.images, sampler, collate, device, num_workers)
@@ -176,11 +168,9 @@ class OnlineLatents:
 
     def _changed(self, images: torch.Tensor, sampler: StepBatchSampler, step: int, random_flip: bool) -> torch.Tensor:
         """uint8 images (B, 3, R, R) -> augmented, float32 in [-1, 1]."""
+        positions, seed = sampler.positions(step), sampler.seed
         drawn = draw_for_positions(
-            lambda count, generator: {"draws": torch.rand(count, NUM_DRAWS, generator=generator)},
-            sampler.positions(step),
-            sampler.seed,
-            AUGMENTATION_STREAM,
+            lambda n, g: {"draws": torch.rand(n, NUM_DRAWS, generator=g)}, positions, seed, AUGMENTATION_STREAM
         )
         changed = augment_images(images, self.augmentation, draws=to_device(drawn["draws"], images.device))
         flips = to_device(torch.from_numpy(draw_flips(sampler, step, random_flip)), images.device)
@@ -237,7 +227,5 @@ def class_names(dataset: LatentDataset | OnlineLatents, num_classes: int | None)
     if num_classes is None or num_classes == len(names):
         return names
     if num_classes < len(names):
-        raise ValueError(
-            f"model.num_classes is {num_classes}, but the labels of the training data go from 0 to {len(names) - 1}"
-        )
+        raise ValueError(f"model.num_classes is {num_classes}, but the data's labels go from 0 to {len(names) - 1}")
     return {index: names.get(index, str(index)) for index in range(num_classes)}

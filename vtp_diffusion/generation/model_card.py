@@ -92,7 +92,6 @@ def write_model_card(
         autoencoder: class of the pipeline's autoencoder.
         license, attribution: of the training images, if known.
         values: the other fields, and those settings that are to be read otherwise.
-
     Raises: jinja2.UndefinedError if one is missing.
     """
     vtp = autoencoder == "AutoencoderVTP"

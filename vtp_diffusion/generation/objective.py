@@ -36,9 +36,7 @@ class FlowMatchingConfig(Settings):
     """Settings of the objective."""
 
     class_dropout_prob: float = setting(0.1, "share of labels replaced by the null class", at_least=0, at_most=1)
-    time_distribution: Literal["logit_normal", "uniform"] = setting(
-        "logit_normal", "of the training times, before time_shift"
-    )
+    time_distribution: Literal["logit_normal", "uniform"] = setting("logit_normal", "of the times, before time_shift")
     time_mu: float = setting(-0.5, "of the logit-normal times; -0.75 in VTP-Large's training")
     time_sigma: float = setting(1.25, "of the logit-normal times; 1.0 in VTP-Large's training", above=0)
     time_shift: TimeShift = setting(

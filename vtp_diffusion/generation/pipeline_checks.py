@@ -60,9 +60,7 @@ def check_names(id2label: Any, transformer) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"id2label names class {index} {name!r}, expected a text")
         if seen.setdefault(normal_name(name), index) != index:
-            raise ValueError(
-                f"id2label calls both {seen[normal_name(name)]} and {index} {name!r}, expected different names"
-            )
+            raise ValueError(f"id2label calls both {seen[normal_name(name)]} and {index} {name!r}, expected two names")
 
 
 def check_scheduler(scheduler) -> None:

@@ -50,9 +50,7 @@ class _SampleFiles:
         if file.is_file():
             check_same_run(read_json(file), settings, self.path)
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_ours, self.folder.iterdir()))):
-            raise ValueError(
-                f"{self.folder} holds files of something else: expected a new or empty folder, or one of this run"
-            )
+            raise ValueError(f"{self.folder} holds files of something else: expected a new folder, or this run's")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -73,6 +71,11 @@ class _SampleFiles:
         file = self.folder / SETTINGS_NAME
         if not file.exists():
             write_json(file, self.settings)
+
+    def finish(self, labels: list[int]) -> None:
+        """By one process, when all have written. Raises: ValueError if images are missing."""
+        if missing := self.missing():
+            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
 
 
 class SampleFolder(_SampleFiles):
@@ -96,11 +99,6 @@ class SampleFolder(_SampleFiles):
         with writing(self.folder / f"{number:06d}.png", KEPT):
             to_pil(image[None])[0].save(unfinished)
             unfinished.rename(self.folder / f"{number:06d}.png")
-
-    def finish(self, labels: list[int]) -> None:
-        """By one process, when all have written. Raises: ValueError if images are missing."""
-        if missing := self.missing():
-            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
 
 
 class SampleNpz(_SampleFiles):
@@ -156,9 +154,7 @@ class SampleNpz(_SampleFiles):
                 unfinished.rename(self._part(index))
 
     def finish(self, labels: list[int]) -> None:
-        """By one process, when all have written. Raises: ValueError if images are missing."""
-        if missing := self.missing():
-            raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
+        super().finish(labels)
         if not self.complete:
             size = np.load(self._part(0), mmap_mode="r").shape[1:3]
             text = np.array(json.dumps(self.settings))

@@ -29,7 +29,7 @@ class SamplerConfig(Settings):
         "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
     )
     guidance_interval: tuple[float, float] = setting(
-        (0.0, 1.0), "times between which guidance is on, 0 is noise and 1 is data", at_least=0, at_most=1
+        (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
     )
     guidance_channels: int | None = setting(
         None, "guide only the first so many latent channels; 3 is upstream's rule", at_least=1
@@ -44,9 +44,6 @@ class SamplerConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low, high = self.guidance_interval
-        if low > high:
-            raise ValueError(f"guidance_interval is {low}, {high}, expected the lower time first")
         if self.solver == "dopri5" and self.time_shift is not None:
             raise ValueError(f"time_shift is {self.time_shift}, but solver dopri5 chooses its times: expected none")
         if self.fp8 and self.fast is False:

@@ -32,7 +32,6 @@ def use_solver(pipe: DiffusionPipeline, solver: str, time_shift: float | None = 
         solver: "euler", "heun" (two evaluations a step), "unipc" (arXiv:2302.04867), "dpm++" (arXiv:2211.01095);
             "pipeline" and "dopri5", which has no steps of its own, leave the scheduler that there is.
         time_shift: s, as in training; None takes over that of the pipeline.
-
     Raises: ValueError on an unknown solver, a shift that is none, or either where the pipeline is a few-step student.
     """
     if pipe.transformer.config.get("student") is not None and (solver not in ("pipeline", "euler") or time_shift):

@@ -51,7 +51,6 @@ def build_transformer(
         class_dropout_prob: what the transformer's own configuration says.
         initial_transformer: folder of the saved one. If it has another number of classes, its class table is drawn
             anew but for the row of "no class", everything else is kept, and a line says so.
-
     Raises: ValueError if the saved one has another architecture than the configuration and the latents ask for.
     """
     from ..models.loading import load_saved

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 
 KNN_NEIGHBOURS = (10, 20)
-
-
 KNN_TEMPERATURE = 0.07
 
 
@@ -18,9 +16,7 @@ def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int = 1) -> fl
         scores: (N, C), any real numbers.
         labels: (N,) int64 from 0 to C - 1.
         k: of a problem with fewer than k classes every answer is right: 1.0.
-
-    Raises:
-        ValueError: shapes that do not fit, no rows, or scores that are not finite.
+    Raises: ValueError: shapes that do not fit, no rows, or scores that are not finite.
     """
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
         raise ValueError(f"scores {tuple(scores.shape)} and labels {tuple(labels.shape)}, expected (N, C) and (N,)")
@@ -49,9 +45,7 @@ def knn_scores(
         queries: features (N, D).
         neighbours: values of k.
         num_classes: C; None = the largest label of the bank + 1.
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite, or fewer bank features than neighbours.
+    Raises: ValueError: shapes that do not fit, features that are not finite, or fewer bank features than neighbours.
     """
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(f"bank {tuple(bank.shape)} and queries {tuple(queries.shape)}, expected (M, D) and (N, D)")

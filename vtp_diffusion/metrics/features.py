@@ -83,9 +83,7 @@ class Extractor:
             finer; features that overflow it are an error, as all that are not finite are.
         compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
         batch_size: what to fill up to.
-
-    Raises:
-        ValueError: an unknown mode; a compiled network without batch_size.
+    Raises: ValueError: an unknown mode; a compiled network without batch_size.
     """
 
     def __init__(
@@ -114,8 +112,7 @@ class Extractor:
     def __call__(self, images: torch.Tensor, shared: dict | None = None) -> dict[str, torch.Tensor]:
         """uint8 images (B, 3, H, W), anywhere, to the network's outputs (B, D_name), float32 on the device.
 
-        Args:
-            shared: holds, between networks, this batch on the device and resized: one dictionary a batch.
+        Args: `shared`: holds, between networks, this batch on the device and resized: one dictionary a batch.
         """
         count, shared = len(images), {} if shared is None else shared
         placed = self.device, self.batch_size, self.network.memory_format
@@ -144,8 +141,7 @@ def extract_features(
 ) -> torch.Tensor:
     """Features (N, D) float32 on the CPU of uint8 image batches (B, 3, H, W). TensorFloat-32 is off meanwhile.
 
-    Raises:
-        ValueError: no images.
+    Raises: ValueError: no images.
     """
     extractor = Extractor(network, device)
     features = [extractor(batch)["features"].cpu() for batch in batches]

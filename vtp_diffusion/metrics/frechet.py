@@ -1,6 +1,6 @@
 """Gaussian statistics of features, the Fréchet distance between two of them, its spread and its floor."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,12 +48,9 @@ class GaussianStatistics:
     ) -> "GaussianStatistics":
         """Statistics from a mean (D,) and a covariance (D, D), as files hold them.
 
-        Args:
-            count: of how many samples; only merging needs it.
-
-        Raises:
-            ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric, or
-                variances below 0.
+        Args: `count`: of how many samples; only merging needs it.
+        Raises: ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric, or
+            variances below 0.
         """
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or count < 2:
             raise ValueError(
@@ -91,9 +88,8 @@ class GaussianStatistics:
     def update(self, features: torch.Tensor) -> None:
         """Adds a batch (B, D).
 
-        Raises:
-            ValueError: another width, now; values that are not finite, when the batch is counted in: to look at each
-                batch would make the host wait for the device each time.
+        Raises: ValueError: another width, now; values that are not finite, when the batch is counted in: to look at
+            each batch would make the host wait for the device each time.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features {tuple(features.shape)} given, expected (B, {self.dim})")
@@ -199,9 +195,8 @@ class GaussianStatistics:
 def _sum_of_roots(product: torch.Tensor, scale: torch.Tensor) -> float:
     """Sum of the square roots of the eigenvalues of a symmetric product of covariances, without its rounding noise.
 
-    Args:
-        scale: product of the Frobenius norms of the covariances. The product's own largest eigenvalue is noise itself
-            where the ranges of the two are orthogonal.
+    Args: `scale`: product of the Frobenius norms of the covariances. The product's own largest eigenvalue is noise
+        itself where the ranges of the two are orthogonal.
     """
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     noise = eigenvalues <= 4 * torch.finfo(torch.float64).eps * scale
@@ -219,8 +214,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     compared several times comes first. What a number says depends on the network the features come from: only with the
     Inception weights of 2015 is it an FID.
 
-    Raises:
-        ValueError: statistics of different dimensions, or of fewer than 2 samples.
+    Raises: ValueError: statistics of different dimensions, or of fewer than 2 samples.
     """
     if a.dim != b.dim:
         raise ValueError(f"statistics of {a.dim} and of {b.dim} features cannot be compared")
@@ -267,8 +261,7 @@ def jackknife_deviation(
 
     A bootstrap would draw images twice, which moves a Fréchet distance upwards by itself.
 
-    Raises:
-        ValueError: fewer than 2 groups, other groups of the reference, or 1 sample where a group is left out.
+    Raises: ValueError: fewer than 2 groups, other groups of the reference, or 1 sample where a group is left out.
     """
     paired = not isinstance(reference, GaussianStatistics)
     if len(groups) < 2:
@@ -310,16 +303,14 @@ class Floor:
     generated_deviation: float | None
 
 
-def _summary(
-    kind: str, sizes: tuple[int, int], real: list[float], generated: list[float], whole: Sequence[str] = ()
+def _floor(
+    kind: str, sizes: tuple[int, int], distances: Iterable[tuple[float, float]], whole: tuple[bool, bool]
 ) -> Floor:
-    """`whole`: names of the sides that were the same images in every repetition."""
-    deviations = {
-        name: None if name in whole else float(np.std(values))
-        for name, values in (("real", real), ("generated", generated))
-    }
-    means = float(np.mean(real)), float(np.mean(generated))
-    return Floor(kind, sizes, len(real), means[0], deviations["real"], means[1], deviations["generated"])
+    """`distances`: real and generated, of every repetition; `whole`: which of them had the same images in all."""
+    values, sides = list(distances), []
+    for side, always in zip(zip(*values, strict=True), whole, strict=True):
+        sides += [float(np.mean(side)), None if always else float(np.std(side))]
+    return Floor(kind, sizes, len(values), *sides)
 
 
 def floor_of_halves(
@@ -346,14 +337,13 @@ def floor_of_halves(
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 4 reference images, got {len(generated)}, {len(reference)}")
     generator = random_stream("floor", seed)
-    real_distances, generated_distances = [], []
-    for _ in range(repetitions):
+
+    def repetition() -> tuple[float, float]:
         order = generator.permutation(len(reference))
-        half = prepare(reference[order[n : 2 * n]])
-        subset = generated[generator.permutation(len(generated))[:n]]
-        real_distances.append(distance(half, prepare(reference[order[:n]])))
-        generated_distances.append(distance(half, prepare(subset)))
-    return _summary("halves", (n, n), real_distances, generated_distances)
+        half, subset = prepare(reference[order[n : 2 * n]]), generated[generator.permutation(len(generated))[:n]]
+        return distance(half, prepare(reference[order[:n]])), distance(half, prepare(subset))
+
+    return _floor("halves", (n, n), (repetition() for _ in range(repetitions)), (False, False))
 
 
 def floor_of_images(
@@ -375,12 +365,9 @@ def floor_of_images(
     n = min(len(generated), len(held_out))
     if n < 2:
         raise ValueError(f"a floor needs 2 generated and 2 held-out images, got {len(generated)} and {len(held_out)}")
-    generator = random_stream("floor", seed)
-    whole = prepare(reference)
-    real_distances, generated_distances = [], []
-    for _ in range(repetitions):
-        for features, distances in ((held_out, real_distances), (generated, generated_distances)):
-            subset = features[generator.permutation(len(features))[:n]]
-            distances.append(distance(whole, prepare(subset)))
-    whole = [name for name, features in (("real", held_out), ("generated", generated)) if len(features) == n]
-    return _summary("held-out", (n, len(reference)), real_distances, generated_distances, whole)
+    generator, whole, sides = random_stream("floor", seed), prepare(reference), (held_out, generated)
+    distances = (
+        tuple(distance(whole, prepare(side[generator.permutation(len(side))[:n]])) for side in sides)
+        for _ in range(repetitions)
+    )
+    return _floor("held-out", (n, len(reference)), distances, (len(held_out) == n, len(generated) == n))

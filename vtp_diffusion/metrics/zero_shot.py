@@ -54,9 +54,7 @@ def class_embeddings(
         templates: texts in which {} stands for the name.
         tokenize: as `clip_tokenizer` makes it.
         batch_size: prompts at a time.
-
-    Raises:
-        ValueError: no names, no templates, or a template without {}.
+    Raises: ValueError: no names, no templates, or a template without {}.
     """
     if not names:
         raise ValueError(f"got {len(names)} class names and {len(templates)} templates, expected at least one of each")
@@ -78,9 +76,7 @@ def zero_shot_scores(model: VTPModel, images: Iterable[torch.Tensor], embeddings
     Args:
         images: batches (B, 3, H, W) in [-1, 1], moved to the model's device and precision here.
         embeddings: (C, E), as `class_embeddings` makes them.
-
-    Raises:
-        ValueError: no images.
+    Raises: ValueError: no images.
     """
     parameter = model.logit_scale
     scores = []

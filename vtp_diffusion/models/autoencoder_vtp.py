@@ -137,11 +137,9 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             raise ValueError(f"rope_dtype={rope_dtype!r} is not one of {sorted(ROTARY_DTYPES)}.")
         if scaling_factor != 1.0:
             raise ValueError(f"scaling_factor={scaling_factor}: only 1.0; latents_mean and latents_std set the scale.")
-        latents_mean, latents_std = _latent_statistics(latents_mean, latents_std, latent_channels)
+        mean, std = _latent_statistics(latents_mean, latents_std, latent_channels)
         block_out_channels = _block_out_channels(block_out_channels, patch_size, encoder_hidden_size)
-        self.register_to_config(
-            latents_mean=latents_mean, latents_std=latents_std, block_out_channels=block_out_channels
-        )
+        self.register_to_config(latents_mean=mean, latents_std=std, block_out_channels=block_out_channels)
 
         self.spatial_compression_ratio = patch_size
         self.latent_channels = latent_channels
@@ -205,9 +203,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             latent = torch.cat([self._encode(image) for image in x.split(1)])
         else:
             latent = self._encode(x)
-        posterior = DiagonalGaussianDistribution(
-            torch.cat([latent, torch.zeros_like(latent)], dim=1), deterministic=True
-        )
+        posterior = DiagonalGaussianDistribution(torch.cat([latent, torch.zeros_like(latent)], 1), deterministic=True)
         if not return_dict:
             return (posterior,)
         return AutoencoderVTPOutput(latent_dist=posterior, latent=latent)
@@ -230,9 +226,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             ValueError: for latents that are not (B, C, h, w).
         """
         if z.ndim != 4 or z.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"Latents have shape {tuple(z.shape)}, expected (B, {self.latent_channels}, height, width)."
-            )
+            raise ValueError(f"Latents are {tuple(z.shape)}, expected (B, {self.latent_channels}, height, width).")
         if self.use_slicing and z.shape[0] > 1:
             sample = torch.cat([self._decode(latent) for latent in z.split(1)])
         else:
@@ -408,8 +402,7 @@ def _latent_statistics(mean, std, channels: int) -> tuple[list[float] | None, li
     mean, std = ([float(value) for value in values] for values in (mean, std))
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
-            f"latents_mean and latents_std have {len(mean)} and {len(std)} values, "
-            f"expected latent_channels={channels}."
+            f"latents_mean and latents_std have {len(mean)} and {len(std)} values, expected latent_channels={channels}"
         )
     if not all(math.isfinite(m) and math.isfinite(s) and s > 0 for m, s in zip(mean, std, strict=True)):
         raise ValueError("latents_mean must be finite and latents_std finite and positive.")
@@ -424,7 +417,6 @@ def _block_out_channels(given: list[int] | None, patch_size: int, width: int) ->
         expected = [width] * patch_size.bit_length()
     if given is not None and (expected is None or len(given) != len(expected)):
         raise ValueError(
-            f"block_out_channels={given}: pipelines read 2 ** (length - 1) from it, "
-            f"which must be patch_size={patch_size}."
+            f"block_out_channels={given}: pipelines read 2 ** (length - 1) from it, expected patch_size={patch_size}."
         )
     return list(given) if given is not None else expected

@@ -25,8 +25,7 @@ def with_kinds(modules: RenameTable) -> RenameTable:
 def rename_strictly(state: Mapping[str, torch.Tensor], table: RenameTable, what: str) -> StateDict:
     """Rename every tensor of `state` by `table`; tensors with several names are split along their rows.
 
-    Raises:
-        ValueError: starting with `what`, naming the keys that are missing and those the table does not know.
+    Raises: ValueError: starting with `what`, naming the keys that are missing and those the table does not know.
     """
     wrong = {"missing": sorted(set(table) - set(state)), "unexpected": sorted(set(state) - set(table))}
     if problems := [f"{kind} keys {keys}" for kind, keys in wrong.items() if keys]:
@@ -52,9 +51,7 @@ def load_strict(model: torch.nn.Module, state: Mapping[str, torch.Tensor], sourc
         model: without buffers outside its state dict, which the meta device would leave without values.
         state: keys of `model.state_dict()`, which `rename_strictly` has seen to.
         source: where the weights come from, for the message.
-
-    Raises:
-        ValueError: naming tensors that are mis-shaped or not floating point.
+    Raises: ValueError: naming tensors that are mis-shaped or not floating point.
     """
     expected, problems = model.state_dict(), []
     for name, tensor in sorted(state.items()):

@@ -1,7 +1,6 @@
 """Released LightningDiT checkpoints -> architecture and state dict of `LightningDiTTransformer2DModel`."""
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,27 +8,18 @@ from typing import Any
 
 import torch
 
+from ..runtime.tensor_files import read_torch
 from .conversion import RenameTable, StateDict, rename_strictly, with_kinds
 from .rotary import lightning_dit_rotary_tables
-
-# what torch's restricted reader raises for damaged files and for pickles of other objects
-DAMAGE_ERRORS = (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, pickle.PickleError)
 
 
 def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:
     """The EMA weights of an upstream `.pt` file `{"model", "ema", "opt", "config"}`.
 
-    Raises:
-        ValueError: the file is missing, cannot be read, or holds no "ema".
+    Raises: ValueError: the file is missing, cannot be read, or holds no "ema".
     """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_file():
-        raise ValueError(f"{checkpoint} is no file; a LightningDiT checkpoint is a .pt file with weights under 'ema'.")
-    try:
-        # mapped, because "model" and "opt" make three quarters of the file and are not wanted
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except DAMAGE_ERRORS as error:
-        raise ValueError(f"{checkpoint} cannot be read as a PyTorch checkpoint: {error}") from error
+    # mapped, because "model" and "opt" make three quarters of the file and are not wanted
+    content = read_torch(checkpoint, mmap=True)
     if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{checkpoint} holds no 'ema' weights: expected a dictionary with 'ema', found {found}.")
@@ -44,9 +34,7 @@ def lightning_dit_architecture(
     Args:
         released: the tensors under "ema". The rotary table among them has the width of a head.
         source: what the message calls the checkpoint.
-
-    Raises:
-        ValueError: naming the keys that are missing.
+    Raises: ValueError: naming the keys that are missing.
     """
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "feat_rope.freqs_cos")
     if missing := [name for name in needed if name not in released]:
@@ -77,14 +65,11 @@ def convert_lightning_dit_state_dict(
         released: the tensors under "ema".
         config: configuration keywords of the model.
         source: what the message calls the checkpoint.
-
-    Raises:
-        ValueError: naming keys that are missing or left over, or rotary tables of another grid, head size or base.
+    Raises: ValueError: naming keys that are missing or left over, or rotary tables of another grid, head size or base.
     """
     grid, head_dim = config["sample_size"] // config["patch_size"], config["attention_head_dim"]
-    rotary = dict(
-        zip(("feat_rope.freqs_cos", "feat_rope.freqs_sin"), lightning_dit_rotary_tables(grid, head_dim), strict=True)
-    )
+    names = "feat_rope.freqs_cos", "feat_rope.freqs_sin"
+    rotary = dict(zip(names, lightning_dit_rotary_tables(grid, head_dim), strict=True))
     state = rename_strictly(released, _lightning_dit_rename_table(config) | {name: (name,) for name in rotary}, source)
     for name, expected in rotary.items():
         given = state.pop(name)

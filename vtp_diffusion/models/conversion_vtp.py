@@ -64,9 +64,7 @@ def convert_vtp_config(
         released: the content of `config.json`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
         source: what the message calls the configuration.
-
-    Raises:
-        ValueError: naming every option that is missing, unknown, or set to something these models do not compute.
+    Raises: ValueError: naming every option that is missing, unknown, or set to something these models do not compute.
     """
     problems = []
     unknown = sorted(set(released) - set(VTP_OPTIONS) - set(VTP_FIXED_OPTIONS) - VTP_IGNORED_OPTIONS)
@@ -107,9 +105,7 @@ def convert_vtp_state_dict(
         released: tensors of `model.safetensors`.
         config: configuration keywords of `VTPModel`, from `convert_vtp_config`.
         source: what the message calls the checkpoint.
-
-    Raises:
-        ValueError: naming keys that are missing or left over, or periods that differ.
+    Raises: ValueError: naming keys that are missing or left over, or periods that differ.
     """
     periods = {"trunk.rope_embed.periods": "encoder", "pixel_decoder.rope_embed.periods": "decoder"}
     state = rename_strictly(released, _vtp_rename_table(config) | {name: (name,) for name in periods}, source)
@@ -179,9 +175,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     Args:
         folder_or_hub_id: local folder, hub repository id, or one of `RELEASED`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
-
-    Raises:
-        ValueError: for a missing or unreadable file, or a checkpoint that these models do not compute.
+    Raises: ValueError: for a missing or unreadable file, or a checkpoint that these models do not compute.
     """
     if rope_dtype is not None and rope_dtype not in ROTARY_DTYPES:
         raise ValueError(f"rope_dtype={rope_dtype!r} is not None or one of {sorted(ROTARY_DTYPES)}.")
@@ -189,8 +183,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     released = read_json(config_file)
     if (name := released.get("_class_name")) is not None:
         raise ValueError(
-            f"{folder_or_hub_id} holds a saved {name}, expected a released checkpoint: load it with "
-            f"{name}.from_pretrained."
+            f"{folder_or_hub_id} holds a saved {name}, expected a released checkpoint: use {name}.from_pretrained."
         )
     config = convert_vtp_config(released, rope_dtype, source=str(config_file))
     weights_file = _released_file(folder_or_hub_id, "model.safetensors")
@@ -229,7 +222,6 @@ def _released_file(folder_or_hub_id: str | Path, name: str) -> Path:
         folder_or_hub_id = f"{RELEASED_BY}/{folder_or_hub_id}"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder_or_hub_id)):
         raise ValueError(
-            f"{folder_or_hub_id} is neither a folder nor a hub repository id like 'owner/name', "
-            f"nor one of {', '.join(RELEASED)}."
+            f"{folder_or_hub_id} is neither a folder nor a hub id like 'owner/name', nor one of {', '.join(RELEASED)}."
         )
     return Path(hf_hub_download(str(folder_or_hub_id), name))

@@ -56,8 +56,7 @@ class LargeProducts:
     """Queries and keys, and the two halves of SwiGLU, by one product each; patches by a product instead of a
     convolution: fewer kernels and fewer sums of gradients.
 
-    Args:
-        programs: what computes backward passes besides, as `cuda_kernels` gives it; None: autograd.
+    Args: `programs`: what computes backward passes besides, as `cuda_kernels` gives it; None: autograd.
     """
 
     def __init__(self, programs: ModuleType | None):

@@ -234,7 +234,6 @@ def residual_norm(
         weight: (D,), of the norm; `shift`, `scale` (B, 1, D). Or None for all: no norm is made.
         dtype: of the norm; torch.float8_e4m3fn scales each row by a factor.
         inplace: x becomes the sum.
-
     Returns: the sum, the norm (B, N, D) and the factors (B · N, 1) that give float8's back, or None for what is not
         made.
     """

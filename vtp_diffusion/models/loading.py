@@ -28,10 +28,8 @@ def load_saved(loader: Any, folder: str | Path, **options) -> Any:
 def load_autoencoder(folder: str | Path) -> Any:
     """The diffusers autoencoder in a folder, frozen and in eval mode.
 
-    Raises:
-        ValueError: naming the folder: it holds no model, another one than an autoencoder, a configuration that
-            describes none, or weights that are damaged or do not fit.
-        OSError: weights that cannot be read.
+    Raises: ValueError: naming the folder: it holds no model, another one than an autoencoder, a configuration that
+        describes none, or weights that are damaged or do not fit. OSError: weights that cannot be read.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():

@@ -13,10 +13,8 @@ class StrictLoadingMixin:
         With `output_loading_info=True`, which returns the names of keys that do not fit beside the model, judging them
         is left to the caller. FlashPack files, whose loader tells no names, are not checked.
 
-        Raises:
-            ValueError: the weights have keys that are missing, unknown or, unless `ignore_mismatched_sizes` allows it,
-                of another shape.
-            OSError: a file that is missing or cannot be read.
+        Raises: ValueError: the weights have keys that are missing, unknown or, unless `ignore_mismatched_sizes` allows
+            it, of another shape. OSError: a file that is missing or cannot be read.
         """
         if kwargs.get("output_loading_info") or kwargs.get("use_flashpack"):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -85,9 +85,7 @@ class LightningDiTTransformer2DModel(
         if base_head_layer is not None and not 1 <= base_head_layer < num_layers:
             raise ValueError(f"base_head_layer is {base_head_layer}, expected a block before the last, {num_layers}")
         if patch_size < 1 or sample_size % patch_size:
-            raise ValueError(
-                f"patch_size must divide sample_size, got patch_size {patch_size}, sample_size {sample_size}"
-            )
+            raise ValueError(f"patch_size must divide sample_size, got {patch_size} and {sample_size}")
         if attention_head_dim % 4:
             raise ValueError(f"attention_head_dim must be a multiple of 4 (two rotary axes), got {attention_head_dim}")
         if not 0 <= class_dropout_prob <= 1:

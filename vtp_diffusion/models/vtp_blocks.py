@@ -7,11 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import nn
 
 ROTARY_BASE = 100.0
@@ -21,8 +17,7 @@ ROTARY_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class VTPTransformer(nn.Module):
     """What encoder and decoder share: pre-norm blocks and a final norm over patches with axial rotary embedding.
 
-    Raises:
-        ValueError: when the size of a head is not a whole multiple of 4 (two axes, pairs of channels).
+    Raises: ValueError: when the size of a head is not a whole multiple of 4 (two axes, pairs of channels).
     """
 
     def __init__(

@@ -47,11 +47,8 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
     _repeated_blocks = [*AutoencoderVTP._repeated_blocks, "VTPTextBlock"]
     _skip_layerwise_casting_patterns = [*AutoencoderVTP._skip_layerwise_casting_patterns, "token_embedding"]
     _group_offload_block_modules = [
-        *AutoencoderVTP._group_offload_block_modules,
-        "autoencoder",
-        "visual_projection",
-        "text_model",
-    ]
+        *AutoencoderVTP._group_offload_block_modules, "autoencoder", "visual_projection", "text_model",
+    ]  # fmt: skip
 
     @register_to_config
     def __init__(
@@ -231,9 +228,7 @@ def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
     if not Path(folder).exists():
         return VTPModel.from_released(str(folder))
     if not file.is_file():
-        raise ValueError(
-            f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel (config.json)"
-        )
+        raise ValueError(f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel, config.json")
     name = read_json(file).get("_class_name")
     if name is None:
         return VTPModel.from_released(str(folder))

@@ -49,9 +49,7 @@ class AdversarialConfig(Settings):
         "patch", "what it sees: patches of pixels, or features of the frozen encoder"
     )
     weight: float = setting(0.8, "times VQGAN's adaptive weight; its configurations say 0.8", at_least=0)
-    start_step: int = setting(
-        0, "its verdict reaches the decoder from this step on; it learns from the first", at_least=0
-    )
+    start_step: int = setting(0, "its verdict reaches the decoder from this step on; it learns at once", at_least=0)
     learning_rate: float = setting(2e-4, "peak; the schedule is the decoder's", above=0)
     adam_beta1: float = setting(0.5, "AdamW of the discriminator, first moment (VQGAN's)", at_least=0, below=1)
     adam_beta2: float = setting(0.9, "AdamW of the discriminator, second moment (VQGAN's)", at_least=0, below=1)
@@ -213,8 +211,7 @@ class AdversarialDecoding(nn.Module):
 def find_autoencoder(folder: str | Path) -> Path:
     """The AutoencoderVTP folder that is meant: the folder itself, or vae/ in the run folder of the first stage.
 
-    Raises:
-        ValueError: it is neither, or the first stage has not finished.
+    Raises: ValueError: it is neither, or the first stage has not finished.
     """
     folder = Path(folder)
     for path in (folder, folder / "vae"):
@@ -240,7 +237,6 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
         log: lines of log.jsonl in order.
         start_step: `AdversarialConfig.start_step`.
         psnr: name of the PSNR in the log; its first value is that before training.
-
     Returns: {"step", "sign", "value"}, in the order of the steps.
     """
     rules = {

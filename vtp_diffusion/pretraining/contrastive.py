@@ -44,7 +44,6 @@ def clip_loss(
         image_features, text_features: (B, E) of length 1.
         scale: factor of the similarities, a scalar.
         paired: (B,) bool; rows without a caption take no part, neither as a pair nor as a negative.
-
     Returns: a scalar, 0 if no row is paired.
     """
     everywhere, own, count = _pairs(paired)

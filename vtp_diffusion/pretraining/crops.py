@@ -21,9 +21,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.batches import to_device
 from ..data.images import from_uint8
 from ..runtime.config import Settings, setting
+from ..runtime.processes import to_device
 from ..runtime.reproducibility import exact_float32
 
 # Probabilities and strengths of DINOv2's `DataAugmentationDINO`.
@@ -52,21 +52,14 @@ class CropConfig(Settings):
 
     global_crops: int = setting(2, "large views an image; teacher and student see them", at_least=2)
     global_size: int | None = setting(None, "their side in pixels; none: data.resolution", at_least=1)
-    global_scale: tuple[float, float] = setting((0.32, 1.0), "share of the area they show", above=0, at_most=1)
+    global_scale: tuple[float, float] = setting((0.32, 1.0), "shares of the area", above=0, at_most=1, ordered=True)
     local_crops: int = setting(8, "small views an image, for the student only", at_least=0)
     local_size: int = setting(96, "their side in pixels", at_least=1)
-    local_scale: tuple[float, float] = setting((0.05, 0.32), "share of the area they show", above=0, at_most=1)
+    local_scale: tuple[float, float] = setting((0.05, 0.32), "shares of the area", above=0, at_most=1, ordered=True)
     colour: bool = setting(True, "jitter colours, blur and solarize as DINOv2 does")
     recipe: Literal["dinov2", "version_0_1"] = setting(
         "dinov2", "how crops are cut and masks drawn; a run begun with version 0.1 keeps its own", before="version_0_1"
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"crops.{name} is {low} to {high}, expected shares of the area, the smaller first")
 
 
 def draw_crops(config: CropConfig, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -85,9 +78,7 @@ def make_crops(
         config: sizes, numbers and scales.
         draws: (B, views, NUM_DRAWS), as of `draw_crops`.
         change: `recolour_views`, or that compiled.
-
-    Returns:
-        global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
+    Returns: global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
     """
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
     draws = draws.transpose(0, 1)  # (views, B, NUM_DRAWS)
@@ -149,7 +140,6 @@ def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], s
         draws: (V·B, >= 5) uniform: area, aspect ratio, left, top, mirroring; all images' first view first.
         scale: bounds of the share of area.
         size: side of the crops.
-
     Returns: (V·B, 3, size, size), in the order of the draws.
     """
     count, _, height, width = images.shape

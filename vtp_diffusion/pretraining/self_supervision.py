@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from ..data.batches import to_device
 from ..runtime.config import Settings, setting
+from ..runtime.processes import to_device
 from ..runtime.reproducibility import random_stream
 from .crops import MIN_MASK_GRID, CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
@@ -49,7 +49,7 @@ class SelfSupervisionConfig(Settings):
     ibot_weight: float = setting(1.0, "of the loss on masked patches", at_least=0)
     koleo_weight: float = setting(0.1, "of the loss that spreads class tokens out; 0 is off", at_least=0)
     masked_crops: float = setting(0.5, "share of every image's global crops with a mask", above=0, at_most=1)
-    mask_ratio: tuple[float, float] = setting((0.1, 0.5), "share of their patches it hides", above=0, below=1)
+    mask_ratio: tuple[float, float] = setting((0.1, 0.5), "of their patches it hides", above=0, below=1, ordered=True)
     stochastic_depth: float = setting(
         0.3, "drop path: share of samples a residual branch leaves out (student)", at_least=0, below=1
     )
@@ -68,9 +68,6 @@ class SelfSupervisionConfig(Settings):
                 f"self_supervision.masked_crops is {self.masked_crops} of {self.crops.global_crops} global crops, "
                 "expected a whole number of them"
             )
-        low, high = self.mask_ratio
-        if low > high:
-            raise ValueError(f"self_supervision.mask_ratio is {low} to {high}, expected the smaller share first")
 
     def check_sizes(self, resolution: int, patch: int) -> None:
         """ValueError unless crops are whole patches and a block of masked ones fits into a global one."""

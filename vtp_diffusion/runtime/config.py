@@ -33,6 +33,7 @@ def setting(
     default_factory: Any = dataclasses.MISSING,
     may_change: bool = False,
     before: Any = dataclasses.MISSING,
+    ordered: bool = False,
     **bounds: float,
 ) -> Any:
     """A field of a configuration: its help text and the numbers it takes.
@@ -42,11 +43,12 @@ def setting(
         may_change: a resumed run may set it differently: it decides no result, or is the way out of a run that cannot
             go on as it was.
         before: what runs did that began before there was this setting. They keep it: their folder decides.
+        ordered: of two numbers, the smaller comes first.
         bounds: at_least, above, at_most, below: for the number, or for every number of a list. None and words pass.
     """
     if unknown := bounds.keys() - set(BOUNDS):
         raise TypeError(f"unknown bounds {sorted(unknown)}, known: {', '.join(BOUNDS)}")
-    metadata = {"help": help, "may_change": may_change} | bounds
+    metadata = {"help": help, "may_change": may_change, "ordered": ordered} | bounds
     if before is not dataclasses.MISSING:
         metadata["before"] = before
     return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
@@ -73,6 +75,8 @@ def check_bounds(field: dataclasses.Field, value: Any, name: str) -> None:
         )
         if not inside:
             raise ValueError(f"{name} is {value}, expected {_bounds_text(bounds)}")
+    if field.metadata.get("ordered") and numbers != sorted(numbers):
+        raise ValueError(f"{name} is {value}, expected the smaller number first")
 
 
 def _bounds_text(bounds: dict[str, float]) -> str:
@@ -211,10 +215,8 @@ def build_config(config_class: type[Config], values: dict[str, Any], where: str,
         values: key -> value, as YAML gives them (lists for tuples, integers for floats are accepted).
         where: what the error messages call the place the values came from, such as a file name.
         prefix: the section, with its dot, that the keys belong to.
-
-    Raises:
-        ValueError: an unknown key (with the nearest known one), a value of another type, a number that is not finite,
-            a missing required key.
+    Raises: ValueError: an unknown key (with the nearest known one), a value of another type, a number that is not
+        finite, a missing required key.
     """
     annotations = _check_keys(config_class, values, where, prefix)
     fields = [f for f in dataclasses.fields(config_class) if f.init]
@@ -321,10 +323,8 @@ def _parse_text(text: str, annotation: Any) -> Any:
 
 def _sequence_of(annotation: Any) -> Any | None:
     """The item annotation when a field takes several words on the command line, else None."""
-    sequences = (
-        typing.get_args(kind)[0] for kind in _kinds(annotation)[0] if typing.get_origin(kind) in (list, tuple)
-    )
-    return next(sequences, None)
+    items = (typing.get_args(kind)[0] for kind in _kinds(annotation)[0] if typing.get_origin(kind) in (list, tuple))
+    return next(items, None)
 
 
 def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str:
@@ -400,10 +400,8 @@ def parse_config(
         argv: the words of the command line, without the program's name; None means those of this process.
         description: what `--help` says first.
         shipped: the configurations of this program, which `--config` takes by name too.
-
-    Raises:
-        ValueError: an unknown key or option, a value of another type, a missing required value.
-        FileNotFoundError: the YAML file does not exist.
+    Raises: ValueError: an unknown key or option, a value of another type, a missing required value. FileNotFoundError:
+        the YAML file does not exist.
     """
     leaves = _leaves(config_class)
     words = sys.argv[1:] if argv is None else argv

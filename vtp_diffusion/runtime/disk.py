@@ -110,9 +110,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}{hint and '. ' + hint}") from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{path} holds {str(values)[:40]!r}, expected a JSON object of names and values{hint and '. ' + hint}"
-        )
+        raise ValueError(f"{path} holds {str(values)[:40]!r}, expected a JSON object{hint and '. ' + hint}")
     return values
 
 
@@ -136,9 +134,7 @@ def write_results(path: str | Path, evaluation: str, config: Any, results: dict[
         path: FILE.json; written at once or not at all, folders are made.
         evaluation: by which `eval/report.py` knows what the file holds.
         config: the program's, a dataclass.
-
-    Returns:
-        What was written: settings that name caches are left out, they decide no number.
+    Returns: What was written: settings that name caches are left out, they decide no number.
     """
     path = Path(path)
     versions = {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}

@@ -132,7 +132,6 @@ def work_through(
         gpus: an entry a worker; a GPU that is named twice works on two tasks at once.
         start: runs a task on a GPU, as `run_task` does.
         after: called when a task is done, never twice at once.
-
     Returns: what went wrong, a text for each failed task.
     Raises: ValueError for a task that needs one that is not among `tasks`.
     """

@@ -39,8 +39,7 @@ def _take(path: Path, timeout: float) -> FileLock | None:
     except Timeout as error:
         holder = path.read_text(encoding="utf-8").strip() or "another process"
         raise ValueError(
-            f"{path.parent} is in use by {holder}: expected that job to have ended, or another folder. Nothing was "
-            "changed"
+            f"{path.parent} is in use by {holder}: expected that job to have ended, or another folder. Nothing changed"
         ) from error
     except (OSError, NotImplementedError) as error:  # ENOLCK, ENOTSUP, ENOSYS
         message = f"the file system of {path.parent} has no locks ({error}): nothing keeps a second job out of it"

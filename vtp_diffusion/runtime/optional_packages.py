@@ -19,9 +19,7 @@ def require(module_name: str, extra: str) -> ModuleType:
     Args:
         module_name: dotted name, for example "torchvision.models".
         extra: the extra that installs it, such as "train" or "eval".
-
-    Raises:
-        MissingExtraError: it is not installed; says which extra to install.
+    Raises: MissingExtraError: it is not installed; says which extra to install.
     """
     package = module_name.partition(".")[0]
     try:

@@ -59,7 +59,6 @@ def draw_for_positions(
     Args:
         draw: (count, generator) -> named tensors (count, ...).
         positions: of the samples: step x images a step + place in the step.
-
     Returns: named tensors (len(positions), ...).
     """
     blocks = range(positions.start // RANDOM_BLOCK, -(-positions.stop // RANDOM_BLOCK))
@@ -72,8 +71,7 @@ def draw_for_positions(
 def exact_float32(benchmark: bool = False) -> Iterator[None]:
     """TensorFloat-32 is off inside, whatever the process has set: torch allows it to convolutions by default.
 
-    Args:
-        benchmark: let cuDNN try its algorithms for every new shape.
+    Args: `benchmark`: let cuDNN try its algorithms for every new shape.
     """
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -25,9 +25,7 @@ class _Yaml(yaml.SafeLoader):
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value
     if len(text) > LONGEST_INTEGER:
-        raise ValueError(
-            f"{text[:20]}... of {len(text)} characters is no integer that a setting takes{node.start_mark}"
-        )
+        raise ValueError(f"{text[:20]}... of {len(text)} characters is no integer a setting takes{node.start_mark}")
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
 
 
@@ -53,9 +51,8 @@ _Yaml.add_implicit_resolver(
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not valid YAML, or holds something else than a mapping.
+    Raises: FileNotFoundError: there is no such file. ValueError: the file is not valid YAML, or holds something else
+        than a mapping.
     """
     path = Path(path)
     if not path.is_file():

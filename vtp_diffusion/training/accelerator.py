@@ -24,10 +24,8 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
     Args:
         block_names: classes whose instances FSDP2 shards one by one, unless the launcher names others.
         in_parts: the backward passes of a step do not all reach the same parameters, see `TrainingRun`.
-
-    Raises:
-        ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, a batch that the
-            processes cannot share.
+    Raises: ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, a batch that
+        the processes cannot share.
     """
     import accelerate
 

@@ -108,8 +108,7 @@ def find_damage(folder: Path) -> str | None:
 def newest_whole_checkpoint(folder: RunFolder) -> tuple[int, Path] | None:
     """(step, folder) of the newest checkpoint that is as it was written; newer ones are named in a warning.
 
-    Raises:
-        ValueError: there are checkpoints, but every one is damaged: starting over would be a surprise.
+    Raises: ValueError: there are checkpoints, but every one is damaged: starting over would be a surprise.
     """
     damages = []
     for step, path in reversed(folder.checkpoints()):
@@ -202,9 +201,7 @@ def averaged_state(model: Any, average: AveragedWeights) -> dict[str, torch.Tens
 def write_model(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
     """What `model.save_pretrained` writes, with other weights than those in the model."""
     model.save_config(folder)
-    save_file(
-        {name: value.contiguous().cpu() for name, value in state.items()}, folder / WEIGHTS_NAME, {"format": "pt"}
-    )
+    save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS_NAME, {"format": "pt"})
 
 
 def export_averaged(model: Any, average: AveragedWeights, path: Path) -> None:
@@ -236,9 +233,8 @@ class CheckpointWriter:
         """Copy the state and begin to write it, once the checkpoint before is written; for every process.
 
         Args: `limit`: how many to keep.
-        Raises:
-            OSError: this one or the one before could not be written, for example because the disk is full. What was
-                written of it is removed; if it was another process than the main one that failed, by the next start.
+        Raises: OSError: this one or the one before could not be written, for example because the disk is full. What
+            was written of it is removed; if it was another process than the main one that failed, by the next start.
         """
         self.wait()
         with _named(state.step, self.folder):
@@ -334,8 +330,7 @@ def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int
 def resume(state: TrainingState, folder: RunFolder) -> None:
     """Continue from the newest checkpoint that is not damaged, with whatever number of processes it was written.
 
-    Raises:
-        ValueError: all are damaged, or it has another fingerprint.
+    Raises: ValueError: all are damaged, or it has another fingerprint.
     """
     rank, _ = this_process()
     found = from_main(lambda: newest_whole_checkpoint(folder))
@@ -381,9 +376,7 @@ def _load_weights(state: TrainingState, path: Path, average_step: int) -> None:
         saved = read_safetensors(path / state.model_name / WEIGHTS_NAME)
         current = state.model.state_dict()
         if saved.keys() != current.keys():
-            raise ValueError(
-                f"{path / state.model_name} and the model differ in {sorted(saved.keys() ^ current.keys())}"
-            )
+            raise ValueError(f"{path / state.model_name} and model differ in {sorted(saved.keys() ^ current.keys())}")
         beside = read_safetensors(path / "objective.safetensors")
         for target, values in ((current, saved), (state.beside_model(), beside)):
             for name, value in values.items():

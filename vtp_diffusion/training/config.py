@@ -28,51 +28,33 @@ class TrainingConfig(Settings):
     adam_epsilon: float = setting(1e-8, "AdamW, added to the denominator", above=0)
     adam_weight_decay: float = setting(0.0, "AdamW, decoupled decay; weight matrices only", at_least=0)
     max_grad_norm: float | None = setting(
-        1.0,
-        "gradients are clipped to this L2 norm; none leaves them; lower it where losses blow up",
-        may_change=True,
-        above=0,
+        1.0, "clips gradients to this L2 norm; none leaves them; lower where losses blow up", may_change=True, above=0
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "precision of the matrix products")
-    ema_decay: float = setting(
-        0.9999, "decay of the averaged weights, constant from the first step", at_least=0, below=1
-    )
+    ema_decay: float = setting(0.9999, "decay of averaged weights, constant from the first step", at_least=0, below=1)
     ema_further_decays: list[float] = setting(
         default_factory=list, help="decays of further averages, which checkpoints hold beside", at_least=0, below=1
     )
     ema_bias_correction: bool = setting(False, "leave the initial weights out of the average, for short runs")
     deterministic: bool = setting(
-        False,
-        "the same bits on every run on one kind of GPU, slower; without it GPU runs differ by rounding",
-        may_change=True,
+        False, "the same bits on every run on one kind of GPU, slower; else they differ by rounding", may_change=True
     )
     compile: bool = setting(False, "torch.compile the forward and backward passes", may_change=True)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", may_change=True)
     checkpointing_steps: int = setting(
-        5000, "a checkpoint every so many steps, and one at the end", may_change=True, at_least=1
+        5000, "between checkpoints; one is made at the end", may_change=True, at_least=1
     )
     checkpoints_total_limit: int | None = setting(
-        2, "oldest checkpoints beyond these are deleted", may_change=True, at_least=1
+        2, "the oldest beyond these are deleted", may_change=True, at_least=1
     )
-    validation_steps: int = setting(
-        5000, "a validation every so many steps, and one at the end", may_change=True, at_least=1
-    )
+    validation_steps: int = setting(5000, "between validations; one is made at the end", may_change=True, at_least=1)
     log_steps: int = setting(50, "steps averaged in one line of log.jsonl", may_change=True, at_least=1)
-    dataloader_num_workers: int = setting(
-        0, "processes reading data that is not kept on the device", may_change=True, at_least=0
-    )
-    keep_on_device: bool | None = setting(
-        None, "hold all training data on the device; none decides by size", may_change=True
-    )
+    dataloader_num_workers: int = setting(0, "processes reading data not on the device", may_change=True, at_least=0)
+    keep_on_device: bool | None = setting(None, "hold all data on the device; none decides by size", may_change=True)
     peak_flops: float | None = setting(
-        None,
-        "FLOP/s of one device that MFU is a share of; none takes a known GPU's bfloat16 peak",
-        may_change=True,
-        above=0,
+        None, "FLOP/s of a device that MFU is a share of; none: a known GPU's bfloat16 peak", may_change=True, above=0
     )
-    report_to: Literal["none", "tensorboard", "wandb"] = setting(
-        "tensorboard", "tracker beside log.jsonl", may_change=True
-    )
+    report_to: Literal["none", "tensorboard", "wandb"] = setting("tensorboard", "beside log.jsonl", may_change=True)
 
     def __post_init__(self):
         super().__post_init__()

@@ -56,8 +56,7 @@ class CUDARecorder:
         """(result, replay): the tensors that `function()` returns have no values until `replay()` computes them. Keep
         them: without a reference their memory is reused.
 
-        Raises:
-            torch.OutOfMemoryError: by `function`; the recording has been ended and its memory is free again.
+        Raises: torch.OutOfMemoryError: by `function`; the recording has been ended and its memory is free again.
             RuntimeError: CUDA could not record it. Its memory stays allocated in this process.
         """
         graph = torch.cuda.CUDAGraph()
@@ -114,9 +113,8 @@ class GraphedPasses:
     def __call__(self, parts: list[Inputs]) -> list[Losses]:
         """The losses of every part of a step, as copies; gradients are in the parameters.
 
-        Raises:
-            ValueError: parts, names, shapes or dtypes differ from those of the first call, an input is no tensor, or
-                there are gradients already.
+        Raises: ValueError: parts, names, shapes or dtypes differ from those of the first call, an input is no tensor,
+            or there are gradients already.
         """
         if any(p.grad is not None for p in self.parameters):
             raise ValueError("parameters have gradients, expected none: zero_grad(set_to_none=True) comes before")

@@ -1,8 +1,5 @@
 """The loop of the training programs: processes, steps, resuming; what else a step takes is in the files beside.
-
-Everything random is keyed by the seed and the position in the run, never by what was drawn before. That is what makes
-ten steps, a restart and ten more steps the same as twenty, bit for bit on a CPU.
-"""
+Why a resumed run does the same, bit for bit on a CPU, stands in runtime/reproducibility.py."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -55,10 +52,8 @@ class TrainingRun:
         in_parts: a set of arguments, of the lists of them that micro-batches can be, does not use every parameter.
         cuda_graphs: record the passes of a step and replay them, see `GraphedPasses`; arguments are then dictionaries
             of tensors. Where that cannot be, why is printed, unless this is None, and the passes are made as ever.
-
-    Raises:
-        ValueError: processes or precision that accelerate does not give here, a batch that cannot be divided among
-            them, a checkpoint that has another fingerprint or does not fit, or none that is not damaged.
+    Raises: ValueError: processes or precision that accelerate does not give here, a batch that cannot be divided among
+        them, a checkpoint that has another fingerprint or does not fit, or none that is not damaged.
     """
 
     def __init__(

@@ -9,13 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # Dense bfloat16 peak in FLOP/s, without sparsity, from NVIDIA's data sheets. The first entry that is part of the
 # device's name counts: variants come first.
 BF16_PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989.4e12,
-    "H200": 989.4e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "L40S": 362e12
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device, mixed_precision: str, given: float | None = None) -> float | None:

@@ -28,10 +28,9 @@ class RunFolder:
     A start that failed before its first step leaves a configuration, and what was measured before training, but
     nothing to lose: another configuration may take its place.
 
-    Raises:
-        ValueError: another process trains in the folder (the main process of a run looks), or it holds the run of
-            another configuration (the differing keys are named), a run that has gone on longer than this one is to,
-            or files that no run wrote.
+    Raises: ValueError: another process trains in the folder (the main process of a run looks), or it holds the run of
+        another configuration (the differing keys are named), a run that has gone on longer than this one is to, or
+        files that no run wrote.
     """
 
     def __init__(self, path: str | Path, config: Any):

@@ -1,0 +1,54 @@
+"""Blocks of a generator in fused kernels while it trains: the options, and whether they can be had."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..runtime.config import Settings, setting
+from ..runtime.processes import device_of_process
+
+if TYPE_CHECKING:
+    from ..training.loop import TrainingRun
+
+
+@dataclass(kw_only=True)
+class FusedConfig(Settings):
+    """Settings of fused blocks, of a run that has `compile` too."""
+
+    fused: bool | None = setting(
+        None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
+    )
+    recompute: bool = setting(
+        False,
+        "fused blocks make norms and activations again in the backward pass: a fifth less memory",
+        may_change=True,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recompute and self.fused is False:
+            raise ValueError("recompute is on and fused is off: it is a part of fused blocks")
+
+
+def why_blocks_are_plain(config: FusedConfig, compiled: bool) -> str | None:
+    """Why blocks do not run in fused kernels; None if they do. Raises: ValueError if they were asked for."""
+    from ..models.fused_lightning_dit import why_no_kernels
+
+    if config.fused is False:
+        return "fused is off"
+    reason = "compile is on" if compiled else why_no_kernels(device_of_process())
+    if (config.fused or config.recompute) and reason:
+        raise ValueError(f"{'fused' if config.fused else 'recompute'} is on, but {reason}")
+    return reason
+
+
+def use_fused_blocks(config: FusedConfig, run: TrainingRun, reason: str | None) -> None:
+    """Fused kernels in the blocks unless there is a reason against them; which of the two is printed."""
+    from ..models.fused_lightning_dit import fuse_training
+
+    if reason is None:
+        fuse_training(run.model, config.recompute)
+        run.accelerator.print("blocks run in fused kernels (fused)")
+    elif config.fused is None and run.device.type == "cuda":
+        run.accelerator.print(f"blocks run as they are, not in fused kernels: {reason}")
