@@ -118,8 +118,9 @@ def gone(process: psutil.Process) -> bool:
 
 def failure(command: list, errors: IO[bytes]) -> RuntimeError:
     """What a program wrote before it ended, without its progress bars."""
-    errors.seek(0)
-    words, text = " ".join(map(str, command)), errors.read().decode(errors="replace")
+    # without moving the place in the file, where what still runs writes on
+    raw = os.pread(errors.fileno(), os.fstat(errors.fileno()).st_size, 0)
+    words, text = " ".join(map(str, command)), raw.decode(errors="replace")
     text = re.sub(r"[^\n]*\r", "", text)
     return RuntimeError(f"{words} failed:\n{text}")
 
