@@ -75,6 +75,7 @@ def test_every_released_key_and_shape_is_accounted_for(name):
     converted = convert_lightning_dit_state_dict(released, model.config)
     expected = model.state_dict()
     assert {key: value.shape for key, value in converted.items()} == {k: v.shape for k, v in expected.items()}
+    assert all(value.is_meta for value in expected.values())  # all of it is made where torch.device says
 
 
 def test_position_tables_equal_the_released_ones():

@@ -417,7 +417,7 @@ def sincos_position_embedding(width: int, grid: int) -> torch.Tensor:
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, width / 2)
     rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
     table = np.concatenate([axis[columns.ravel()], axis[rows.ravel()]], axis=1)
-    return torch.from_numpy(table).float()
+    return torch.tensor(table, dtype=torch.float32)  # where `torch.device(...)` says, unlike from_numpy
 
 
 # FirstBlockCache, MagCache and TaylorSeer need to know what a block returns.
