@@ -61,6 +61,19 @@ def test_students_stand_beside_their_teacher_which_is_measured_once(tmp_path):
         program.Config(runs=["none"])
 
 
+def test_the_programs_take_the_words_of_every_run(tmp_path):
+    program = load("experiments/frontier/run.py")
+    config = program.Config(runs=program.KNOWN, seeds=[0, 1], results=str(tmp_path))
+    programs = {file: load(file) for file in ("train_dit/train.py", "train_dit/distill.py", program.MEASURE)}
+    taken = [
+        programs[file].parse_config(programs[file].Config, words)
+        for task in program.plan(config, tmp_path)
+        for file, *words in task.programs
+        if file in programs
+    ]
+    assert len(taken) == 1 + 2 * 2 * (len(program.RUNS) + len(program.STUDENTS)) + 1, "reference, runs, teacher"
+
+
 def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
     plan = understanding.Plan(understanding.Config(output_dir=str(tmp_path)), tmp_path / "images")
     tasks = {task.name: task for task in plan.tasks()}
