@@ -3,6 +3,7 @@
 python docs/check_commands.py
 """
 
+import argparse
 import importlib.util
 import re
 import shlex
@@ -43,19 +44,21 @@ def parse(program: Path, words: list[str]) -> None:
     if hasattr(module, "parse_arguments"):
         module.parse_arguments(words)
         return
-    read = module.parse_config
+    whose = (module, "parse_config") if hasattr(module, "parse_config") else (argparse.ArgumentParser, "parse_args")
+    read = getattr(*whose)
 
     def parse_only(*arguments, **options):
         read(*arguments, **options)
         raise Parsed
 
-    module.parse_config, given = parse_only, sys.argv
-    sys.argv = [str(program), *words]
+    setattr(*whose, parse_only)
+    given, sys.argv = sys.argv, [str(program), *words]
     try:
         module.main()
     except Parsed:
         return
     finally:
+        setattr(*whose, read)
         sys.argv = given
     raise ValueError(f"{program} did not parse its options")
 
