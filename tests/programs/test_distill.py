@@ -160,6 +160,7 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
         (tmp_path, "teacher", ("--mixed_precision=fp16",), "mixed_precision is fp16, expected bf16 or no"),
         (tmp_path, "teacher", ("--fused=true", "--compile=true"), "fused is on, but compile is on"),
         (tmp_path, "teacher", ("--validation.num_inference_steps=3",), "is 3 and guidance_scale 1.0, expected one"),
+        (tmp_path, "teacher", ("--teacher.guidance_interval", "0.9", "0.1"), "teacher.guidance_interval is .*smaller"),
         (tmp_path, "teacher", ("--trajectory_steps=7",), "trajectory_steps is 7, expected at most max_train_steps, 6"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -167,13 +168,17 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_teacher_does_not_go_on_with_the_run(run, tmp_path, made):
+def test_another_teacher_or_loss_does_not_go_on_with_the_run(run, tmp_path, made, monkeypatch):
     interrupted_copy(run, tmp_path / "run", 2)
     other = DiffusionPipeline.from_pretrained(made / "teacher")
     torch.nn.init.zeros_(other.transformer.proj_out.bias)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="was trained with teacher of fingerprint"):
+    refused = "was trained with teacher and losses of fingerprint"
+    with pytest.raises(ValueError, match=refused):
         load_program().main(arguments(tmp_path / "run", made, teacher=tmp_path / "other"))
+    monkeypatch.setattr("vtp_diffusion.generation.distillation.SCALE", 1e-3)
+    with pytest.raises(ValueError, match=refused):
+        load_program().main(arguments(tmp_path / "run", made))
 
 
 def test_a_large_error_counts_as_a_small_one_of_its_direction():

@@ -61,7 +61,7 @@ class TeacherConfig(Settings):
         "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
     )
     guidance_interval: tuple[float, float] = setting(
-        (0.0, 1.0), "times between which guidance is on, 0 is noise and 1 is data", at_least=0, at_most=1
+        (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "its precision; auto: bfloat16 on a GPU that has it, else float32"
@@ -160,8 +160,9 @@ def teacher_shift(teacher: DiffusionPipeline) -> float:
 
 
 def teacher_fingerprint(teacher: DiffusionPipeline) -> str:
-    """Identifies the weights and the shift that a student learns from."""
+    """Identifies the weights and the shift that a student learns from, and the constants of its losses."""
     identity = {"weights": pipeline_identity(teacher)["weights"], "shift": teacher_shift(teacher)}
+    identity |= {"losses": [DELTA, SCALE, EVERY]}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
