@@ -156,6 +156,7 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
         (tmp_path, "teacher", ("--teacher.guidance=autoguidance",), "guidance is 'autoguidance', expected auto"),
         (tmp_path, "conditional", (), "teacher.guidance_scale is 2.0, but .* class_dropout_prob 0"),
         (tmp_path, "student", (), "is a few-step student itself"),
+        (tmp_path, "none", (), "none has no model_index.json, expected a folder as save_pretrained writes it"),
         (tmp_path, "small", (), r"works on latents \(3, 2, 2\), those in .* are \(3, 4, 4\)"),
         (tmp_path, "teacher", ("--mixed_precision=fp16",), "mixed_precision is fp16, expected bf16 or no"),
         (tmp_path, "teacher", ("--fused=true", "--compile=true"), "fused is on, but compile is on"),
