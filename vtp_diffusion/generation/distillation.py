@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 DELTA = 5e-3  # of the finite differences, as in MF-RAE
 # A sample's weight is 1 / (its squared error + SCALE). With MF-RAE's 1e-3, samples with r = t, whose target has no
 # noise, outweigh the intervals; without weights a few targets near noise would, where du/dt can be very large.
-SCALE = 1.0  # that of velocities
+SCALE = 1.0  # about the square of a velocity
 EVERY = 2  # of so many samples of the second stage one has an interval, the others r = t; 4 in MF-RAE
 NOISE_STREAM = 3  # of trajectories, beside the streams of latent_inputs.py
 
@@ -180,7 +180,7 @@ def build_student(config: DistillationConfig, teacher: DiffusionPipeline) -> Lig
 
 
 class MeanVelocityObjective(nn.Module):
-    """Squared error of a student's mean velocity."""
+    """Squared error of a student's mean velocity, weighted sample by sample: see `SCALE`."""
 
     def __init__(self, transformer: LightningDiTTransformer2DModel):
         super().__init__()
