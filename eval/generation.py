@@ -156,7 +156,7 @@ class ReferenceConfig(FeaturesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for file in self.files.values():
+        for file in (self.output, *self.files.values()):
             check_output(str(file), ".npz")
 
     @property

@@ -137,8 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.training.loop import TrainingRun
     from vtp_diffusion.training.run_folder import RunFolder
 
+    folder = RunFolder(config.output_dir, config)  # first: it only looks
     plain = why_blocks_are_plain(config, config.compile)
-    folder = RunFolder(config.output_dir, config)
     teacher = load_saved(DiffusionPipeline, config.teacher.pipeline)
     teacher.set_progress_bar_config(disable=True)
     dataset = LatentDataset(config.latents)
@@ -151,14 +151,13 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = build_pipeline(teacher, student)
     pipeline.get_label_ids(config.validation.labels or [0])
     distance = open_distance(config.validation, pipeline)
-    torch.set_float32_matmul_precision("high")  # but in the finite differences, which bf16 does not reach either
+    torch.set_float32_matmul_precision("high")  # finite differences are exact float32, with bf16 too
     objective = distillation.MeanVelocityObjective(student)
     if config.compile:
         compile_modules(student, student._repeated_blocks)
     fingerprint = f"{dataset.fingerprint}-{distillation.teacher_fingerprint(teacher)}"
-    run = TrainingRun(
-        config, folder, objective, student, "transformer", fingerprint, fingerprint_of=("data", "teacher")
-    )
+    parts = ("data", "teacher and losses")
+    run = TrainingRun(config, folder, objective, student, "transformer", fingerprint, fingerprint_of=parts)
     use_fused_blocks(config, run, plain)
     teacher.vae.to(run.device)
     for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):

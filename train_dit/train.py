@@ -230,8 +230,8 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.training.rates import forward_flops
     from vtp_diffusion.training.run_folder import RunFolder
 
+    folder = RunFolder(config.output_dir, config)  # first: it only looks
     plain = why_blocks_are_plain(config, config.compile)
-    folder = RunFolder(config.output_dir, config)
     vae = load_autoencoder(config.vae)
     dataset = open_training_data(config, vae)
     torch.manual_seed(config.seed)

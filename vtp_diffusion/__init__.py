@@ -5,7 +5,7 @@ diffusers, which takes several seconds, nor torch is imported before a class is 
 option at once.
 """
 
-import importlib.util
+import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -59,13 +59,14 @@ class _Registering:
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "diffusers":
             return None
-        sys.meta_path.remove(cls)
-        spec = importlib.util.find_spec(name)
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not cls)
+        spec = next(filter(None, others), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
+                sys.meta_path.remove(cls)  # not before: many look for a package without importing it
                 _register(sys.modules[name])  # diffusers puts another object in its place
 
             spec.loader.exec_module = execute_and_register

@@ -122,7 +122,7 @@ def test_folders_that_are_not_understood(names, split, message, tmp_path):
         open_dataset(folder_config(make_folder(tmp_path, names)), split)
 
 
-@pytest.mark.parametrize("source", ["/no/such", "./x", "~/x", "a/b/c", "a/", "a b", "there/x", "there.tar"])
+@pytest.mark.parametrize("source", ["", "/no/such", "./x", "~/x", "a/b/c", "a/", "a b", "there/x", "there.tar"])
 def test_a_folder_that_is_not_there_is_refused_without_a_look_at_the_hub(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()

@@ -98,7 +98,7 @@ def test_a_caption_of_a_megabyte_takes_no_time_and_leaves_those_that_fit_as_they
     text = "a photo of a dog " * 5  # 25 words, more than fit
     token_ids, paired = tokenize_captions(["x" * 10**6, text, text + "and a cat " * 10**5], context_length=16)
     assert paired.all() and torch.equal(token_ids[1], token_ids[2]) and token_ids[0, -1] == 49407
-    with pytest.raises(ValueError, match="'xx+'... has 1000000 characters, context: 16 tokens"):
+    with pytest.raises(ValueError, match="'xx+'... has 1000000 characters, too many for 16 tokens"):
         clip_tokenizer(16)(["x" * 10**6])
 
 

@@ -94,8 +94,13 @@ def test_the_pipeline_is_a_student_with_a_card(run):
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path, made, step):
-    """Step 2 is in the midst of trajectories, step 4 between the stages."""
+    """Step 2 is in the midst of trajectories, step 4 between the stages; begun before there were fused kernels."""
     interrupted_copy(run, tmp_path / "run", step)
+    file = tmp_path / "run" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    older = [line for line in lines if not line.startswith(("fused:", "recompute:"))]
+    assert len(older) == len(lines) - 2
+    file.write_text("".join(older))
     load_program().main(arguments(tmp_path / "run", made))
     assert log_of(tmp_path / "run") == log_of(run)
     for part in ("transformer", "transformer_ema"):
@@ -156,10 +161,12 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
         (tmp_path, "teacher", ("--teacher.guidance=autoguidance",), "guidance is 'autoguidance', expected auto"),
         (tmp_path, "conditional", (), "teacher.guidance_scale is 2.0, but .* class_dropout_prob 0"),
         (tmp_path, "student", (), "is a few-step student itself"),
+        (tmp_path, "none", (), "none has no model_index.json, expected a folder as save_pretrained writes it"),
         (tmp_path, "small", (), r"works on latents \(3, 2, 2\), those in .* are \(3, 4, 4\)"),
         (tmp_path, "teacher", ("--mixed_precision=fp16",), "mixed_precision is fp16, expected bf16 or no"),
         (tmp_path, "teacher", ("--fused=true", "--compile=true"), "fused is on, but compile is on"),
         (tmp_path, "teacher", ("--validation.num_inference_steps=3",), "is 3 and guidance_scale 1.0, expected one"),
+        (tmp_path, "teacher", ("--teacher.guidance_interval", "0.9", "0.1"), "teacher.guidance_interval is .*smaller"),
         (tmp_path, "teacher", ("--trajectory_steps=7",), "trajectory_steps is 7, expected at most max_train_steps, 6"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -167,13 +174,17 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
     assert not (tmp_path / "run").exists()
 
 
-def test_another_teacher_does_not_go_on_with_the_run(run, tmp_path, made):
+def test_another_teacher_or_loss_does_not_go_on_with_the_run(run, tmp_path, made, monkeypatch):
     interrupted_copy(run, tmp_path / "run", 2)
     other = DiffusionPipeline.from_pretrained(made / "teacher")
     torch.nn.init.zeros_(other.transformer.proj_out.bias)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="was trained with teacher of fingerprint"):
+    refused = "was trained with teacher and losses of fingerprint"
+    with pytest.raises(ValueError, match=refused):
         load_program().main(arguments(tmp_path / "run", made, teacher=tmp_path / "other"))
+    monkeypatch.setattr("vtp_diffusion.generation.distillation.SCALE", 1e-3)
+    with pytest.raises(ValueError, match=refused):
+        load_program().main(arguments(tmp_path / "run", made))
 
 
 def test_a_large_error_counts_as_a_small_one_of_its_direction():

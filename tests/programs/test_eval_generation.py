@@ -335,6 +335,11 @@ def test_bad_input(words, message, evaluate, reference, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_statistics_of_several_networks_are_refused_by_the_output_that_was_given(evaluate, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"output must be a FILE.npz, got {tmp_path / 'a.json'}")):
+        evaluate("reference", "--reference", "openmoji", "--output", tmp_path / "a.json")
+
+
 def test_a_pipeline_needs_a_number_of_images_and_settings_that_suit_it(evaluate, reference, pipeline, tmp_path):
     with pytest.raises(ValueError, match="num_images must say how many images to sample"):
         evaluate("--images", pipeline, "--reference", reference, "--output", tmp_path / "r.json")

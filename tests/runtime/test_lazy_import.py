@@ -11,8 +11,9 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "weights" / "openmoji-128"
 
 OURS_FIRST = f"""
-import sys
+import importlib.util, sys
 import vtp_diffusion
+assert importlib.util.find_spec("diffusers") is not None  # as packages do that can go with it
 assert "torch" not in sys.modules and "diffusers" not in sys.modules
 from diffusers import AutoModel, DiffusionPipeline
 assert "vtp_diffusion.models.vtp_model" not in sys.modules
@@ -22,7 +23,7 @@ assert type(AutoModel.from_pretrained({str(SHIPPED)!r}, subfolder="vae")) is vtp
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 assert "vtp_diffusion" in LOADABLE_CLASSES and diffusers.VTPModel is vtp_diffusion.VTPModel
-assert not any("vtp_diffusion" in type(finder).__module__ for finder in sys.meta_path), "asked at every import"
+assert not any(finder.__module__ == "vtp_diffusion" for finder in sys.meta_path), "asked at every import"
 assert not hasattr(diffusers, "SomethingElse") and not hasattr(vtp_diffusion, "SomethingElse")
 """
 THEIRS_FIRST = """

@@ -25,7 +25,9 @@ def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
         if not truncate:
             for text in texts:
                 if len(text) > CHARACTERS_A_TOKEN * context_length:
-                    raise ValueError(f"{text[:40]!r}... has {len(text)} characters, context: {context_length} tokens")
+                    raise ValueError(
+                        f"{text[:40]!r}... has {len(text)} characters, too many for {context_length} tokens"
+                    )
                 length = len(tokenizer.encode(text)) + 2  # start and end
                 if length > context_length:
                     raise ValueError(f"{text!r} is {length} tokens long, the context holds {context_length}")

@@ -17,7 +17,7 @@ COPIED = ("parquet", "webdataset")  # into Arrow files, about as large
 def check_source(source: str, option: str) -> None:
     """Raises: ValueError for a source that can only be meant as a folder and is none: the Hub would be asked for it,
     and without a network that takes long."""
-    if source == "openmoji" or source in BUILDERS or Path(source).is_dir():
+    if source == "openmoji" or source in BUILDERS or (source and Path(source).is_dir()):
         return
     if not HUB_ID.fullmatch(source) or Path(source.partition("/")[0]).exists():
         home = "; ~ is not read as the home folder here" * source.startswith("~")

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 DELTA = 5e-3  # of the finite differences, as in MF-RAE
 # A sample's weight is 1 / (its squared error + SCALE). With MF-RAE's 1e-3, samples with r = t, whose target has no
 # noise, outweigh the intervals; without weights a few targets near noise would, where du/dt can be very large.
-SCALE = 1.0  # that of velocities
+SCALE = 1.0  # about the square of a velocity
 EVERY = 2  # of so many samples of the second stage one has an interval, the others r = t; 4 in MF-RAE
 NOISE_STREAM = 3  # of trajectories, beside the streams of latent_inputs.py
 
@@ -61,7 +61,7 @@ class TeacherConfig(Settings):
         "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
     )
     guidance_interval: tuple[float, float] = setting(
-        (0.0, 1.0), "times between which guidance is on, 0 is noise and 1 is data", at_least=0, at_most=1
+        (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "its precision; auto: bfloat16 on a GPU that has it, else float32"
@@ -160,8 +160,9 @@ def teacher_shift(teacher: DiffusionPipeline) -> float:
 
 
 def teacher_fingerprint(teacher: DiffusionPipeline) -> str:
-    """Identifies the weights and the shift that a student learns from."""
+    """Identifies the weights and the shift that a student learns from, and the constants of its losses."""
     identity = {"weights": pipeline_identity(teacher)["weights"], "shift": teacher_shift(teacher)}
+    identity |= {"losses": [DELTA, SCALE, EVERY]}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -179,7 +180,7 @@ def build_student(config: DistillationConfig, teacher: DiffusionPipeline) -> Lig
 
 
 class MeanVelocityObjective(nn.Module):
-    """Squared error of a student's mean velocity."""
+    """Squared error of a student's mean velocity, weighted sample by sample: see `SCALE`."""
 
     def __init__(self, transformer: LightningDiTTransformer2DModel):
         super().__init__()

@@ -155,7 +155,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "AutoencoderVTP":
-        """Load a saved model, as diffusers does. Raises: ValueError for a released folder; as diffusers."""
+        """Load a saved model. Raises: ValueError for a released folder, and what diffusers raises."""
         from .conversion_vtp import refuse_released
 
         refuse_released(pretrained_model_name_or_path, cls.__name__)

@@ -14,6 +14,8 @@ FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, R
 
 def load_saved(loader: Any, folder: str | Path, **options) -> Any:
     """`loader.from_pretrained(folder, **options)`. Raises: ValueError naming the folder; OSError."""
+    if not (Path(folder) / loader.config_name).is_file():  # diffusers would ask the Hub for it
+        raise ValueError(f"{folder} has no {loader.config_name}, expected a folder as save_pretrained writes it")
     try:
         return loader.from_pretrained(folder, **options)
     except FAULTS as error:

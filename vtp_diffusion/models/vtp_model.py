@@ -93,7 +93,7 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options) -> "VTPModel":
-        """Load a saved model, as diffusers does. Raises: ValueError for a released folder; as diffusers."""
+        """Load a saved model. Raises: ValueError for a released folder, and what diffusers raises."""
         from .conversion_vtp import refuse_released
 
         refuse_released(pretrained_model_name_or_path, cls.__name__)

@@ -52,10 +52,14 @@ class CropConfig(Settings):
 
     global_crops: int = setting(2, "large views an image; teacher and student see them", at_least=2)
     global_size: int | None = setting(None, "their side in pixels; none: data.resolution", at_least=1)
-    global_scale: tuple[float, float] = setting((0.32, 1.0), "shares of the area", above=0, at_most=1, ordered=True)
+    global_scale: tuple[float, float] = setting(
+        (0.32, 1.0), "least and largest share of the image's area", above=0, at_most=1, ordered=True
+    )
     local_crops: int = setting(8, "small views an image, for the student only", at_least=0)
     local_size: int = setting(96, "their side in pixels", at_least=1)
-    local_scale: tuple[float, float] = setting((0.05, 0.32), "shares of the area", above=0, at_most=1, ordered=True)
+    local_scale: tuple[float, float] = setting(
+        (0.05, 0.32), "least and largest share of the image's area", above=0, at_most=1, ordered=True
+    )
     colour: bool = setting(True, "jitter colours, blur and solarize as DINOv2 does")
     recipe: Literal["dinov2", "version_0_1"] = setting(
         "dinov2", "how crops are cut and masks drawn; a run begun with version 0.1 keeps its own", before="version_0_1"

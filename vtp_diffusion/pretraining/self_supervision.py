@@ -49,7 +49,9 @@ class SelfSupervisionConfig(Settings):
     ibot_weight: float = setting(1.0, "of the loss on masked patches", at_least=0)
     koleo_weight: float = setting(0.1, "of the loss that spreads class tokens out; 0 is off", at_least=0)
     masked_crops: float = setting(0.5, "share of every image's global crops with a mask", above=0, at_most=1)
-    mask_ratio: tuple[float, float] = setting((0.1, 0.5), "of their patches it hides", above=0, below=1, ordered=True)
+    mask_ratio: tuple[float, float] = setting(
+        (0.1, 0.5), "least and largest share of their patches it hides", above=0, below=1, ordered=True
+    )
     stochastic_depth: float = setting(
         0.3, "drop path: share of samples a residual branch leaves out (student)", at_least=0, below=1
     )

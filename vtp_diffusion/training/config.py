@@ -42,19 +42,23 @@ class TrainingConfig(Settings):
     compile: bool = setting(False, "torch.compile the forward and backward passes", may_change=True)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, slower", may_change=True)
     checkpointing_steps: int = setting(
-        5000, "between checkpoints; one is made at the end", may_change=True, at_least=1
+        5000, "steps between checkpoints; one is made at the end", may_change=True, at_least=1
     )
     checkpoints_total_limit: int | None = setting(
-        2, "the oldest beyond these are deleted", may_change=True, at_least=1
+        2, "how many are kept: the oldest beyond are deleted", may_change=True, at_least=1
     )
-    validation_steps: int = setting(5000, "between validations; one is made at the end", may_change=True, at_least=1)
+    validation_steps: int = setting(
+        5000, "steps between validations; one is made at the end", may_change=True, at_least=1
+    )
     log_steps: int = setting(50, "steps averaged in one line of log.jsonl", may_change=True, at_least=1)
     dataloader_num_workers: int = setting(0, "processes reading data not on the device", may_change=True, at_least=0)
     keep_on_device: bool | None = setting(None, "hold all data on the device; none decides by size", may_change=True)
     peak_flops: float | None = setting(
         None, "FLOP/s of a device that MFU is a share of; none: a known GPU's bfloat16 peak", may_change=True, above=0
     )
-    report_to: Literal["none", "tensorboard", "wandb"] = setting("tensorboard", "beside log.jsonl", may_change=True)
+    report_to: Literal["none", "tensorboard", "wandb"] = setting(
+        "tensorboard", "tracker beside log.jsonl", may_change=True
+    )
 
     def __post_init__(self):
         super().__post_init__()
