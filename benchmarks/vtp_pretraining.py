@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from vtp_diffusion import VTPModel
+from vtp_diffusion.data.images import to_device
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.models.vtp_blocks import VTPEmbeddings
@@ -31,7 +32,6 @@ from vtp_diffusion.pretraining.joint import VTPForPreTraining, checkpoint_blocks
 from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.disk import write_json
-from vtp_diffusion.runtime.processes import to_device
 from vtp_diffusion.training.cuda_graphs import WARM_UP, GraphedPasses
 from vtp_diffusion.training.optimisation import parameter_groups
 from vtp_diffusion.training.rates import peak_memory_bytes

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.config import Settings, setting
-from ..runtime.processes import to_device
-from .images import from_uint8
+from .images import from_uint8, to_device
 
 # A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
 # other users of the machine need the rest.

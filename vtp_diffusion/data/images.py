@@ -1,4 +1,4 @@
-"""Images as pixels: the one float-to-uint8 conversion, PIL and tensors, and labelled grids."""
+"""Images as pixels: the one float-to-uint8 conversion, PIL and tensors, their way to a device, and labelled grids."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -9,6 +9,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 Rounding = Literal["half to even", "half up"]
 SHOWN_SIDE = 96  # pixels: what is narrower is enlarged in pictures
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, without waiting for what is queued there."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def to_uint8(images: torch.Tensor, rounding: Rounding = "half to even") -> torch.Tensor:

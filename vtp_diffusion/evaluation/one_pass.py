@@ -13,12 +13,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..data.image_datasets import DataConfig
+from ..data.images import to_device
 from ..data.npz import ImageSpool
 from ..metrics.features import Extractor, FeatureMode
 from ..metrics.frechet import GaussianStatistics, jackknife_group
 from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_names, weight_files
 from ..runtime.config import Settings, setting
-from ..runtime.processes import check_device, gather_objects, reading_processes, this_process, to_device
+from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
 from ..runtime.reproducibility import random_stream
 from .sources import ImageSource, PipelineImages, check_real_images, read_batches
 

@@ -30,6 +30,7 @@ from ..data.batches import (
 )
 from ..data.image_datasets import DataConfig, ImageDataset
 from ..data.image_files import CROP
+from ..data.images import to_device
 from ..data.latent_shards import LatentDataset
 from ..data.openmoji import LICENSE, read_attribution
 from ..models.latent_space import (
@@ -39,7 +40,7 @@ from ..models.latent_space import (
     encode_with_features,
     latent_statistics,
 )
-from ..runtime.processes import this_process, to_device
+from ..runtime.processes import this_process
 from ..runtime.random_reads import available_memory
 from ..runtime.reproducibility import autocast, draw_for_positions
 

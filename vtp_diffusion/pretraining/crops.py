@@ -21,9 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.images import from_uint8
+from ..data.images import from_uint8, to_device
 from ..runtime.config import Settings, setting
-from ..runtime.processes import to_device
 from ..runtime.reproducibility import exact_float32
 
 # Probabilities and strengths of DINOv2's `DataAugmentationDINO`.

@@ -9,12 +9,11 @@ from PIL import Image
 from torch import nn
 
 from ..data.batches import collate_images
-from ..data.images import from_uint8, image_grid, to_pil, to_uint8
+from ..data.images import from_uint8, image_grid, to_device, to_pil, to_uint8
 from ..data.latent_shards import ChannelStatistics
 from ..metrics.lpips import LPIPS
 from ..metrics.pixels import psnr
 from ..runtime.config import Settings, setting
-from ..runtime.processes import to_device
 from .flops import decoder_flops, encoder_flops, trunk_flops
 from .joint import NOISE, MicroBatch, Objective, draw_kept, num_processes, total
 

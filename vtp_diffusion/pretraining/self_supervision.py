@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from ..data.images import to_device
 from ..runtime.config import Settings, setting
-from ..runtime.processes import to_device
 from ..runtime.reproducibility import random_stream
 from .crops import MIN_MASK_GRID, CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters

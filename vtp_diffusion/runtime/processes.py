@@ -1,4 +1,4 @@
-"""Several processes that share one work: who they are, the device of each, and what each of them has, gathered."""
+"""Several processes that share one work: who they are, and what each of them has, gathered."""
 
 import os
 from collections.abc import Callable
@@ -61,13 +61,6 @@ def reading_processes(limit: int = 32) -> int:
     keeps one for itself; at least 1 and at most `limit`, since each takes some 30 ms to start."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(limit, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
-
-
-def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on the device, without waiting for what is queued there."""
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
 
 
 def gather_objects(value: Any) -> list[Any]:
