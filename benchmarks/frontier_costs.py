@@ -69,7 +69,8 @@ def guided_evaluations(config: BenchmarkConfig) -> dict[str, float]:
     """Kind of guidance -> milliseconds of a guided evaluation of the batch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        transformer, weak = make_transformer(config.tiny, base_head_layer=8), make_transformer(config.tiny, **WEAK)
+        transformer = make_transformer(config.tiny, base_head_layer=8).eval()
+        weak = make_transformer(config.tiny, **WEAK).eval()
         vae = AutoencoderVTP(**TINY_VAE, latents_mean=[0.0] * 64, latents_std=[1.0] * 64)  # nothing is decoded
     pipe = LightningDiTPipeline(
         vae=vae,
@@ -78,7 +79,6 @@ def guided_evaluations(config: BenchmarkConfig) -> dict[str, float]:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=10),
     )
     pipe.to(device, torch.bfloat16)
-    pipe.transformer.eval(), pipe.guidance_transformer.eval()
     if device == "cuda":
         speed_up(pipe)
     latents = torch.randn(config.batch_size, 64, 16, 16, device=device)

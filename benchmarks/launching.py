@@ -15,6 +15,8 @@ from typing import IO
 import psutil
 import torch
 
+from vtp_diffusion.runtime.programs import python_path
+
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.2
 END_SECONDS = 60  # a killed process that holds much takes a while to be gone
@@ -31,8 +33,7 @@ def program_environment(gpus: list[int] | None = None) -> dict[str, str]:
 
     Args: `gpus`: those that the program sees, of the ones that this one sees; None: all.
     """
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": python_path()}
     if gpus is not None:
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names.split(",")[k] if names else str(k) for k in gpus)

@@ -24,7 +24,7 @@ from vtp_diffusion.metrics.networks import feature_network
 from vtp_diffusion.metrics.scores import precision_recall
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import write_json
+from vtp_diffusion.runtime.disk import replacing, write_json
 
 NETWORKS = {"vgg16": "FD-VGG", "efficientnet_lite0": "FD-EffLite0"}
 CHOSEN_BY = "efficientnet_lite0"
@@ -85,9 +85,8 @@ def write_reference(config: Config, extractors: dict[str, Extractor]) -> None:
             parts[name].append(extractor(images)["features"].cpu())
     tensors = {name: torch.cat(features) for name, features in parts.items()}
     labels = torch.as_tensor(dataset.labels)[base].long()
-    partial = Path(config.reference).with_suffix(".partial")
-    save_file(tensors | {"labels": labels}, partial)
-    partial.rename(config.reference)
+    with replacing(Path(config.reference)) as unfinished:
+        save_file(tensors | {"labels": labels}, unfinished)
 
 
 def features_of(pipe, labels, seed: int, config: Config, extractors, settings: dict) -> tuple[dict, float]:

@@ -38,9 +38,8 @@ class Config(Settings):
         check_output(self.output, ".png")
 
 
-def sampled(folder: str, solver: str, labels: list[str], steps: int, **settings) -> tuple[list[Image.Image], float]:
+def sampled(pipe, labels: list[str], steps: int, **settings) -> tuple[list[Image.Image], float]:
     """An image a label, of the noise of its place; and the seconds they took, decoded."""
-    pipe = open_pipeline(folder, SamplerConfig(solver=solver, num_inference_steps=steps), "cpu")
     for _ in range(2):  # the first call pays for what is made once
         noise = [torch.Generator().manual_seed(place) for place in range(len(labels))]
         began = time.perf_counter()
@@ -52,14 +51,13 @@ def sampled(folder: str, solver: str, labels: list[str], steps: int, **settings)
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     student = open_pipeline(config.student, SamplerConfig(solver="pipeline", num_inference_steps=1), "cpu")
+    teacher = open_pipeline(config.teacher, SamplerConfig(solver="unipc"), "cpu")
     labels, guided = sorted(student.labels)[::6], {"guidance_scale": config.guidance_scale}
-    ways = {
-        f"student, steps {n}": (config.student, "pipeline", n, {}) for n in student.transformer.config.student["steps"]
-    }
-    ways |= {f"teacher, steps {n}, guided": (config.teacher, "unipc", n, guided) for n in TEACHER_STEPS}
+    ways = {f"student, steps {n}": (student, n, {}) for n in student.transformer.config.student["steps"]}
+    ways |= {f"teacher, steps {n}, guided": (teacher, n, guided) for n in TEACHER_STEPS}
     picture, found = Image.new("RGB", (SIDE * len(labels), SIDE * len(ways))), {}
-    for y, (name, (folder, solver, steps, settings)) in enumerate(ways.items()):
-        images, found[name] = sampled(folder, solver, labels, steps, **settings)
+    for y, (name, (pipe, steps, settings)) in enumerate(ways.items()):
+        images, found[name] = sampled(pipe, labels, steps, **settings)
         for x, image in enumerate(images):
             picture.paste(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x * SIDE, y * SIDE))
     picture.quantize(COLOURS, dither=Image.Dither.NONE).save(config.output, optimize=True)

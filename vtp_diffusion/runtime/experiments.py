@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .config import Settings, setting
 from .disk import replacing
-from .programs import ROOT
+from .programs import ROOT, python_path
 
 SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then it is killed
 ENDING_SECONDS = 3.0  # that one has which saves nothing
@@ -78,8 +78,7 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float) -> None:
     Raises: OutOfTimeError if it was stopped. RuntimeError with the end of its output if it fails.
     """
     environment = {"OMP_NUM_THREADS": "4"} | os.environ
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment |= {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
+    environment |= {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
     with log.open("a") as stream:
         print(shlex.join(words), file=stream, flush=True)
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]

@@ -27,6 +27,11 @@ INSTALLED = (PACKAGE / "programs").is_dir()
 ROOT = PACKAGE / "programs" if INSTALLED else PACKAGE.parent
 
 
+def python_path() -> str:
+    """PYTHONPATH for a program of this repository that another one starts: the repository, then what it is here."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def programs() -> dict[str, Path]:
     """Name -> file of every program."""
     files = [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
