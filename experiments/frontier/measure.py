@@ -103,7 +103,7 @@ def features_of(pipe, labels, seed: int, config: Config, extractors, settings: d
 
 
 def statistics(features: torch.Tensor) -> GaussianStatistics:
-    """Where the features are: distances of 1,280 features take seconds on a CPU."""
+    """Mean and covariance, made where the features are."""
     return GaussianStatistics.of(features, device=features.device)
 
 
