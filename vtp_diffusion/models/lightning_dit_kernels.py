@@ -11,10 +11,16 @@ import triton.language as tl
 
 LARGEST = tl.constexpr(448.0)  # of float8 e4m3
 SMALLEST = tl.constexpr(1e-12)  # scale of a row of zeros
-ROW_WARPS, ROTATE_WARPS = 4, 2
-# Backward: a program has some of a sample's tokens, so that sums over them stay in its registers.
-BACKWARD_PROGRAMS, BACKWARD_WARPS, BACKWARD_STAGES = 1056, 4, 3
-TURN_PROGRAMS, TURN_WARPS, TURN_STAGES = 4224, 4, 3  # of `rotate_back`
+# Backward: a program has some of a sample's tokens, so that sums over them stay in its registers. Together they have
+# 4224 warps, 32 for each of an H100's 132 multiprocessors.
+BACKWARD_WARPS, BACKWARD_STAGES = 4224, 3
+TURN_PROGRAMS, TURN_STAGES = 4224, 3  # of `rotate_back`
+
+
+def row_warps(width: int) -> int:
+    """Warps that share a row of so many columns. 4 were the fastest at 1152 on an H100, with 16 columns a thread. Up
+    to 512 one warp has no more than that, and waits for no other."""
+    return 1 if width <= 512 else 4
 
 
 @triton.jit
@@ -247,7 +253,7 @@ def residual_norm(
         *(x if value is None else value for value in given),
         length, width, 0 if gate is None else gate.stride(0), 0 if shift is None else shift.stride(0), eps,
         UPDATE=update is not None, NORM=weight is not None, FLOAT8=float8,
-        BLOCK=triton.next_power_of_2(width), num_warps=ROW_WARPS,
+        BLOCK=triton.next_power_of_2(width), num_warps=row_warps(width),
     )  # fmt: skip
     return total, result, factors
 
@@ -271,7 +277,8 @@ def residual_norm_backward(
         not set.
     """
     batch, length, width = x.shape
-    parts = min(length, max(1, BACKWARD_PROGRAMS // batch))
+    warps = row_warps(width)
+    parts = min(length, max(1, BACKWARD_WARPS // warps // batch))
     x_grad = total_grad if weight is None else torch.empty_like(x)
     update_grad = None if update is None else torch.empty_like(update)
     sums = torch.empty(batch * parts, 4, width, device=x.device)
@@ -280,7 +287,7 @@ def residual_norm_backward(
         *(x if value is None else value for value in given),
         length, width, parts, 0 if gate is None else gate.stride(0), 0 if scale is None else scale.stride(0), eps,
         UPDATE=update is not None, NORM=weight is not None, BLOCK=triton.next_power_of_2(width),
-        STAGES=BACKWARD_STAGES, num_warps=BACKWARD_WARPS,
+        STAGES=BACKWARD_STAGES, num_warps=warps,
     )  # fmt: skip
     return x_grad, update_grad, sums.unflatten(0, (batch, parts)).sum(1)
 
@@ -292,7 +299,7 @@ def swiglu(product: torch.Tensor, float8: bool) -> tuple[torch.Tensor, torch.Ten
     result, factors = _outputs((*product.shape[:-1], width), product, float8)
     _swiglu[(result.numel() // width,)](
         product, result, product if factors is None else factors, width,
-        FLOAT8=float8, BLOCK=triton.next_power_of_2(width), num_warps=ROW_WARPS,
+        FLOAT8=float8, BLOCK=triton.next_power_of_2(width), num_warps=row_warps(width),
     )  # fmt: skip
     return result, factors
 
@@ -301,7 +308,9 @@ def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (..., D) in float8 and the factors (rows, 1), float32, that give them back."""
     result, factors = _outputs(x.shape, x, float8=True)
     width = x.shape[-1]
-    _to_float8[(len(factors),)](x, result, factors, width, BLOCK=triton.next_power_of_2(width), num_warps=ROW_WARPS)
+    _to_float8[(len(factors),)](
+        x, result, factors, width, BLOCK=triton.next_power_of_2(width), num_warps=row_warps(width)
+    )
     return result, factors
 
 
@@ -338,7 +347,7 @@ def _launch_rotate(x, cos, sin, weights, eps, result):
     _rotate[(batch * length, 2)](
         x, cos, sin, cos if weights is None else weights, result, length, heads, step, result.shape[2], eps,
         size=size, NORM=weights is not None, HEADS=triton.next_power_of_2(heads),
-        PAIRS=triton.next_power_of_2(size) // 2, num_warps=ROTATE_WARPS,
+        PAIRS=triton.next_power_of_2(size) // 2, num_warps=min(2, row_warps(heads * size)),
     )  # fmt: skip
 
 
@@ -379,6 +388,6 @@ def _launch_rotate_back(query, key, value, cos, sin, x, weights, eps):
         query, key, value, cos, sin, *norm, result, sums, norm_sums,
         length, heads, parts, query.stride(0), eps, size=size, row_step=query.stride(1), head_step=query.stride(2),
         NORM=weights is not None, HEADS=triton.next_power_of_2(heads), PAIRS=triton.next_power_of_2(size) // 2,
-        STAGES=TURN_STAGES, num_warps=TURN_WARPS,
+        STAGES=TURN_STAGES, num_warps=row_warps(heads * size),
     )  # fmt: skip
     return result, sums.sum(0), norm_sums
