@@ -8,8 +8,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.generation.fast_sampling import FusedForward, prepare_sampling, slow_down, speed_up
+from vtp_diffusion.generation import fast_sampling
+from vtp_diffusion.generation.fast_sampling import FusedForward, prepare_sampling, slow_down, speed_up, why_not
 from vtp_diffusion.generation.sampler_config import SamplerConfig
+from vtp_diffusion.models import fused_lightning_dit
 
 TINY = {"sample_size": 4, "in_channels": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12}
 
@@ -23,7 +25,10 @@ def network_and_inputs(**changes):
     return network, (torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 3, 1]))
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"patch_size": 2}, {"base_head_layer": 1}])
+FILLED = {"num_attention_heads": 1, "attention_head_dim": 16}  # SwiGLU has 42 columns, filled up to 48
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"patch_size": 2}, {"base_head_layer": 1}, FILLED])
 def test_the_fused_forward_is_the_network_s(changes):
     network, inputs = network_and_inputs(**changes, prediction="data" if "patch_size" in changes else "velocity")
     base = "base_head_layer" in changes
@@ -37,10 +42,45 @@ def test_the_fused_forward_is_the_network_s(changes):
     torch.testing.assert_close(joined, expected, rtol=1e-5, atol=1e-5)
 
 
+def float8_product(x, weight, scale_a, scale_b, bias, out_dtype, use_fast_accum):
+    """What `torch._scaled_mm` computes of rows scaled one by one."""
+    assert x.dtype == weight.dtype == torch.float8_e4m3fn
+    product = (x.float() * scale_a) @ (weight.float() * scale_b)
+    return (product if bias is None else product + bias.float()).to(out_dtype)
+
+
+def test_float8_products_of_a_filled_swiglu_are_those_of_its_own_columns(monkeypatch):
+    network, inputs = network_and_inputs(**FILLED)
+    with torch.no_grad():
+        exact = network(*inputs).sample
+    network.bfloat16()
+    monkeypatch.setattr(torch, "_scaled_mm", float8_product)
+    found = {}
+    for columns in (16, 1):
+        monkeypatch.setattr(fused_lightning_dit, "COLUMNS", columns)
+        forward = FusedForward(network, lightning_dit_formulae, fp8=True)
+        sizes = [size for product in forward.products[0].values() for size in product.weight.shape]
+        assert any(size % 16 for size in sizes) == (columns == 1)
+        with torch.no_grad():
+            (found[columns],) = forward(inputs[0].bfloat16(), *inputs[1:])
+    torch.testing.assert_close(found[16], found[1], rtol=0.01, atol=0.01)  # sums in another order
+    assert ((found[16].float() - exact).norm() / exact.norm()).item() < 0.1
+
+
+def test_float8_takes_any_swiglu_and_tokens_of_16_columns_each(monkeypatch):
+    monkeypatch.setattr(fast_sampling, "why_not_fused", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    refusal = "its tokens have 24 columns, and float8 products take multiples of 16: leave fp8 off"
+    for changes, reason in (({}, refusal), (FILLED, None)):
+        network = network_and_inputs(**changes)[0].bfloat16()
+        pipe = LightningDiTPipeline(vae=None, transformer=network, scheduler=FlowMatchEulerDiscreteScheduler())
+        assert why_not(pipe, fp8=True) == reason
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_on_a_gpu_the_fused_forward_is_no_further_from_float32_than_the_plain_one(qk_norm):
-    network, inputs = network_and_inputs(num_attention_heads=4, attention_head_dim=72, qk_norm=qk_norm)
+@pytest.mark.parametrize(("qk_norm", "size"), [(False, 72), (True, 72), (True, 64)])  # of 64: 682 columns of SwiGLU
+def test_on_a_gpu_the_fused_forward_is_no_further_from_float32_than_the_plain_one(qk_norm, size):
+    network, inputs = network_and_inputs(num_attention_heads=4, attention_head_dim=size, qk_norm=qk_norm)
     network, inputs = network.cuda(), [value.cuda() for value in inputs]
     pipe = LightningDiTPipeline(vae=None, transformer=network, scheduler=FlowMatchEulerDiscreteScheduler())
     with torch.no_grad():

@@ -15,6 +15,8 @@ from vtp_diffusion import LightningDiTTransformer2DModel
 from vtp_diffusion.models.fused_lightning_dit import FusedBlock, fuse_training
 from vtp_diffusion.models.rotary import rotate_interleaved
 
+FILLED = {"num_attention_heads": 1, "attention_head_dim": 16}  # SwiGLU has 42 columns, filled up to 48
+
 
 def network_and_inputs(heads=2, size=12, **changes):
     torch.manual_seed(0)
@@ -39,7 +41,7 @@ def result_and_gradients(network, inputs, autocast=False, **options):
 
 
 @pytest.mark.parametrize(
-    ("changes", "norm"), [({}, None), ({"qk_norm": True}, None), ({"qk_norm": True}, nn.LayerNorm)]
+    ("changes", "norm"), [({}, None), ({"qk_norm": True}, None), ({"qk_norm": True}, nn.LayerNorm), (FILLED, None)]
 )
 def test_fused_blocks_have_the_results_and_gradients_of_plain_ones(changes, norm):
     network, inputs = network_and_inputs(**changes)
@@ -74,7 +76,7 @@ def test_backward_pass_of_norm_and_rotation_is_that_of_autograd_in_float64():
         torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("autocast", "changes"), [(False, {}), (True, {}), (True, {"qk_norm": True})])
+@pytest.mark.parametrize(("autocast", "changes"), [(False, {}), (True, {}), (True, {"qk_norm": True}), (True, FILLED)])
 def test_what_is_recomputed_is_not_kept_and_changes_no_bit(autocast, changes):
     network, inputs = network_and_inputs(**changes)
     norms, found = [], []
@@ -128,7 +130,7 @@ def check_errors(exact, plain, fused):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}])
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}, {"num_attention_heads": 4, "attention_head_dim": 64}])
 def test_on_a_gpu_kernels_are_no_further_from_float32_than_plain_blocks(changes):
     network, inputs = network_and_inputs(heads=16, size=72, **changes)
     network, inputs = network.cuda(), [value.cuda() for value in inputs]
@@ -165,6 +167,8 @@ import lightning_dit_formulae
 from vtp_diffusion.models import lightning_dit_kernels
 
 torch.manual_seed(0)
+# so that a program has several rounds of its loop
+lightning_dit_kernels.BACKWARD_WARPS, lightning_dit_kernels.TURN_PROGRAMS = 4, 12
 
 
 def same(first, second, limit):
@@ -202,7 +206,12 @@ for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 8e-3)):
             same([found[2][:, kept]], [expected[2][:, kept]], limit)
             assert len(kept) == 2 * (normed[0] is not None) + 2 * (change[0] is not None)
         product = torch.randn(2, 3, 80).to(dtype)
-        same(lightning_dit_kernels.swiglu(product, float8), lightning_dit_formulae.swiglu(product, float8), near)
+        found = lightning_dit_kernels.swiglu(product, float8)
+        same(found, lightning_dit_formulae.swiglu(product, float8), near)
+        wide = torch.nn.functional.pad(product.unflatten(-1, (2, 40)), (0, 8)).flatten(-2)
+        filled = lightning_dit_kernels.swiglu(wide, float8)
+        same([filled[0][..., :40], filled[1]], found, 1e-9)
+        assert not filled[0][..., 40:].float().any()
     same(lightning_dit_kernels.to_float8(x), lightning_dit_formulae.to_float8(x), FLOAT8)
     for heads, size in ((3, 12), (2, 16)):
         cos, sin = torch.randn(2, 3, size // 2).repeat_interleave(2, dim=-1)

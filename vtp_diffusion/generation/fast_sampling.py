@@ -12,7 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
-from ..models.fused_lightning_dit import ATTENTION, why_not_fused
+from ..models.fused_lightning_dit import ATTENTION, filled_swiglu, why_not_fused
 from ..models.rotary import lightning_dit_rotary_tables
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 from .sampler_config import SamplerConfig
@@ -81,9 +81,8 @@ def why_not(pipe: DiffusionPipeline, fp8: bool = False) -> str | None:
             return "the transformer has adapters beside its weights, which are to be fused and unloaded before"
         if fp8 and dtype != torch.bfloat16:
             return f"float8 products give bfloat16, and the precision is {dtype}"
-        layers = network.blocks[0].mlp.w12, network.blocks[0].mlp.w3
-        if fp8 and any(size % 16 for layer in layers for size in layer.weight.shape):
-            return f"layers of {[tuple(layer.weight.shape) for layer in layers]}, no multiples of 16, have no float8"
+        if fp8 and (width := network.norm_out.weight.shape[0]) % 16:
+            return f"its tokens have {width} columns, and float8 products take multiples of 16: leave fp8 off"
         if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
             return f"{torch.cuda.get_device_name(device)} has no float8 units, expected Ada, Hopper or later"
     return None
@@ -98,7 +97,7 @@ class FusedForward:
 
     Args:
         network: on its device; its weights are read where they are, but for those of queries, keys and values, which
-            are copied into one matrix, and float8 ones.
+            are copied into one matrix, those of a SwiGLU that `filled_swiglu` fills up, and float8 ones.
         kernels: models/lightning_dit_kernels.py, or what has its functions.
     """
 
@@ -114,10 +113,10 @@ class FusedForward:
         attention = block.attn
         parts = [attention.to_qkv] if attention.fused_projections else [attention.to_q, attention.to_k, attention.to_v]
         weight, bias = (torch.cat([getattr(layer, name) for layer in parts]) for name in ("weight", "bias"))
-        products = {"qkv": (weight, bias)}
-        for name, layer in (("out", attention.to_out[0]), ("w12", block.mlp.w12), ("w3", block.mlp.w3)):
-            # what adds the other two to the residual stream adds their bias
-            products[name] = layer.weight, layer.bias if name == "w12" else None
+        first, first_bias, last = filled_swiglu(block.mlp, weight.dtype)
+        products = {"qkv": (weight, bias), "w12": (first, first_bias)}
+        # what adds these two to the residual stream adds their bias
+        products |= {"out": (attention.to_out[0].weight, None), "w3": (last, None)}
         return {name: Product(*parameters, self.kernels, self.fp8) for name, parameters in products.items()}
 
     def __call__(
