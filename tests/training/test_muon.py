@@ -45,6 +45,10 @@ def assert_close(ours, theirs, before):
 @pytest.mark.parametrize("matrices", [1, 100])
 def test_batches_step_as_torch_does_and_go_on_from_its_state(monkeypatch, nesterov, adjust_lr_fn, matrices):
     monkeypatch.setattr(muon_file, "STACK_BYTES", matrices * 2 * 16 * 16)
+    sizes, whole = [], muon_file.orthogonalised
+    monkeypatch.setattr(
+        muon_file, "orthogonalised", lambda stack, *settings: sizes.append(len(stack)) or whole(stack, *settings)
+    )
     torch.manual_seed(0)
     ours = nn.ParameterList([torch.randn(shape) for shape in SHAPES])
     theirs = nn.ParameterList([p.detach().clone() for p in ours])
@@ -57,6 +61,7 @@ def test_batches_step_as_torch_does_and_go_on_from_its_state(monkeypatch, nester
             optimizer.step()
         assert_close(ours, theirs, before)
         batched.load_state_dict(copy.deepcopy(single.state_dict()))
+    assert max(sizes) == min(matrices, 3)
     assert all(
         torch.equal(batched.state[p]["momentum_buffer"], single.state[q]["momentum_buffer"])
         for p, q in zip(ours, theirs, strict=True)
