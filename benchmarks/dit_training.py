@@ -142,6 +142,19 @@ def make_data(folder: Path, size: str) -> None:
     write_metadata(folder / "latents", metadata | {"mean": [0.0] * channels, "std": [1.0] * channels})
 
 
+def program_words(data: Path, size: str, output: Path) -> list[str]:
+    """Options of the program for a model of `SIZES` on the latents of `make_data`."""
+    layers, heads, head_dim, qk_norm = SIZES[size][:4]
+    words = [f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
+    words += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
+    return [
+        *words,
+        f"--model.attention_head_dim={head_dim}",
+        f"--model.qk_norm={str(qk_norm).lower()}",
+        "--report_to=none",
+    ]
+
+
 def train(
     data: Path,
     size: str,
@@ -161,11 +174,8 @@ def train(
         profile: FILE.json for a profile of the steps that come then, with `saved` False.
         gpus: those to use; None: the first.
     """
-    layers, heads, head_dim, qk_norm = SIZES[size][:4]
-    words = [f"--output_dir={output}", f"--vae={data / 'vae'}", f"--latents={data / 'latents'}"]
-    words += [f"--model.num_layers={layers}", f"--model.num_attention_heads={heads}"]
-    words += [f"--model.attention_head_dim={head_dim}", f"--model.qk_norm={str(qk_norm).lower()}"]
-    words += [f"--max_train_steps={steps if saved else NEVER}", "--report_to=none", *options]
+    words = program_words(data, size, output)
+    words += [f"--max_train_steps={steps if saved else NEVER}", *options]
     command = torchrun(processes, PROGRAM, *words)
     if profile is not None:
         command = torchrun(processes, PROFILED, profile, steps, *words)

@@ -19,6 +19,7 @@ from vtp_diffusion.runtime.programs import python_path
 
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.2
+COMPILERS = ("TORCHINDUCTOR", "TRITON")
 END_SECONDS = 60  # a killed process that holds much takes a while to be gone
 
 
@@ -38,6 +39,15 @@ def program_environment(gpus: list[int] | None = None) -> dict[str, str]:
         names = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(names.split(",")[k] if names else str(k) for k in gpus)
     return environment | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+
+
+def environment_alone(caches: Path) -> dict[str, str]:
+    """The environment of a single process that no launcher starts: all cores, and what Triton and torch.compile keep
+    goes into a folder."""
+    environment = program_environment() | {f"{name}_CACHE_DIR": str(caches / name) for name in COMPILERS}
+    if "OMP_NUM_THREADS" not in os.environ:
+        del environment["OMP_NUM_THREADS"]
+    return environment
 
 
 def device_name() -> str:
@@ -117,12 +127,16 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-def failure(command: list, errors: IO[bytes]) -> RuntimeError:
-    """What a program wrote before it ended, without its progress bars."""
+def written(errors: IO[bytes]) -> str:
+    """The error output so far."""
     # without moving the place in the file, where what still runs writes on
-    raw = os.pread(errors.fileno(), os.fstat(errors.fileno()).st_size, 0)
-    words, text = " ".join(map(str, command)), raw.decode(errors="replace")
-    text = re.sub(r"[^\n]*\r", "", text)
+    return os.pread(errors.fileno(), os.fstat(errors.fileno()).st_size, 0).decode(errors="replace")
+
+
+def failure(command: list, errors: IO[bytes]) -> RuntimeError:
+    """What a program wrote before it ended, without its progress bars and Python's times of importing."""
+    words, text = " ".join(map(str, command)), re.sub(r"[^\n]*\r", "", written(errors))
+    text = re.sub(r"import time:[^\n]*\n?", "", text)
     return RuntimeError(f"{words} failed:\n{text}")
 
 

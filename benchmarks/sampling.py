@@ -5,8 +5,8 @@ r"""Images a second that LightningDiT-XL/1 gives on one GPU, decoded by VTP-Larg
 Weights are random: the rates do not depend on them. A row a way of sampling: milliseconds of an evaluation of
 the network and of decoding a batch (medians), the images a second that follow from both, beside the peer's as it is
 shipped (`PEER`), and seconds of one image of 50 evaluations, called as in a notebook (median). With --images,
-pipelines/generate.py is started as a user starts it, for so many images into an npz: images a second of the whole
-program, loading, compiling and writing included.
+pipelines/generate.py is started as a user starts it, for so many images into an npz, and eval/generation.py, which
+samples as many and measures them with VGG16 against noise: images a second of the whole program, everything included.
 """
 
 import json
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from launching import ROOT, device_name, program_environment, run_to_its_end
@@ -32,7 +33,14 @@ EVALUATIONS = 249
 # img/s on one H100 of the upstream sampler, 249 evaluations, batch 125: float32 with TF32, its blocks compiled
 PEER = 3.11
 WAYS = {"eager": None, "fast": {}, "fast, fp8": {"fp8": True}}
-PROGRAMS = {"default": [], "fp8": ["--fp8"], "plain": ["--fast=false"]}
+GENERATE, EVALUATE = "pipelines/generate.py", "eval/generation.py"
+PROGRAMS = {
+    "default": [GENERATE],
+    "fp8": [GENERATE, "--fp8"],
+    "plain": [GENERATE, "--fast=false"],
+    "evaluation": [EVALUATE],
+    "evaluation, fp8": [EVALUATE, "--fp8"],
+}
 TINY = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}
 TINY_VAE = {f"{p}_{k}": v for p in ("encoder", "decoder") for k, v in
             {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 2}.items()}  # fmt: skip
@@ -46,8 +54,10 @@ class BenchmarkConfig(Settings):
     repeats: int = setting(10, "evaluations that are timed", at_least=1)
     images: int | None = setting(None, "that pipelines/generate.py makes; none: it is not started", at_least=1)
     programs: list[str] = setting(
-        default_factory=lambda: ["default"], help=f"ways of starting it: {'; '.join(PROGRAMS)}"
+        default_factory=lambda: ["default"], help=f"what is started, and how: {'; '.join(PROGRAMS)}"
     )
+    evaluations: int = setting(EVALUATIONS, "that a program takes for a batch", at_least=1)
+    feature_network: str = setting("vgg16", "that eval/generation.py measures with")
     tiny: bool = setting(False, "tiny networks, to try the benchmark itself")
 
     def __post_init__(self) -> None:
@@ -112,16 +122,27 @@ def measure(config: BenchmarkConfig, way: str) -> dict:
 
 
 def run_program(config: BenchmarkConfig, options: str, folder: Path) -> dict:
-    """Seconds and images a second of pipelines/generate.py, from its start to its end."""
-    words = ["--pipeline", folder / "pipeline", "--output", folder / "samples.npz", "--num_images", config.images]
-    words += ["--num_inference_steps", EVALUATIONS, "--batch_size", config.batch_size, *PROGRAMS[options]]
+    """Seconds and images a second of a program, from its start to its end."""
+    program, *words = PROGRAMS[options]
+    words += ["--num_images", config.images, "--num_inference_steps", config.evaluations]
+    words += ["--batch_size", config.batch_size]
+    if program == GENERATE:
+        words += ["--pipeline", folder / "pipeline", "--output", folder / "samples.npz"]
+    else:
+        reference = folder / "noise.npz"
+        noise = np.random.default_rng(0).integers(0, 256, (config.images, 256, 256, 3), dtype=np.uint8)
+        np.savez(reference, arr_0=noise)
+        words += ["--images", folder / "pipeline", "--reference", reference, "--output", folder / "distance.json"]
+        words += ["--feature_network", config.feature_network]
     start = time.perf_counter()
-    run_to_its_end([sys.executable, str(ROOT / "pipelines" / "generate.py"), *map(str, words)], program_environment())
+    run_to_its_end([sys.executable, str(ROOT / program), *map(str, words)], program_environment())
     seconds = time.perf_counter() - start
-    (folder / "samples.npz").unlink()
+    for path in folder.glob("*.npz"):
+        path.unlink()
     rate = config.images / seconds
-    return {"options": options, "images": config.images, "seconds": seconds, "images_per_second": rate,
-            "ratio_to_peer": None if config.tiny else rate / PEER}  # fmt: skip
+    row = {"options": options, "images": config.images, "evaluations": config.evaluations, "seconds": seconds}
+    comparable = not config.tiny and config.evaluations == EVALUATIONS
+    return row | {"images_per_second": rate, "ratio_to_peer": rate / PEER if comparable else None}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import TrainingConfig
+from .muon import BatchedMuon
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -58,34 +59,33 @@ def muon_groups(model: nn.Module, module: nn.Module, weight_decay: float) -> lis
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """Muon (torch.optim.Muon; Jordan et al., 2024) for groups with "muon" true, AdamW for the others. Muon's updates
-    have the root mean square of AdamW's (arXiv:2502.16982), so that one learning rate is for both."""
+    """Muon for groups with "muon" true, AdamW for the others. Muon's updates have the root mean square of AdamW's
+    (arXiv:2502.16982), so that one learning rate is for both."""
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any):
         super().__init__(groups, **settings)
         for group in self.param_groups:
             group.setdefault("muon", False)
         theirs = [group for group in self.param_groups if group["muon"]]
-        self._muon = torch.optim.Muon(
+        self._muon = BatchedMuon(
             [{"params": group["params"]} for group in theirs], momentum=0.95, adjust_lr_fn="match_rms_adamw"
         )
         for group, muon in zip(theirs, self._muon.param_groups, strict=True):
             group.update({key: value for key, value in muon.items() if key not in group})
 
     def step(self, closure: Any = None) -> None:
-        """Leaves the step out where `found_inf` says so; torch's Muon cannot be told on the device, so it is asked."""
+        """Both leave the step out where `found_inf`, on the device, is 1."""
         everything = self.param_groups
         self.param_groups = [group for group in everything if not group["muon"]]
         try:
             super().step(closure)
         finally:
             self.param_groups = everything
-        left_out = getattr(self, "found_inf", None)
-        if left_out is None or not left_out.item():
-            # as they are now: `load_state_dict`, which accelerate calls too, puts others in their place
-            self._muon.param_groups = [group for group in everything if group["muon"]]
-            self._muon.state = self.state
-            self._muon.step()
+        # as they are now: `load_state_dict`, which accelerate calls too, puts others in their place
+        self._muon.param_groups = [group for group in everything if group["muon"]]
+        self._muon.state = self.state
+        self._muon.found_inf = getattr(self, "found_inf", None)
+        self._muon.step()
 
 
 class AveragedWeights:
