@@ -1,6 +1,8 @@
-"""What the user of a program reads when the input is at fault."""
+"""What the user of a program reads when the input is at fault, and how programs start and end."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,15 @@ def test_faults_of_the_program_keep_their_traceback(capsys):
         run(lambda: {}["unexpected"])
     run(lambda: print("done"))
     assert capsys.readouterr().out == "done\n"
+
+
+def test_programs_look_for_garbage_rarely_and_not_at_their_end():
+    script = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))\n"
+    script += (
+        "from vtp_diffusion.runtime.cli import run; run(lambda: print(gc.get_threshold()[0], gc.get_freeze_count()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["50000", "0", "True"], done.stderr
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -1,5 +1,7 @@
 """How the programs end when their input is at fault: one message, exit status 2, and no traceback."""
 
+import atexit
+import gc
 import os
 import sys
 import traceback
@@ -10,6 +12,7 @@ from .optional_packages import MissingExtraError
 TRACEBACK_VARIABLE = "VTP_DIFFUSION_TRACEBACK"
 # What this package, and what it calls, raise about input: values and files. Anything else is a fault of the program.
 INPUT_ERRORS = (ValueError, OSError, MissingExtraError)
+GARBAGE_OBJECTS = 50_000  # new objects after which Python looks for cycles among them; its own number is 700
 
 
 def run(main: Callable[[], None]) -> None:
@@ -19,6 +22,10 @@ def run(main: Callable[[], None]) -> None:
     program exits with status 2, as for a wrong option; Ctrl-C is one line and status 130. With
     VTP_DIFFUSION_TRACEBACK=1 in the environment, and for every other exception, Python prints its traceback.
     """
+    # torch and diffusers make nearly a million objects that all stay. Python would look for garbage among them a
+    # thousand times while it imports them, and through all of them at the end: two seconds of every start.
+    gc.set_threshold(GARBAGE_OBJECTS)
+    atexit.register(gc.freeze)
     try:
         main()
     except KeyboardInterrupt:
