@@ -164,4 +164,4 @@ class SampleNpz(_SampleFiles):
 
     def _parts(self) -> Iterator[np.ndarray]:
         for index in range(-(-self.count // PART_IMAGES)):
-            yield np.load(self._part(index))
+            yield np.load(self._part(index), mmap_mode="r")  # written from where the system has it, not copied
