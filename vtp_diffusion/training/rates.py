@@ -4,7 +4,6 @@ import resource
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bfloat16 peak in FLOP/s, without sparsity, from NVIDIA's data sheets. The first entry that is part of the
 # device's name counts: variants come first.
@@ -29,6 +28,8 @@ def peak_flops(device: torch.device, mixed_precision: str, given: float | None =
 def forward_flops(module: nn.Module, *arguments: torch.Tensor) -> int:
     """Floating-point operations of the matrix products and attention in one forward pass, two for each multiplication
     with its addition. Nothing is computed: weights and arguments are replaced by shapes."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     shapes = {name: value.to("meta") for name, value in module.state_dict(keep_vars=False).items()}
     shapes |= {name: value.to("meta") for name, value in module.named_buffers()}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
