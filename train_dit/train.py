@@ -237,7 +237,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(config.seed)
     num_classes = len(dataset.id2label)
     transformer = build_transformer(
-        config.model, dataset.shape, num_classes, config.class_dropout_prob, config.initial_transformer
+        config.model,
+        dataset.shape,
+        num_classes,
+        config.class_dropout_prob,
+        config.initial_transformer,
+        empty=bool(folder.checkpoints()),  # the run goes on from one, or is refused
     )
     transformer.eval()  # labels are dropped in training_inputs, keyed by the step; in train mode it would drop again
     if config.gradient_checkpointing:

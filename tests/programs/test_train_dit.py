@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from diffusers.models import modeling_utils
 from safetensors.torch import load_file
 
-from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.data.latent_shards import write_metadata, write_shard
 from vtp_diffusion.evaluation import validation
 from vtp_diffusion.evaluation.convergence import read_convergence
@@ -169,12 +169,13 @@ def test_the_pipeline_can_be_saved_in_half_the_size(tmp_path, made, monkeypatch)
         ("--gradient_checkpointing", "--mixed_precision=bf16", "--random_flip=false", "--cosine_loss=false"),
     ],
 )
-def test_a_resumed_run_gives_the_same_weights(tmp_path, made, more):
+def test_a_resumed_run_gives_the_same_weights_and_draws_none(tmp_path, made, monkeypatch, more):
     program = load_program("train_dit")
     program.main(arguments(tmp_path / "straight", made, *more))
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "pipeline")
     (tmp_path / "resumed" / "checkpoint-6").rename(tmp_path / "resumed" / ".unfinished-checkpoint-6")
+    monkeypatch.setattr(LightningDiTTransformer2DModel, "initialize_weights", lambda self: pytest.fail("drawn"))
     program.main(arguments(tmp_path / "resumed", made, *more))
     for part in ("checkpoint-6", "pipeline"):
         first, second = (weights(tmp_path / name / part) for name in ("straight", "resumed"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import torch
+
 from ..runtime.config import Settings, setting
 from ..runtime.processes import this_process
 
@@ -42,6 +44,7 @@ def build_transformer(
     num_classes: int,
     class_dropout_prob: float,
     initial_transformer: str | None = None,
+    empty: bool = False,
 ) -> LightningDiTTransformer2DModel:
     """A transformer with the published initialisation, or a saved one to start from.
 
@@ -51,6 +54,7 @@ def build_transformer(
         class_dropout_prob: what the transformer's own configuration says.
         initial_transformer: folder of the saved one. If it has another number of classes, its class table is drawn
             anew but for the row of "no class", everything else is kept, and a line says so.
+        empty: draw no weights, which takes seconds of a large one: those of a checkpoint take their place.
     Raises: ValueError if the saved one has another architecture than the configuration and the latents ask for.
     """
     from ..models.loading import load_saved
@@ -59,7 +63,10 @@ def build_transformer(
     architecture = {"sample_size": latent_shape[-1], "in_channels": latent_shape[0]}
     architecture |= vars(config) | {"num_classes": num_classes, "student": None}  # train_dit/distill.py makes those
     if initial_transformer is None:
-        transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=class_dropout_prob)
+        with torch.device("meta" if empty else "cpu"):
+            transformer = LightningDiTTransformer2DModel(**architecture, class_dropout_prob=class_dropout_prob)
+        if empty:
+            return transformer.to_empty(device="cpu")
         transformer.initialize_weights()
         return transformer
     transformer = load_saved(LightningDiTTransformer2DModel, initial_transformer)
