@@ -2,6 +2,7 @@
 
 import tarfile
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -72,6 +73,43 @@ def test_nothing_starts_too_late_and_what_was_stopped_is_no_failure(make):
 
     tasks = [make("a"), make("b", "a")]
     assert work_through(tasks, [0], soon(), 0.0, stopped) == [] and not tasks[0].done
+
+
+def test_what_cannot_be_measured_in_time_is_not_begun_and_a_shorter_task_is(make):
+    started, left = [], experiments.SAVING_SECONDS + 100
+
+    def start(task, gpu):
+        started.append(task.name)
+        finish(task, gpu)
+
+    long, short = (replace(make(name), seconds=seconds) for name, seconds in (("long", 140), ("short", 126)))
+    measured = replace(make("measured"), saves=False, seconds=126)  # the time to save in is theirs as well
+    work_through([long, short, measured], [0], soon(left), 0.0, start, last=True)
+    assert started == ["short", "measured"] and not long.done
+    work_through([long, replace(make("other"), saves=False, seconds=200)], [0], soon(left), 0.0, start)
+    assert started == ["short", "measured", "long"], "training goes on in a later run, a measurement does not"
+
+
+def test_what_a_task_that_is_done_needed_may_be_missing(make):
+    task = make("measured", "trained")
+    finish(task, 0)
+    assert work_through([task], [0], soon(), 0.0, finish) == []
+
+
+def test_programs_of_one_process_are_one_program_and_may_end_after_they_were_told_to(tmp_path, monkeypatch):
+    started = []
+
+    def late(words, gpu, log, stop):
+        started.append(words)
+        raise OutOfTimeError("stopped")
+
+    monkeypatch.setattr(experiments, "run_program", late)
+    task = Task("a", tmp_path / "a.json", (["x.py", "b c"], ["y.py"]), one_process=True)
+    with pytest.raises(OutOfTimeError):
+        run_task(task, 0, tmp_path, soon())
+    assert started == [["experiments/in_turn.py", f"{tmp_path}/a-ended.txt", "x.py 'b c'", "y.py"]]
+    finish(task, 0)  # it came to its end while it was waited for
+    run_task(task, 0, tmp_path, soon())
 
 
 def test_needs_have_to_be_tasks(make):
