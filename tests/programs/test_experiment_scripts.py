@@ -17,6 +17,7 @@ from vtp_diffusion.data.openmoji import is_held_out, read_attribution
 
 ROOT = Path(__file__).parents[2]
 UNDERSTANDING = "experiments/understanding_drives_generation"
+KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"
 
 
 def load(program: str):
@@ -124,6 +125,31 @@ def test_the_programs_take_the_words_of_every_run(tmp_path):
     assert len(taken) == 1 + 2 * 2 * (len(program.RUNS) + len(program.STUDENTS)) + 1, "reference, runs, teacher"
 
 
+@pytest.mark.parametrize("smallest", [False, True])
+def test_the_recipe_of_the_shipped_pipeline_is_taken_by_the_programs(smallest, tmp_path):
+    program = load("experiments/shipped_pipeline/run.py")
+    config = program.Config(smallest=smallest, output_dir=str(tmp_path))
+    tasks = {task.name: task for name in program.RECIPES for task in program.tasks(config, tmp_path, name)}
+    given = {}
+    for name in ("tokenizer-f16c64", "decoder-f8c16", "latents-f8c16", "generator-f8c16", "measured-f8c16"):
+        for file, *words in tasks[name].programs:
+            taken = load(file)
+            kind = next(k for k in KINDS if hasattr(taken, k))
+            configs = (
+                (getattr(taken, "CONFIGS", []),) if name.split("-")[0] in ("tokenizer", "decoder", "generator") else ()
+            )
+            given[name] = taken.parse_config(getattr(taken, kind), words, "", *configs)
+    tokenizer, generator = given["tokenizer-f16c64"], given["generator-f8c16"]
+    assert (tokenizer.model.patch_size, tokenizer.model.latent_channels) == (16, 64)
+    assert (generator.optimizer, generator.model.base_head_layer, generator.save_dtype) == ("muon", 3, "bfloat16")
+    assert generator.vae == f"{tmp_path}/f8c16/decoder/vae" and given["measured-f8c16"].pipeline.startswith(
+        generator.output_dir
+    )
+    assert len(tokenizer.objectives) == 3 and not tokenizer.compile and not generator.compile
+    with pytest.raises(ValueError, match="recipes are none, expected of f8c16, f16c64"):
+        program.Config(recipes=["none"])
+
+
 def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
     plan = understanding.Plan(understanding.Config(output_dir=str(tmp_path)), tmp_path / "images")
     tasks = {task.name: task for task in plan.tasks()}
@@ -183,9 +209,6 @@ def test_tasks_that_share_a_gpu_take_longer(understanding, tmp_path):
         assert shared.seconds == 2 * alone.seconds > 0 and alone.one_process
 
 
-KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"
-
-
 def test_the_programs_take_these_words(understanding, tmp_path):
     """Of both scales: names and values of options."""
     for smallest in (False, True):
@@ -205,7 +228,7 @@ def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
     for name in ("runs/emoji.tar", option(found[0], "--noto"), option(found[0], "--fluent")):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    assert [Path(words[1]).stem for words in found] == ["data", *["run"] * 4, "table", "run", "table"]
+    assert [Path(words[1]).stem for words in found] == ["data", *["run"] * 3, "table", "run", "table"]
     for words in found:
         program = load(words[1])
         program.parse_config(program.Config, words[2:])
