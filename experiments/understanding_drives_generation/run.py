@@ -56,7 +56,7 @@ GROUPS = (
 # Estimated seconds on an H200 with one task a GPU. Steps of a tokenizer by the number of its objectives: all three
 # took 61 ms with four times the tokens, reconstruction alone some 20; of a generator: 15,000 images/s.
 # The rest of a task is starting (15), reading, measuring and encoding.
-JOINT_STEP, TOKENIZER, GENERATOR_STEP, GENERATOR, POINT = (0.023, 0.045, 0.061), 75.0, 0.017, 25.0, 10.0
+JOINT_STEP, TOKENIZER, GENERATOR_STEP, GENERATOR, POINT = (0.023, 0.045, 0.061), 75.0, 0.017, 25.0, 15.0
 HALF_SEED = 1  # another hash than the one that holds out
 HALF = "_half"  # names that end so are trained on half of the concepts; the held-out ones are the same
 TINY_TOKENIZER = {

@@ -99,7 +99,7 @@ def test_what_a_task_that_is_done_needed_may_be_missing(make):
 def test_programs_of_one_process_are_one_program_and_may_end_after_they_were_told_to(tmp_path, monkeypatch):
     started = []
 
-    def late(words, gpu, log, stop):
+    def late(words, gpu, log, stop, patience):
         started.append(words)
         raise OutOfTimeError("stopped")
 
@@ -128,6 +128,16 @@ def test_a_program_is_told_to_save_before_the_deadline(tmp_path, monkeypatch):
     with pytest.raises(OutOfTimeError, match="stopped at the deadline"):
         run_program([program], 0, log, soon(0.0))
     assert saved.is_file()
+
+
+def test_a_program_that_does_not_end_when_it_is_told_to_is_killed(tmp_path, monkeypatch):
+    code = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    code += f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\ntime.sleep(60)"
+    monkeypatch.setattr(experiments.subprocess.Popen, "wait", waiting_for(tmp_path / "ready"))
+    began = time.monotonic()
+    with pytest.raises(OutOfTimeError):
+        run_program([script(tmp_path, code)], 0, tmp_path / "log", soon(0.0), patience=0.2)
+    assert time.monotonic() - began < 20
 
 
 def waiting_for(file):
@@ -178,7 +188,7 @@ def test_logs_of_a_task_that_was_stopped_are_kept_and_its_result_is_not(tmp_path
     copies = (file, results / "a.json"), (file, results / "a.jsonl"), (tmp_path / "none", results / "b")
     task = Task("a", results / "a.json", (["train.py"],), copies=copies)
 
-    def stopped(words, gpu, log, stop):
+    def stopped(words, gpu, log, stop, patience):
         log.write_text("step 1")
         raise OutOfTimeError("train.py")
 
@@ -192,11 +202,12 @@ def test_logs_of_a_task_that_was_stopped_are_kept_and_its_result_is_not(tmp_path
 
 def test_what_saves_nothing_runs_up_to_the_deadline(tmp_path, monkeypatch):
     stops, end = [], soon(100.0)
-    monkeypatch.setattr(experiments, "run_program", lambda words, gpu, log, stop: stops.append(end - stop))
+    monkeypatch.setattr(experiments, "run_program", lambda *words: stops.append((end - words[3], words[4])))
     (tmp_path / "a.json").touch()
     for saves in (True, False):
         run_task(Task("a", tmp_path / "a.json", (["x.py"],), saves=saves), 0, tmp_path, end)
-    assert stops == pytest.approx([experiments.SAVING_SECONDS, experiments.ENDING_SECONDS])
+    assert [stop for stop, _ in stops] == pytest.approx([experiments.SAVING_SECONDS, experiments.ENDING_SECONDS])
+    assert all(patience < stop for stop, patience in stops), "killed before the deadline"
 
 
 def test_too_little_time_to_start_anything_is_refused():

@@ -92,10 +92,11 @@ class Task:
         return seconds > SAVING_SECONDS + least_seconds
 
 
-def run_program(words: list[str], gpu: int, log: Path, stop: float) -> None:
+def run_program(words: list[str], gpu: int, log: Path, stop: float, patience: float = SAVING_SECONDS) -> None:
     """Run a program of the repository on one GPU; its output goes to the end of `log`.
 
     At `stop` (of `time.monotonic`) it gets SIGTERM: a training run saves itself and goes on when it is started again.
+    After `patience` seconds more it is killed.
 
     Raises: OutOfTimeError if it was stopped. RuntimeError with the end of its output if it fails.
     """
@@ -110,7 +111,7 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float) -> None:
         except subprocess.TimeoutExpired as error:
             process.terminate()
             try:
-                process.wait(SAVING_SECONDS)
+                process.wait(patience)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -127,7 +128,8 @@ def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
         programs = ([IN_TURN, str(logs / f"{task.name}-ended.txt"), *(shlex.join(words) for words in programs)],)
     try:
         for words in programs:
-            run_program(words, gpu, logs / f"{task.name}.log", deadline - task.reserve)
+            # killed before the deadline: what was written is to be bundled still
+            run_program(words, gpu, logs / f"{task.name}.log", deadline - task.reserve, task.reserve - 1.0)
         ended = True
     except OutOfTimeError:
         if not task.done:  # else it came to its end while it was waited for
