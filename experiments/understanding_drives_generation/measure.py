@@ -82,8 +82,7 @@ def samples_picture(source: PipelineImages) -> Image.Image:
 
 def measure(config: Config) -> None:
     extractors = open_networks(config, config.feature_network)
-    reference = labels = None
-    results: dict[str, list | dict] = {}
+    reference, results = None, {"distances": [], "scores": [], "sampling": {}}
     for step, name, pipe in measured_pipelines(config):
         if reference is None:
             real, base, _ = open_reference(config.data, config.reference, "train", pipeline_image_size(pipe))
@@ -95,9 +94,7 @@ def measure(config: Config) -> None:
         print(f"step {step}, {name}: {prepare_sampling(pipe, config)}")
         everyone = list(range(len(source)))
         record = record_source(config, name, source, everyone, extractors, outputs(extractors, name))
-        results.setdefault("distances", [])
-        results.setdefault("scores", [])
-        results.setdefault("sampling", {})[name] = source.settings | {"labels": "reference"}
+        results["sampling"][name] = source.settings | {"labels": "reference"}
         for extractor in extractors.values():
             records, device = {"reference": reference, name: record}, statistics_device(extractor)
             measured = Measurement(extractor.network, name, records, {}, config.seed, device).run()
@@ -109,7 +106,7 @@ def measure(config: Config) -> None:
             write_results(f"{config.output}-{step}.json", "generation", config, results)
             found = (f"{row['distance']} {row['value']:.3f}" for row in results["distances"] if row["images"] == name)
             print(f"step {step}: {', '.join(found)}")
-            results = {}
+            results = {"distances": [], "scores": [], "sampling": {}}
     if config.picture is not None:
         write_picture(Path(config.picture), samples_picture(source))
 

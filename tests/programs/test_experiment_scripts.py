@@ -11,8 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.data.openmoji import is_held_out, read_attribution
 
 ROOT = Path(__file__).parents[2]
@@ -257,6 +259,39 @@ def test_the_first_samples_are_the_picture():
     picture = program.samples_picture(Samples())
     assert picture.size == (16 * 48, 4 * 48)
     assert [picture.getpixel((x, y))[0] for x, y in ((10, 10), (60, 10), (760, 190))] == [0, 1, 63]
+
+
+def test_a_generator_and_its_control_are_measured_against_one_reference(tmp_path):
+    program, run = load(f"{UNDERSTANDING}/measure.py"), tmp_path / "run"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 1}
+    both = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in sizes.items()}
+    vae = AutoencoderVTP(sample_size=16, patch_size=8, latent_channels=4, **both)
+    kinds = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16, "num_classes": 2}
+    names = {0: "a", 1: "b"}
+    for step in (1, 2):
+        dit = LightningDiTTransformer2DModel(sample_size=2, patch_size=1, in_channels=4, **kinds)
+        dit.save_pretrained(run / f"checkpoint-{step}" / "transformer_ema")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    LightningDiTPipeline(vae=vae, transformer=dit, scheduler=scheduler, id2label=names).save_pretrained(
+        run / "pipeline"
+    )
+    vae.save_pretrained(tmp_path / "random")
+    for k in range(20):
+        (tmp_path / "images" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "images" / "ab"[k % 2] / f"{k}.png")
+    words = f"--run {run} --steps 1 2 --reference {tmp_path}/images --feature_network vtp:{tmp_path}/random --control"
+    words += f" --num_images 12 --num_inference_steps 1 --output {tmp_path}/g --picture {tmp_path}/g.png --device cpu"
+    program.main(words.split())
+    first, last = (json.loads((tmp_path / f"g-{step}.json").read_text()) for step in (1, 2))
+    rows = {step: {r["images"]: r["value"] for r in found["distances"]} for step, found in ((1, first), (2, last))}
+    assert sorted(rows[1]) == ["control", "generated"] and list(rows[2]) == ["generated"]
+    assert len({*rows[1].values(), *rows[2].values()}) == 3, "three networks"
+    assert first["sampling"]["generated"]["weights"] != last["sampling"]["generated"]["weights"]
+    assert first["sampling"]["generated"]["labels"] == "reference" and (tmp_path / "g.png").is_file()
+    table = load(f"{UNDERSTANDING}/table.py")
+    assert set(table.read_generator(tmp_path / "g-1.json")["FD-VTP-32"]) == {"generated", "control", "real"}
 
 
 def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_path):
