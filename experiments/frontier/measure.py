@@ -62,11 +62,11 @@ def guidance_settings(pipe) -> dict[str, list[dict]]:
         "classifier_free": [free | {"guidance_scale": scale} for scale in (2.0, 3.0, 4.0, 6.0)],
         "interval": [
             free | {"guidance_scale": scale, "guidance_interval": (low, 1.0)}
-            for scale, low in ((3.5, 0.15), (5.0, 0.15), (7.0, 0.15))
+            for scale, low in ((2.5, 0.15), (3.5, 0.15), (5.0, 0.15), (7.0, 0.15), (10.0, 0.15))
         ],
     }
     if pipe.guidance_transformer is not None:
-        kinds["autoguidance"] = [{"guidance": "autoguidance", "guidance_scale": s} for s in (1.25, 1.5, 2.0)]
+        kinds["autoguidance"] = [{"guidance": "autoguidance", "guidance_scale": s} for s in (1.5, 2.0, 2.5, 3.0)]
     if pipe.transformer.config.base_head_layer is not None:
         kinds["internal"] = [
             {"guidance": "internal", "guidance_scale": scale, "guidance_interval": (0.0, 0.9)}
@@ -138,11 +138,10 @@ def measure(config: Config, pipe, reference: dict, extractors) -> list[dict]:
             if config.kinds and kind not in config.kinds:
                 continue
             earlier = [row["settings"] for row in chosen if (row["kind"], row["steps"]) == (kind, steps)]
-            tried = []
+            tried, judge = [], {CHOSEN_BY: extractors[CHOSEN_BY]}
             for settings in [] if earlier or len(candidates) == 1 else candidates:
-                found, _ = features_of(
-                    pipe, labels[::3], 1, config, extractors, settings | {"num_inference_steps": steps}
-                )
+                call = settings | {"num_inference_steps": steps}
+                found, _ = features_of(pipe, labels[::3], 1, config, judge, call)
                 tried.append(frechet_distance(known[CHOSEN_BY], statistics(found[CHOSEN_BY])))
             best = earlier[0] if earlier else candidates[tried.index(min(tried)) if tried else 0]
             found, seconds = features_of(pipe, labels, 0, config, extractors, best | {"num_inference_steps": steps})

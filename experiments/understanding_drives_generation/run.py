@@ -5,15 +5,17 @@
 
 The first trains every tokenizer, measures it on held-out concepts, trains a generator on its latents and measures
 that at several steps. Done tasks are not repeated, and an interrupted run goes on: the same command again continues
-the experiment. After --seconds everything has ended: what still trains is told to save itself before. Results are
-written as they come to results/ in --output_dir; --bundle keeps them in one file as well. `data.py` makes the images;
-without --data they are OpenMoji alone. `table.py` reads the results.
+the experiment. After --seconds everything has ended: what still trains is told to save itself before. With --last,
+where the disk goes afterwards, nothing is begun that could not be measured in time. Results are written as they come
+to results/ in --output_dir; --bundle keeps them in one file as well. `data.py` makes the images; without --data they
+are OpenMoji alone. `table.py` reads the results.
 
 --smallest is the smallest part on a CPU in minutes: two tokenizers at 32 pixels and a few steps. It shows that the
 chain works, and nothing about the question.
 """
 
 import json
+import math
 import shutil
 import tarfile
 import time
@@ -26,9 +28,9 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
-from vtp_diffusion.runtime.programs import ROOT
 
 HERE = Path(__file__).resolve().parent
+MEASURE = "experiments/understanding_drives_generation/measure.py"
 ALL = ("contrastive", "self_supervision", "reconstruction")
 SMALL = ["--model.encoder_hidden_size", "192", "--model.encoder_num_attention_heads", "3"]
 # name -> objectives, how many times the steps, further options
@@ -51,6 +53,10 @@ GROUPS = (
     ("reconstruction_small", "all_small"),
     ("reconstruction_half", "all_half"),
 )
+# Estimated seconds on an H200 with one task a GPU. Steps of a tokenizer by the number of its objectives: all three
+# took 61 ms with four times the tokens, reconstruction alone some 20; of a generator: 15,000 images/s.
+# The rest of a task is starting (15), reading, measuring and encoding.
+JOINT_STEP, TOKENIZER, GENERATOR_STEP, GENERATOR, POINT = (0.023, 0.045, 0.061), 75.0, 0.017, 25.0, 15.0
 HALF_SEED = 1  # another hash than the one that holds out
 HALF = "_half"  # names that end so are trained on half of the concepts; the held-out ones are the same
 TINY_TOKENIZER = {
@@ -86,8 +92,9 @@ class Config(MachineConfig):
     )
     generator_steps: list[int] = setting(
         default_factory=lambda: [1000, 3000],
-        help="at which the first seed is measured; others at the last",
+        help="at which the first seed is measured, in their order; others at the last",
         at_least=1,
+        ordered=True,
     )
     data: str | None = setting(None, "folder or FILE.tar that data.py wrote; none: OpenMoji alone, rendered")
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
@@ -140,7 +147,7 @@ class Plan:
 
     def __init__(self, config: Config, images: Path | None):
         self.config, self.folder, self.images = config, config.folder, images
-        self.results = self.folder / "results"
+        self.results, self.seeds = self.folder / "results", sorted(config.seeds)
 
     def data(self, resolution: bool = True, half: bool = False) -> list[str]:
         """The options that name the images; a reference of distances takes the size of what it is compared with."""
@@ -149,29 +156,45 @@ class Plan:
         images = self.folder / "half" if half else self.images
         return options(values | ({"data.cache_dir": images} if images else {}))
 
-    def tokenizer(self, name: str) -> Task:
-        objectives, times, further = TOKENIZERS[name]
-        folder, config = self.folder / f"tokenizer-{name}", self.config
-        words = ["train_vtp/train.py", "--config", str(HERE / "tokenizer.yaml"), *further]
-        words += self.data(half=name.endswith(HALF))
-        words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
-        words += ["--output_dir", str(folder)]
-        if config.smallest:
-            words += options(TINY_TOKENIZER | {"validation_steps": config.tokenizer_steps})
-        result = self.results / f"tokenizer-{name}.json"
-        copies = (folder / "log.jsonl", result.with_suffix(".jsonl")), (folder / "results.json", result)
-        return Task(f"tokenizer-{name}", result, (words,), copies=copies)
+    @property
+    def shared(self) -> float:
+        """Tasks on a GPU at a time: each takes so many times longer."""
+        return len(self.config.gpus) * self.config.together / len(set(self.config.gpus))
 
     def vae(self, name: str) -> str:
         return str(self.folder / f"tokenizer-{name}" / "vae")
 
-    def latents(self, name: str) -> Task:
-        folder = self.folder / f"latents-{name}"
-        words = ["train_dit/extract_latents.py", "--vae", self.vae(name), "--output_dir", str(folder), *self.data()]
-        words += options({"copies": self.config.copies, "augmentation.shift": 4, "augmentation.scale": 0.05})
-        return Task(f"latents-{name}", folder / "latents.json", (words,), (f"tokenizer-{name}",))
+    def tokenizer(self, name: str) -> Task:
+        """Train it, measure it and encode the images for its generators, in one process."""
+        (objectives, times, _), config, latents = TOKENIZERS[name], self.config, self.folder / f"latents-{name}"
+        encoding = [
+            "train_dit/extract_latents.py",
+            "--vae",
+            self.vae(name),
+            *self.data(),
+            "--output_dir",
+            str(latents),
+        ]
+        encoding += options({"copies": config.copies, "augmentation.shift": 4, "augmentation.scale": 0.05})
+        folder, place = self.folder / f"tokenizer-{name}", self.results / f"tokenizer-{name}.json"
+        return Task(
+            place.stem,
+            latents / "latents.json",
+            (self.training(name), *self.measurements(name), encoding),
+            copies=((folder / "log.jsonl", place.with_suffix(".jsonl")), (folder / "results.json", place)),
+            seconds=self.shared * (JOINT_STEP[len(objectives) - 1] * times * config.tokenizer_steps + TOKENIZER),
+            one_process=True,
+        )
 
-    def measured_tokenizer(self, name: str) -> list[Task]:
+    def training(self, name: str) -> list[str]:
+        (objectives, times, further), config = TOKENIZERS[name], self.config
+        words = ["train_vtp/train.py", "--config", str(HERE / "tokenizer.yaml"), *further]
+        words += self.data(half=name.endswith(HALF))
+        words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
+        words += ["--output_dir", str(self.folder / f"tokenizer-{name}")]
+        return words + (options(TINY_TOKENIZER | {"validation_steps": config.tokenizer_steps}) * config.smallest)
+
+    def measurements(self, name: str) -> list[list[str]]:
         """Reconstruction, with LPIPS on the network that was not trained on, and the linear probe."""
         result, probe = (self.results / f"{kind}-{name}.json" for kind in ("reconstruction", "probe"))
         words = ["eval/reconstruction.py", "--vae", self.vae(name), *self.data(), "--output", str(result)]
@@ -179,62 +202,50 @@ class Plan:
         probing = ["eval/linear_probe.py", "--model", self.vae(name), *self.data(), "--data.label_column", "category"]
         probing += ["--steps", str(self.config.probe_steps), "--output", str(probe)]
         probing += ["--features", str(self.folder / f"features-{name}"), "--train_batch_size", "256"]
-        needs = (f"tokenizer-{name}",)
-        return [
-            Task(f"reconstruction-{name}", result, (words,), needs, saves=False),
-            Task(f"probe-{name}", probe, (probing,), needs, saves=False),
-        ]
+        return [words, probing]
 
-    def generator(self, name: str, seed: int, place: int, first: bool) -> list[Task]:
-        """Train to one of the steps that are measured, and measure; the `first` seed also at the steps before. Two
-        tasks: a measurement that the deadline stops must not cost another start of the training program."""
-        config, steps = self.config, sorted(self.config.generator_steps)
-        folder, label = self.folder / f"generator-{name}-{seed}", f"generator-{name}-{seed}"
-        words = ["train_dit/train.py", "--config", str(HERE / "generator.yaml"), "--vae", self.vae(name)]
-        words += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
-        words += ["--max_train_steps", str(steps[place]), "--output_dir", str(folder)]
-        words += options(TINY_GENERATOR) if config.smallest else []
-        result = self.results / f"{label}-{steps[place]}.json"
-        needs = (f"{label}-{steps[place - 1]}" if place and first else f"latents-{name}",)
-        log, trained = result.with_suffix(".jsonl"), f"trained-{name}-{seed}-{steps[place]}"
-        training = Task(trained, log, (words,), needs, copies=((folder / "log.jsonl", log),))
-        measured = folder / f"measured-{steps[place]}.json"
-        programs = [[*self.measurement(str(folder / "pipeline"), first and place == 0), "--output", str(measured)]]
-        if first and place == len(steps) - 1:
-            programs[0] += ["--save_images", str(folder / "samples")]
-            picture = [f"{HERE.relative_to(ROOT)}/samples.py", "--samples", str(folder / "samples" / "generated.npz")]
-            programs.append([*picture, "--output", str(result.with_suffix(".png"))])
-        copies = ((measured, result),)
-        return [training, Task(result.stem, result, tuple(programs), (trained,), copies, saves=False)]
-
-    def measurement(self, pipeline: str, control: bool) -> list[str]:
-        """Against training images of all styles, without skin tones; `control`: the untrained generator as well."""
-        config = self.config
-        words = ["eval/generation.py", "--images", pipeline, "--reference", "openmoji", *self.data(resolution=False)]
-        words += ["--labels", "reference", "--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
+    def generator(self, name: str, seed: int) -> Task:
+        """Train to the last step and measure there, in one process; the first seed also at the steps before."""
+        config, steps, first = self.config, self.config.generator_steps, seed == self.seeds[0]
+        folder, result = self.folder / f"generator-{name}-{seed}", self.results / f"generator-{name}-{seed}.json"
+        training = ["train_dit/train.py", "--config", str(HERE / "generator.yaml"), "--vae", self.vae(name)]
+        training += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
+        training += ["--max_train_steps", str(steps[-1]), "--checkpointing_steps", str(math.gcd(*steps))]
+        training += ["--output_dir", str(folder)] + options(TINY_GENERATOR) * config.smallest
+        words = [MEASURE, "--run", str(folder), "--steps", *map(str, steps if first else steps[-1:])]
+        words += ["--reference", "openmoji", *self.data(resolution=False), "--solver", "unipc"]
+        words += ["--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
         words += options({"num_images": config.num_images, "num_inference_steps": config.num_inference_steps})
-        words += options({"solver": "unipc"})
-        words += options({"batch_size": config.batch_size, "compile": "false"})  # compiling takes longer than it saves
-        return [*words, *(["--control", "untrained"] if control else [])]
+        words += options({"batch_size": config.batch_size, "output": result.with_suffix("")})
+        words += ["--control", "--picture", str(result.with_suffix(".png"))] if first else []
+        points = len(steps) + 1 if first else 1  # with the control
+        return Task(
+            result.stem,
+            result.with_name(f"{result.stem}-{steps[-1]}.json"),
+            (training, words),
+            needs=(f"tokenizer-{name}",),
+            copies=((folder / "log.jsonl", result.with_suffix(".jsonl")),),
+            seconds=self.shared * (GENERATOR_STEP * steps[-1] + GENERATOR + points * POINT),
+            one_process=True,
+        )
 
     def tasks(self) -> list[Task]:
         """In the order in which they are started, of one of the `GROUPS` after the other."""
-        names, seeds, tasks = self.config.tokenizers, sorted(self.config.seeds), []
+        names, tasks = self.config.tokenizers, []
         for group in GROUPS:
-            tasks += self.chain([name for name in names if name in group], seeds if group is HEADLINE else seeds[:1])
+            tasks += self.chain(
+                [name for name in names if name in group], self.seeds if group is HEADLINE else self.seeds[:1]
+            )
         return tasks
 
     def chain(self, names: list[str], seeds: list[int]) -> list[Task]:
         """All tasks of some tokenizers: the longest first, further seeds of the generators last."""
-        last = len(self.config.generator_steps) - 1
         longest = sorted(names, key=lambda name: (-TOKENIZERS[name][1], -len(TOKENIZERS[name][0])))
-        tasks = [self.tokenizer(name) for name in longest] + [self.latents(name) for name in names]
-        for place in range(last + 1):
-            tasks += [task for name in names for task in self.generator(name, seeds[0], place, first=True)]
-        tasks += [task for name in names for task in self.measured_tokenizer(name)]
-        for seed in seeds[1:]:
-            tasks += [task for name in names for task in self.generator(name, seed, last, first=False)]
-        return tasks
+        generators = [self.generator(name, seed) for seed in seeds for name in names]
+        wanted = {need for task in generators if not task.done for need in task.needs}
+        tokenizers = [self.tokenizer(name) for name in longest]
+        # one whose generators are measured is not trained again, also where its run folder is gone
+        return [task for task in tokenizers if task.done or task.name in wanted] + generators
 
 
 def open_data(config: Config, folder: Path) -> Path | None:

@@ -70,7 +70,7 @@ RANDOM = "FD-VTP-192"  # on the encoder of random weights
 RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is no finding about content."
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
-LABEL, SAMPLE_ROWS = 190, 4  # pixels beside the samples for names; rows of the pictures of samples.py
+LABEL, SAMPLE_ROWS = 190, 4  # pixels beside the samples for names; rows of the pictures of measure.py
 
 
 @dataclass(kw_only=True)
@@ -340,7 +340,7 @@ def tokenizer_panel(table: dict[str, dict]) -> Panel | None:
 
 
 def samples_picture(folder: Path) -> Image.Image | None:
-    """The pictures of samples.py row by row: a row of samples of every tokenizer, then the next one."""
+    """The pictures of measure.py row by row: a row of samples of every tokenizer, then the next one."""
     files = {
         name: sorted(folder.glob(f"generator-{name}-*.png"), key=lambda f: int(f.stem.split("-")[-1])) for name in MAIN
     }

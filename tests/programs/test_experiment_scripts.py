@@ -3,19 +3,23 @@
 import importlib.util
 import io
 import json
+import signal
 import sys
 import tarfile
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.data.openmoji import is_held_out, read_attribution
 
 ROOT = Path(__file__).parents[2]
 UNDERSTANDING = "experiments/understanding_drives_generation"
+KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"
 
 
 def load(program: str):
@@ -34,6 +38,46 @@ def option(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 
 
+@pytest.fixture
+def in_turn(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield load("experiments/in_turn.py").main
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_programs_in_turn_have_their_own_words_and_ended_ones_are_not_repeated(in_turn, tmp_path):
+    program, seen = tmp_path / "program.py", tmp_path / "seen.txt"
+    program.write_text(f"""
+import pathlib, sys, torch
+with open({str(seen)!r}, "a") as stream:
+    print(sys.argv[1:], torch.get_float32_matmul_precision(), __name__, file=stream)
+torch.set_float32_matmul_precision("high")
+if sys.argv[1] == "b c" and not pathlib.Path({str(tmp_path / "mended")!r}).exists():
+    raise SystemExit(2)
+""")
+    words = [f"{tmp_path}/ended.txt", f"{program} a", f"{program} 'b c'", f"{program} d"]
+    with pytest.raises(SystemExit):
+        in_turn(words)
+    (tmp_path / "mended").touch()
+    torch.set_float32_matmul_precision("highest")  # the next process
+    in_turn(words)
+    expected = [f"[{word!r}] highest __main__" for word in ("a", "b c", "b c", "d")]
+    assert seen.read_text().splitlines() == expected
+
+
+def test_what_saves_nothing_ends_when_it_is_told_to_stop_and_nothing_comes_after(in_turn, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import os, pathlib, signal, sys
+os.kill(os.getpid(), signal.SIGTERM)
+pathlib.Path({str(tmp_path)!r}, sys.argv[1]).touch()
+""")
+    with pytest.raises(SystemExit, match="stopped by a signal"):
+        in_turn([f"{tmp_path}/ended.txt", f"{program} first", f"{program} second"])
+    assert (tmp_path / "first").is_file() and not (tmp_path / "second").exists()
+
+
 def test_frontier_prepares_once_and_other_seeds_wait_for_the_first(tmp_path):
     program = load("experiments/frontier/run.py")
     config = program.Config(runs=["muon"], seeds=[1, 0], results=str(tmp_path))
@@ -43,6 +87,15 @@ def test_frontier_prepares_once_and_other_seeds_wait_for_the_first(tmp_path):
     for name in ("muon-0", "muon-1"):
         (tmp_path / f"{name}.json").touch()
     assert all(task.done for task in program.plan(config, tmp_path / "made"))
+
+
+def test_frontier_begins_a_training_only_if_it_can_be_measured_too(tmp_path):
+    program = load("experiments/frontier/run.py")
+    *_, trained, measured = program.plan(
+        program.Config(runs=["muon", "teacher"], results=str(tmp_path)), tmp_path / "f"
+    )
+    assert trained.seconds == measured.seconds + 3000 * program.STEP and trained.one_process
+    assert trained.saves and not measured.saves, "what saves nothing runs up to the deadline"
 
 
 def test_students_stand_beside_their_teacher_which_is_measured_once(tmp_path):
@@ -74,6 +127,31 @@ def test_the_programs_take_the_words_of_every_run(tmp_path):
     assert len(taken) == 1 + 2 * 2 * (len(program.RUNS) + len(program.STUDENTS)) + 1, "reference, runs, teacher"
 
 
+@pytest.mark.parametrize("smallest", [False, True])
+def test_the_recipe_of_the_shipped_pipeline_is_taken_by_the_programs(smallest, tmp_path):
+    program = load("experiments/shipped_pipeline/run.py")
+    config = program.Config(smallest=smallest, output_dir=str(tmp_path))
+    tasks = {task.name: task for name in program.RECIPES for task in program.tasks(config, tmp_path, name)}
+    given = {}
+    for name in ("tokenizer-f16c64", "decoder-f8c16", "latents-f8c16", "generator-f8c16", "measured-f8c16"):
+        for file, *words in tasks[name].programs:
+            taken = load(file)
+            kind = next(k for k in KINDS if hasattr(taken, k))
+            configs = (
+                (getattr(taken, "CONFIGS", []),) if name.split("-")[0] in ("tokenizer", "decoder", "generator") else ()
+            )
+            given[name] = taken.parse_config(getattr(taken, kind), words, "", *configs)
+    tokenizer, generator = given["tokenizer-f16c64"], given["generator-f8c16"]
+    assert (tokenizer.model.patch_size, tokenizer.model.latent_channels) == (16, 64)
+    assert (generator.optimizer, generator.model.base_head_layer, generator.save_dtype) == ("muon", 3, "bfloat16")
+    assert generator.vae == f"{tmp_path}/f8c16/decoder/vae" and given["measured-f8c16"].pipeline.startswith(
+        generator.output_dir
+    )
+    assert len(tokenizer.objectives) == 3 and not tokenizer.compile and not generator.compile
+    with pytest.raises(ValueError, match="recipes are none, expected of f8c16, f16c64"):
+        program.Config(recipes=["none"])
+
+
 def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
     plan = understanding.Plan(understanding.Config(output_dir=str(tmp_path)), tmp_path / "images")
     tasks = {task.name: task for task in plan.tasks()}
@@ -84,55 +162,66 @@ def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(under
 
 
 def test_what_the_headline_needs_comes_first(understanding, tmp_path):
-    config = understanding.Config(output_dir=str(tmp_path), seeds=[1, 0], generator_steps=[50, 20])
+    config = understanding.Config(output_dir=str(tmp_path), seeds=[1, 0], generator_steps=[20, 50])
     names = [task.name for task in understanding.Plan(config, None).tasks()]
-    others = len(config.tokenizers) - 3
-    # a generator trains and is measured twice, with the second seed once; two measurements of each tokenizer
-    assert len(set(names)) == len(names) == 3 * (2 + 4 + 2 + 2) + others * (2 + 4 + 2)
+    # a tokenizer and its generator each, of the first three with a second seed
+    assert len(set(names)) == len(names) == 3 * 3 + (len(config.tokenizers) - 3) * 2
     assert names[:2] == ["tokenizer-reconstruction_long", "tokenizer-all"]
     headline = names[: names.index("tokenizer-contrastive")]
-    assert len(headline) == 30 and headline[-1] == "generator-reconstruction_long-1-50"
-    assert headline.index("generator-reconstruction_long-0-50") < headline.index("trained-reconstruction-1-50")
-    assert not [name for name in names if name.endswith("-1-20")]
+    assert len(headline) == 9 and headline[-1] == "generator-reconstruction_long-1"
+    assert headline.index("generator-reconstruction_long-0") < headline.index("generator-reconstruction-1")
     starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half")]
-    assert starts == [30, 46, 62]
+    assert starts == [9, 13, 17]
 
 
-def test_a_generator_is_measured_step_by_step_against_one_reference(understanding, tmp_path):
-    config = understanding.Config(output_dir=str(tmp_path), seeds=[0, 1], generator_steps=[50, 20])
-    tasks = {task.name: task for task in understanding.Plan(config, None).tasks()}
-    trained = [tasks[f"trained-all-0-{step}"] for step in (20, 50)]
-    first, last, other = (tasks[f"generator-all-{end}"] for end in ("0-20", "0-50", "1-50"))
-    assert [task.needs for task in (trained[0], first, trained[1], last)] == [
-        ("latents-all",), ("trained-all-0-20",), ("generator-all-0-20",), ("trained-all-0-50",)
-    ]  # fmt: skip
-    assert tasks["trained-all-1-50"].needs == ("latents-all",)
-    assert [option(t.programs[0], "--max_train_steps") for t in trained] == ["20", "50"]
-    assert len({option(t.programs[0], "--output_dir") for t in trained}) == 1, "one run goes on"
-    assert [[Path(words[0]).stem for words in task.programs] for task in (first, last, other)] == [
-        ["generation"], ["generation", "samples"], ["generation"]
-    ]  # fmt: skip
-    measured = [task.programs[0] for name, task in tasks.items() if name.startswith("generator-")]
-    assert len({option(words, "--num_images") for words in measured}) == 1
-    controlled = [name for name, task in tasks.items() if "--control" in task.programs[0]]
-    assert sorted(controlled) == sorted(f"generator-{name}-0-20" for name in config.tokenizers)
-    assert f"vtp:{tmp_path / 'random'}" in first.programs[0]
+def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understanding, tmp_path):
+    config = understanding.Config(output_dir=str(tmp_path), tokenizers=["all", "contrastive"], seeds=[0])
+    plan = understanding.Plan(config, None)
+    plan.results.mkdir()
+    plan.generator("all", 0).result.touch()
+    left = [task.name for task in plan.tasks() if not task.done]
+    assert left == ["tokenizer-contrastive", "generator-contrastive-0"]
+
+
+def test_a_generator_is_measured_at_every_step_by_one_program(understanding, tmp_path):
+    config = understanding.Config(output_dir=str(tmp_path), seeds=[0, 1], generator_steps=[20, 50])
+    first, other = (understanding.Plan(config, None).generator("all", seed) for seed in (0, 1))
+    assert first.needs == other.needs == ("tokenizer-all",)
+    training, measuring = first.programs
+    assert option(training, "--max_train_steps") == "50"
+    assert option(training, "--checkpointing_steps") == "10", "a checkpoint at both"
+    program = load(understanding.MEASURE)
+    for step in (10, 20, 50):
+        (tmp_path / "generator-all-0" / f"checkpoint-{step}" / "transformer_ema").mkdir(parents=True)
+    given = program.parse_config(program.Config, measuring[1:])
+    assert given.steps == [20, 50] and given.control and given.solver == "unipc"
+    assert f"vtp:{tmp_path / 'random'}" in given.feature_network
+    assert first.result == Path(f"{given.output}-50.json") == tmp_path / "results" / "generator-all-0-50.json"
+    with pytest.raises(ValueError, match="generator-all-1 has no checkpoint of step 50: expected some of its"):
+        program.parse_config(program.Config, other.programs[1][1:])
+    assert "--control" not in other.programs[1] and other.seconds < first.seconds
+
+
+def test_tasks_that_share_a_gpu_take_longer(understanding, tmp_path):
+    plans = [
+        understanding.Plan(understanding.Config(output_dir=str(tmp_path), gpus=[0, 1], together=k), None)
+        for k in (1, 2)
+    ]
+    for alone, shared in zip(*(plan.tasks() for plan in plans), strict=True):
+        assert shared.seconds == 2 * alone.seconds > 0 and alone.one_process
 
 
 def test_the_programs_take_these_words(understanding, tmp_path):
-    """Of both scales: names and values of options, and that the generator may go on to more steps."""
+    """Of both scales: names and values of options."""
     for smallest in (False, True):
         config = understanding.Config(output_dir=str(tmp_path), smallest=smallest)
         plan = understanding.Plan(config, None)
-        training, measured = plan.generator("all", 0, 1, first=True)
-        for task in (plan.tokenizer("all"), plan.tokenizer("reconstruction"), training):
-            words = task.programs[0]
+        programs = [words for name in ("all", "reconstruction") for words in plan.tokenizer(name).programs]
+        for words in [*programs, plan.generator("all", 0).programs[0]]:
             program = load(words[0])
-            assert program.parse_config(program.Config, words[1:]).output_dir.startswith(str(tmp_path))
-        picture = load(measured.programs[1][0])
-        cut = picture.parse_config(picture.Config, measured.programs[1][1:])
-        assert Path(cut.samples).parent == Path(option(measured.programs[0], "--save_images"))
-    assert "max_train_steps" in program.parse_config(program.Config, words[1:]).changeable_keys()
+            kind = next(k for k in KINDS if hasattr(program, k))
+            given = program.parse_config(getattr(program, kind), words[1:])
+            assert getattr(given, "output_dir", None) or given.output.startswith(str(plan.results))
 
 
 def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
@@ -141,7 +230,7 @@ def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
     for name in ("runs/emoji.tar", option(found[0], "--noto"), option(found[0], "--fluent")):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
-    assert [Path(words[1]).stem for words in found] == ["data", *["run"] * 4, "table", "run", "table"]
+    assert [Path(words[1]).stem for words in found] == ["data", *["run"] * 3, "table", "run", "table"]
     for words in found:
         program = load(words[1])
         program.parse_config(program.Config, words[2:])
@@ -157,13 +246,52 @@ def test_smallest_is_small_whatever_else_is_said(understanding):
         understanding.Config(data="nowhere")
 
 
-def test_samples_are_cut_from_what_was_measured(tmp_path):
-    images = np.repeat(np.arange(70, dtype=np.uint8), 8 * 8 * 3).reshape(70, 8, 8, 3)
-    np.savez(tmp_path / "generated.npz", arr_0=images)
-    load(f"{UNDERSTANDING}/samples.py").main([f"--samples={tmp_path}/generated.npz", f"--output={tmp_path}/a.png"])
-    picture = Image.open(tmp_path / "a.png")
+def test_the_first_samples_are_the_picture():
+    program = load(f"{UNDERSTANDING}/measure.py")
+
+    class Samples:
+        def __len__(self):
+            return 70
+
+        def read(self, numbers):
+            return torch.stack([torch.full((3, 8, 8), number, dtype=torch.uint8) for number in numbers])
+
+    picture = program.samples_picture(Samples())
     assert picture.size == (16 * 48, 4 * 48)
     assert [picture.getpixel((x, y))[0] for x, y in ((10, 10), (60, 10), (760, 190))] == [0, 1, 63]
+
+
+def test_a_generator_and_its_control_are_measured_against_one_reference(tmp_path):
+    program, run = load(f"{UNDERSTANDING}/measure.py"), tmp_path / "run"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 1}
+    both = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in sizes.items()}
+    vae = AutoencoderVTP(sample_size=16, patch_size=8, latent_channels=4, **both)
+    kinds = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16, "num_classes": 2}
+    names = {0: "a", 1: "b"}
+    for step in (1, 2):
+        dit = LightningDiTTransformer2DModel(sample_size=2, patch_size=1, in_channels=4, **kinds)
+        dit.save_pretrained(run / f"checkpoint-{step}" / "transformer_ema")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    LightningDiTPipeline(vae=vae, transformer=dit, scheduler=scheduler, id2label=names).save_pretrained(
+        run / "pipeline"
+    )
+    vae.save_pretrained(tmp_path / "random")
+    for k in range(20):
+        (tmp_path / "images" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "images" / "ab"[k % 2] / f"{k}.png")
+    words = f"--run {run} --steps 1 2 --reference {tmp_path}/images --feature_network vtp:{tmp_path}/random --control"
+    words += f" --num_images 12 --num_inference_steps 1 --output {tmp_path}/g --picture {tmp_path}/g.png --device cpu"
+    program.main(words.split())
+    first, last = (json.loads((tmp_path / f"g-{step}.json").read_text()) for step in (1, 2))
+    rows = {step: {r["images"]: r["value"] for r in found["distances"]} for step, found in ((1, first), (2, last))}
+    assert sorted(rows[1]) == ["control", "generated"] and list(rows[2]) == ["generated"]
+    assert len({*rows[1].values(), *rows[2].values()}) == 3, "three networks"
+    assert first["sampling"]["generated"]["weights"] != last["sampling"]["generated"]["weights"]
+    assert first["sampling"]["generated"]["labels"] == "reference" and (tmp_path / "g.png").is_file()
+    table = load(f"{UNDERSTANDING}/table.py")
+    assert set(table.read_generator(tmp_path / "g-1.json")["FD-VTP-32"]) == {"generated", "control", "real"}
 
 
 def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_path):
@@ -177,8 +305,8 @@ def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_
     held_out = {base for base in bases if is_held_out(base, 0.1, 0)}
     assert held_out < kept and abs(len(kept - held_out) / len(set(bases) - held_out) - 0.5) < 0.1
     tasks = understanding.Plan(config, tmp_path / "images").tasks()
-    folders = {task.name: option(task.programs[0], "--data.cache_dir") for task in tasks[:2]}
-    assert folders == {"tokenizer-all_half": str(tmp_path / "half"), "latents-all_half": str(tmp_path / "images")}
+    folders = [option(words, "--data.cache_dir") for words in tasks[0].programs]
+    assert folders == [str(tmp_path / "half")] + [str(tmp_path / "images")] * 3, "measured and encoded are all"
 
 
 def test_images_come_from_the_archive_once(understanding, tmp_path):

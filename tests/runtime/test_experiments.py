@@ -2,6 +2,7 @@
 
 import tarfile
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -74,6 +75,43 @@ def test_nothing_starts_too_late_and_what_was_stopped_is_no_failure(make):
     assert work_through(tasks, [0], soon(), 0.0, stopped) == [] and not tasks[0].done
 
 
+def test_what_cannot_be_measured_in_time_is_not_begun_and_a_shorter_task_is(make):
+    started, left = [], experiments.SAVING_SECONDS + 100
+
+    def start(task, gpu):
+        started.append(task.name)
+        finish(task, gpu)
+
+    long, short = (replace(make(name), seconds=seconds) for name, seconds in (("long", 140), ("short", 126)))
+    measured = replace(make("measured"), saves=False, seconds=126)  # the time to save in is theirs as well
+    work_through([long, short, measured], [0], soon(left), 0.0, start, last=True)
+    assert started == ["short", "measured"] and not long.done
+    work_through([long, replace(make("other"), saves=False, seconds=200)], [0], soon(left), 0.0, start)
+    assert started == ["short", "measured", "long"], "training goes on in a later run, a measurement does not"
+
+
+def test_what_a_task_that_is_done_needed_may_be_missing(make):
+    task = make("measured", "trained")
+    finish(task, 0)
+    assert work_through([task], [0], soon(), 0.0, finish) == []
+
+
+def test_programs_of_one_process_are_one_program_and_may_end_after_they_were_told_to(tmp_path, monkeypatch):
+    started = []
+
+    def late(words, gpu, log, stop, patience):
+        started.append(words)
+        raise OutOfTimeError("stopped")
+
+    monkeypatch.setattr(experiments, "run_program", late)
+    task = Task("a", tmp_path / "a.json", (["x.py", "b c"], ["y.py"]), one_process=True)
+    with pytest.raises(OutOfTimeError):
+        run_task(task, 0, tmp_path, soon())
+    assert started == [["experiments/in_turn.py", f"{tmp_path}/a-ended.txt", "x.py 'b c'", "y.py"]]
+    finish(task, 0)  # it came to its end while it was waited for
+    run_task(task, 0, tmp_path, soon())
+
+
 def test_needs_have_to_be_tasks(make):
     with pytest.raises(ValueError, match="b needs a, expected tasks among b"):
         work_through([make("b", "a")], [0], soon(), 0.0, finish)
@@ -90,6 +128,16 @@ def test_a_program_is_told_to_save_before_the_deadline(tmp_path, monkeypatch):
     with pytest.raises(OutOfTimeError, match="stopped at the deadline"):
         run_program([program], 0, log, soon(0.0))
     assert saved.is_file()
+
+
+def test_a_program_that_does_not_end_when_it_is_told_to_is_killed(tmp_path, monkeypatch):
+    code = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    code += f"pathlib.Path({str(tmp_path / 'ready')!r}).touch()\ntime.sleep(60)"
+    monkeypatch.setattr(experiments.subprocess.Popen, "wait", waiting_for(tmp_path / "ready"))
+    began = time.monotonic()
+    with pytest.raises(OutOfTimeError):
+        run_program([script(tmp_path, code)], 0, tmp_path / "log", soon(0.0), patience=0.2)
+    assert time.monotonic() - began < 20
 
 
 def waiting_for(file):
@@ -140,7 +188,7 @@ def test_logs_of_a_task_that_was_stopped_are_kept_and_its_result_is_not(tmp_path
     copies = (file, results / "a.json"), (file, results / "a.jsonl"), (tmp_path / "none", results / "b")
     task = Task("a", results / "a.json", (["train.py"],), copies=copies)
 
-    def stopped(words, gpu, log, stop):
+    def stopped(words, gpu, log, stop, patience):
         log.write_text("step 1")
         raise OutOfTimeError("train.py")
 
@@ -154,11 +202,12 @@ def test_logs_of_a_task_that_was_stopped_are_kept_and_its_result_is_not(tmp_path
 
 def test_what_saves_nothing_runs_up_to_the_deadline(tmp_path, monkeypatch):
     stops, end = [], soon(100.0)
-    monkeypatch.setattr(experiments, "run_program", lambda words, gpu, log, stop: stops.append(end - stop))
+    monkeypatch.setattr(experiments, "run_program", lambda *words: stops.append((end - words[3], words[4])))
     (tmp_path / "a.json").touch()
     for saves in (True, False):
         run_task(Task("a", tmp_path / "a.json", (["x.py"],), saves=saves), 0, tmp_path, end)
-    assert stops == pytest.approx([experiments.SAVING_SECONDS, experiments.ENDING_SECONDS])
+    assert [stop for stop, _ in stops] == pytest.approx([experiments.SAVING_SECONDS, experiments.ENDING_SECONDS])
+    assert all(patience < stop for stop, patience in stops), "killed before the deadline"
 
 
 def test_too_little_time_to_start_anything_is_refused():

@@ -19,6 +19,7 @@ from .programs import ROOT, python_path
 
 SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then it is killed
 ENDING_SECONDS = 3.0  # that one has which saves nothing
+IN_TURN = "experiments/in_turn.py"
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,9 @@ class MachineConfig(Settings):
     together: int = setting(1, "tasks at a time on each GPU", at_least=1)
     seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
     least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)
+    last: bool = setting(
+        False, "the disk goes afterwards: nothing is begun that cannot be trained and measured in time"
+    )
     bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far, and the logs")
 
     def __post_init__(self):
@@ -56,6 +60,11 @@ class Task:
             task that did not come to its end all but the result is copied, as far as it is there.
         saves: the programs save themselves when they are stopped; others, which lose what they did, run up to the
             deadline.
+        seconds: what it takes, by an estimate, and what comes after it that its work is lost without. A task that
+            saves nothing is begun only if so much is left; one that saves goes on in a later run, unless this is the
+            last one.
+        one_process: the programs run in one process, which starts once (experiments/in_turn.py). Those that have ended
+            are not repeated, and after a training that saves itself a measurement runs up to the deadline.
     """
 
     name: str
@@ -64,16 +73,30 @@ class Task:
     needs: tuple[str, ...] = ()
     copies: tuple[tuple[Path, Path], ...] = ()
     saves: bool = True
+    seconds: float = 0.0
+    one_process: bool = False
 
     @property
     def done(self) -> bool:
         return self.result.is_file()
 
+    @property
+    def reserve(self) -> float:
+        """Seconds before the deadline at which its programs are told to end."""
+        return SAVING_SECONDS if self.saves else ENDING_SECONDS
 
-def run_program(words: list[str], gpu: int, log: Path, stop: float) -> None:
+    def fits(self, seconds: float, least_seconds: float, last: bool) -> bool:
+        """Whether it is worth beginning so many seconds before the deadline."""
+        if last or not self.saves:  # it has to come to its end, and may take all the time
+            return seconds > ENDING_SECONDS + max(least_seconds, self.seconds)
+        return seconds > SAVING_SECONDS + least_seconds
+
+
+def run_program(words: list[str], gpu: int, log: Path, stop: float, patience: float = SAVING_SECONDS) -> None:
     """Run a program of the repository on one GPU; its output goes to the end of `log`.
 
     At `stop` (of `time.monotonic`) it gets SIGTERM: a training run saves itself and goes on when it is started again.
+    After `patience` seconds more it is killed.
 
     Raises: OutOfTimeError if it was stopped. RuntimeError with the end of its output if it fails.
     """
@@ -88,7 +111,7 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float) -> None:
         except subprocess.TimeoutExpired as error:
             process.terminate()
             try:
-                process.wait(SAVING_SECONDS)
+                process.wait(patience)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -100,11 +123,17 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float) -> None:
 
 def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
     """Run a task's programs, with one log. Raises: as `run_program`; RuntimeError if they leave no result."""
-    ended, stop = False, deadline - (SAVING_SECONDS if task.saves else ENDING_SECONDS)
+    ended, programs = False, task.programs
+    if task.one_process:
+        programs = ([IN_TURN, str(logs / f"{task.name}-ended.txt"), *(shlex.join(words) for words in programs)],)
     try:
-        for words in task.programs:
-            run_program(words, gpu, logs / f"{task.name}.log", stop)
+        for words in programs:
+            # killed before the deadline: what was written is to be bundled still
+            run_program(words, gpu, logs / f"{task.name}.log", deadline - task.reserve, task.reserve - 1.0)
         ended = True
+    except OutOfTimeError:
+        if not task.done:  # else it came to its end while it was waited for
+            raise
     finally:
         for file, place in task.copies:
             if ended or (file.is_file() and place != task.result):
@@ -121,11 +150,12 @@ def work_through(
     least_seconds: float,
     start: Callable[[Task, int], None],
     after: Callable[[Task], None] = lambda task: None,
+    last: bool = False,
 ) -> list[str]:
     """Start every task that is not done, the earliest first, one at a time on each GPU.
 
-    A task waits for those that it needs; where one of these fails it is not started. Nothing is started that would
-    have less than `least_seconds` before it is told to save.
+    A task waits for those that it needs; where one of these fails it is not started. What does not fit before the
+    deadline is passed over (see `Task.fits`): a later, shorter task may.
 
     Args:
         gpus: an entry a worker; a GPU that is named twice works on two tasks at once.
@@ -136,7 +166,7 @@ def work_through(
     """
     names = {task.name for task in tasks}
     for task in tasks:
-        if missing := [name for name in task.needs if name not in names]:
+        if not task.done and (missing := [name for name in task.needs if name not in names]):
             raise ValueError(
                 f"{task.name} needs {', '.join(missing)}, expected tasks among {', '.join(sorted(names))}"
             )
@@ -146,13 +176,13 @@ def work_through(
 
     def take() -> Task | None:
         with changed:
-            while waiting and time.monotonic() + least_seconds + SAVING_SECONDS < deadline:
-                for task in waiting:
+            while fitting := [t for t in waiting if t.fits(deadline - time.monotonic(), least_seconds, last)]:
+                for task in fitting:
                     if done.issuperset(task.needs):
                         waiting.remove(task)
                         running.add(task.name)
                         return task
-                if not running:  # what is left needs a task that failed
+                if not running:  # what is left needs a task that failed, or that does not fit
                     return None
                 changed.wait(1.0)
             return None
@@ -215,9 +245,11 @@ def carry_out(config: MachineConfig, tasks: Sequence[Task], results: Path, logs:
             bundle(results, logs, Path(config.bundle))
 
     start = partial(run_task, logs=logs, deadline=deadline)
-    faults = work_through(tasks, config.gpus * config.together, deadline, config.least_seconds, start, after)
+    gpus = config.gpus * config.together
+    faults = work_through(tasks, gpus, deadline, config.least_seconds, start, after, config.last)
     after(None)  # what was stopped or failed has logs too
-    done = sum(task.done for task in tasks)
-    print(f"{done} of {len(tasks)} tasks are done, results in {results}; the same command goes on with the rest")
+    left = [task.name for task in tasks if not task.done]
+    print(f"{len(tasks) - len(left)} of {len(tasks)} tasks are done, results in {results}", end="")
+    print(f"; the same command goes on with the rest: {', '.join(left)}" if left else "")
     if faults:
         raise SystemExit(1)

@@ -1,0 +1,132 @@
+"""Remake the pipeline in weights/: tokenizer, stage 2 decoder, latents, generator with a base head, measurement.
+
+    python experiments/shipped_pipeline/run.py --recipes f8c16 f16c64 --data runs/emoji --gpus 0 1 --seconds 570
+    python experiments/shipped_pipeline/run.py --smallest
+
+Each recipe becomes a pipeline in bfloat16, RECIPE/generator/pipeline in --output_dir. Configurations are those of
+train_vtp/configs and train_dit/configs; what differs stands here. The same command again goes on where the last one
+was stopped. results/ has what is found, and with --bundle one file.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
+
+# name -> options of the tokenizer; 14.5 and 14.7 M parameters with the generator, 29.0 and 29.4 MB in bfloat16
+RECIPES = {
+    "f8c16": "--model.patch_size 8 --model.latent_channels 16",
+    "f16c64": "--model.patch_size 16 --model.latent_channels 64",
+}
+TOKENIZER = """train_vtp/train.py --config openmoji --compile false --validation_steps 2000 --report_to none
+    --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
+    --self_supervision.prototypes 1024"""
+DECODER = "train_vtp/finetune_decoder.py --config finetune_decoder_openmoji --report_to none"
+GENERATOR = """train_dit/train.py --config openmoji --compile false --optimizer muon --model.base_head_layer 3
+    --report_to none"""
+ENCODING = "train_dit/extract_latents.py --copies 12 --augmentation.shift 4 --augmentation.scale 0.05"
+PROBE = "eval/linear_probe.py --data.label_column category --steps 1000 --train_batch_size 256"
+MEASURE = "experiments/frontier/measure.py"
+IMAGES = "--data.source openmoji --data.resolution 128"
+# what --smallest adds to a program's words
+TINY = {
+    "train_vtp/train.py": """--data.limit 300 --train_batch_size 8 --max_train_steps 2 --lr_warmup_steps 1
+        --mixed_precision no --text.text_hidden_size 64 --text.text_num_layers 1 --self_supervision.prototypes 64
+        --self_supervision.head_hidden_size 64 --self_supervision.crops.local_crops 1 --model.encoder_num_layers 1
+        --model.decoder_hidden_size 64 --model.decoder_num_attention_heads 1 --reconstruction.lpips 0
+        --reconstruction.lpips_trunk none --cuda_graphs false --evaluation_images 16 --validation_images 4""",
+    "train_vtp/finetune_decoder.py": """--data.limit 300 --train_batch_size 2 --max_train_steps 2 --lr_warmup_steps 1
+        --mixed_precision no --compile false --validation_steps 2 --evaluation_images 8 --reconstruction.lpips 0
+        --reconstruction.lpips_trunk none --adversarial.start_step 1""",
+    "eval/reconstruction.py": "--data.limit 300 --feature_network efficientnet_lite0",
+    "eval/linear_probe.py": "--data.limit 300 --steps 20",
+    "train_dit/extract_latents.py": "--data.limit 300 --copies 1",
+    "train_dit/train.py": """--train_batch_size 4 --max_train_steps 2 --lr_warmup_steps 1 --ema_decay .9
+        --mixed_precision no --validation.labels 0 --validation.num_inference_steps 2""",
+    MEASURE: "--limit 12 --num_inference_steps 2 --batch_size 12",
+}
+
+
+@dataclass(kw_only=True)
+class Config(MachineConfig):
+    """Settings of this program."""
+
+    recipes: list[str] = setting(default_factory=lambda: ["f8c16"], help=f"of {', '.join(RECIPES)}")
+    objectives: list[str] = setting(
+        default_factory=lambda: ["contrastive", "self_supervision", "reconstruction"], help="of the tokenizer"
+    )
+    data: str | None = setting(
+        None, "folder that understanding_drives_generation/data.py wrote, for the tokenizer; none: OpenMoji alone"
+    )
+    tokenizer_steps: int = setting(6000, "of 256 images", at_least=1)
+    generator_steps: int = setting(18_000, "of 512 images", at_least=1)
+    output_dir: str = setting("runs/shipped", "folder for everything that is made")
+    smallest: bool = setting(False, "a few steps of everything on a CPU: shows that the chain works, and no more")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := [name for name in self.recipes if name not in RECIPES]:
+            raise ValueError(f"recipes are {', '.join(unknown)}, expected of {', '.join(RECIPES)}")
+        if self.data is not None and not Path(self.data).is_dir():
+            raise ValueError(f"data {self.data} is not there, expected a folder that data.py wrote")
+
+
+def tasks(config: Config, folder: Path, name: str) -> list[Task]:
+    """The steps of a recipe."""
+    results, tokenizer, decoder = folder / "results", folder / name / "tokenizer", folder / name / "decoder"
+    vae, latents, generator = decoder / "vae", folder / name / "latents", folder / name / "generator"
+
+    def words(text: str, **values) -> list[str]:
+        program, *others = text.split()
+        given = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        return [program, *others, *given, *(TINY[program].split() if config.smallest else [])]
+
+    training = words(f"{TOKENIZER} {RECIPES[name]}", output_dir=tokenizer, max_train_steps=config.tokenizer_steps)
+    training[1:1] = ["--objectives", *config.objectives, *(["--data.cache_dir", config.data] if config.data else [])]
+    measured = {kind: results / f"{kind}-{name}.json" for kind in ("reconstruction", "probe", "generator")}
+    encoder = (
+        words(f"eval/reconstruction.py {IMAGES}", vae=vae, output=measured["reconstruction"]),
+        words(f"{PROBE} {IMAGES}", model=vae, output=measured["probe"], features=folder / name / "features"),
+        words(f"{ENCODING} {IMAGES}", vae=vae, output_dir=latents),
+    )
+    generating = words(
+        GENERATOR, vae=vae, latents=latents, output_dir=generator, max_train_steps=config.generator_steps
+    )
+    measuring = words(
+        MEASURE,
+        reference=folder / "reference.safetensors",
+        pipeline=generator / "pipeline",
+        log=generator / "log.jsonl",
+        output=measured["generator"],
+    )
+    index, alone = generator / "pipeline" / "model_index.json", {"saves": False}
+    return [
+        Task(f"tokenizer-{name}", tokenizer / "vae" / "config.json", (training,)),
+        Task(f"decoder-{name}", vae / "config.json", (words(DECODER, vae=tokenizer / "vae", output_dir=decoder),)),
+        Task(f"latents-{name}", latents / "latents.json", encoder, one_process=True, **alone),
+        Task(f"generator-{name}", index, (generating,)),
+        Task(f"measured-{name}", measured["generator"], (measuring,), seconds=90.0, **alone),
+    ]
+
+
+def in_order(steps: list[Task]) -> list[Task]:
+    """The same tasks, each needing the one before."""
+    return steps[:1] + [replace(task, needs=(before.name,)) for before, task in pairwise(steps)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    folder = Path(config.output_dir + "-smallest" * config.smallest)
+    deadline, results = time.monotonic() + config.seconds, folder / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    every = [in_order(tasks(config, folder, name)) for name in config.recipes]
+    # the same step of all recipes, then the next
+    carry_out(config, [task for step in zip(*every, strict=True) for task in step], results, folder, deadline)
+
+
+if __name__ == "__main__":
+    run(main)

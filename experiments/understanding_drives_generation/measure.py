@@ -1,0 +1,124 @@
+"""Measure a generator at several steps of its training, in one process: what real images are is read and seen once.
+
+    python experiments/understanding_drives_generation/measure.py --run RUN_FOLDER --steps 1000 3000 \\
+        --reference openmoji --data.cache_dir runs/emoji --num_images 2000 --output results/generator-all-0
+
+Writes OUTPUT-STEP.json for every step, with the distances and scores of eval/generation.py, and with --picture the
+first 64 samples of the last step. Every generator draws the same labels, as frequent as in the reference, from the
+same noise, so that a place in the picture is the same for all. The step is that of a checkpoint, whose averaged
+weights are taken. --control adds a transformer of random weights to the first step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from vtp_diffusion.evaluation.measurement import Measurement, wanted_outputs
+from vtp_diffusion.evaluation.one_pass import FeaturesConfig, open_networks, record_source, statistics_device
+from vtp_diffusion.evaluation.sources import PipelineImages, open_reference, pipeline_image_size
+from vtp_diffusion.generation.fast_sampling import prepare_sampling
+from vtp_diffusion.generation.sampler_config import SamplerConfig
+from vtp_diffusion.generation.sampling import draw_labels, labels_by_name, open_pipeline
+from vtp_diffusion.models.loading import load_saved
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.disk import check_output, write_picture, write_results
+from vtp_diffusion.runtime.reproducibility import stream_seed
+
+SIDE, COLUMNS, ROWS = 48, 16, 4  # pixels of an image in the picture, images
+
+
+@dataclass(kw_only=True)
+class Config(FeaturesConfig, SamplerConfig):
+    """Settings of this program."""
+
+    run: str = setting(help="run folder of train_dit/train.py")
+    steps: list[int] = setting(help="of its checkpoints", at_least=1)
+    output: str = setting(help="beginning of the files of results: OUTPUT-STEP.json")
+    picture: str | None = setting(None, "FILE.png for samples of the last step")
+    control: bool = setting(False, "measure a transformer of random weights as well, in the first step's file")
+    num_images: int = setting(2000, "images sampled", at_least=10)
+    compile: bool = setting(False, "torch.compile the feature networks: takes longer than it saves")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.picture is not None:
+            check_output(self.picture, ".png", "picture")
+        missing = [step for step in self.steps if not self.transformer(step).is_dir()]
+        if missing:
+            raise ValueError(
+                f"{self.run} has no checkpoint of step {missing[0]}: expected some of its checkpoint-STEP"
+            )
+
+    def transformer(self, step: int) -> Path:
+        return Path(self.run) / f"checkpoint-{step}" / "transformer_ema"
+
+
+def measured_pipelines(config: Config) -> Iterator[tuple[int, str, object]]:
+    """Step, "generated" or "control", and the pipeline with the transformer that is to be measured."""
+    pipe = open_pipeline(str(Path(config.run) / "pipeline"), config, config.device)
+    kind = type(pipe.transformer)
+    for place, step in enumerate(sorted(config.steps)):
+        if config.control and place == 0:
+            torch.manual_seed(stream_seed("untrained weights", config.seed))
+            pipe.transformer = kind.from_config(pipe.transformer.config).eval().to(config.device, pipe.dtype)
+            yield step, "control", pipe
+        pipe.transformer = load_saved(kind, config.transformer(step), dtype=pipe.dtype).eval().to(config.device)
+        yield step, "generated", pipe
+
+
+def samples_picture(source: PipelineImages) -> Image.Image:
+    """The first samples, made smaller."""
+    picture = Image.new("RGB", (SIDE * COLUMNS, SIDE * ROWS), "white")
+    images = source.read(range(min(len(source), COLUMNS * ROWS))).permute(0, 2, 3, 1).numpy()
+    for place, image in enumerate(images):
+        small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        picture.paste(small, (place % COLUMNS * SIDE, place // COLUMNS * SIDE))
+    return picture
+
+
+def measure(config: Config) -> None:
+    extractors = open_networks(config, config.feature_network)
+    reference, results = None, {"distances": [], "scores": [], "sampling": {}}
+    for step, name, pipe in measured_pipelines(config):
+        if reference is None:
+            real, base, _ = open_reference(config.data, config.reference, "train", pipeline_image_size(pipe))
+            reference = record_source(config, "reference", real, base, extractors, outputs(extractors, "reference"))
+            theirs = labels_by_name(pipe, [real.labels[k] for k in base], real.dataset.label_names)
+            classes = pipe.transformer.config.num_classes
+            labels = draw_labels("reference", config.num_images, classes, config.seed, theirs)
+        source = PipelineImages(pipe, labels, config.seed, config.batch_size, **config.sampler)
+        print(f"step {step}, {name}: {prepare_sampling(pipe, config)}")
+        everyone = list(range(len(source)))
+        record = record_source(config, name, source, everyone, extractors, outputs(extractors, name))
+        results["sampling"][name] = source.settings | {"labels": "reference"}
+        for extractor in extractors.values():
+            records, device = {"reference": reference, name: record}, statistics_device(extractor)
+            measured = Measurement(extractor.network, name, records, {}, config.seed, device).run()
+            results["distances"] += measured.distances
+            results["scores"] += measured.scores
+        if name == "generated":
+            results |= {"step": step, "networks": [e.network.describe() for e in extractors.values()]}
+            results |= {"num_reference": len(base), "fingerprint": real.dataset.fingerprint}
+            write_results(f"{config.output}-{step}.json", "generation", config, results)
+            found = (f"{row['distance']} {row['value']:.3f}" for row in results["distances"] if row["images"] == name)
+            print(f"step {step}: {', '.join(found)}")
+            results = {"distances": [], "scores": [], "sampling": {}}
+    if config.picture is not None:
+        write_picture(Path(config.picture), samples_picture(source))
+
+
+def outputs(extractors: dict, part: str) -> dict:
+    """Network -> output -> what is to be remembered of a set of images."""
+    return {name: wanted_outputs(extractor.network, part) for name, extractor in extractors.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    measure(parse_config(Config, argv, __doc__))
+
+
+if __name__ == "__main__":
+    run(main)
