@@ -168,7 +168,7 @@ def process_index() -> int:
     return this_process()[0] if num_processes() > 1 else 0
 
 
-@torch._disable_dynamo  # torch.compiler.disable, which imports the compiler, a second, before it is needed
+@torch.compiler.disable
 def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
     """Sum of the processes' tensors of one shape, without gradient."""
     x = x.detach().clone()
@@ -199,9 +199,7 @@ class _Gather(torch.autograd.Function):
         return gradient[first : first + ctx.rows]
 
 
-@torch._disable_dynamo
-def _gather(x: torch.Tensor) -> torch.Tensor:
-    return _Gather.apply(x)
+_gather = torch.compiler.disable(_Gather.apply)
 
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
