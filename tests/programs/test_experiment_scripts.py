@@ -57,6 +57,7 @@ if sys.argv[1] == "b c" and not pathlib.Path({str(tmp_path / "mended")!r}).exist
     raise SystemExit(2)
 """)
     words = [f"{tmp_path}/ended.txt", f"{program} a", f"{program} 'b c'", f"{program} d"]
+    torch.set_float32_matmul_precision("highest")  # as a process begins; other tests leave what they set
     with pytest.raises(SystemExit):
         in_turn(words)
     (tmp_path / "mended").touch()
