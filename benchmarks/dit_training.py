@@ -38,6 +38,7 @@ from typing import Literal
 import torch
 from launching import (
     ROOT,
+    check_known,
     device_name,
     end_by_exception,
     program_environment,
@@ -111,8 +112,7 @@ class BenchmarkConfig:
             )
         if torch.cuda.is_available() and max(self.processes) > torch.cuda.device_count():
             raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
-        if unknown := set(self.ways) - set(WAYS):
-            raise ValueError(f"ways has {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")
+        check_known("ways", self.ways, WAYS)
         if not self.speed and not self.resume_check and not self.same_losses:
             raise ValueError("speed, resume_check and same_losses are false, expected one of them")
         if "fsdp" in self.strategies and not torch.cuda.is_available():

@@ -37,7 +37,7 @@ from types import SimpleNamespace
 import latent_extraction
 import numpy as np
 import torch
-from launching import ROOT, device_name, end_by_exception, environment_alone, failure, running, written
+from launching import LOOK_SECONDS, ROOT, device_name, end_by_exception, environment_alone, run_and_look, written
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -52,7 +52,6 @@ PROGRAM = ROOT / "train_dit" / "extract_latents.py"
 DIFFERENT = 200  # images; the others are links to them
 CLASSES = 10
 RESOLUTION = 256
-LOOK_SECONDS = 0.02
 UTILISATION = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i"]
 
 
@@ -174,16 +173,14 @@ def run_program(config: BenchmarkConfig, folder: Path, environment: dict[str, st
     words += ["--mixed_precision=bf16", "--compile=true"] if on_gpu else []
     environment = environment | {"TQDM_MININTERVAL": str(LOOK_SECONDS)}
     command, seen, start = [sys.executable, str(PROGRAM), *words], [(0.0, 0)], time.perf_counter()
-    with Utilisation() as gpu, running(command, environment) as (process, errors):
-        over = False
-        while not over:
-            over = process.poll() is not None  # once more after the end
-            if (images := progress(written(errors))) > seen[-1][1]:
-                seen.append((time.perf_counter(), images))
-            time.sleep(LOOK_SECONDS)
+
+    def look(errors) -> None:
+        if (images := progress(written(errors))) > seen[-1][1]:
+            seen.append((time.perf_counter(), images))
+
+    with Utilisation() as gpu:
+        run_and_look(look, command, environment)
         altogether = time.perf_counter() - start
-        if process.returncode != 0:
-            raise failure(command, errors)
     rate, begin, end = steady_part(seen, config.images)
     row = {"steady": rate, "altogether": config.images / altogether, "seconds": altogether}
     row |= {"seconds_to_first_batch": next(at for at, images in seen if images > config.batch_size) - start}

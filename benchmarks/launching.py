@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +19,7 @@ from vtp_diffusion.runtime.programs import python_path
 
 ROOT = Path(__file__).parents[1]
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 0.02  # where what is seen gives a rate
 COMPILERS = ("TORCHINDUCTOR", "TRITON")
 END_SECONDS = 60  # a killed process that holds much takes a while to be gone
 
@@ -65,10 +66,32 @@ def steps_logged(run: Path) -> int:
     return max((line["step"] for line in read_log(run)), default=0)
 
 
+def check_known(option: str, given: list[str], known: Iterable[str]) -> None:
+    """Raises: ValueError for names that an option does not know."""
+    if unknown := set(given) - set(known):
+        raise ValueError(f"{option} has {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+
+
 def run_to_its_end(command: list, environment: dict[str, str]) -> None:
     """Run a launcher. Raises: RuntimeError with what it wrote if it fails."""
     with running(command, environment) as (process, errors):
         if process.wait() != 0:
+            raise failure(command, errors)
+
+
+def run_and_look(look: Callable[[IO[bytes]], None], command: list, environment: dict[str, str]) -> None:
+    """Run a program to its end, looking meanwhile, and once more after the end.
+
+    Args: `look`: called with the file of its error output, for `written`.
+    Raises: RuntimeError with what it wrote if it fails.
+    """
+    with running(command, environment) as (process, errors):
+        over = False
+        while not over:
+            over = process.poll() is not None
+            look(errors)
+            time.sleep(LOOK_SECONDS)
+        if process.returncode != 0:
             raise failure(command, errors)
 
 

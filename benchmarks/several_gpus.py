@@ -41,14 +41,13 @@ import psutil
 import sampling
 import torch
 import vtp_scaling
-from launching import ROOT, device_name, end_by_exception, failure, program_environment, running, torchrun
+from launching import ROOT, check_known, device_name, end_by_exception, program_environment, run_and_look, torchrun
 from PIL import Image
 
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, read_json, write_results
 
 PARTS = ("resume", "dit", "vtp", "latents", "images", "sharded")
-LOOK_SECONDS = 0.02
 RESUME_STEPS = 12
 SHARD = {"large": 768, "tiny": 8}  # images; a part of an npz has 256
 NOISE_FILES = 512  # different ones; the others are links to them
@@ -69,8 +68,7 @@ class BenchmarkConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output)
-        if unknown := set(self.parts) - set(PARTS):
-            raise ValueError(f"parts has {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+        check_known("parts", self.parts, PARTS)
         if len(self.processes) < 2 or self.processes[0] != 1 or sorted(set(self.processes)) != self.processes:
             raise ValueError(f"processes is {self.processes}, expected rising numbers from 1 on, two or more")
         if sum(self.processes[:-1]) > self.processes[-1]:
@@ -197,16 +195,13 @@ def watch(
     (folder, pattern), command = files, torchrun(len(gpus), program, *words)
     written: dict[str, float] = {}
     start = time.time()
-    with running(command, program_environment(gpus)) as (process, errors):
-        over = False
-        while not over:
-            over = process.poll() is not None  # once more after the end
-            for path in folder.glob(pattern):
-                with contextlib.suppress(FileNotFoundError):  # parts are removed in the end
-                    written.setdefault(path.name, path.stat().st_mtime)
-            time.sleep(LOOK_SECONDS)
-        if process.returncode != 0:
-            raise failure(command, errors)
+
+    def look(errors) -> None:
+        for path in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):  # parts are removed in the end
+                written.setdefault(path.name, path.stat().st_mtime)
+
+    run_and_look(look, command, program_environment(gpus))
     altogether, times, first = time.time() - start, sorted(written.values()), len(gpus)
     if len(times) != pieces:
         raise RuntimeError(f"{folder} had {len(times)} files {pattern}, expected {pieces}")

@@ -31,7 +31,18 @@ from pathlib import Path
 import dit_training
 import sampling
 import torch
-from launching import ROOT, device_name, end_by_exception, environment_alone, failure, read_log, running, written
+from launching import (
+    LOOK_SECONDS,
+    ROOT,
+    check_known,
+    device_name,
+    end_by_exception,
+    environment_alone,
+    failure,
+    read_log,
+    running,
+    written,
+)
 
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
@@ -47,7 +58,6 @@ WAYS = {
 ORDER = ["train fused", "train plain", *["generate fast"] * 2, "generate plain", *["train compiled"] * 2]
 PROGRAMS = {"train": "train_dit/train.py", "generate": "pipelines/generate.py"}
 BARS = {"train": "steps: ", "generate": "network evaluations: "}  # how their progress bars begin
-LOOK_SECONDS = 0.02
 LIBRARIES = ("torch", "nvidia", "triton")  # packages
 IMAGES = 4
 EVALUATIONS = 10
@@ -62,8 +72,7 @@ class BenchmarkConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output)
-        if unknown := set(self.ways) - set(WAYS):
-            raise ValueError(f"ways has {', '.join(sorted(unknown))}; known: {', '.join(WAYS)}")
+        check_known("ways", self.ways, WAYS)
 
 
 def import_seconds(text: str) -> float:

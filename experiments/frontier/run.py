@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -67,8 +67,7 @@ class Config(MachineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := [name for name in self.runs if name not in KNOWN]:
-            raise ValueError(f"runs are {', '.join(unknown)}, expected of {', '.join(KNOWN)}")
+        check_names("runs", self.runs, KNOWN)
 
 
 def preparation(config: Config, folder: Path) -> list[Task]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
 
 # name -> options of the tokenizer; 14.5 and 14.7 M parameters with the generator, 29.0 and 29.4 MB in bfloat16
 RECIPES = {
@@ -69,8 +69,7 @@ class Config(MachineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if unknown := [name for name in self.recipes if name not in RECIPES]:
-            raise ValueError(f"recipes are {', '.join(unknown)}, expected of {', '.join(RECIPES)}")
+        check_names("recipes", self.recipes, RECIPES)
         if self.data is not None and not Path(self.data).is_dir():
             raise ValueError(f"data {self.data} is not there, expected a folder that data.py wrote")
 
@@ -82,8 +81,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
 
     def words(text: str, **values) -> list[str]:
         program, *others = text.split()
-        given = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-        return [program, *others, *given, *(TINY[program].split() if config.smallest else [])]
+        return [program, *others, *options(values), *(TINY[program].split() if config.smallest else [])]
 
     training = words(f"{TOKENIZER} {RECIPES[name]}", output_dir=tokenizer, max_train_steps=config.tokenizer_steps)
     training[1:1] = ["--objectives", *config.objectives, *(["--data.cache_dir", config.data] if config.data else [])]

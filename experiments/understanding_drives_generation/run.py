@@ -27,7 +27,7 @@ from vtp_diffusion.data.openmoji import METADATA_NAME, is_held_out, openmoji_fol
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
-from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
 
 HERE = Path(__file__).resolve().parent
 MEASURE = "experiments/understanding_drives_generation/measure.py"
@@ -115,8 +115,7 @@ class Config(MachineConfig):
         if self.smallest:
             vars(self).update(SMALLEST)
         super().__post_init__()
-        if unknown := [name for name in self.tokenizers if name not in TOKENIZERS]:
-            raise ValueError(f"tokenizers are {', '.join(unknown)}, expected of {', '.join(TOKENIZERS)}")
+        check_names("tokenizers", self.tokenizers, TOKENIZERS)
         if self.data is not None and not Path(self.data).exists():
             raise ValueError(f"data {self.data} is not there, expected what data.py wrote")
 
@@ -132,10 +131,6 @@ SMALLEST = {
     "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50,
     "data": None, "networks": ["efficientnet_lite0"],
 }  # fmt: skip
-
-
-def options(values: dict) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 class Plan:

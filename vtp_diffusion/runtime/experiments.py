@@ -8,7 +8,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,17 @@ class MachineConfig(Settings):
                 f"seconds is {self.seconds:g}, which starts nothing: expected more than least_seconds, "
                 f"{self.least_seconds:g}, and {SAVING_SECONDS:g} to save in"
             )
+
+
+def check_names(option: str, given: Sequence[str], known: Collection[str]) -> None:
+    """Raises: ValueError for names that an experiment does not have."""
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{option} are {', '.join(unknown)}, expected of {', '.join(known)}")
+
+
+def options(values: Mapping[str, object]) -> list[str]:
+    """Settings as words of a command."""
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 class OutOfTimeError(Exception):
