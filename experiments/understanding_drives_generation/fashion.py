@@ -12,13 +12,15 @@ the name of the class in a sentence.
 
 import gzip
 import io
-from collections.abc import Iterator
+import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from vtp_diffusion.data.openmoji import ATTRIBUTION_NAME
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import replacing
@@ -48,17 +50,17 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """The bytes of a compressed IDX file, of so many dimensions. Raises: ValueError naming the file."""
     try:
         content = gzip.decompress(file.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read: {error}; expected a file of Fashion-MNIST in --idx") from error
-    header = np.frombuffer(content[: 4 * (1 + dimensions)], ">u4")
-    values = np.frombuffer(content, np.uint8, offset=header.nbytes)
-    if len(header) != 1 + dimensions or header[0] != MAGIC[dimensions] or values.size != header[1:].prod():
+    start = 4 * (1 + dimensions)
+    magic, *shape = np.frombuffer(content[:start].ljust(start, b"\0"), ">u4").tolist()
+    if magic != MAGIC[dimensions] or len(content) != start + math.prod(shape):
         raise ValueError(f"{file} is no IDX file of {dimensions} dimensions, or a damaged one")
-    return values.reshape(header[1:])
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def read_part(folder: Path, name: str) -> Iterator[dict]:
-    """Image, label and caption of every row of the training or the test set."""
+def read_part(folder: Path, name: str) -> list[dict]:
+    """Image, label and caption of every row of the training or the test set. Raises: ValueError: other files."""
     files = folder / f"{name}-images-idx3-ubyte.gz", folder / f"{name}-labels-idx1-ubyte.gz"
     images, labels = read_idx(files[0], 3), read_idx(files[1], 1)
     if images.shape != (len(labels), SIDE, SIDE) or labels.max(initial=0) >= len(CLASSES):
@@ -66,15 +68,16 @@ def read_part(folder: Path, name: str) -> Iterator[dict]:
             f"{folder}: images of {name} are {images.shape} with {len(labels)} labels up to {labels.max(initial=0)}, "
             f"expected (N, {SIDE}, {SIDE}) with N labels below {len(CLASSES)}"
         )
-    for image, label in zip(np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER))), labels, strict=True):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "PNG")
-        words = CLASSES[label]
-        yield {"image": {"bytes": file.getvalue()}, "label": words, "caption": f"a photo of {article(words)}"}
+    padded = np.pad(images, ((0, 0), (BORDER, BORDER), (BORDER, BORDER)))
+    return [row(image, CLASSES[label]) for image, label in zip(padded, labels, strict=True)]
 
 
-def article(words: str) -> str:
-    return words if words == "trousers" else f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+def row(image: np.ndarray, label: str) -> dict:
+    """Image, label and caption as a table has them."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    article = "" if label == "trousers" else "an " if label[0] in "aeiou" else "a "
+    return {"image": {"bytes": file.getvalue()}, "label": label, "caption": f"a photo of {article}{label}"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,10 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     with replacing(folder) as unfinished:
         unfinished.mkdir()
         for part, name in PARTS.items():
-            rows = list(read_part(Path(config.idx), name))
+            rows = read_part(Path(config.idx), name)
             datasets.Dataset.from_list(rows).to_parquet(unfinished / f"{part}.parquet")
             print(f"{len(rows)} images in {folder / part}.parquet")
-        (unfinished / "ATTRIBUTION.txt").write_text(LICENCE, encoding="utf-8")
+        (unfinished / ATTRIBUTION_NAME).write_text(LICENCE, encoding="utf-8")
 
 
 if __name__ == "__main__":

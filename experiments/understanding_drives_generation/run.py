@@ -25,6 +25,7 @@ import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.openmoji import METADATA_NAME, is_held_out, openmoji_folder, read_metadata
@@ -105,8 +106,12 @@ class Config(MachineConfig):
     data: str | None = setting(
         None, "folder or FILE.tar that data.py wrote, or folder of fashion.py; none: OpenMoji alone, rendered"
     )
-    tokenizer: str = setting("tokenizer.yaml", "settings of the tokenizers, a file of this experiment")
-    generator: str = setting("generator.yaml", "settings of the generator, likewise")
+    tokenizer: Literal["tokenizer.yaml", "fashion_tokenizer.yaml"] = setting(
+        "tokenizer.yaml", "settings of the tokenizers, a file beside this one"
+    )
+    generator: Literal["generator.yaml", "fashion_generator.yaml"] = setting(
+        "generator.yaml", "settings of the generator, likewise"
+    )
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
     limit: int | None = setting(None, "use only so many images", at_least=100)
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
@@ -149,7 +154,7 @@ SMALLEST = {
     "tokenizers": ["reconstruction", "all"], "seeds": [0], "tokenizer_steps": 60, "generator_steps": [40, 80],
     "resolution": 32,
     "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50,
-    "data": None, "networks": ["efficientnet_lite0"],
+    "data": None, "networks": ["efficientnet_lite0"], "tokenizer": "tokenizer.yaml", "generator": "generator.yaml",
 }  # fmt: skip
 
 
