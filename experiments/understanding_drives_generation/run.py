@@ -177,9 +177,10 @@ class Plan:
         """The options that name the images."""
         return options({"data.source": self.source, "data.resolution": self.config.resolution}) + self.files(half)
 
-    def files(self, half: bool = False) -> list[str]:
-        """Where the images are; a reference of distances takes the size of what it is compared with."""
-        values, images = {"data.limit": self.config.limit or "none"}, self.folder / "half" if half else self.images
+    def files(self, half: bool = False, limit: int | None = None) -> list[str]:
+        """Where the images are, and how many of them are used."""
+        values = {"data.limit": limit or self.config.limit or "none"}
+        images = self.folder / "half" if half else self.images
         if self.config.fashion:
             train, held_out = (images / name for name in PARQUET)
             values |= {"data.data_files": train, "data.validation_files": held_out}
@@ -189,11 +190,10 @@ class Plan:
         return options(values)
 
     def reference(self) -> list[str]:
-        """Real images that samples are compared with: of emoji, which are few, the training images, of Fashion-MNIST
-        held-out ones."""
-        words = ["--reference", self.source, *self.files()]
-        words += ["--split", "validation"] if self.config.fashion else []
-        return words + (options({"data.limit": self.config.num_reference}) if self.config.num_reference else [])
+        """Real images that samples are compared with, in the samples' size: of emoji, which are few, the training
+        images, of Fashion-MNIST held-out ones."""
+        words = ["--reference", self.source, *self.files(limit=self.config.num_reference)]
+        return words + ["--split", "validation"] * self.config.fashion
 
     @property
     def shared(self) -> float:
