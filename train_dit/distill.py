@@ -29,7 +29,7 @@ import torch
 
 from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.distillation import DistillationConfig
-from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, why_blocks_are_plain
+from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, wanted_graphs, why_blocks_are_plain
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.programs import print_end
@@ -157,7 +157,16 @@ def main(argv: list[str] | None = None) -> None:
         compile_modules(student, student._repeated_blocks)
     fingerprint = f"{dataset.fingerprint}-{distillation.teacher_fingerprint(teacher)}"
     parts = ("data", "teacher and losses")
-    run = TrainingRun(config, folder, objective, student, "transformer", fingerprint, fingerprint_of=parts)
+    run = TrainingRun(
+        config,
+        folder,
+        objective,
+        student,
+        "transformer",
+        fingerprint,
+        fingerprint_of=parts,
+        cuda_graphs=wanted_graphs(config, config.compile),
+    )
     use_fused_blocks(config, run, plain)
     teacher.vae.to(run.device)
     for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):

@@ -42,7 +42,7 @@ from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.alignment import Alignment, AlignmentConfig
 from vtp_diffusion.generation.autoguidance import GUIDE, GuideConfig, check_guide, open_guide
-from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, why_blocks_are_plain
+from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, wanted_graphs, why_blocks_are_plain
 from vtp_diffusion.generation.objective import (
     FlowMatchingConfig,
     FlowMatchingObjective,
@@ -92,12 +92,6 @@ class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
     shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with, as time_shift", above=0)
     alignment: AlignmentConfig = setting(default_factory=AlignmentConfig, help="with the tokenizer's features")
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)
-    cuda_graphs: bool | None = setting(
-        None,
-        "launch the passes of a step as a whole; none: on one GPU, without micro-steps and compile. They keep their "
-        "memory during validation too",
-        may_change=True,
-    )
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices inside blocks, AdamW for the rest")
     save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
     validation: ValidationConfig = setting(
@@ -267,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
         groups=muon_groups(transformer, objective, config.adam_weight_decay) if config.optimizer == "muon" else None,
         flops_per_image=flops,
         in_parts=config.alignment.ends,  # then its projector gets no more gradients
-        cuda_graphs=False if config.compile and config.cuda_graphs is None else config.cuda_graphs,
+        cuda_graphs=wanted_graphs(config, config.compile),
     )
     use_fused_blocks(config, run, plain)
     vae.to(run.device)

@@ -1,4 +1,4 @@
-"""Blocks of a generator in fused kernels while it trains: the options, and whether they can be had."""
+"""Fused kernels and CUDA graphs of a generator's training: the options, and whether the kernels can be had."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FusedConfig(Settings):
-    """Settings of fused blocks, of a run that has `compile` too."""
+    """Settings of fused blocks and of recorded passes, of a run that has `compile` too."""
 
     fused: bool | None = setting(
         None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
@@ -24,11 +24,22 @@ class FusedConfig(Settings):
         "fused blocks make norms and activations again in the backward pass: a fifth less memory",
         may_change=True,
     )
+    cuda_graphs: bool | None = setting(
+        None,
+        "launch the passes of a step as a whole; none: on one GPU, without micro-steps and compile. They keep their "
+        "memory during validation too",
+        may_change=True,
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.recompute and self.fused is False:
             raise ValueError("recompute is on and fused is off: it is a part of fused blocks")
+
+
+def wanted_graphs(config: FusedConfig, compiled: bool) -> bool | None:
+    """`cuda_graphs` as a `TrainingRun` takes it: compiled passes are only recorded if that is asked for."""
+    return False if compiled and config.cuda_graphs is None else config.cuda_graphs
 
 
 def why_blocks_are_plain(config: FusedConfig, compiled: bool) -> str | None:
