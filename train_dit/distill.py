@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers import DiffusionPipeline
 
     from vtp_diffusion.data.latent_shards import LatentDataset
-    from vtp_diffusion.evaluation.validation import open_distance, validated_steps
+    from vtp_diffusion.evaluation.validation import check_validation, open_distance, validated_steps
     from vtp_diffusion.generation import distillation
     from vtp_diffusion.generation.fast_sampling import prepare_sampling
     from vtp_diffusion.models.loading import load_saved
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     pipeline = build_pipeline(teacher, student)
-    pipeline.get_label_ids(config.validation.labels or [0])
+    check_validation(config.validation, pipeline)
     distance = open_distance(config.validation, pipeline)
     torch.set_float32_matmul_precision("high")  # finite differences are exact float32, with bf16 too
     objective = distillation.MeanVelocityObjective(student)

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from vtp_diffusion.training.loop import TrainingRun
 
 CONFIGS = [file for file in sorted((Path(__file__).parent / "configs").glob("*.yaml")) if "distill" not in file.name]
-NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --guidance_scale {} --output samples.png"
+NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png"
 
 
 @dataclass(kw_only=True)
@@ -189,7 +189,7 @@ def build_pipeline(config: Config, vae, transformer, dataset, guide=None) -> Lig
 
 
 def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDistance | None, step: int) -> None:
-    """A sample grid and a quick distance of the EMA weights, guided without a classifier if at all."""
+    """A sample grid and a quick distance of the EMA weights."""
     from vtp_diffusion.evaluation.validation import report_validation
 
     with run.averaged_model() as model:
@@ -211,12 +211,12 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         time_shift=f"{resolve_shift(config.time_shift, dataset.shape):.4g}",
         shift=f"{resolve_shift(config.shift, dataset.shape):.4g}",
     )
-    print_end([run.folder.path, folder], NEXT, folder, config.validation.guidance_scale)
+    print_end([run.folder.path, folder], NEXT + config.validation.guidance_words, folder)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
-    from vtp_diffusion.evaluation.validation import open_distance, validated_steps
+    from vtp_diffusion.evaluation.validation import check_validation, open_distance, validated_steps
     from vtp_diffusion.models.loading import load_autoencoder
     from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
@@ -242,10 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     pipeline = build_pipeline(config, vae, transformer, dataset)
-    try:
-        pipeline.get_label_ids(config.validation.labels or [0])
-    except ValueError as error:  # most often a configuration's labels beside other images
-        raise ValueError(f"validation.labels are not classes of these images: {error}") from error
+    check_validation(config.validation, pipeline)
     check_guide(config.guide, folder, transformer)
     distance = open_distance(config.validation, pipeline)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)

@@ -81,11 +81,11 @@ pathlib.Path({str(tmp_path)!r}, sys.argv[1]).touch()
 
 def test_frontier_prepares_once_and_other_seeds_wait_for_the_first(tmp_path):
     program = load("experiments/frontier/run.py")
-    config = program.Config(runs=["muon"], seeds=[1, 0], results=str(tmp_path))
+    config = program.Config(runs=["data"], seeds=[1, 0], results=str(tmp_path))
     tasks = program.plan(config, tmp_path / "made")
-    assert [task.name for task in tasks] == ["latents", "reference", "muon-0", "muon-1"]
-    assert tasks[3].needs == ("latents", "reference", "muon-0") and tasks[3].result == tmp_path / "muon-1.json"
-    for name in ("muon-0", "muon-1"):
+    assert [task.name for task in tasks] == ["latents", "reference", "data-0", "data-1"]
+    assert tasks[3].needs == ("latents", "reference", "data-0") and tasks[3].result == tmp_path / "data-1.json"
+    for name in ("data-0", "data-1"):
         (tmp_path / f"{name}.json").touch()
     assert all(task.done for task in program.plan(config, tmp_path / "made"))
 
@@ -93,7 +93,7 @@ def test_frontier_prepares_once_and_other_seeds_wait_for_the_first(tmp_path):
 def test_frontier_begins_a_training_only_if_it_can_be_measured_too(tmp_path):
     program = load("experiments/frontier/run.py")
     *_, trained, measured = program.plan(
-        program.Config(runs=["muon", "teacher"], results=str(tmp_path)), tmp_path / "f"
+        program.Config(runs=["data", "teacher"], results=str(tmp_path)), tmp_path / "f"
     )
     assert trained.seconds == measured.seconds + 3000 * program.STEP and trained.one_process
     assert trained.saves and not measured.saves, "what saves nothing runs up to the deadline"

@@ -30,7 +30,7 @@ from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import exact_float32
 from .flow_matching import interpolate, sample_times, scheduler_shift, shift_times
 from .pipeline_checks import check_call
-from .sampler_config import SamplerConfig
+from .sampler_config import GuidanceConfig, SamplerConfig
 from .sampling import pipeline_identity
 from .solvers import use_solver
 
@@ -50,19 +50,12 @@ NOISE_STREAM = 3  # of trajectories, beside the streams of latent_inputs.py
 
 
 @dataclass(kw_only=True)
-class TeacherConfig(Settings):
+class TeacherConfig(GuidanceConfig):
     """The trained pipeline, and how it is sampled: its guidance is what the student learns."""
 
     pipeline: str = setting(help="folder of a saved pipeline", may_change=True)
     num_inference_steps: int = setting(16, "of a trajectory", at_least=2)
     solver: Literal["pipeline", "euler", "unipc"] = setting("unipc", "of trajectories; pipeline: its scheduler")
-    guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
-    guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
-        "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
-    )
-    guidance_interval: tuple[float, float] = setting(
-        (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
-    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "its precision; auto: bfloat16 on a GPU that has it, else float32"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,7 @@ import vtp_diffusion  # registers the classes with diffusers
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this folder")
-settings = {
-{%- if not student %}"guidance_scale": {{ validation.guidance_scale }}, {% endif -%}
-"num_inference_steps": {{ validation.num_inference_steps }}}
+settings = {{ settings }}
 images = pipeline(class_labels=[0], **settings).images
 ```
 
@@ -63,7 +62,11 @@ images = pipeline(class_labels=[0], **settings).images
 - AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
 - Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}
 {%- if alignment.weight %}; {{ alignment.text }}{% endif %}.
-- Sampling with time shift {{ shift }}; guidance: {{ guide.text }}.
+- Sampling with time shift {{ shift }}; guidance:
+{%- if validation.guidance == "internal" %} by the base head after block {{ model.base_head_layer }} (internal
+  guidance, arXiv:2605.18324).
+{%- else %} {{ guide.text }}.
+{%- endif %}
 {%- endif %}
 
 ## Limits
@@ -94,10 +97,13 @@ def write_model_card(
         values: the other fields, and those settings that are to be read otherwise.
     Raises: jinja2.UndefinedError if one is missing.
     """
-    vtp = autoencoder == "AutoencoderVTP"
+    validation, vtp = config.validation, autoencoder == "AutoencoderVTP"
     data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
     fields = {"student": None, "autoencoder": autoencoder, "vtp": vtp, "attribution": attribution}
     fields |= vars(config) | values
+    guidance = {"guidance_scale": validation.guidance_scale} | validation.changed_guidance
+    settings = ({} if fields["student"] else guidance) | {"num_inference_steps": validation.num_inference_steps}
+    fields["settings"] = json.dumps(settings)
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
     card = ModelCard(template.render(card_data=data.to_yaml(), **fields), ignore_metadata_errors=False)
     populate_model_card(card, tags=["class-to-image", "lightning-dit"] + ["vtp"] * vtp).save(file)
