@@ -29,7 +29,7 @@ class AlignmentConfig(Settings):
     """Settings of the alignment."""
 
     weight: float = setting(0.0, "weight of 1 - cosine similarity, 0.5 in REPA; 0 is no alignment", at_least=0)
-    until_step: int | None = setting(None, "number of first steps that are aligned; none: all", at_least=1)
+    until_step: int | None = setting(None, "number of steps with alignment, from the first; none: all", at_least=1)
     layer: int | None = setting(
         None, "block, counted from 1, whose tokens are compared; none: the one at a third of the depth", at_least=1
     )

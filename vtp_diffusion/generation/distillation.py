@@ -45,7 +45,7 @@ DELTA = 5e-3  # δ of the finite differences, as in MF-RAE
 # A sample's weight is 1 / (its squared error + SCALE). With MF-RAE's 1e-3, samples with r = t, whose target has no
 # noise, outweigh the intervals; without weights a few targets at times near 0 dominate, where du/dt can be very large.
 SCALE = 1.0  # about the square of a velocity
-EVERY = 2  # in the second stage one sample in so many has an interval, the others r = t; 4 in MF-RAE
+EVERY = 2  # in the second stage every second sample has an interval, the others r = t; every fourth in MF-RAE
 NOISE_STREAM = 3  # random stream of the trajectories' noise; the others are in latent_inputs.py
 
 

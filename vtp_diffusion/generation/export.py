@@ -302,7 +302,7 @@ def _distinct_statements(modules: Iterable[_Module]) -> list[ast.stmt]:
 
 
 def _used_names(statements: list[ast.stmt]) -> set[str]:
-    """Every name that the exported classes use, directly or not, or that a statement uses which defines no name."""
+    """Every name that the exported classes use, directly or not, and those that statements without a name use."""
     used, read = set(EXPORTED_CLASSES) | {"diffusers", "pathlib"}, set()
     while pending := [node for node in statements if node not in read and _is_used(node, used)]:
         read.update(pending)

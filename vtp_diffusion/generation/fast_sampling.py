@@ -78,7 +78,7 @@ def why_not(pipe: DiffusionPipeline, fp8: bool = False) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16):
             return f"its precision is {dtype}, expected torch.bfloat16 or torch.float16"
         if getattr(network, "_hf_peft_config_loaded", False):
-            return "the transformer has adapters: fuse and unload them before"
+            return "the transformer has adapters: fuse and unload them first"
         if fp8 and dtype != torch.bfloat16:
             return f"float8 products give bfloat16, and the precision is {dtype}"
         if fp8 and (width := network.norm_out.weight.shape[0]) % 16:

@@ -118,7 +118,7 @@ def save_with_card(config: Any, run: TrainingRun, pipeline: LightningDiTPipeline
     folder, known = run.folder.path / "pipeline", dataset.metadata or {}
     if config.save_dtype == "bfloat16":
         to_bfloat16(pipeline)
-    with writing(folder, "The run has finished and its last checkpoint is saved: repeat the command"):
+    with writing(folder, "The run has finished, its last checkpoint is saved: the same command tries again"):
         pipeline.save_pretrained(folder)
     write_model_card(
         folder / "README.md",

@@ -80,8 +80,8 @@ def check_scheduler(scheduler) -> None:
     if faults or classes.isdisjoint(FLOW_SCHEDULERS + SOLVERS):
         raise ValueError(
             f"scheduler is {type(scheduler).__name__} ({', '.join(faults)}), which does not follow the flow: expected "
-            f"{', '.join(FLOW_SCHEDULERS)}, or with use_flow_sigmas=True, prediction_type='flow_prediction' and "
-            f"flow_shift (which from_config does not take over from shift) {', '.join(SOLVERS)}"
+            f"{', '.join(FLOW_SCHEDULERS)}, or one of {', '.join(SOLVERS)} with use_flow_sigmas=True, "
+            "prediction_type='flow_prediction' and flow_shift (from_config does not take it over from shift)"
         )
 
 

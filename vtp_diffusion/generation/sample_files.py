@@ -50,7 +50,9 @@ class _SampleFiles:
         if file.is_file():
             check_same_run(read_json(file), settings, self.path)
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_ours, self.folder.iterdir()))):
-            raise ValueError(f"{self.folder} holds files that are no run's: expected a new folder, or this run's")
+            raise ValueError(
+                f"{self.folder} holds other files, no {SETTINGS_NAME}: expected a new folder, or this run's"
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

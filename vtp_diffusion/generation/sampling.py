@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LabelRule = Literal["random", "balanced", "reference"]
-NOISE_RULE = "a hash of seed and image"  # written to settings and results; version 0.1, without it: seed + image
+NOISE_RULE = "a hash of seed and image"  # written to settings and results; version 0.1 wrote none: seed + image
 
 
 def draw_labels(
