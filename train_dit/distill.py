@@ -51,7 +51,7 @@ class Config(TrainingConfig, DistillationConfig, FusedConfig):
 
     latents: str = setting(help="folder of latent shards of the teacher's autoencoder", may_change=True)
     random_flip: bool = setting(True, "mirror half of the latents")
-    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
+    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights in pipeline/")
     validation: ValidationConfig = setting(
         default_factory=ValidationConfig,
         help="sample grids and distances, with one of student_steps and no guidance",

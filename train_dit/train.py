@@ -93,7 +93,7 @@ class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
     alignment: AlignmentConfig = setting(default_factory=AlignmentConfig, help="with the tokenizer's features")
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices inside blocks, AdamW for the rest")
-    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
+    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights in pipeline/")
     validation: ValidationConfig = setting(
         default_factory=ValidationConfig, help="sample grids and distances", may_change=True
     )

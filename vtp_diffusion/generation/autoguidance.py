@@ -19,8 +19,8 @@ GUIDE = "guidance_transformer"  # name of the component, and of its folder in th
 class GuideConfig(Settings):
     """Which network becomes the pipeline's guide; none by default."""
 
-    step: int | None = setting(None, "the EMA weights of this step of the run", at_least=1)
-    transformer: str | None = setting(None, "folder of a transformer trained elsewhere")
+    step: int | None = setting(None, "guide by the EMA weights of this step of the run", at_least=1)
+    transformer: str | None = setting(None, "guide by a transformer trained elsewhere: its folder")
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,7 +19,7 @@ class ModelConfig(Settings):
     """Architecture of the transformer; what the latents decide (channels, size) is taken from them."""
 
     num_classes: int | None = setting(None, "classes; none: as many as the training data names", at_least=1)
-    patch_size: int = setting(1, "latent pixels a side of a token", at_least=1)
+    patch_size: int = setting(1, "side of a token in latent pixels", at_least=1)
     num_layers: int = setting(28, "blocks", at_least=1)
     num_attention_heads: int = setting(16, "heads; the width is heads x head dimension", at_least=1)
     attention_head_dim: int = setting(72, "channels of a head", at_least=1)

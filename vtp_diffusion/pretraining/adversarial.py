@@ -264,8 +264,8 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
 
 
 def harmful(signs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The signs after which decoders got worse: not that the discriminator guesses, as it does at the beginning; it
-    then teaches the decoder nothing."""
+    """The signs after which decoders got worse: all but a discriminator that guesses, as it does at first, and which
+    only teaches nothing."""
     return [sign for sign in signs if sign["sign"] != GUESSES]
 
 

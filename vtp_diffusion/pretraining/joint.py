@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients
 STACKS = ("VTPEncoder", "VTPTextModel", "ReconstructionObjective")
-MAX_BLOCK = 1024  # most samples of which a share has to be a whole number
+MAX_BLOCK = 1024  # longest block of `share_block`
 # Streams of random numbers: see `draw_for_positions` and `step_generator`.
 AUGMENTATION, NOISE, CROPS, SHARES, KEPT = range(5)
 # Parts of the autoencoder that only some objectives train, else frozen: DDP fails at a parameter without gradient.

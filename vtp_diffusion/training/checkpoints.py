@@ -345,7 +345,7 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
     for name, old, new in zip(state.fingerprint_of, there, now, strict=True):
         if old != new:
             raise ValueError(
-                f"{path} was trained with {name} of fingerprint {old}, what is given now has {new}: a run is resumed "
+                f"{path} was trained with {name} of fingerprint {old}, the fingerprint is now {new}: a run is resumed "
                 f"with the same {name} only"
             )
     _load_weights(state, path, record["average_step"])

@@ -21,7 +21,9 @@ class TrainingConfig(Settings):
     )
     max_train_steps: int = setting(100_000, "optimiser steps", at_least=1)
     learning_rate: float = setting(2e-4, "peak learning rate", above=0)
-    lr_scheduler: Literal["constant", "linear", "cosine"] = setting("constant", "after the warm-up; both decay to 0")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "after the warm-up; linear, cosine: to 0"
+    )
     lr_warmup_steps: int = setting(0, "steps over which the learning rate rises linearly", at_least=0)
     adam_beta1: float = setting(0.9, "AdamW, first moment", at_least=0, below=1)
     adam_beta2: float = setting(0.95, "AdamW, second moment", at_least=0, below=1)
@@ -59,7 +61,7 @@ class TrainingConfig(Settings):
         None, "peak FLOP/s of a device, for the MFU; none: the bfloat16 peak of a known GPU", may_change=True, above=0
     )
     report_to: Literal["none", "tensorboard", "wandb"] = setting(
-        "tensorboard", "tracker beside log.jsonl", may_change=True
+        "tensorboard", "tracker, besides log.jsonl", may_change=True
     )
 
     def __post_init__(self):
