@@ -242,7 +242,7 @@ def test_a_configuration_is_found_by_its_name_and_listed_first(tmp_path, monkeyp
         parse_config(Outer, ["--help"], "What it does.\n\nMore.", shipped)
     printed = " ".join(capsys.readouterr().out.split())
     assert "What it does. configurations (--config NAME): small A small one More. options:" in printed
-    assert "YAML file of options, or a configuration's name; those given beside it win" in printed
+    assert "YAML file of options, or a configuration's name; the command line wins" in printed
 
 
 def test_help_has_bounds_and_defaults(capsys):
@@ -250,7 +250,7 @@ def test_help_has_bounds_and_defaults(capsys):
         parse_config(TrainingConfig, ["--help"], "What it does.")
     printed = " ".join(capsys.readouterr().out.split())
     assert "What it does." in printed and "[float, a number in [0, 1); default: 0.9999]" in printed
-    assert "YAML file of options; those given beside it win" in printed
+    assert "YAML file of options; the command line wins" in printed
 
 
 def test_settings_that_differ_are_named_with_both_values():
