@@ -320,10 +320,10 @@ def test_held_out_files_of_a_builder(tmp_path, offline):
     assert [open_dataset(config, s).labels for s in ("train", "validation", "all")] == [[1, 0, 1], [2], [1, 0, 1, 2]]
     alone = open_dataset(parquet_config(tmp_path / "a.parquet"))
     assert open_dataset(config).fingerprint == alone.fingerprint  # a run that was begun without may be given some
-    with pytest.raises(ValueError, match="expected none of data_files: .*b.parquet is in both"):
+    with pytest.raises(ValueError, match="expected no file of data_files: .*b.parquet is in both"):
         parquet_config(tmp_path / "*.parquet", validation_files=str(tmp_path / "b.parquet"))
     for source in ("openmoji", str(tmp_path)):
-        with pytest.raises(ValueError, match="expected none without a builder of `datasets`"):
+        with pytest.raises(ValueError, match="expected none: only a builder of `datasets`"):
             parquet_config(tmp_path / "a.parquet", source=source, validation_files="b.parquet")
 
 

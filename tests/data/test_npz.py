@@ -41,8 +41,8 @@ def lock(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: claim(path, 6), r"arr_0 is said to be \(6, 8, 8, 3\), but 768 bytes are stored of it"),
-        (lambda path: claim(path, 10**18), "arr_0 is said to be .* but 768 bytes are stored of it"),
+        (lambda path: claim(path, 6), r"arr_0 has shape \(6, 8, 8, 3\) in its header, but 768 bytes of data"),
+        (lambda path: claim(path, 10**18), "arr_0 has shape .* but 768 bytes of data"),
         (lambda path: flip(path, 400), "damaged.*: Bad CRC-32"),
         (lock, "arr_0.npy is encrypted, expected an npz as numpy writes it"),
         (lambda path: np.savez(path, mu=np.zeros(3)), "holds mu: expected arr_0"),
