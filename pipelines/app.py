@@ -188,7 +188,7 @@ def build_page(page: Page) -> Blocks:
     return blocks
 
 
-def look() -> dict[str, Any]:
+def appearance() -> dict[str, Any]:
     """Arguments of `launch` for the page's look. Fonts are the browser's: none are downloaded."""
     theme = require("gradio", extra="app").themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return {"theme": theme, "css": STYLE, "quiet": True}
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(AppConfig, argv, __doc__)
     require("gradio", extra="app")
     blocks = build_page(Page(config))
-    blocks.launch(server_port=config.port, share=config.share, prevent_thread_lock=True, **look())
+    blocks.launch(server_port=config.port, share=config.share, prevent_thread_lock=True, **appearance())
     print(f"the page is at {blocks.share_url or blocks.local_url} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
 

@@ -198,7 +198,7 @@ ROWS = {
         lambda m: [latents(m), os.mkfifo("latents/z.safetensors")], TRAIN, "z.safetensors is a broken link, a"),
     "a pipe for statistics": (
         lambda m: os.mkfifo("s.pt"), "pipelines/convert vtp --source x --output out --latent-statistics s.pt",
-        "s.pt is no file"),
+        "s.pt is not a file"),
     "a pipe for a table": (
         lambda m: os.mkfifo("a.tar"), EXTRACT + "webdataset --data.data_files a.tar", "a.tar is a broken link, a"),
     "nested YAML": (

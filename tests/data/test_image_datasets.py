@@ -130,7 +130,7 @@ def test_a_folder_that_is_not_there_is_refused_without_a_look_at_the_hub(source,
     (tmp_path / "parquet").touch()  # no builder's name is read as a path
     for known in ("openmoji", "imagenet-1k", "owner/name.v2", "parquet", "there"):
         check_source(known, "source")
-    with pytest.raises(ValueError, match=f"source is {re.escape(repr(source))}, which is no folder"):
+    with pytest.raises(ValueError, match=f"source is {re.escape(repr(source))}, which is not a folder"):
         DataConfig(source=source)
 
 

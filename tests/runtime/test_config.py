@@ -56,7 +56,7 @@ def test_integers_that_nothing_can_hold_are_refused_in_one_line(key, tmp_path):
     with pytest.raises(ValueError, match=f"{key}.* is .9999.* of at most 4611686018427387904 in size") as refused:
         parse_config(Outer, ["--output", "x", f"--{key}", "9" * 400])
     assert len(str(refused.value)) < 600
-    with pytest.raises(ValueError, match="cannot be read as YAML: 0xffff.* of 9002 characters is no integer"):
+    with pytest.raises(ValueError, match="cannot be read as YAML: 0xffff.* of 9002 characters is too long"):
         parse_config(Outer, ["--config", write(tmp_path, "limit: 0x" + "f" * 9000)])
 
 

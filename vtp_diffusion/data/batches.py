@@ -230,7 +230,7 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: 
 class ReusedMemory:
     """Tensors on the host whose memory is reused once nothing refers to them.
 
-    The operating system fills new memory with zeros, page by page, as much work as reading latents into it.
+    The operating system fills new memory with zeros, page by page: about as much work as reading latents.
     """
 
     def __init__(self):

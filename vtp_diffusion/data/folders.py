@@ -4,9 +4,9 @@ Names that begin with a dot are hidden and ignored. For the rest:
 
 - Splits. If every sub-folder is called train, validation (or val) or test, and no images lie beside them, they are
   splits. With any other sub-folder they are classes: bus, car, train and truck are four classes.
-- Classes. Sub-folders are classes, the same ones in all splits, ordered by name, or numerically if all names are
+- Classes. Sub-folders are classes, those of all splits together, ordered by name, or numerically if all names are
   numbers. The images of a class lie directly in its folder; a class without images is an error.
-- No classes. Images that lie in the folder itself, with none in sub-folders, are all of one class, "image".
+- No classes. If images lie directly in the folder or split, and none in sub-folders, all are of one class, "image".
 - The held-out split is validation, or test if there is no validation; a folder without splits has none.
 
 Other entries are counted and named. Lists of images or labels (`LISTS`) are not read but refused.
@@ -192,7 +192,7 @@ def _refuse_class(folder: Path, name: str, contents: list[_Content]) -> None:
     hint = "; splits are called train, validation (or val) and test, with no other folder beside them" * bool(folders)
     raise ValueError(
         f"the class {name!r} of {folder} holds no images, but {found}: expected images of a format that Pillow reads, "
-        f"directly in the folder of their class{hint}. Move it away if it is no class"
+        f"directly in the folder of their class{hint}. Move it away if it is not a class"
     )
 
 

@@ -73,13 +73,13 @@ class DataConfig(Settings):
         check_source(self.source, "source")
         if self.streaming and self.limit is not None:
             raise ValueError(f"limit is {self.limit} with streaming, expected none: set max_train_steps instead")
-        ours = self.source == "openmoji" or Path(self.source).is_dir()
-        if self.streaming and ours:
+        own_reader = self.source == "openmoji" or Path(self.source).is_dir()
+        if self.streaming and own_reader:
             raise ValueError(
                 f"source is {self.source!r} with streaming, expected a builder or a hub id of `datasets`, such as "
                 "webdataset or parquet with data_files"
             )
-        for name in ("validation_files", "name", "data_files", "caption_column") if ours else ():
+        for name in ("validation_files", "name", "data_files", "caption_column") if own_reader else ():
             if (value := getattr(self, name)) is not None:
                 raise ValueError(
                     f"{name} is {value!r} with source {self.source!r}, expected none: only a builder of `datasets` or "
@@ -87,16 +87,16 @@ class DataConfig(Settings):
                 )
         if self.stream_restart and not self.streaming:
             raise ValueError("stream_restart is true without streaming, expected false: nothing is read as a stream")
-        self._check_effect(ours)
+        self._check_effect(own_reader)
         if self.validation_files is not None:
             self._check_validation_files()
         if self.skip_empty_captions and not (self.streaming and self.caption_column):
             given = f"streaming {str(self.streaming).lower()} and caption_column {self.caption_column or 'none'}"
             raise ValueError(f"skip_empty_captions is true with {given}, expected true and a column")
 
-    def _check_effect(self, ours: bool) -> None:
+    def _check_effect(self, own_reader: bool) -> None:
         """Refuse settings that the source would ignore."""
-        ignored = {name: ours and self.source != "openmoji" for name in ("image_column", "label_column")}
+        ignored = {name: own_reader and self.source != "openmoji" for name in ("image_column", "label_column")}
         ignored |= {name: self.source != "openmoji" for name in ("holdout", "holdout_seed")}
         for name, unused in ignored.items():
             value, default = getattr(self, name), getattr(DataConfig, name)

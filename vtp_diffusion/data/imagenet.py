@@ -1,4 +1,4 @@
-"""Names of ImageNet's classes, by timm, for the WordNet ids that its folders are named by."""
+"""Names of ImageNet's classes, from timm, for the WordNet ids that its folders are named by."""
 
 import re
 from collections.abc import Sequence
@@ -22,5 +22,5 @@ def names_of_wnids(wnids: Sequence[str] | None = None) -> list[str]:
         try:
             names.append(f"{known.label_name_to_description(wnid)}, {wnid}")
         except KeyError as error:
-            raise ValueError(f"{wnid} is no class of ImageNet, expected ids such as n02099601") from error
+            raise ValueError(f"{wnid} is not a class of ImageNet, expected ids such as n02099601") from error
     return names

@@ -29,10 +29,10 @@ DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplem
 def open_npz(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of an npz, name -> array, with None for its images. The whole file is read to compare its checksums.
 
-    Raises: ValueError naming the file if it is no npz, damaged or encrypted, or holds neither images nor statistics.
+    Raises: ValueError naming the file: not an npz, damaged, encrypted, or without images and without statistics.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no npz file, or a damaged one: expected {IMAGES_KEY}, or mu and sigma, or both")
+        raise ValueError(f"{path} is not an npz file, or is damaged: expected {IMAGES_KEY}, or mu and sigma, or both")
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
@@ -72,7 +72,7 @@ class NpzImages:
     """Images of an npz, read by row on demand.
 
     Args: `path`: an npz with `arr_0`, uint8 (N, H, W, 3), and optionally `settings`, JSON text of how they were made.
-    Raises: ValueError: the file is no npz, is damaged, holds something else, or fewer images than its settings say.
+    Raises: ValueError: the file is not an npz, damaged, or holds other arrays or fewer images than its settings say.
     """
 
     def __init__(self, path: str | Path):
@@ -92,7 +92,7 @@ class NpzImages:
                     with archive.open("settings.npy") as file:
                         self.settings = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
         except (*DAMAGE_ERRORS, KeyError) as error:
-            raise ValueError(f"{path} is no npz file, or a damaged one: {error}") from error
+            raise ValueError(f"{path} is not an npz file, or is damaged: {error}") from error
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
             raise ValueError(f"{path}: {IMAGES_KEY} is {dtype} {self.shape}, expected uint8 (N, H, W, 3)")
         count = (self.settings or {}).get("num_images", len(self))

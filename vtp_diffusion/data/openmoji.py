@@ -111,7 +111,7 @@ def _render(folder: Path, resolution: int) -> None:
 
     require("resvg_py", "train")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists without {METADATA_NAME}, so it is no rendering of OpenMoji: remove it")
+        raise ValueError(f"{folder} exists without {METADATA_NAME}, so it is not a rendering of OpenMoji: remove it")
     rows = list_openmoji()
     folder.parent.mkdir(parents=True, exist_ok=True)
 

@@ -22,7 +22,7 @@ def check_source(source: str, option: str) -> None:
     if not HUB_ID.fullmatch(source) or Path(source.partition("/")[0]).exists():
         home = "; ~ is not expanded here" * source.startswith("~")
         raise ValueError(
-            f"{option} is {source!r}, which is no folder{home}. Expected one, openmoji, a builder of `datasets` "
+            f"{option} is {source!r}, which is not a folder{home}. Expected one, openmoji, a builder of `datasets` "
             f"({', '.join(BUILDERS)}) or a Hub id, OWNER/NAME; the working directory is {Path.cwd()}"
         )
 

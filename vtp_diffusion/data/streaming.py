@@ -312,7 +312,7 @@ class _Rows:
 
 
 def block_bytes(config: DataConfig, workers: int) -> int:
-    """One stream's share of `shuffle_gib`: each process of this node has so many workers."""
+    """One stream's share of `shuffle_gib`, with `workers` streams in each process of this node."""
     return max(1, int(config.shuffle_gib * 2**30) // (workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 

@@ -67,7 +67,7 @@ class AutoencoderVTPOutput(BaseOutput):
     """
 
     latent_dist: DiagonalGaussianDistribution
-    # None by default, because accelerate passes one dict as the first field, which diffusers then unpacks.
+    # None by default: accelerate rebuilds outputs from one dict, which diffusers unpacks if the other fields are None.
     latent: torch.Tensor | None = None
 
 
@@ -97,7 +97,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         rope_dtype: "bfloat16", as the released weights were trained, or "float32".
         latents_mean, latents_std: one value per latent channel; `encode` returns (z - mean) / std, `decode` undoes it.
         scaling_factor: always 1.0, present because pipelines read it.
-        block_out_channels: set by itself; pipelines compute the downsampling 2 ** (length - 1) from it.
+        block_out_channels: computed if None; pipelines derive the downsampling 2 ** (length - 1) from it.
 
     Raises:
         ValueError: for a configuration that cannot be built.

@@ -273,7 +273,7 @@ def residual_norm_backward(
     Args: x: the sum that it returned; `total_grad`, `result_grad`: gradients (B, N, D) of the sum and of the norm.
     Returns: gradients of x and of update (or None), and sums over tokens (B, 4, D), float32, of: result_grad times the
         norm before its weight, result_grad, the gradient of x times (update + bias), and the gradient of x. They give
-        the gradients of scale and weight, shift, gate, and bias. Without norm or update, its two are not set.
+        the gradients of scale and weight, shift, gate, and bias. Sums of an absent norm or update are not set.
     """
     batch, length, width = x.shape
     warps = row_warps(width)

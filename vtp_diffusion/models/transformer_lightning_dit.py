@@ -118,7 +118,7 @@ class LightningDiTTransformer2DModel(
         """Load an upstream `.pt` checkpoint `{"model", "ema", "opt", "config"}`, using its EMA weights.
 
         Args: `checkpoint`: the file; `architecture`: this class's constructor keywords.
-        Raises: ValueError if the file is no such checkpoint, or its weights have missing, extra or mis-shaped keys.
+        Raises: ValueError if the file is not such a checkpoint, or its weights have missing, extra or mis-shaped keys.
         """
         from .conversion import load_strict
         from .conversion_lightning_dit import convert_lightning_dit_state_dict, read_lightning_dit_checkpoint
@@ -223,7 +223,7 @@ class LightningDiTTransformer2DModel(
             later = timestep if next_timestep is None else torch.as_tensor(next_timestep, device=tokens.device)
             conditioning = conditioning + self.interval_embed(later - timestep, tokens.dtype)
         elif next_timestep is not None:
-            raise ValueError("next_timestep is given, but this is no student: expected none")
+            raise ValueError("next_timestep is given, but this model is not a student: expected none")
         return tokens, conditioning
 
     def enable_cache(self, config: Any) -> None:

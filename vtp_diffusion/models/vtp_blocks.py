@@ -399,8 +399,8 @@ def _spread(samples: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     return torch.where((place < len(samples))[:, None, None], rows, 0)
 
 
-# In autograd, the backward of selecting rows adds to them (a scatter). A kept sample occurs once, so that both
-# functions below can gather rows instead, which torch.compile fuses with the operations around them.
+# Autograd would use a scatter-add here. A kept sample occurs only once, so both functions below gather rows instead,
+# which torch.compile fuses with the operations around them.
 
 
 class _KeptSamples(torch.autograd.Function):

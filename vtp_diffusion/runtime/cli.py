@@ -10,7 +10,7 @@ from collections.abc import Callable
 from .optional_packages import MissingExtraError
 
 TRACEBACK_VARIABLE = "VTP_DIFFUSION_TRACEBACK"
-# What this package, and what it calls, raise about input: values and files. Anything else is a fault of the program.
+# What this package and its libraries raise for wrong input (values, files). Any other exception is a bug.
 INPUT_ERRORS = (ValueError, OSError, MissingExtraError)
 GARBAGE_OBJECTS = 50_000  # new objects between two runs of the garbage collector; Python's default is 700
 
@@ -31,7 +31,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"\ninterrupted; what is finished is kept ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
+        print(f"\ninterrupted; finished work is kept ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
         sys.exit(130)  # the status that a shell reports after Ctrl-C
     except INPUT_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE):

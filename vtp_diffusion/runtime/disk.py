@@ -39,7 +39,7 @@ def writing(path: Path, then: str = "") -> Iterator[None]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a file or folder is the temporary one of a `replacing` that was killed, on this host or another."""
+    """Whether a file or folder was left by a `replacing` that was killed, on this host or another."""
     return path.name.startswith(".") and path.name.endswith(UNFINISHED)
 
 
@@ -187,11 +187,11 @@ def log_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except ValueError:
             record = None
         if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}, line {number}, is no record of a step: {line[:80]!r}. Delete or repair it")
+            raise ValueError(f"{path}, line {number}, is not a record of a step: {line[:80]!r}. Delete or repair it")
         found.append((line, record))
     return found
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl, in order. Raises: ValueError naming the line that is no record of a step."""
+    """The lines of a log.jsonl, in order. Raises: ValueError naming a line that is not a record of a step."""
     return [record for _, record in log_lines(path)]

@@ -74,7 +74,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def from_main(compute: Callable[[], Result]) -> Result:
     """Call `compute` in the main process and return its result in every process. A ValueError or OSError of it is
-    raised in every process too. Every process has to call this, also before `join_processes`."""
+    raised in every process too. Every process has to call this; it works before `join_processes` too."""
     if this_process()[1] == 1:
         return compute()
     device_of_process()

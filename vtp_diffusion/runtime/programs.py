@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name!r} is no program{hint} (expected one of {', '.join(known)})")
+        raise ValueError(f"{name!r} is not a program{hint} (expected one of {', '.join(known)})")
     os.execv(sys.executable, [sys.executable, str(known[name]), *words])
 
 
@@ -84,7 +84,7 @@ def _first_line(file: Path) -> str:
 
 
 def command() -> None:
-    """What the console script `vtp-diffusion` calls."""
+    """Entry point of the console script `vtp-diffusion`."""
     run(main)
 
 

@@ -21,7 +21,7 @@ def read_torch(path: str | Path, mmap: bool = False) -> Any:
     Raises: ValueError naming the file if it is missing, damaged, or holds a pickle of something else.
     """
     if not Path(path).is_file():  # opening a pipe would wait for a writer
-        raise ValueError(f"{path} is no file, expected a PyTorch file of tensors")
+        raise ValueError(f"{path} is not a file, expected a PyTorch file of tensors")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except TORCH_FILE_ERRORS as error:

@@ -25,12 +25,12 @@ class _Yaml(yaml.SafeLoader):
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value
     if len(text) > LONGEST_INTEGER:
-        raise ValueError(f"{text[:20]}... of {len(text)} characters is no integer a setting takes{node.start_mark}")
+        raise ValueError(f"{text[:20]}... of {len(text)} characters is too long for an integer{node.start_mark}")
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
 
 
-# YAML 1.1, which PyYAML reads, takes yes/no/on/off for truth values, 1e-3 for text, 010 for eight and 12:30 for 750,
-# without a word.
+# PyYAML reads YAML 1.1, which silently takes yes/no/on/off for truth values, 1e-3 for text, 010 for eight and 12:30
+# for 750.
 _OTHERS = (":bool", ":float", ":int", ":timestamp")
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_OTHERS)]
