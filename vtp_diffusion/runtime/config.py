@@ -395,11 +395,11 @@ def parse_config(
     """The configuration of a program: dataclass defaults, then `--config FILE.yaml`, then the command line.
 
     Every field is an option, `--field value`, and those of a nested dataclass are `--section.field value`; lists take
-    several words, truth values take true or false (nothing means true), optional fields take none.
+    several words, booleans take true, false or nothing (true), optional fields take none.
 
     Args:
-        config_class: the dataclass; `field(metadata={"help": ...})` is the text of `--help`.
-        argv: the words of the command line, without the program's name; None means those of this process.
+        config_class: the dataclass, whose fields are `setting`s.
+        argv: the words of the command line, without the program's name; None: those of this process.
         description: what `--help` says first.
         shipped: the configurations of this program, which `--config` takes by name too.
     Raises: ValueError: an unknown key or option, a value of another type, a missing required value. FileNotFoundError:
