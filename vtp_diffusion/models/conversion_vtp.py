@@ -46,12 +46,26 @@ VTP_FIXED_OPTIONS = {
     "text_pool_type": "argmax",
     "text_quick_gelu": False,
 }
-# Layers and widths that weights tell, which are loaded strictly; and what has no effect on a loaded model.
+# The same where weights tell it too, with a list of their names: a configuration may leave these out.
+VTP_LAYER_OPTIONS = {
+    "train_clip": True,
+    "train_reconstruction": True,
+    "vision_ffn_layer": "swiglu",
+    "vision_init_values": None,
+    "vision_mlp_ratio": 4.0,
+    "decoder_ffn_layer": "swiglu",
+    "decoder_init_values": None,
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": False,
+    "text_embed_cls": False,
+    "text_ls_init_value": None,
+    "text_mlp_ratio": 4.0,
+    "text_proj_bias": False,
+    "text_proj_type": "linear",
+}
+# What has no effect on a loaded model.
 VTP_IGNORED_OPTIONS = set(
-    """train_clip train_reconstruction vision_ffn_layer vision_init_values vision_mlp_ratio
-    decoder_ffn_layer decoder_init_values init_logit_bias nonscalar_logit_scale text_embed_cls
-    text_ls_init_value text_mlp_ratio text_proj_bias text_proj_type
-    init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path""".split()
+    "init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path".split()
 )
 
 
@@ -67,16 +81,17 @@ def convert_vtp_config(
     Raises: ValueError: naming every option that is missing, unknown, or set to something these models do not compute.
     """
     problems = []
-    unknown = sorted(set(released) - set(VTP_OPTIONS) - set(VTP_FIXED_OPTIONS) - VTP_IGNORED_OPTIONS)
-    if unknown:
+    fixed = VTP_FIXED_OPTIONS | VTP_LAYER_OPTIONS
+    if unknown := sorted(set(released) - set(VTP_OPTIONS) - set(fixed) - VTP_IGNORED_OPTIONS):
         problems.append(f"unknown options {unknown}")
     missing = sorted((set(VTP_OPTIONS) | set(VTP_FIXED_OPTIONS)) - set(released))
     if missing:
         problems.append(f"missing options {missing}")
-    for option, supported in VTP_FIXED_OPTIONS.items():
+    for option, supported in fixed.items():
+        given = released.get(option, supported)
         # 1 and True are equal in Python, not in a configuration
-        if option in released and (type(released[option]), released[option]) != (type(supported), supported):
-            problems.append(f"{option}={released[option]!r} is not supported (only {supported!r})")
+        if given != supported or isinstance(given, bool) != isinstance(supported, bool):
+            problems.append(f"{option}={given!r} is not supported (only {supported!r})")
     for option in VTP_OPTIONS:
         kind = bool if option.endswith("qk_norm") else int
         # bool is a subclass of int in Python: a depth of True must not pass as 1.
