@@ -46,12 +46,26 @@ VTP_FIXED_OPTIONS = {
     "text_pool_type": "argmax",
     "text_quick_gelu": False,
 }
-# Options that show in the names and shapes of weights, which strict loading checks, or do not affect a loaded model.
+# Options that show in the weights too, where the error would be a list of keys. A configuration may leave these out.
+VTP_LAYER_OPTIONS = {
+    "train_clip": True,
+    "train_reconstruction": True,
+    "vision_ffn_layer": "swiglu",
+    "vision_init_values": None,
+    "vision_mlp_ratio": 4.0,
+    "decoder_ffn_layer": "swiglu",
+    "decoder_init_values": None,
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": False,
+    "text_embed_cls": False,
+    "text_ls_init_value": None,
+    "text_mlp_ratio": 4.0,
+    "text_proj_bias": False,
+    "text_proj_type": "linear",
+}
+# Released options that do not affect a loaded model.
 VTP_IGNORED_OPTIONS = set(
-    """train_clip train_reconstruction vision_ffn_layer vision_init_values vision_mlp_ratio
-    decoder_ffn_layer decoder_init_values init_logit_bias nonscalar_logit_scale text_embed_cls
-    text_ls_init_value text_mlp_ratio text_proj_bias text_proj_type
-    init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path""".split()
+    "init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path".split()
 )
 
 
@@ -67,16 +81,17 @@ def convert_vtp_config(
     Raises: ValueError naming every option that is missing, unknown, or has a value that our models do not support.
     """
     problems = []
-    unknown = sorted(set(released) - set(VTP_OPTIONS) - set(VTP_FIXED_OPTIONS) - VTP_IGNORED_OPTIONS)
-    if unknown:
+    fixed = VTP_FIXED_OPTIONS | VTP_LAYER_OPTIONS
+    if unknown := sorted(set(released) - set(VTP_OPTIONS) - set(fixed) - VTP_IGNORED_OPTIONS):
         problems.append(f"unknown options {unknown}")
     missing = sorted((set(VTP_OPTIONS) | set(VTP_FIXED_OPTIONS)) - set(released))
     if missing:
         problems.append(f"missing options {missing}")
-    for option, supported in VTP_FIXED_OPTIONS.items():
-        # also compare types: 1 == True in Python
-        if option in released and (type(released[option]), released[option]) != (type(supported), supported):
-            problems.append(f"{option}={released[option]!r} is not supported (only {supported!r})")
+    for option, supported in fixed.items():
+        given = released.get(option, supported)
+        # also compare for booleans: 1 == True in Python
+        if given != supported or isinstance(given, bool) != isinstance(supported, bool):
+            problems.append(f"{option}={given!r} is not supported (only {supported!r})")
     for option in VTP_OPTIONS:
         kind = bool if option.endswith("qk_norm") else int
         # bool is a subclass of int in Python: a depth of True must not pass as 1.
