@@ -81,8 +81,8 @@ def test_vtp_config():
         text_vocab_size=128,
         projection_dim=48,
     )
-    options = released_options(vision_use_qk_norm=True, text_mlp_ratio=4)
-    del options["vision_ffn_layer"]
+    options = released_options(vision_use_qk_norm=True, vision_ffn_layer="swiglu64")
+    del options["text_proj_type"]
     assert convert_vtp_config(options, "float32") == config | dict(encoder_qk_norm=True, rope_dtype="float32")
 
 
@@ -98,10 +98,7 @@ def test_vtp_config():
         ("text_pool_type", "last"),
         ("text_no_causal_mask", True),
         ("model_type", "clip"),
-        ("train_reconstruction", False),
-        ("vision_ffn_layer", "mlp"),
         ("decoder_init_values", 1e-5),
-        ("text_mlp_ratio", 2.0),
         ("init_logit_bias", -10.0),
         ("vision_depth", 0),
         ("vision_depth", True),

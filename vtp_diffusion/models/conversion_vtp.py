@@ -46,26 +46,21 @@ VTP_FIXED_OPTIONS = {
     "text_pool_type": "argmax",
     "text_quick_gelu": False,
 }
-# Options that show in the weights too, where the error would be a list of keys. A configuration may leave these out.
+# Layers that our models do not have. Strict loading would refuse their weights too, but by a list of all names.
 VTP_LAYER_OPTIONS = {
-    "train_clip": True,
-    "train_reconstruction": True,
-    "vision_ffn_layer": "swiglu",
     "vision_init_values": None,
-    "vision_mlp_ratio": 4.0,
-    "decoder_ffn_layer": "swiglu",
     "decoder_init_values": None,
     "init_logit_bias": None,
     "nonscalar_logit_scale": False,
     "text_embed_cls": False,
     "text_ls_init_value": None,
-    "text_mlp_ratio": 4.0,
     "text_proj_bias": False,
     "text_proj_type": "linear",
 }
-# Released options that do not affect a loaded model.
+# Options that show in the names and shapes of weights, which strict loading checks, or do not affect a loaded model.
 VTP_IGNORED_OPTIONS = set(
-    "init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path".split()
+    """train_clip train_reconstruction vision_ffn_layer vision_mlp_ratio decoder_ffn_layer text_mlp_ratio
+    init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path""".split()
 )
 
 
