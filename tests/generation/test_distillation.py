@@ -113,7 +113,7 @@ def test_a_student_begins_as_its_teacher():
         assert torch.equal(student(x, t, labels, next_timestep=later).sample, expected)
     guidance = {"guidance_scale": 2.0, "guidance": "auto", "guidance_interval": (0.0, 1.0)}
     assert student.config.student == {"steps": [1, 2, 4], "shift": 2.0, "guidance": guidance}
-    with pytest.raises(ValueError, match="next_timestep is given, but this is no student"):
+    with pytest.raises(ValueError, match="next_timestep is given, but this model is not a student"):
         teacher.transformer(x, t, labels, next_timestep=t)
 
 

@@ -24,6 +24,15 @@ def is_number(value: Any, low: float = 0, high: float = sys.float_info.max, kind
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
+def is_guided(t: float | torch.Tensor, interval: tuple[float, float]) -> bool | torch.Tensor:
+    """Whether guidance acts at time t, a number or (B,): low <= t <= high, up to the rounding of float32 times.
+
+    A high of 1 bounds nothing: the last step of an adaptive solver goes past the end and is cut back.
+    """
+    low, high = interval
+    return (low - 1e-6 <= t) & ((t <= high + 1e-6) | (high == 1))
+
+
 def normal_name(name: str) -> str:
     """A name as it is compared: one form of accented letters, whichever a file system or keyboard gave."""
     return unicodedata.normalize("NFC", name.strip())
