@@ -49,7 +49,7 @@ def float8_product(x, weight, scale_a, scale_b, bias, out_dtype, use_fast_accum)
     return (product if bias is None else product + bias.float()).to(out_dtype)
 
 
-def test_float8_products_of_a_filled_swiglu_are_those_of_its_own_columns(monkeypatch):
+def test_float8_products_of_a_padded_swiglu_are_those_of_its_own_columns(monkeypatch):
     network, inputs = network_and_inputs(**FILLED)
     with torch.no_grad():
         exact = network(*inputs).sample

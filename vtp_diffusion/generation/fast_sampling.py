@@ -12,7 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
-from ..models.fused_lightning_dit import ATTENTION, filled_swiglu, why_not_fused
+from ..models.fused_lightning_dit import ATTENTION, padded_swiglu, why_not_fused
 from ..models.rotary import lightning_dit_rotary_tables
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 from .sampler_config import SamplerConfig
@@ -97,7 +97,7 @@ class FusedForward:
 
     Args:
         network: on its device. Its weights are used in place, except for copies: queries, keys and values in one
-            matrix, a SwiGLU that `filled_swiglu` pads, and float8 weights.
+            matrix, a SwiGLU that `padded_swiglu` pads, and float8 weights.
         kernels: models/lightning_dit_kernels.py, or another module with its functions.
     """
 
@@ -113,7 +113,7 @@ class FusedForward:
         attention = block.attn
         parts = [attention.to_qkv] if attention.fused_projections else [attention.to_q, attention.to_k, attention.to_v]
         weight, bias = (torch.cat([getattr(layer, name) for layer in parts]) for name in ("weight", "bias"))
-        first, first_bias, last = filled_swiglu(block.mlp, weight.dtype)
+        first, first_bias, last = padded_swiglu(block.mlp, weight.dtype)
         products = {"qkv": (weight, bias), "w12": (first, first_bias)}
         # without bias: the kernel that adds these two to the residual stream adds it
         products |= {"out": (attention.to_out[0].weight, None), "w3": (last, None)}
