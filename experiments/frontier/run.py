@@ -1,6 +1,6 @@
 """Train the generators of this experiment and measure them, as many at a time as there are GPUs.
 
-    python experiments/frontier/run.py --runs velocity muon base_head --seeds 0 1 2
+    python experiments/frontier/run.py --runs velocity base_head muon_base_head --seeds 0 1 2
 
 Every run of RUNS is train_dit/train.py with base.yaml and these options. Students and their teacher stand beside: the
 pipeline in weights/openmoji-128, with the solver of its trajectories. Runs and measurements that are done are not
@@ -30,16 +30,10 @@ ONLINE += ["--augmentation.scale", "0.05", "--dataloader_num_workers", "8"]
 RUNS = {
     "velocity": [],
     "data": DATA,
-    "muon": MUON,
     "base_head": HEAD,
-    "base_head_2": ["--model.base_head_layer", "2"],
-    "muon_data": MUON + DATA,
     "muon_base_head": MUON + HEAD,
-    "data_base_head": DATA + HEAD,
-    "velocity_2e-3": ["--learning_rate", "2e-3"],
-    "velocity_5e-4": ["--learning_rate", "5e-4"],
-    "muon_2e-3": [*MUON, "--learning_rate", "2e-3"],
-    "muon_5e-4": [*MUON, "--learning_rate", "5e-4"],
+    "base_head_2e-3": [*HEAD, "--learning_rate", "2e-3"],
+    "base_head_5e-4": [*HEAD, "--learning_rate", "5e-4"],
     "online": ONLINE,
     "aligned": [*ONLINE, "--alignment.weight", "0.5"],
 }

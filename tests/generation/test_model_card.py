@@ -3,12 +3,13 @@ from types import SimpleNamespace
 import jinja2
 import pytest
 
+from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.model_card import write_model_card
 
 VALUES = {"parameters": "9.8 M", "data": "30 latents", "batch": 4, "speed": "9 s", "times": "uniform"}
 CONFIG = SimpleNamespace(
     model=SimpleNamespace(num_layers=2, num_attention_heads=4, attention_head_dim=16, patch_size=1),
-    validation=SimpleNamespace(guidance_scale=2.0, num_inference_steps=50),
+    validation=ValidationConfig(guidance_scale=2.0),
     guide=SimpleNamespace(text="classifier-free"),
     alignment=SimpleNamespace(weight=0.0),
     max_train_steps=6,
@@ -29,6 +30,16 @@ def test_names_beyond_ten_are_counted(tmp_path):
     assert '{"guidance_scale": 2.0, "num_inference_steps": 50}' in card
     assert "class dropout 0.1.\n" in card and "aligned" not in card
     assert "2 layers, 4 heads of 16, patch 1." in card and "Training images" not in card
+
+
+def test_guidance_is_that_of_the_validation(tmp_path):
+    guidance = {"guidance_scale": 3.5, "guidance": "internal", "guidance_interval": (0.0, 0.9)}
+    config = SimpleNamespace(**vars(CONFIG) | {"validation": ValidationConfig(**guidance, num_inference_steps=9)})
+    config.model = SimpleNamespace(**vars(CONFIG.model), base_head_layer=1)
+    write_model_card(tmp_path / "README.md", config, "AutoencoderVTP", names=["cat"], **VALUES)
+    card = (tmp_path / "README.md").read_text()
+    call = '{"guidance_scale": 3.5, "guidance": "internal", "guidance_interval": [0.0, 0.9], "num_inference_steps": 9}'
+    assert f"settings = {call}\n" in card and "guidance: by the base head after block 1 (internal" in card
 
 
 def test_a_gap_is_refused(tmp_path):

