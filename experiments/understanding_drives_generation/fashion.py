@@ -51,7 +51,7 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     try:
         content = gzip.decompress(file.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file} cannot be read: {error}; expected a file of Fashion-MNIST in --idx") from error
+        raise ValueError(f"{file} cannot be read: {error}; expected a file of Fashion-MNIST") from error
     start = 4 * (1 + dimensions)
     magic, *shape = np.frombuffer(content[:start].ljust(start, b"\0"), ">u4").tolist()
     if magic != MAGIC[dimensions] or len(content) != start + math.prod(shape):

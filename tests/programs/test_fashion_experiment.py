@@ -21,7 +21,7 @@ def test_fashion_is_never_trained_on_what_it_is_measured_on(understanding, tmp_p
     assert (given.reference, given.split, given.data.limit) == ("parquet", "validation", settings["num_reference"])
     assert given.data.validation_files == str(tmp_path / "fashion" / "test.parquet")
     assert given.data.limit >= 2 * given.num_images, "the baseline has as many images as there are samples"
-    with pytest.raises(ValueError, match="tokenizers are all_half, expected of reconstruction, all, recons"):
+    with pytest.raises(ValueError, match="tokenizers are all_half, expected some of reconstruction, all, rec"):
         understanding.Config(**settings | {"tokenizers": ["all_half"]})
 
 
