@@ -28,6 +28,7 @@ from vtp_diffusion.runtime.disk import check_output, read_json, write_json, writ
 COLUMNS = {
     "PSNR": ("reconstruction", ("psnr",)),
     "LPIPS": ("reconstruction", ("lpips",)),
+    "FD-EffLite0 of reconstructions": ("reconstruction", ("distances", "FD-EffLite0")),
     "linear probe": ("probe", ("linear", "top1")),
     "commonest class": ("probe", ("chance", "most_frequent_class")),
     "zero-shot": ("tokenizer", ("held_out", "zero_shot_accuracy")),
@@ -70,7 +71,7 @@ RANDOM = "FD-VTP-192"  # on the encoder of random weights
 RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is no finding about content."
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
-LABEL, SAMPLE_ROWS = 190, 4  # pixels beside the samples for names; rows of the pictures of measure.py
+LABEL, SAMPLE_ROWS = 204, 4  # pixels beside the samples for names; rows of the pictures of measure.py
 
 
 @dataclass(kw_only=True)
