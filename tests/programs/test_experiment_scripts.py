@@ -387,12 +387,13 @@ def elements(file: Path, tag: str) -> list[ElementTree.Element]:
 
 def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
     program = load(f"{UNDERSTANDING}/table.py")
-    write_tokenizer(tmp_path, "all")
+    write_tokenizer(tmp_path, "all", distances={"FD-EffLite0": 5.0})
     for seed, value in ((0, 2.0), (1, 4.0)):
         write_generator(tmp_path, "all", seed, 20, value)
     program.main([f"--results={tmp_path}", f"--output={tmp_path}/out/table.json"])
     found = json.loads((tmp_path / "out" / "table.json").read_text())["tokenizers"]["all"]
-    assert [found["tokenizer"][name] for name in ("20-NN", "retrieval@1", "PSNR")] == [0.2, 0.5, None]
+    names = "20-NN", "retrieval@1", "FD-EffLite0 of reconstructions", "PSNR"
+    assert [found["tokenizer"][name] for name in names] == [0.2, 0.5, 5.0, None]
     assert found["generators"]["FD-VGG"]["20"]["mean"] == 3.0
     written = (tmp_path / "out" / "table.md").read_text()
     assert "| all three objectives | 3 ± 1.414 | 0.25 ± 0 |\n| real against real images | 1 | – |" in written
