@@ -19,8 +19,8 @@ the same on other networks; with real-vs-real baselines ("floors"), spreads, a c
     python eval/generation.py reach RUN_FOLDER 20
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
-sampled while it is measured; image k depends only on the seed and k. Samples are not written unless --save_images says
-where, to be measured again or elsewhere. --reference and --floor_images take an npz, or a source of `data.source`
+sampled while it is measured; image k depends only on the seed and k. Only with --save_images are samples written, to
+be measured again or elsewhere. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
 `generation.py compare` prints the differences between two results, or the reasons why they do not compare;

@@ -8,8 +8,8 @@
 
     python eval/zero_shot.py --model runs/mine/vtp --data.source FOLDER --data.resolution 256 --output zero_shot.json
 
---model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet the class
-names and CLIP's 80 templates come from open_clip, and labels are ImageNet's indices; else the data set has the names. The
+--model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet names
+and CLIP's 80 templates come from open_clip, and labels are ImageNet's indices; else the data set has the names. The
 embedding of a class is the average over its prompts, as in CLIP. Images are ADM's centre crops, or with --protocol vtp
 whole images squashed to 256 x 256 (--data.resolution), as for VTP's published numbers.
 """
