@@ -19,8 +19,8 @@ the same on other networks; with real-vs-real baselines ("floors"), spreads, a c
     python eval/generation.py reach RUN_FOLDER 20
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
-sampled while it is measured; image k depends only on the seed and k. Only with --save_images are samples written, to
-be measured again or elsewhere. --reference and --floor_images take an npz, or a source of `data.source`
+sampled while it is measured; image k depends only on the seed and k. Only --save_images writes the samples, to be
+measured again or elsewhere. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
 `generation.py compare` prints the differences between two results, or the reasons why they do not compare;
@@ -33,8 +33,8 @@ unbiased estimate of arXiv:1801.01401, not multiplied by 1000. On other networks
 vtp:FOLDER, the encoder of a saved VTP) the same metrics have the network's name and are no FID.
 
 --feature_network fdr6 measures on the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/six.py`): FDr6 is the
-mean of their Fréchet distances, each divided by that of validation images. MIND (`metrics/sliced.py`) is a distance for
-few images. Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
+mean of their Fréchet distances, each divided by that of validation images. MIND (`metrics/sliced.py`) is a distance
+for few images. Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
 
 Every distance is given as three numbers: to the whole reference, with its standard error; at sizes at which real
 images can be compared with real ones; and that of real images at these sizes, the floor. Compare the last two
