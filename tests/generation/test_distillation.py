@@ -185,6 +185,7 @@ def test_other_times_and_solvers_are_refused(tmp_path):
     for changes, message in (
         ({"num_inference_steps": 50}, "num_inference_steps is 50, expected what"),
         ({"guidance_scale": 1.5}, "has its guidance baked in"),
+        ({"guidance_scale": 1.5, "guidance": "internal"}, "has its guidance baked in"),
         ({"solver": "dopri5"}, "solver is dopri5 and time_shift None, expected pipeline"),
         ({"time_shift": 0.3}, "solver is pipeline and time_shift 0.3"),
     ):

@@ -22,6 +22,13 @@ def test_its_guidance_as_options():
     assert again == config
 
 
+@pytest.mark.parametrize("given", [{"guidance": "internal"}, {"guidance_interval": (0.0, 0.9)}])
+def test_guidance_without_a_scale_is_refused(given):
+    with pytest.raises(ValueError, match="guidance_scale is 1, .* there is --guidance.*: expected another"):
+        SamplerConfig(**given)
+    assert SamplerConfig(**given, guidance_scale=0.5).changed_guidance == given | {"guidance_scale": 0.5}
+
+
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [

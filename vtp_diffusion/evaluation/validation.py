@@ -66,6 +66,11 @@ def check_validation(config: ValidationConfig, pipeline: "LightningDiTPipeline")
         pipeline.get_label_ids(config.labels or [0])
     except ValueError as error:  # most often a configuration's labels beside other images
         raise ValueError(f"validation.labels are not classes of these images: {error}") from error
+    if config.guidance == "autoguidance":
+        raise ValueError(
+            "validation.guidance is autoguidance, expected another kind: the guide (guide.step, guide.transformer) "
+            "joins the pipeline when training has ended"
+        )
     arguments = config.num_inference_steps, config.guidance_scale, config.guidance_interval
     try:
         check_call(pipeline, *arguments, None, 1, "latent", None, None, config.guidance)

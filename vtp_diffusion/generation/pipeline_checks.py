@@ -85,17 +85,24 @@ def check_scheduler(scheduler) -> None:
         )
 
 
+def guidance_kinds(pipe) -> list[str]:
+    """The values of `guidance` that a pipeline takes."""
+    kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
+    return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None)
+
+
 def check_call(pipe, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind) -> None:
     """Raises: ValueError naming the first argument of a call that does not fit."""
     if pipe.transformer is None or pipe.scheduler is None:
         raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
     check_scheduler(pipe.scheduler)  # a pipeline's scheduler may be replaced
     config, known = pipe.transformer.config, pipe._callback_tensor_inputs
+    if config.get("student") is not None:
+        check_student(config.student, pipe.scheduler, steps, scale)
     pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
     types = OUTPUT_TYPES if pipe.vae is not None else ("latent",)
     no_vae = "" if pipe.vae is not None else ": this pipeline has no vae"
-    kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
-    kinds += ["internal"] * (config.get("base_head_layer") is not None)
+    kinds = guidance_kinds(pipe)
     inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
     for name, value, fits, expected in (
         ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
@@ -128,8 +135,6 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     ):  # fmt: skip
         if not fits:
             raise ValueError(f"{name} is {value!r}, expected {expected}")
-    if config.get("student") is not None:
-        check_student(config.student, pipe.scheduler, steps, scale)
     free = kind == "classifier_free" or (kind == "auto" and pipe.guidance_transformer is None)
     if scale != 1 and free and config.class_dropout_prob == 0:
         warnings.warn(

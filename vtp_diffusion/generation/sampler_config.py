@@ -21,6 +21,14 @@ class GuidanceConfig(Settings):
         (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance_scale == 1 and self.changed_guidance:
+            raise ValueError(
+                f"guidance_scale is 1, which is no guidance, but there is{self.guidance_words}: expected another "
+                "guidance_scale, or neither"
+            )
+
     @property
     def guidance_arguments(self) -> dict[str, Any]:
         """Keyword arguments of a pipeline's call."""
