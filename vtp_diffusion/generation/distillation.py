@@ -70,6 +70,15 @@ class TeacherConfig(GuidanceConfig):
         names = ("guidance_scale", "guidance", "guidance_interval")
         return None if self.guidance_scale == 1 else {name: getattr(self, name) for name in names}
 
+    @property
+    def guidance_text(self) -> str:
+        """The same in words, for the model card."""
+        if self.guidance_scale == 1:
+            return "no guidance"
+        kind = "" if self.guidance == "auto" else f" ({self.guidance})"
+        times = "" if self.guidance_interval == (0, 1) else " at times from {} to {}".format(*self.guidance_interval)
+        return f"guidance of scale {self.guidance_scale}{kind}{times}"
+
 
 @dataclass(kw_only=True)
 class DistillationConfig(Settings):
@@ -125,7 +134,10 @@ def check_teacher(config: DistillationConfig, teacher: DiffusionPipeline, datase
             "prediction without a class: expected 1, or another teacher.guidance"
         )
     arguments = given.guidance_interval, None, 1, "latent", None, None, kind
-    check_call(teacher, given.num_inference_steps, scale, *arguments)
+    try:
+        check_call(teacher, given.num_inference_steps, scale, *arguments)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be sampled as teacher.* says: {error}") from error
 
 
 def prepare_teacher(config: TeacherConfig, teacher: DiffusionPipeline) -> torch.Tensor:

@@ -35,7 +35,10 @@ def load_autoencoder(folder: str | Path) -> Any:
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is not the folder of a diffusers autoencoder: it has no config.json")
+        raise ValueError(
+            f"{folder} is not the folder of a diffusers autoencoder: it has no config.json. train_vtp/train.py and "
+            "pipelines/convert.py make one"
+        )
     for name, value in read_json(file).items():
         if isinstance(value, int) and abs(value) > LARGEST_SETTING:
             raise ValueError(f"{file}: {name} is {str(value)[:40]}, expected at most {LARGEST_SETTING}")
