@@ -168,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     use_fused_blocks(config, run, plain)
     teacher.vae.to(run.device)
     for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):
-        network.to(run.device, config.teacher.sampler.torch_dtype(run.device))
+        # that of diffusers warns of modules kept in float32 even if there are none
+        torch.nn.Module.to(network, run.device, config.teacher.sampler.torch_dtype(run.device))
     run.accelerator.print(f"teacher: {prepare_sampling(teacher, config.teacher.sampler)}")
     batches = latent_batches(run, config, dataset)
     inputs = distillation.distillation_inputs(run, config, teacher, times, dataset, batches)

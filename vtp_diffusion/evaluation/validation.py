@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -49,6 +49,7 @@ class DistanceConfig(Settings):
 class ValidationConfig(GuidanceConfig):
     """Settings of a validation, which samples with the EMA weights and from the same noise each time."""
 
+    section: ClassVar[str] = "validation."
     labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
     num_inference_steps: int = setting(50, "Euler steps", at_least=1)
     seed: int = setting(0, "of the noise; that of image k follows from seed and k", at_least=0)

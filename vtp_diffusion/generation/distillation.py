@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -53,6 +53,7 @@ NOISE_STREAM = 3  # of trajectories, beside the streams of latent_inputs.py
 class TeacherConfig(GuidanceConfig):
     """The trained pipeline, and how it is sampled: its guidance is what the student learns."""
 
+    section: ClassVar[str] = "teacher."
     pipeline: str = setting(help="folder of a saved pipeline", may_change=True)
     num_inference_steps: int = setting(16, "of a trajectory", at_least=2)
     solver: Literal["pipeline", "euler", "unipc"] = setting("unipc", "of trajectories; pipeline: its scheduler")

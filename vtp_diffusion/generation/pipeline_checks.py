@@ -140,7 +140,7 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
         warnings.warn(
             f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
             "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
-            stacklevel=4,
+            stacklevel=1,  # one place, so that programs, which check before they call, show it once
         )
 
 

@@ -1,7 +1,7 @@
 """Options of sampling a saved pipeline, the same for every program that does."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..runtime.config import Settings, setting
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 class GuidanceConfig(Settings):
     """How sampling is guided."""
 
+    section: ClassVar[str] = ""  # as options name it, with its dot
     guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
     guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
         "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
@@ -24,9 +25,10 @@ class GuidanceConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.guidance_scale == 1 and self.changed_guidance:
+            given = ", ".join(f"{name} {value}" for name, value in self.changed_guidance.items())
             raise ValueError(
-                f"guidance_scale is 1, which is no guidance, but there is{self.guidance_words}: expected another "
-                "guidance_scale, or neither"
+                f"{self.section}guidance_scale is 1, which is no guidance, beside {given}: expected another scale, or "
+                "nothing beside it"
             )
 
     @property

@@ -60,10 +60,12 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
     pipe = load_saved(DiffusionPipeline, folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if config is not None:
-        use_solver(pipe, config.solver, config.time_shift)
         arguments = config.guidance_scale, config.guidance_interval, config.guidance_channels
-        # at once: the first call may come after hours of reading real images
-        check_call(pipe, config.num_inference_steps, *arguments, 1, "latent", None, None, config.guidance)
+        try:  # at once: the first call may come after hours of reading real images
+            use_solver(pipe, config.solver, config.time_shift)
+            check_call(pipe, config.num_inference_steps, *arguments, 1, "latent", None, None, config.guidance)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
     return pipe.to(device)
 
 
