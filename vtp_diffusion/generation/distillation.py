@@ -71,15 +71,6 @@ class TeacherConfig(GuidanceConfig):
         names = ("guidance_scale", "guidance", "guidance_interval")
         return None if self.guidance_scale == 1 else {name: getattr(self, name) for name in names}
 
-    @property
-    def guidance_text(self) -> str:
-        """The same in words, for the model card."""
-        if self.guidance_scale == 1:
-            return "no guidance"
-        kind = "" if self.guidance == "auto" else f" ({self.guidance})"
-        times = "" if self.guidance_interval == (0, 1) else " at times from {} to {}".format(*self.guidance_interval)
-        return f"guidance of scale {self.guidance_scale}{kind}{times}"
-
 
 @dataclass(kw_only=True)
 class DistillationConfig(Settings):

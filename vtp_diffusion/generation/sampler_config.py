@@ -49,6 +49,15 @@ class GuidanceConfig(Settings):
         listed = {k: v if isinstance(v, tuple) else (v,) for k, v in self.changed_guidance.items()}
         return "".join(f" --{name} {' '.join(map(str, values))}" for name, values in listed.items())
 
+    @property
+    def guidance_text(self) -> str:
+        """The same in words."""
+        if self.guidance_scale == 1:
+            return "no guidance"
+        kind = "" if self.guidance == "auto" else f" ({self.guidance})"
+        times = "" if self.guidance_interval == (0, 1) else " at times from {} to {}".format(*self.guidance_interval)
+        return f"guidance of scale {self.guidance_scale}{kind}{times}"
+
 
 @dataclass(kw_only=True)
 class SamplerConfig(GuidanceConfig):
