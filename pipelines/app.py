@@ -102,9 +102,9 @@ class Page:
     def settings(self, folder: str) -> tuple[int, float, str, list[str]]:
         """Steps, guidance scale and solver that fit a pipeline, and the kinds of guidance it has."""
         pipe = self.open(folder)
-        if student := pipe.transformer.config.get("student"):
-            return max(student["steps"]), 1.0, "pipeline", ["auto"]
-        return 15, 2.5, "unipc", guidance_kinds(pipe)
+        student = pipe.transformer.config.get("student")
+        numbers = (15, 2.5, "unipc") if student is None else (max(student["steps"]), 1.0, "pipeline")
+        return *numbers, guidance_kinds(pipe)
 
     def generate(
         self, folder: str, labels: list[str], each: int, advance: Callable | None = None, **sampler: Any

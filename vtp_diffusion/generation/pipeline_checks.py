@@ -87,6 +87,8 @@ def check_scheduler(scheduler) -> None:
 
 def guidance_kinds(pipe) -> list[str]:
     """The values of `guidance` that a pipeline takes."""
+    if pipe.transformer.config.get("student") is not None:
+        return ["auto"]
     kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
     return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None)
 
@@ -98,7 +100,7 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     check_scheduler(pipe.scheduler)  # a pipeline's scheduler may be replaced
     config, known = pipe.transformer.config, pipe._callback_tensor_inputs
     if config.get("student") is not None:
-        check_student(config.student, pipe.scheduler, steps, scale)
+        check_student(config.student, pipe.scheduler, steps, scale, kind)
     pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
     types = OUTPUT_TYPES if pipe.vae is not None else ("latent",)
     no_vae = "" if pipe.vae is not None else ": this pipeline has no vae"
@@ -144,16 +146,19 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
         )
 
 
-def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float) -> None:
+def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float, kind: str) -> None:
     """Raises: ValueError if a few-step student is asked for what it was not trained for.
 
     Args: `student`: that entry of the transformer's configuration.
     """
     if steps not in student["steps"]:
         raise ValueError(f"num_inference_steps is {steps}, expected what this student learned: {student['steps']}")
-    if scale != 1:
+    if scale != 1 or kind != "auto":
         baked = student["guidance"] or "none"
-        raise ValueError(f"guidance_scale is {scale}, expected 1: this student has its guidance baked in ({baked})")
+        raise ValueError(
+            f"guidance is {kind!r} and guidance_scale is {scale}, expected 'auto' and 1: this student has its "
+            f"guidance baked in ({baked})"
+        )
     config, euler = scheduler.config, type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:
         raise ValueError(
