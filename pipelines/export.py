@@ -4,8 +4,8 @@
     python pipelines/export.py --pipeline runs/dit-openmoji/pipeline --output openmoji-128
     python pipelines/export.py --pipeline pipeline --output vtp-large-xl
 
-Weights, configurations and model cards are copied; what else lies in the folder is left out and named. Components of
-other classes than the exported ones and diffusers' own are refused. Then, anywhere with diffusers:
+Weights, configurations and model cards are copied; other files are left out and named. Components of other classes
+than diffusers' and the exported ones are refused. Anywhere with diffusers, load the folder by:
 
     DiffusionPipeline.from_pretrained("exported", custom_pipeline="pipeline", trust_remote_code=True)
 """

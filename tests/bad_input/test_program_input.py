@@ -306,7 +306,7 @@ def test_a_pipeline_that_cannot_sample_is_not_saved_over(folder):
         (["n02012849", "n03126707"], {0: "crane, n02012849", 1: "crane, n03126707"}),
         ({"2": "n02099601"}, {"2": "golden retriever, n02099601"}),
         (["n02099601", "cat"], {0: "n02099601", 1: "cat"}),
-        (["n99999999"], "n99999999 is no class of ImageNet"),
+        (["n99999999"], "n99999999 is not a class of ImageNet"),
         ([["cat"]], "must hold texts"),
         ("cat", "must hold texts"),
     ],

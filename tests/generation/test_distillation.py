@@ -113,7 +113,7 @@ def test_a_student_begins_as_its_teacher():
         assert torch.equal(student(x, t, labels, next_timestep=later).sample, expected)
     guidance = {"guidance_scale": 2.0, "guidance": "auto", "guidance_interval": (0.0, 1.0)}
     assert student.config.student == {"steps": [1, 2, 4], "shift": 2.0, "guidance": guidance}
-    with pytest.raises(ValueError, match="next_timestep is given, but this is no student"):
+    with pytest.raises(ValueError, match="next_timestep is given, but this model is not a student"):
         teacher.transformer(x, t, labels, next_timestep=t)
 
 
@@ -162,7 +162,7 @@ def test_on_a_gpu_a_student_is_sped_up():
     [
         ({"num_inference_steps": 3}, "num_inference_steps is 3, expected what this student learned: .1, 2, 4."),
         ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected 'auto' and 1: .* guidance baked in .*2.5"),
-        ({"guidance": "internal"}, "guidance is 'internal' and .*, expected 'auto' and 1: .* baked in"),
+        ({"guidance": "internal"}, "guidance is 'internal', .*, expected 'auto' and 1: .* baked in"),
     ],
 )
 def test_what_a_student_was_not_trained_for_is_refused(given, message):

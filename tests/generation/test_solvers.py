@@ -27,6 +27,24 @@ def test_the_adaptive_solver_ends_where_upstreams_does(name):
     assert relative_error(found, golden["sample.dopri5_5"]) < 1e-5 and 8 <= len(calls) < 200
 
 
+def test_the_adaptive_solver_guides_its_last_step_beyond_the_end_too():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    golden = load_file(GOLDEN / "lightning_dit_released" / "golden.safetensors")
+    pipe, labels = pipeline(load_lightning_dit("lightning_dit_released")), golden["sample.label"]
+    times = []
+
+    def velocity(t, x):
+        times.append(t.item())
+        return pipe._velocity(x, times[-1], labels, 4.0, 3)
+
+    with torch.no_grad():
+        expected = torchdiffeq.odeint(
+            velocity, golden["sample.noise"], torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-6, method="dopri5"
+        )[-1]
+    found = solve_adaptively(pipe, labels.tolist(), golden["sample.noise"], guidance_scale=4.0, guidance_channels=3)
+    assert max(times) > 1 and relative_error(found, expected) < 1e-6
+
+
 def tiny():
     torch.manual_seed(0)
     transformer = LightningDiTTransformer2DModel(

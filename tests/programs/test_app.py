@@ -112,7 +112,7 @@ def test_the_page_in_a_browser(app, page):
     if (chromium := shutil.which("chromium")) is None:
         pytest.skip("there is no chromium")
     blocks = app.build_page(page)
-    _, address, _ = blocks.launch(prevent_thread_lock=True, **app.look())
+    _, address, _ = blocks.launch(prevent_thread_lock=True, **app.appearance())
     asked = []
     try:
         with playwright.sync_playwright() as driver:

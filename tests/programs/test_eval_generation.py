@@ -322,8 +322,8 @@ def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_
         (["--reference", "missing.npz"], "reference missing.npz is not there"),
         (["--weights", "vgg16=none.safetensors", "--feature_network", "vgg16"], "none.safetensors"),
         (["--weights", "clip_l=x", "--feature_network", "vgg16"], "weights are given for clip_l, measured are vgg16"),
-        (["--reference", "/missing"], "reference is '/missing', which is no folder"),
-        (["--floor_images", "./missing"], "floor_images is './missing', which is no folder"),
+        (["--reference", "/missing"], "reference is '/missing', which is not a folder"),
+        (["--floor_images", "./missing"], "floor_images is './missing', which is not a folder"),
     ],
 )
 def test_bad_input(words, message, evaluate, reference, tmp_path):

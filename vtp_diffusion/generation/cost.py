@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..training.rates import forward_flops
+from .pipeline_checks import is_guided
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,9 +57,8 @@ def sampling_cost(
         return found
     count = len(pipe._set_timesteps(num_inference_steps, pipe.device))
     times = [1 - sigma for sigma in pipe.scheduler.sigmas.tolist()[:count]]
-    low, high = guidance_interval
     asked = guidance_scale != 1 and getattr(config, "student", None) is None  # a student's guidance is baked in
-    guided = sum(low <= t <= high for t in times) if asked else 0
+    guided = sum(is_guided(t, guidance_interval) for t in times) if asked else 0
     if guidance == "internal":
         second = head_flops(config)
     else:

@@ -29,7 +29,7 @@ from ..models.latent_space import latent_statistics
 from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import exact_float32
 from .flow_matching import interpolate, sample_times, scheduler_shift, shift_times
-from .pipeline_checks import check_call
+from .pipeline_checks import check_call, is_guided
 from .sampler_config import GuidanceConfig, SamplerConfig
 from .sampling import pipeline_identity
 from .solvers import use_solver
@@ -262,8 +262,7 @@ def teacher_velocity(
     """The guided velocity (B, C, h, w) of latents at (B,) times."""
     scale: float | torch.Tensor = config.guidance_scale
     if scale != 1:
-        low, high = config.guidance_interval
-        scale = _wide(torch.where((low <= times) & (times <= high), scale, 1.0))
+        scale = _wide(torch.where(is_guided(times, config.guidance_interval), scale, 1.0))
     return teacher._velocity(latents, times, labels, scale, None, config.guidance)
 
 

@@ -24,6 +24,15 @@ def is_number(value: Any, low: float = 0, high: float = sys.float_info.max, kind
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
+def is_guided(t: float | torch.Tensor, interval: tuple[float, float]) -> bool | torch.Tensor:
+    """Whether guidance acts at time t, a number or (B,): low <= t <= high, up to the rounding of float32 times.
+
+    A high of 1 bounds nothing: the last step of an adaptive solver goes past the end and is cut back.
+    """
+    low, high = interval
+    return (low - 1e-6 <= t) & ((t <= high + 1e-6) | (high == 1))
+
+
 def normal_name(name: str) -> str:
     """A name as it is compared: one form of accented letters, whichever a file system or keyboard gave."""
     return unicodedata.normalize("NFC", name.strip())
@@ -87,8 +96,6 @@ def check_scheduler(scheduler) -> None:
 
 def guidance_kinds(pipe) -> list[str]:
     """The values of `guidance` that a pipeline takes."""
-    if pipe.transformer.config.get("student") is not None:
-        return ["auto"]
     kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
     return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None)
 
@@ -102,20 +109,17 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     if config.get("student") is not None:
         check_student(config.student, pipe.scheduler, steps, scale, kind)
     pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
-    types = OUTPUT_TYPES if pipe.vae is not None else ("latent",)
-    no_vae = "" if pipe.vae is not None else ": this pipeline has no vae"
-    kinds = guidance_kinds(pipe)
+    types, no_vae = (OUTPUT_TYPES, "") if pipe.vae is not None else (("latent",), ": this pipeline has no vae")
+    kinds, least = guidance_kinds(pipe), int(kind == "internal")
     inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
     for name, value, fits, expected in (
         ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
         ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
-        ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
+        ("guidance_scale", scale, is_number(scale, least), f"{least} or more with guidance {kind!r}"),
         (
             "guidance", kind, isinstance(kind, str) and kind in kinds,
-            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a transformer with a "
-            "base_head_layer",
+            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a base_head_layer",
         ),
-        ("guidance_scale", scale, kind != "internal" or scale >= 1, "1 or more with internal guidance"),
         (
             "guidance_interval", interval,
             pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
@@ -142,7 +146,7 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
         warnings.warn(
             f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
             "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
-            stacklevel=1,  # one place, so that programs, which check before they call, show it once
+            stacklevel=1,  # one place, for a warning shown once
         )
 
 
@@ -156,8 +160,8 @@ def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: fl
     if scale != 1 or kind != "auto":
         baked = student["guidance"] or "none"
         raise ValueError(
-            f"guidance is {kind!r} and guidance_scale is {scale}, expected 'auto' and 1: this student has its "
-            f"guidance baked in ({baked})"
+            f"guidance is {kind!r}, guidance_scale is {scale}, expected 'auto' and 1: this student has its guidance "
+            f"baked in ({baked})"
         )
     config, euler = scheduler.config, type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:

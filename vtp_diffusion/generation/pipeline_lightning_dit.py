@@ -26,7 +26,15 @@ from ..data.images import check_finite, to_pil
 from ..models.autoencoder_vtp import AutoencoderVTP
 from ..models.latent_space import decode_to_images
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
-from .pipeline_checks import check_call, check_components, check_names, check_scheduler, is_number, normal_name
+from .pipeline_checks import (
+    check_call,
+    check_components,
+    check_names,
+    check_scheduler,
+    is_guided,
+    is_number,
+    normal_name,
+)
 
 DEFAULT_STEPS = 50
 
@@ -244,7 +252,7 @@ class LightningDiTPipeline(DiffusionPipeline):
                     self._current_timestep = timestep
                     t = 1 - sigmas[step]
                     # read at every step: a callback may change it
-                    scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
+                    scale = self.guidance_scale if is_guided(t, guidance_interval) else 1.0
                     if student is None:
                         velocity = self._velocity(latents, t, labels, scale, guidance_channels, guidance)
                     else:  # the mean one, up to the next time

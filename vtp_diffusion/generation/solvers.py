@@ -10,7 +10,7 @@ import torch
 
 from ..runtime.optional_packages import require
 from .flow_matching import scheduler_shift
-from .pipeline_checks import check_call
+from .pipeline_checks import check_call, is_guided
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -82,8 +82,7 @@ def solve_adaptively(
     ids = torch.tensor(labels, device=latents.device)
 
     def velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        low, high = guidance_interval
-        scale = guidance_scale if low <= t.item() <= high else 1.0
+        scale = guidance_scale if is_guided(t.item(), guidance_interval) else 1.0
         if on_evaluation is not None:
             on_evaluation()
         return pipe._velocity(x, t.item(), ids, scale, guidance_channels, guidance)
