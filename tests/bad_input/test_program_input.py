@@ -129,7 +129,7 @@ def test_a_name_that_is_a_number_is_one_rule(ends, tmp_path):
         (["golden retriever"], [0], [1]),
         (["0", "1", "2"], [2, 0], [2, 0]),  # no names: numbers
         (["cat", "lizard"], [0, 0], [0, 0]),
-        (["cat", "lizard"], [0, 1], "1 classes of the reference are none.* the first is 'lizard'"),
+        (["cat", "lizard"], [0, 1], "1 classes of the reference match none.* the first is 'lizard'"),
         (["cat, dog"], [0], "the first is 'cat, dog'"),
     ],
 )
@@ -227,7 +227,7 @@ def test_export_refuses_a_foreign_component_in_memory(tmp_path):
     class Mine(type(tiny_pipeline().scheduler)):
         pass
 
-    with pytest.raises(ValueError, match="scheduler: .*'Mine'.*code of others is not exported"):
+    with pytest.raises(ValueError, match="scheduler: .*'Mine'.*code of other packages is not exported"):
         export_pipeline(tiny_pipeline(scheduler=Mine()), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
@@ -339,7 +339,7 @@ def test_a_generator_is_tuned_to_other_classes(tmp_path, capsys):
     before.save_pretrained(tmp_path / "released")
     config = ModelConfig(num_layers=2, num_attention_heads=2, attention_head_dim=8)
     after = build_transformer(config, (4, 4, 4), 5, 0.2, str(tmp_path / "released"))
-    assert "released: 3 classes give way to 5 others" in capsys.readouterr().out
+    assert "released: 3 classes are replaced by 5 others" in capsys.readouterr().out
     assert after.config.num_classes == 5 and after.class_embed.weight.shape == (6, 16)
     old, new = before.state_dict(), after.state_dict()
     assert torch.equal(new.pop("class_embed.weight")[-1], old.pop("class_embed.weight")[-1])

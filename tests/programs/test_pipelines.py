@@ -218,7 +218,7 @@ def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
     refused("unknown label 'cats'", *common, "out", "--labels", "cats")
     refused("class index 3 does not exist: expected 0 to 2", *common, "out", "--labels", 3)
     refused("guidance_interval", *common, "out", "--labels", 1, "--guidance_interval", 0.5, 0.2)
-    refused("files of something else", *common, "full", "--labels", 1)
+    refused("holds other files, no settings.json", *common, "full", "--labels", 1)
     refused("ending in .png or .npz", *common, "out.jpg", "--labels", 1)
     refused("batch_size is 0, expected a positive number", *common, "out", "--labels", 1, "--batch_size", 0)
     refused("model_index.json", "generate.py", "--pipeline", "full", "--labels", 1, "--output", "out")

@@ -112,7 +112,7 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path, made):
     assert done.returncode == 0, done.stderr
     assert "the pipeline is in run/pipeline" in done.stdout
     end = "written: run, run/pipeline; next: python pipelines/generate.py --pipeline run/pipeline --num_images 16"
-    end += " --guidance_scale 2.0"
+    end += " --output samples.png --guidance_scale 2.0"
     assert done.stdout.splitlines()[-1].startswith(end)
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40 and lines[-1]["loss"] < lines[0]["loss"]

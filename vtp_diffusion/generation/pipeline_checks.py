@@ -1,4 +1,4 @@
-"""What fits a LightningDiT pipeline: numbers, class names, components and schedulers."""
+"""Checks of what a LightningDiT pipeline is given: numbers, class names, components and schedulers."""
 
 import sys
 import unicodedata
@@ -12,7 +12,7 @@ import torch
 MANY = 1_000_000
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-# These follow the flow when their settings say so.
+# These integrate the flow only with the settings that `check_scheduler` expects.
 SOLVERS = (
     "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler", "SASolverScheduler",
@@ -20,7 +20,7 @@ SOLVERS = (
 
 
 def is_number(value: Any, low: float = 0, high: float = sys.float_info.max, kind: type = Real) -> bool:
-    """Whether a value is a finite number of this kind between the bounds; booleans are none."""
+    """Whether a value is a finite number of this kind between the bounds; booleans do not count as numbers."""
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
 
 
@@ -89,8 +89,8 @@ def check_scheduler(scheduler) -> None:
     if faults or classes.isdisjoint(FLOW_SCHEDULERS + SOLVERS):
         raise ValueError(
             f"scheduler is {type(scheduler).__name__} ({', '.join(faults)}), which does not follow the flow: expected "
-            f"{', '.join(FLOW_SCHEDULERS)}, or with use_flow_sigmas=True, prediction_type='flow_prediction' and "
-            f"flow_shift (from_config drops what others call shift) {', '.join(SOLVERS)}"
+            f"{', '.join(FLOW_SCHEDULERS)}, or one of {', '.join(SOLVERS)} with use_flow_sigmas=True, "
+            "prediction_type='flow_prediction' and flow_shift (from_config does not take it over from shift)"
         )
 
 
@@ -156,12 +156,12 @@ def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: fl
     Args: `student`: that entry of the transformer's configuration.
     """
     if steps not in student["steps"]:
-        raise ValueError(f"num_inference_steps is {steps}, expected what this student learned: {student['steps']}")
+        raise ValueError(f"num_inference_steps is {steps}, expected one that this student learned: {student['steps']}")
     if scale != 1 or kind != "auto":
         baked = student["guidance"] or "none"
         raise ValueError(
-            f"guidance is {kind!r}, guidance_scale is {scale}, expected 'auto' and 1: this student has its guidance "
-            f"baked in ({baked})"
+            f"guidance is {kind!r} and guidance_scale {scale}, expected neither: this student has its guidance baked "
+            f"in ({baked})"
         )
     config, euler = scheduler.config, type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LabelRule = Literal["random", "balanced", "reference"]
-NOISE_RULE = "a hash of seed and image"  # in the words of settings and results; version 0.1: seed + image, unnamed
+NOISE_RULE = "a hash of seed and image"  # written to settings and results; version 0.1 wrote none: seed + image
 
 
 def draw_labels(
@@ -70,7 +70,7 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
 
 
 def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Labels of a data set as a pipeline numbers its classes: found by name where both have names, for one number may
+    """Labels of a data set -> class indices of a pipeline: matched by name if both have names, since one number may
     mean two classes.
 
     Args: `names`: of the data set's classes; a class that is called by its own number has no name.
@@ -89,8 +89,8 @@ def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequen
             missing.append(names[label])
     if missing:
         raise ValueError(
-            f"labels 'reference': {len(missing)} classes of the reference are none, or several, of the pipeline's "
-            f"{len(known)}, the first is {missing[0]!r}: expected the same names (id2label)"
+            f"labels 'reference': {len(missing)} classes of the reference match none, or several, of the pipeline's "
+            f"{len(known)} classes, the first is {missing[0]!r}: expected the same names (id2label)"
         )
     return [found[label] for label in labels]
 
@@ -120,8 +120,8 @@ def sample_numbers(
 ) -> torch.Tensor:
     """The images with the given numbers of a class-conditional pipeline, at once: uint8 (B, 3, H, W) on the CPU.
 
-    A pipeline in float32 computes without TensorFloat-32: there, and with a float32 rotary embedding, the batch an
-    image is made in moves it by one level at most. `benchmarks/batch_invariance.py` measures other precisions.
+    A pipeline in float32 computes without TF32. With a float32 rotary embedding too, the batch that an image is in
+    changes its pixels by one level at most. `benchmarks/batch_invariance.py` measures other precisions.
 
     Args:
         labels: of all images; image k has labels[k].
@@ -163,7 +163,7 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
     """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision, and
     how noise follows from the seed."""
     weights = {}
-    with ThreadPoolExecutor() as pool:  # hashing is most of a start, and lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashing takes most of the start-up time, and releases the GIL
         for name in ("vae", "transformer", "guidance_transformer"):
             if getattr(pipe, name, None) is not None:
                 hashes = pool.map(_tensor_sha256, *zip(*sorted(getattr(pipe, name).state_dict().items()), strict=True))
@@ -176,12 +176,12 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
 def _tensor_sha256(name: str, tensor: torch.Tensor) -> str:
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(content)  # not joined: the tensors of XL/1 would be copied
+    digest.update(content)  # by itself: joining it with the name would copy it
     return digest.hexdigest()
 
 
 def to_bfloat16(pipeline: DiffusionPipeline) -> None:
-    """Cast the networks, as `to` of diffusers does, which warns of modules kept in float32 even if there are none."""
+    """Cast the networks. diffusers' `to` would do it too, but warns of modules kept in float32 even without any."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.bfloat16()

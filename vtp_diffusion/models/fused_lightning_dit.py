@@ -65,7 +65,7 @@ def fuse_training(network: LightningDiTTransformer2DModel, recompute: bool = Fal
         block.fused = fused
 
 
-def filled_swiglu(mlp: LightningDiTSwiGLU, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def padded_swiglu(mlp: LightningDiTSwiGLU, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weight (2 I, D) and bias (2 I,) of `w12`, and weight (D, I) of `w3`, the weights in `dtype`. I is padded with
     zeros to a multiple of 16, which does not change the result.
 
@@ -103,7 +103,7 @@ class FusedBlock:
         with self._recomputing(normed, self._norm, hidden_states, *norm1, normed.dtype):
             update, bias = self._attention(block.attn, normed, rotary)
         hidden_states, normed = self._add_and_norm(hidden_states, update, bias, gate_attn, *norm2)
-        first, bias, last = filled_swiglu(block.mlp, normed.dtype)
+        first, bias, last = padded_swiglu(block.mlp, normed.dtype)
         with self._recomputing(normed, self._norm, hidden_states, *norm2, normed.dtype):
             product = F.linear(normed, first)  # (B, N, 2 I)
         activated = SwiGLU.apply(product, bias, self.swiglu_kernels)
