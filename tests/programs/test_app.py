@@ -61,7 +61,7 @@ def test_the_inputs_begin_with_what_a_pipeline_can_do(app, page, pipeline_folder
     steps, scale, solver, kinds = of_student.settings(str(tmp_path))
     given = {"num_inference_steps": steps, "guidance_scale": scale, "solver": solver, "guidance": kinds[0]}
     assert steps == 4 and len(of_student.generate(str(tmp_path), ["0"], 1, **given)[0]) == 1
-    with pytest.raises(ValueError, match="num_inference_steps is 15, expected what this student learned"):
+    with pytest.raises(ValueError, match="num_inference_steps is 15, expected one that this student learned"):
         of_student.generate(str(tmp_path), ["0"], 1, **given | {"num_inference_steps": 15})
 
 
