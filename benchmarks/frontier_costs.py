@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_training import make_data
-from launching import ROOT, device_name, program_environment, read_log, run_to_its_end, torchrun
+from launching import ROOT, check_known, device_name, program_environment, read_log, run_to_its_end, torchrun
 from sampling import TINY, TINY_VAE, milliseconds
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -42,6 +42,7 @@ METHODS = {
     "Muon": ({}, "muon"),
 }
 STEPS = 12  # of each stage of a student
+PARTS = ("evaluations", "training", "student")
 
 
 @dataclass(kw_only=True)
@@ -50,10 +51,12 @@ class BenchmarkConfig(Settings):
     batch_size: int = setting(128, "images of an evaluation, and of a step of training", at_least=1)
     student_batch_size: int = setting(64, "images of a student's step", at_least=4)
     repeats: int = setting(10, "evaluations that are timed", at_least=1)
+    parts: list[str] = setting(default_factory=lambda: list(PARTS), help=f"some of {', '.join(PARTS)}")
     tiny: bool = setting(False, "tiny networks, to try the benchmark itself")
 
     def __post_init__(self):
         super().__post_init__()
+        check_known("parts", self.parts, PARTS)
         check_output(self.output)
 
 
@@ -135,14 +138,14 @@ def student_steps(config: BenchmarkConfig, folder: Path) -> dict:
     words = ["--latents", folder / "latents", "--teacher.pipeline", folder / "teacher", "--output_dir", folder / "run"]
     words += ["--teacher.guidance_scale", 1.5, "--train_batch_size", config.student_batch_size, "--log_steps", 1]
     words += ["--trajectory_steps", STEPS, "--max_train_steps", 2 * STEPS, "--report_to", "none"]
-    words += ["--compile", str(not config.tiny).lower(), "--save_dtype", "bfloat16"]
+    words += ["--mixed_precision", "bf16", "--save_dtype", "bfloat16"]
     words += ["--validation.num_inference_steps", 4]
     run_to_its_end(torchrun(1, ROOT / "train_dit" / "distill.py", *words), program_environment())
     lines = [line for line in read_log(folder / "run") if "loss" in line]
     moments = [0.0] + [line["seconds"] for line in lines]
     seconds = [after - before for before, after in zip(moments, moments[1:], strict=False)]
-    # the first steps of a stage compile; of the first stage every eighth integrates the trajectories of eight
-    trajectory, distillation = seconds[3:STEPS], seconds[STEPS + 3 :]
+    # in the first steps passes are recorded; of the first stage every eighth integrates the trajectories of eight
+    trajectory, distillation = seconds[4:STEPS], seconds[STEPS + 3 :]
     return {
         "images": config.student_batch_size,
         "trajectory_ms": 1000 * statistics.median(trajectory),
@@ -154,19 +157,24 @@ def student_steps(config: BenchmarkConfig, folder: Path) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchmarkConfig, argv, __doc__)
-    results = {"device": device_name(), "torch": torch.__version__, "guided_evaluation_ms": guided_evaluations(config)}
-    results["passes"] = "none 1, classifier_free 2, autoguidance 1 and B/1's, internal 1"
-    print(json.dumps(results), flush=True)
-    write_results(config.output, "frontier_costs", config, results)
-    results["training_step"] = {}
-    for method in METHODS:
-        results["training_step"][method] = training_step(config, method)
-        print(method, results["training_step"][method], flush=True)
+    results = {"device": device_name(), "torch": torch.__version__}
+
+    def keep(name: str, values: dict) -> None:
+        results[name] = values
+        print(json.dumps({name: values}), flush=True)
         write_results(config.output, "frontier_costs", config, results)
-    with tempfile.TemporaryDirectory() as folder:
-        results["student_step"] = student_steps(config, Path(folder))
-    print(json.dumps(results["student_step"]), flush=True)
-    write_results(config.output, "frontier_costs", config, results)
+
+    if "evaluations" in config.parts:
+        results["passes"] = "none 1, classifier_free 2, autoguidance 1 and B/1's, internal 1"
+        keep("guided_evaluation_ms", guided_evaluations(config))
+    if "training" in config.parts:
+        steps = {}
+        for method in METHODS:
+            steps[method] = training_step(config, method)
+            keep("training_step", steps)
+    if "student" in config.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            keep("student_step", student_steps(config, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     python pipelines/app.py --pipeline runs/dit-openmoji/pipeline weights/openmoji-128 --reference openmoji
     python pipelines/app.py --pipeline FOLDER --reference train.npz --port 8080
 
-The page is served on this machine until Ctrl-C. With --reference, the images that the first pipeline learned from,
-each generated image is shown with the nearest of them (extra `eval`); their features are computed before the page
-opens: 3,415 of OpenMoji took 2.4 minutes of one CPU core.
-Image k of a request comes from the seed and k: it is the image that pipelines/generate.py makes of the same labels.
+The page is served on this machine until Ctrl-C. --reference gives the training images of the first pipeline: each
+generated image is then shown with its nearest training image (extra `eval`). Their features are computed before the
+page opens: 3,415 images of OpenMoji took 2.4 minutes of one CPU core.
+Image k of a request depends only on the seed, k and its label, so pipelines/generate.py makes the same images.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, re
 from vtp_diffusion.data.images import enlarged, from_pil, to_pil, to_uint8
 from vtp_diffusion.evaluation.sources import check_real_images, pipeline_image_size
 from vtp_diffusion.evaluation.training_images import TrainingImages
+from vtp_diffusion.generation.pipeline_checks import guidance_kinds
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
 from vtp_diffusion.generation.solvers import use_solver
@@ -72,7 +73,7 @@ class AppConfig(Settings):
 
 
 class Page:
-    """What the page computes, of one pipeline at a time."""
+    """The computations behind the page, with one pipeline loaded at a time."""
 
     def __init__(self, config: AppConfig):
         for folder in config.pipeline:
@@ -84,26 +85,33 @@ class Page:
             self.training = TrainingImages(config.reference, pipeline_image_size(pipe), config.device)
 
     def open(self, folder: str) -> LightningDiTPipeline:
-        """The pipeline of a folder, which stays open until another one is asked for."""
+        """The pipeline in a folder, which stays loaded until another one is asked for."""
         if folder != self.folder:
-            pipe = open_pipeline(folder, SamplerConfig(), self.config.device)
+            pipe = open_pipeline(folder, None, self.config.device)
             if not hasattr(pipe, "get_label_ids") or pipe.vae is None:
                 raise ValueError(f"{folder} holds a {type(pipe).__name__}, expected a LightningDiTPipeline with a vae")
             self.folder, self.pipe, self.scheduler = folder, pipe, pipe.scheduler
         return self.pipe
 
     def names(self, folder: str) -> list[str]:
-        """The classes of a pipeline, those without a name by their index."""
+        """Names of a pipeline's classes; the index of a class without a name."""
         pipe = self.open(folder)
         known = pipe.config.id2label or {}
         return [known.get(str(index), str(index)) for index in range(pipe.transformer.config.num_classes)]
 
+    def settings(self, folder: str) -> tuple[int, float, str, list[str]]:
+        """Steps, guidance scale and solver that fit a pipeline, and the kinds of guidance it has."""
+        pipe = self.open(folder)
+        if student := pipe.transformer.config.get("student"):
+            return max(student["steps"]), 1.0, "pipeline", ["auto"]
+        return 15, 2.5, "unipc", guidance_kinds(pipe)
+
     def generate(
         self, folder: str, labels: list[str], each: int, advance: Callable | None = None, **sampler: Any
     ) -> tuple[Pictures, Pictures]:
-        """Images of each label, and beside a reference the nearest training image of each.
+        """Images of each label and, with a reference, the nearest training image of each.
 
-        Args: `sampler`: fields of `SamplerConfig`. Raises: ValueError of whatever does not fit.
+        Args: `each`: images per label; `sampler`: fields of `SamplerConfig`. Raises: ValueError for wrong input.
         """
         config = build_config(SamplerConfig, sampler, "the page")
         pipe = self.open(folder)
@@ -128,7 +136,7 @@ class Page:
         side = pipeline_image_size(pipe)[0]
         try:
             image = read_image(file)
-        except UnreadableImageError as error:  # which names the copy that was uploaded
+        except UnreadableImageError as error:  # whose message names the uploaded copy
             raise ValueError(f"{Path(file).name} cannot be read as an image") from error
         original = to_uint8(from_pil(center_crop(image, side)))[None]  # (1, 3, R, R)
         result = reconstruct(pipe.vae, original)
@@ -138,28 +146,34 @@ class Page:
 
 
 def build_page(page: Page) -> Blocks:
-    """The page itself: inputs, what they start, and one message where that is refused."""
+    """The page: inputs, what they start, and one message for wrong input."""
     gradio = require("gradio", extra="app")
     folders, names = page.config.pipeline, page.names(page.config.pipeline[0])
+    steps, scale, solver, kinds = page.settings(folders[0])
 
     def readable(function: Callable, *arguments: Any, **options: Any) -> Any:
         try:
             return function(*arguments, **options)
-        except INPUT_ERRORS as error:  # which the page shows as HTML; others are printed with their traceback
+        except INPUT_ERRORS as error:  # shown as HTML; other errors print their traceback
             raise gradio.Error(html.escape(str(error)), duration=None, print_exception=False) from error
 
-    def generate(folder, labels, each, seed, steps, guidance, solver, progress=gradio.Progress()):  # noqa: B008
+    def generate(folder, labels, each, seed, steps, scale, solver, kind, progress=gradio.Progress()):  # noqa: B008
         done = itertools.count(1)
         advance = lambda: progress((next(done), None), desc="network", unit="evaluations")  # noqa: E731
-        sampler = {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
-        return readable(page.generate, folder, labels, each, advance, **sampler)
+        sampler = {"seed": seed, "num_inference_steps": steps, "guidance_scale": scale, "solver": solver}
+        return readable(page.generate, folder, labels, each, advance, **sampler, guidance=kind)
 
-    def classes_of(folder):
+    def of_pipeline(folder):
         names = readable(page.names, folder)
-        return gradio.Dropdown(choices=names, value=names[:2], **several)
+        *numbers, kinds = page.settings(folder)
+        return (
+            gradio.Dropdown(choices=names, value=names[:2], **several),
+            *numbers,
+            gradio.Dropdown(choices=kinds, value="auto"),
+        )
 
-    several = {"multiselect": True, "allow_custom_value": True}  # an index, or a synonym
-    alone = {"concurrency_id": "pipeline", "concurrency_limit": 1}  # one pipeline is open, with one scheduler
+    several = {"multiselect": True, "allow_custom_value": True}  # custom: an index or a synonym
+    alone = {"concurrency_id": "pipeline", "concurrency_limit": 1}  # one request at a time
     with gradio.Blocks(title="vtp-diffusion", analytics_enabled=False) as blocks:
         gradio.Markdown("# vtp-diffusion")
         folder = gradio.Dropdown(folders, value=folders[0], label="Pipeline")
@@ -167,9 +181,10 @@ def build_page(page: Page) -> Blocks:
             with gradio.Column(scale=2, min_width=300):
                 labels = gradio.Dropdown(names, value=names[:2], label="Classes", **several)
                 each = gradio.Slider(1, 16, value=4, step=1, label="Images of each class")
-                steps = gradio.Slider(1, 250, value=15, step=1, label="Steps")
-                guidance = gradio.Slider(0, 10, value=2.5, step=0.1, label="Guidance scale (1: none)")
-                solver = gradio.Dropdown(SOLVERS, value="unipc", label="Solver")
+                steps = gradio.Slider(1, 250, value=steps, step=1, label="Steps")
+                scale = gradio.Slider(0, 10, value=scale, step=0.1, label="Guidance scale (1: none)")
+                kind = gradio.Dropdown(kinds, value="auto", label="Guidance")
+                solver = gradio.Dropdown(SOLVERS, value=solver, label="Solver")
                 seed = gradio.Number(0, label="Seed", precision=0)
                 start = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=3, min_width=300):
@@ -181,15 +196,16 @@ def build_page(page: Page) -> Blocks:
                 give_back = gradio.Button("Reconstruct", variant="primary")
             with gradio.Column(scale=3, min_width=300):
                 pair = gradio.Gallery(label="Original and reconstruction", columns=2, height="auto")
-        sampling = [folder, labels, each, seed, steps, guidance, solver]
+        sampling = [folder, labels, each, seed, steps, scale, solver, kind]
         start.click(generate, sampling, [images, nearest], api_name="generate", **alone)
         give_back.click(partial(readable, page.reconstruct), [folder, picture], pair, api_name="reconstruct", **alone)
-        folder.change(classes_of, folder, labels, api_name="classes", **alone)
+        chosen = [labels, steps, scale, solver, kind]
+        folder.change(of_pipeline, folder, chosen, api_name="of_pipeline", **alone)
     return blocks
 
 
-def look() -> dict[str, Any]:
-    """What `launch` is told of the page's looks; fonts are those of the browser, none are fetched from elsewhere."""
+def appearance() -> dict[str, Any]:
+    """Arguments of `launch` for the page's look. Fonts are the browser's: none are downloaded."""
     theme = require("gradio", extra="app").themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return {"theme": theme, "css": STYLE, "quiet": True}
 
@@ -198,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(AppConfig, argv, __doc__)
     require("gradio", extra="app")
     blocks = build_page(Page(config))
-    blocks.launch(server_port=config.port, share=config.share, prevent_thread_lock=True, **look())
+    blocks.launch(server_port=config.port, share=config.share, prevent_thread_lock=True, **appearance())
     print(f"the page is at {blocks.share_url or blocks.local_url} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
 

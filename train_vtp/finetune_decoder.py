@@ -6,10 +6,10 @@
 
 `--vae` is an AutoencoderVTP folder or the run folder of train_vtp/train.py. Every field of the configuration is also
 an option (--help lists them). The same command again resumes an interrupted run. The run folder ends with vae/, whose
-latents are those of the autoencoder it began with, so that a generator trained on them goes on working, and
-results.json: PSNR and LPIPS before and after, and the signs of collapse that were seen, if any. The averaged decoder
-of the last validation before any such sign is kept in decoder_before_collapse.safetensors; where PSNR falls by 3 dB
-the run ends, and vae/ has that decoder (--stop_on_collapse false: it goes on).
+latents are those of the given autoencoder, so that a generator trained on them still works, and results.json: PSNR and
+LPIPS before and after, and the signs of collapse that were seen, if any. The averaged decoder of the last validation
+before any such sign is kept in decoder_before_collapse.safetensors; if PSNR falls by 3 dB, the run ends and vae/ gets
+that decoder (--stop_on_collapse false: training goes on).
 """
 
 import copy
@@ -75,10 +75,10 @@ class Config(TrainingConfig):
         16, "held-out images in the grid: originals above reconstructions", may_change=True, at_least=1
     )
     stop_on_collapse: bool = setting(
-        True, "end when PSNR has fallen, with the decoder from before; else go on", may_change=True
+        True, "end the run when PSNR has fallen, with the decoder from before", may_change=True
     )
     evaluation_images: int | None = setting(
-        None, "images measured of either split, none = all", may_change=True, at_least=1
+        None, "images of each split to measure; none: all", may_change=True, at_least=1
     )
 
     def __post_init__(self):
@@ -90,7 +90,7 @@ class Config(TrainingConfig):
             )
         if self.reconstruction.weight != 1:
             raise ValueError(
-                f"reconstruction.weight is {self.reconstruction.weight}, expected 1: adversarial.weight balances"
+                f"reconstruction.weight is {self.reconstruction.weight}, expected 1: set adversarial.weight instead"
             )
         if self.adversarial.start_step >= self.max_train_steps:
             raise ValueError(
@@ -121,20 +121,20 @@ def measure(autoencoder: "AutoencoderVTP", dataset, config: Config, perceptual) 
 
 
 def psnr_name(datasets: dict) -> str:
-    """How the log calls the PSNR that tells of a collapse."""
+    """Name in the log of the PSNR that shows a collapse."""
     return f"{list(datasets)[-1]}_psnr"
 
 
 def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> None:
-    """PSNR and LPIPS on held-out images, originals above reconstructions, and a word if the GAN collapses. As long as
-    it does not, the decoder is kept."""
+    """Report PSNR and LPIPS on held-out images, a grid of originals above reconstructions, and signs of collapse. As
+    long as there are no harmful ones, the decoder is saved."""
     name, dataset = list(datasets.items())[-1]
     measured = measure(autoencoder, dataset, config, perceptual)
     values = {f"{name}_{key}": value for key, value in measured.items()}
     log = [*(run.folder.read_log() if step > 0 else []), {"step": step} | values]
     signs = collapse_signs(log, config.adversarial.start_step, psnr_name(datasets))
     for sign in signs:
-        if sign["step"] > step - config.validation_steps:  # the others were told before
+        if sign["step"] > step - config.validation_steps:  # the others were printed before
             print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
     if not harmful(signs):
         with replacing(run.folder.path / SOUND) as unfinished:
@@ -149,9 +149,9 @@ def collapsed(run: TrainingRun, config: Config, datasets: dict) -> bool:
 
 
 def sound_decoder(run: TrainingRun, reference: "AutoencoderVTP") -> "tuple[AutoencoderVTP, int]":
-    """The autoencoder with the decoder that was kept, on the run's device, and the step that it is of."""
+    """The autoencoder with the decoder from before the collapse, on the run's device, and the step of that decoder."""
     autoencoder, step = copy.deepcopy(reference).to(run.device), 0
-    if (run.folder.path / SOUND).is_file():  # else there were signs from the start: the decoder that was given
+    if (run.folder.path / SOUND).is_file():  # else there were signs from the start: keep the given decoder
         with safe_open(run.folder.path / SOUND, "pt") as file:
             step = int(file.metadata()["step"])
             autoencoder.decoder.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
@@ -161,9 +161,9 @@ def sound_decoder(run: TrainingRun, reference: "AutoencoderVTP") -> "tuple[Autoe
 def finish(
     run: TrainingRun, config: Config, autoencoder, step: int, reference, datasets: dict, perceptual, left_out: dict
 ) -> dict:
-    """Write vae/ and results.json, with the autoencoder that was given measured in the same way.
+    """Write vae/ and results.json, for which the given autoencoder is measured in the same way.
 
-    Args: `step`: the one that the decoder is of.
+    Args: `step`: of the decoder.
     """
     autoencoder.save_pretrained(run.folder.path / "vae")
     log = run.folder.read_log()
@@ -187,7 +187,8 @@ def finish(
 
 
 def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -> None:
-    """Compile what is passed backwards once: the gradients at the pixels and at the last layer are taken between."""
+    """Compile the networks with one backward pass per step: the discriminator has two, since a gradient is taken at
+    the pixels."""
     for part in (autoencoder.decoder, autoencoder.encoder) if encoder else (autoencoder.decoder,):
         compile_modules(part, autoencoder._repeated_blocks)
     if perceptual is not None:
@@ -205,7 +206,9 @@ def print_written(config: Config, run: TrainingRun, split: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
     if sharding_asked():
-        raise ValueError("FSDP was asked for: the decoder and its discriminator are trained with whole weights only")
+        raise ValueError(
+            "FSDP was asked for, expected none: the decoder and its discriminator are trained with whole weights only"
+        )
     folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
     from vtp_diffusion import AutoencoderVTP
     from vtp_diffusion.models.loading import load_saved
@@ -258,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
                 with run.averaged_weights():
                     validate(run, config, autoencoder, datasets, perceptual, step + 1)
             if fallen := collapsed(run, config, datasets):
-                run.save(step + 1)  # the same command comes to the same end
+                run.save(step + 1)  # so that the same command ends in the same way
                 break
     left_out = count_left_out(run, training, batches)
     if run.is_main:

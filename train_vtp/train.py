@@ -5,9 +5,9 @@
     accelerate launch train_vtp/train.py --config openmoji_reconstruction --data.source FOLDER --output_dir runs/mine
 
 Every field of the configuration is also an option (--help lists them): --model.latent_channels 16, --data.limit 500,
---objectives reconstruction. The same command again resumes an interrupted run. The run folder ends with results.json,
-vae/, which AutoencoderVTP.from_pretrained loads, its latent statistics inside, and, where captions were trained on,
-vtp/ for VTPModel.from_pretrained.
+--objectives reconstruction. The same command again resumes an interrupted run. The run folder ends with results.json;
+vae/ with its latent statistics, for AutoencoderVTP.from_pretrained; and, if captions were trained on, vtp/ for
+VTPModel.from_pretrained.
 """
 
 from collections.abc import Iterator
@@ -53,8 +53,8 @@ from vtp_diffusion.training.run_folder import RunFolder
 if TYPE_CHECKING:
     from vtp_diffusion import AutoencoderVTP, VTPModel
 
-STREAM_STATISTICS = 50_000  # images of a stream that latent statistics are of, unless the configuration says
-NAMED = 10  # unreadable images of a data set that are named
+STREAM_STATISTICS = 50_000  # default number of images for the latent statistics of a stream
+NAMED = 10  # most unreadable images of a data set that are named
 # In the order in which they draw random numbers; each has its settings in a field of `Config` of the same name.
 OBJECTIVES = {
     "contrastive": ContrastiveObjective,
@@ -68,7 +68,7 @@ CONFIGS = [file for file in sorted((Path(__file__).parent / "configs").glob("*.y
 class ModelConfig(Settings):
     """Architecture of the autoencoder; its sample size is the resolution of the data."""
 
-    patch_size: int = setting(16, "pixels a side of a token: the downsampling", at_least=1)
+    patch_size: int = setting(16, "side of a token in pixels: the downsampling", at_least=1)
     latent_channels: int = setting(64, "width of the bottleneck", at_least=1)
     encoder_hidden_size: int = setting(384, "width of the encoder", at_least=1)
     encoder_num_layers: int = setting(12, "blocks of the encoder", at_least=1)
@@ -96,23 +96,23 @@ class TextConfig(Settings):
 class Config(TrainingConfig):
     """Settings of this program."""
 
-    objectives: tuple[Literal[tuple(OBJECTIVES)], ...] = setting(("reconstruction",), "what is trained for")
+    objectives: tuple[Literal[tuple(OBJECTIVES)], ...] = setting(("reconstruction",), "objectives to train for")
     adam_weight_decay_end: float | None = setting(
         None, "weight decay at the end, reached along a cosine; none: constant", at_least=0
     )
     compile_stacks: bool = setting(
         False,
-        "with compile and several objectives: whole encoders, not blocks; small models' steps are shorter",
+        "with compile and several objectives: compile whole encoders, not blocks; faster steps for small models",
         may_change=True,
     )
     cuda_graphs: bool = setting(
         False,
-        "on one GPU, without micro-steps: a step's passes are recorded once and then launched as a whole, "
-        "not kernel by kernel; they keep their memory during evaluation too, and are left out if it is too little",
+        "replay the passes of a step as CUDA graphs, on one GPU without micro-steps; graphs keep their memory during "
+        "evaluation too, and are not used if there is too little",
         may_change=True,
     )
     checkpointed_share: float = setting(
-        1.0, "of every stack's blocks, with gradient_checkpointing", may_change=True, above=0, at_most=1
+        1.0, "share of blocks that gradient_checkpointing recomputes", may_change=True, above=0, at_most=1
     )
     data: DataConfig = setting(default_factory=DataConfig)
     augmentation: AugmentationConfig = setting(default_factory=AugmentationConfig)
@@ -125,13 +125,10 @@ class Config(TrainingConfig):
         16, "held-out images in the grid: originals above reconstructions", may_change=True, at_least=1
     )
     evaluation_images: int | None = setting(
-        None, "images measured of either split, none = all", may_change=True, at_least=1
+        None, "images of each split to measure; none: all", may_change=True, at_least=1
     )
     latent_statistics_images: int | None = setting(
-        None,
-        "training images that the latent statistics are of; none = all, of a stream 50,000",
-        may_change=True,
-        at_least=1,
+        None, "training images for the latent statistics; none: all, of a stream 50,000", may_change=True, at_least=1
     )
     zero_shot_templates: tuple[str, ...] = setting(
         TEMPLATES, "prompts, {} being the name of the class", may_change=True
@@ -152,14 +149,14 @@ class Config(TrainingConfig):
         check_templates("zero_shot_templates", self.zero_shot_templates)
 
     def check_shares(self, processes: int) -> None:
-        """ValueError unless each of so many processes has a whole number of samples of every share in a micro-step."""
+        """Raises: ValueError unless every share of a process's batch in a micro-step is a whole number of samples."""
         for name in self.objectives:
             check_share(name, getattr(getattr(self, name), "share", 1), self.micro_batch_size(processes))
 
     def changeable_keys(self) -> set[str]:
-        """As of every run, but for what the objectives trained for depend on: negatives, neighbours, equal use of the
-        prototypes and centres are those of a micro-step; the teacher and a changing weight decay follow the share of
-        training that is done."""
+        """As in every run, except for what the objectives depend on. Negatives, nearest neighbours, Sinkhorn-Knopp and
+        centres are computed per micro-step, so gradient_accumulation_steps is fixed. Schedules of the teacher and the
+        weight decay go by the share of training that is done, so max_train_steps is fixed."""
         keys = super().changeable_keys()
         if {"contrastive", "self_supervision"} & set(self.objectives):
             keys.discard("gradient_accumulation_steps")
@@ -183,7 +180,8 @@ def build(config: Config) -> "tuple[VTPForPreTraining, AutoencoderVTP | VTPModel
 
 
 def check_data(config: Config, dataset) -> None:
-    """ValueError where captions are trained on and the training images, of a stream those measured, have none."""
+    """Raises: ValueError if captions are trained on and the training images, of a stream the measured ones, have
+    none."""
     if "contrastive" in config.objectives and not any((caption or "").strip() for caption in dataset.captions):
         data = config.data
         some = f"in its first {len(dataset)} images, " if data.streaming else ""
@@ -205,14 +203,14 @@ def announce(config: Config, datasets: dict) -> None:
 
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[list[dict]]:
-    """Inputs of every objective alone, micro-step by micro-step."""
+    """A list of inputs, one entry for each objective, micro-step by micro-step."""
     for micro_step, columns in zip(run.micro_steps, batches, strict=False):  # a stream does not end
         inputs = objective.draw_inputs(MicroBatch(run, micro_step, columns, config.augmentation))
         yield objective.one_by_one(inputs)
 
 
 def measure(config: Config, model: "AutoencoderVTP | VTPModel", datasets: dict, name: str, perceptual) -> dict:
-    """What is known about a split: reconstruction, and what the objectives trained for."""
+    """Measures of a split: those of the features, and those of the objectives that are trained."""
     autoencoder, dataset = getattr(model, "autoencoder", model), datasets[name]
     values, limit = {}, config.evaluation_images
     if "reconstruction" in config.objectives:
@@ -226,7 +224,7 @@ def measure(config: Config, model: "AutoencoderVTP | VTPModel", datasets: dict, 
 
 
 def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual, step: int, counts: dict) -> None:
-    """The measures on held-out images beside `counts`, and a grid of originals with their reconstructions below."""
+    """Report the measures on held-out images and `counts`, with a grid of originals above their reconstructions."""
     name, dataset = list(datasets.items())[-1]
     values = {f"{name}_{key}": value for key, value in measure(config, model, datasets, name, perceptual).items()}
     picture = None
@@ -236,7 +234,8 @@ def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual
 
 
 def latent_statistics(run: TrainingRun, config: Config, autoencoder, training: ImageDataset | StreamingImages) -> dict:
-    """Means and deviations of the latents of training images, each mirrored as well, and of how many images."""
+    """Mean and standard deviation of each latent channel over training images and their mirror images, and the number
+    of images."""
     limit, counts = config.latent_statistics_images, []
     if config.data.streaming:
         batches = first_batches(training, limit or STREAM_STATISTICS, run.device, config.dataloader_num_workers)
@@ -288,15 +287,15 @@ def print_written(config: Config, run: TrainingRun) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
-    if sharding_asked():  # reconstruction alone would come as far as its first validation
+    if sharding_asked():  # refused here, since reconstruction alone would only fail at its first validation
         raise ValueError(
-            "FSDP was asked for: the teacher and the text tower are not trained sharded, and what is trained is "
-            "evaluated by one process, with whole weights"
+            "FSDP was asked for, expected none: the teacher and the text tower are not trained sharded, and one "
+            "process evaluates, with whole weights"
         )
-    config.check_shares(this_process()[1])  # later the folder would hold a run that never was
+    config.check_shares(this_process()[1])  # before anything is written to the folder
     folder = RunFolder(config.output_dir, config)
     training, datasets = open_splits(config.data, config.evaluation_images, config.train_batch_size)
-    if this_process()[0] == 0:  # which alone measures, and has what of a stream is measured
+    if this_process()[0] == 0:  # only the main process measures, and holds the images of a stream to measure
         check_data(config, datasets["train"])
     torch.manual_seed(config.seed)
     objective, model = build(config)

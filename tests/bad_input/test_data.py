@@ -153,11 +153,11 @@ ROWS = {
         "validation and val, two names of the validation split"),
     "metadata beside a folder": (
         lambda m: [classes(), Path("photos/metadata.jsonl").write_text("{}")], EXTRACT + "photos",
-        "metadata.jsonl would be without effect"),
+        "metadata.jsonl would be ignored"),
     "labels of EDM": (
         lambda m: [classes(), Path("photos/dataset.json").write_text("{}")], EXTRACT + "photos", "dataset.json would"),
     "a column of a folder": (
-        lambda m: classes(), EXTRACT + "photos --data.label_column kind", "label_column is 'kind'.* without effect"),
+        lambda m: classes(), EXTRACT + "photos --data.label_column kind", "label_column is 'kind'.* no effect"),
     "a pipe": (lambda m: [classes(), os.mkfifo("photos/a/1.png")], EXTRACT + "photos", "a/1.png cannot be read"),
     "a link to nothing": (
         lambda m: [classes(), Path("photos/a/1.png").symlink_to("gone")], EXTRACT + "photos", "a/1.png cannot be"),
@@ -195,12 +195,12 @@ ROWS = {
     "a seed of 400 digits": (lambda m: latents(m), TRAIN + f"--seed {HUGE}", "--seed is 9+, expected int of at most"),
     "a rate of 400 digits": (lambda m: latents(m), TRAIN + f"--learning_rate {HUGE}", "learning_rate is .*expected"),
     "a pipe for a shard": (
-        lambda m: [latents(m), os.mkfifo("latents/z.safetensors")], TRAIN, "z.safetensors is a link to nothing, a"),
+        lambda m: [latents(m), os.mkfifo("latents/z.safetensors")], TRAIN, "z.safetensors is a broken link, a"),
     "a pipe for statistics": (
         lambda m: os.mkfifo("s.pt"), "pipelines/convert vtp --source x --output out --latent-statistics s.pt",
-        "s.pt is no file"),
+        "s.pt is not a file"),
     "a pipe for a table": (
-        lambda m: os.mkfifo("a.tar"), EXTRACT + "webdataset --data.data_files a.tar", "a.tar is a link to nothing, a"),
+        lambda m: os.mkfifo("a.tar"), EXTRACT + "webdataset --data.data_files a.tar", "a.tar is a broken link, a"),
     "nested YAML": (
         lambda m: Path("c.yaml").write_text("a: " + "[" * 20_000), TRAIN + "--config c.yaml", "c.yaml cannot be read"),
     "a list of settings": (

@@ -39,7 +39,8 @@ class NeverEvaluated(torch.nn.Module):
         ({"num_inference_steps": True}, "num_inference_steps is True"),
         ({"num_inference_steps": 10**12}, "num_inference_steps is 1000000000000"),
         ({"num_images_per_label": 1.5}, "num_images_per_label is 1.5"),
-        ({"guidance_scale": NAN}, "guidance_scale is nan, expected 0 or a positive number"),
+        ({"guidance_scale": NAN}, "guidance_scale is nan, expected 0 or more with"),
+        ({"guidance_scale": "2", "guidance": "internal"}, "guidance_scale is '2', expected 1 or more with"),
         ({"guidance_scale": INFINITE}, "guidance_scale is inf"),
         ({"guidance_scale": "2"}, "guidance_scale is '2'"),
         ({"guidance_scale": None}, "guidance_scale is None"),
@@ -202,7 +203,7 @@ def test_a_scheduler_that_fits_brings_noise_to_the_data(scheduler):
 
 def test_a_shift_that_from_config_dropped_is_named():
     euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    with pytest.raises(ValueError, match="flow_shift=1.0, where it was made from shift=3.0.*from_config drops"):
+    with pytest.raises(ValueError, match="flow_shift=1.0, where it was made from shift=3.0.*from_config does not"):
         tiny_pipeline(scheduler=UniPCMultistepScheduler.from_config(euler.config, **FLOW))
     tiny_pipeline(scheduler=UniPCMultistepScheduler.from_config(euler.config, **FLOW, flow_shift=1.0))
 

@@ -59,6 +59,7 @@ def change(file, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+GUIDED = ("--guidance_scale", "2", "--guidance")
 GENERATE = ("pipelines/generate.py", "--pipeline", "saved", "--output", "out")
 
 
@@ -99,8 +100,12 @@ def test_settings_of_a_saved_pipeline(ends, folder, file, values, message):
         ),
         (("--labels", "7"), "class index 7 does not exist: expected 0 to 2"),
         (("--labels", "index=x"), "unknown label 'index=x'"),
-        (("--labels", "0", "--guidance", "internal"), "guidance is 'internal', expected auto, classifier_free"),
-        (("--labels", "0", "--guidance", "autoguidance"), "autoguidance takes a guidance_transformer"),
+        (("--labels", "0", *GUIDED, "internal"), "guidance is 'internal', expected auto, classifier_free"),
+        (("--labels", "0", *GUIDED, "autoguidance"), "autoguidance takes a guidance_transformer"),
+        (
+            ("--labels", "0", "--guidance", "internal"),
+            "guidance_scale is 1, which is no guidance, beside guidance",
+        ),
     ],
 )
 def test_options_of_generate(ends, folder, words, message):
@@ -124,7 +129,7 @@ def test_a_name_that_is_a_number_is_one_rule(ends, tmp_path):
         (["golden retriever"], [0], [1]),
         (["0", "1", "2"], [2, 0], [2, 0]),  # no names: numbers
         (["cat", "lizard"], [0, 0], [0, 0]),
-        (["cat", "lizard"], [0, 1], "1 classes of the reference are none.* the first is 'lizard'"),
+        (["cat", "lizard"], [0, 1], "1 classes of the reference match none.* the first is 'lizard'"),
         (["cat, dog"], [0], "the first is 'cat, dog'"),
     ],
 )
@@ -222,7 +227,7 @@ def test_export_refuses_a_foreign_component_in_memory(tmp_path):
     class Mine(type(tiny_pipeline().scheduler)):
         pass
 
-    with pytest.raises(ValueError, match="scheduler: .*'Mine'.*code of others is not exported"):
+    with pytest.raises(ValueError, match="scheduler: .*'Mine'.*code of other packages is not exported"):
         export_pipeline(tiny_pipeline(scheduler=Mine()), tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
@@ -301,7 +306,7 @@ def test_a_pipeline_that_cannot_sample_is_not_saved_over(folder):
         (["n02012849", "n03126707"], {0: "crane, n02012849", 1: "crane, n03126707"}),
         ({"2": "n02099601"}, {"2": "golden retriever, n02099601"}),
         (["n02099601", "cat"], {0: "n02099601", 1: "cat"}),
-        (["n99999999"], "n99999999 is no class of ImageNet"),
+        (["n99999999"], "n99999999 is not a class of ImageNet"),
         ([["cat"]], "must hold texts"),
         ("cat", "must hold texts"),
     ],
@@ -334,7 +339,7 @@ def test_a_generator_is_tuned_to_other_classes(tmp_path, capsys):
     before.save_pretrained(tmp_path / "released")
     config = ModelConfig(num_layers=2, num_attention_heads=2, attention_head_dim=8)
     after = build_transformer(config, (4, 4, 4), 5, 0.2, str(tmp_path / "released"))
-    assert "released: 3 classes give way to 5 others" in capsys.readouterr().out
+    assert "released: 3 classes are replaced by 5 others" in capsys.readouterr().out
     assert after.config.num_classes == 5 and after.class_embed.weight.shape == (6, 16)
     old, new = before.state_dict(), after.state_dict()
     assert torch.equal(new.pop("class_embed.weight")[-1], old.pop("class_embed.weight")[-1])

@@ -56,8 +56,8 @@ def test_layouts(names, classes, line, tmp_path):
         (["validation/a/0.png", "val/a/0.png", "train/a/0.png"], "validation and val, two names of the validation"),
         (["a/0.png", "1.png"], "holds classes .a. and, beside them, images: .*1.png"),
         (["train/a/0.png", "validation/1.png"], "holds classes .a. and, beside them, images: .*1.png"),
-        (["a/0.png", "metadata.jsonl"], "metadata.jsonl would be without effect.* --data.source imagefolder"),
-        (["00000/0.png", "dataset.json"], "dataset.json would be without effect"),
+        (["a/0.png", "metadata.jsonl"], "metadata.jsonl would be ignored.* --data.source imagefolder"),
+        (["00000/0.png", "dataset.json"], "dataset.json would be ignored"),
         (["notes.txt"], "holds no images of a format that Pillow reads"),
     ],
 )
@@ -79,7 +79,7 @@ def test_names_are_equal_however_their_accents_are_stored(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     layout = read_layout(make(tmp_path / "two", [f"train/{composed}/0.png", f"val/{decomposed}/1.png"]))
     assert layout.classes == [composed] and layout.of_split("validation")[0][1] == 0
-    with pytest.raises(ValueError, match="differ in nothing but the encoding of their names"):
+    with pytest.raises(ValueError, match="differ only in the Unicode encoding"):
         read_layout(make(tmp_path / "one", [f"{composed}/0.png", f"{decomposed}/1.png"]))
 
 
@@ -98,13 +98,13 @@ def test_links_to_nothing_and_pipes_are_named(tmp_path):
     make(tmp_path, ["a/0.png"])
     for name, create in (("link.png", lambda path: path.symlink_to("gone")), ("pipe.png", os.mkfifo)):
         create(tmp_path / "a" / name)
-        with pytest.raises(ValueError, match=f"{name} cannot be read as an image: it is a link to nothing, a pipe"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image: it is a broken link, a pipe"):
             open_dataset(DataConfig(source=str(tmp_path), resolution=1))
         skipping = open_dataset(DataConfig(source=str(tmp_path), resolution=1, skip_unreadable=True))
         assert skipping.skipped == [f"a/{name}"] and len(skipping) == 1
         (tmp_path / "a" / name).unlink()
     (tmp_path / "b").symlink_to("gone")
-    with pytest.raises(ValueError, match="b is a link to nothing: expected an image or a folder"):
+    with pytest.raises(ValueError, match="b is a broken link: expected an image or a folder"):
         read_layout(tmp_path)
 
 
@@ -127,5 +127,5 @@ def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path):
 @pytest.mark.parametrize("setting", [{"label_column": "x"}, {"holdout": 0.2}, {"image_column": "x"}])
 def test_settings_that_a_folder_does_not_look_at_are_refused(setting, tmp_path):
     name = next(iter(setting))
-    with pytest.raises(ValueError, match=f"{name} is .* where it is without effect"):
+    with pytest.raises(ValueError, match=f"{name} is .* where it has no effect"):
         DataConfig(source=str(tmp_path), **setting)

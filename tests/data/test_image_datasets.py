@@ -130,7 +130,7 @@ def test_a_folder_that_is_not_there_is_refused_without_a_look_at_the_hub(source,
     (tmp_path / "parquet").touch()  # no builder's name is read as a path
     for known in ("openmoji", "imagenet-1k", "owner/name.v2", "parquet", "there"):
         check_source(known, "source")
-    with pytest.raises(ValueError, match=f"source is {re.escape(repr(source))}, which is no folder"):
+    with pytest.raises(ValueError, match=f"source is {re.escape(repr(source))}, which is not a folder"):
         DataConfig(source=source)
 
 
@@ -320,10 +320,10 @@ def test_held_out_files_of_a_builder(tmp_path, offline):
     assert [open_dataset(config, s).labels for s in ("train", "validation", "all")] == [[1, 0, 1], [2], [1, 0, 1, 2]]
     alone = open_dataset(parquet_config(tmp_path / "a.parquet"))
     assert open_dataset(config).fingerprint == alone.fingerprint  # a run that was begun without may be given some
-    with pytest.raises(ValueError, match="expected none of data_files: .*b.parquet is in both"):
+    with pytest.raises(ValueError, match="expected no file of data_files: .*b.parquet is in both"):
         parquet_config(tmp_path / "*.parquet", validation_files=str(tmp_path / "b.parquet"))
     for source in ("openmoji", str(tmp_path)):
-        with pytest.raises(ValueError, match="expected none without a builder of `datasets`"):
+        with pytest.raises(ValueError, match="expected none: only a builder of `datasets`"):
             parquet_config(tmp_path / "a.parquet", source=source, validation_files="b.parquet")
 
 

@@ -243,7 +243,7 @@ def test_missing_foreign_and_double_shards_of_ours_are_named(tmp_path):
     with pytest.raises(ValueError, match="shards are not in latents.json: latents_00003.safetensors"):
         LatentDataset(tmp_path)
     (tmp_path / "latents_00003.safetensors").rename(second)
-    with pytest.raises(ValueError, match="latents_00001.* begins with sample 0, expected 3: a shard is double"):
+    with pytest.raises(ValueError, match="latents_00001.* begins with sample 0, expected 3: it is there twice"):
         LatentDataset(tmp_path)
     shutil.copy(third, second)
     with pytest.raises(ValueError, match="hold other counts of latents: latents_00001.safetensors"):

@@ -314,7 +314,7 @@ def test_a_sample_without_a_text_keeps_its_image_and_is_counted(tmp_path, offlin
 
 def test_a_stream_without_one_good_image_ends_with_an_error(tmp_path, offline):
     folder = write_shards(offline, tmp_path / "shards", damaged=range(12))
-    with pytest.raises(ValueError, match="3 epochs of stream 0 of 1 hold no sample that can be used .36 unreadable"):
+    with pytest.raises(ValueError, match="3 epochs of stream 0 of 1 hold no usable sample .36 unreadable"):
         captions(StreamingImages(config(folder, skip_unreadable=True)), 1)
 
 
@@ -330,7 +330,7 @@ def test_data_smaller_than_a_batch_are_refused(tmp_path, offline, workers):
     ("changes", "message"),
     [
         ({"source": "openmoji"}, "source is 'openmoji' with streaming"),
-        ({"limit": 3}, "limit is 3 with streaming, expected none: max_train_steps"),
+        ({"limit": 3}, "limit is 3 with streaming, expected none: set max_train_steps"),
         ({"shuffle_buffer": 0}, "shuffle_buffer is 0"),
         ({"caption_column": "words"}, "no column 'words' for the caption; it has .'image', 'text', 'kind'."),
         ({"data_files": "none/*.parquet"}, "data_files is 'none/.*.parquet', which matches no file"),

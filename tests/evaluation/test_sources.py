@@ -60,7 +60,7 @@ def test_damaged_and_unfit_npz_files(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", pixels(50))
     whole = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut.npz is no npz file, or a damaged one"):
+    with pytest.raises(ValueError, match="cut.npz is not an npz file, or is damaged"):
         NpzImages(tmp_path / "cut.npz")
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255

@@ -113,7 +113,7 @@ def test_a_student_begins_as_its_teacher():
         assert torch.equal(student(x, t, labels, next_timestep=later).sample, expected)
     guidance = {"guidance_scale": 2.0, "guidance": "auto", "guidance_interval": (0.0, 1.0)}
     assert student.config.student == {"steps": [1, 2, 4], "shift": 2.0, "guidance": guidance}
-    with pytest.raises(ValueError, match="next_timestep is given, but this is no student"):
+    with pytest.raises(ValueError, match="next_timestep is given, but this model is not a student"):
         teacher.transformer(x, t, labels, next_timestep=t)
 
 
@@ -160,9 +160,9 @@ def test_on_a_gpu_a_student_is_sped_up():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_inference_steps": 3}, "num_inference_steps is 3, expected what this student learned: .1, 2, 4."),
-        ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected 1: .* guidance baked in .*2.5"),
-        ({"guidance": "internal"}, "guidance is 'internal', expected auto, classifier_free"),
+        ({"num_inference_steps": 3}, "num_inference_steps is 3, expected one that this student learned: .1, 2, 4."),
+        ({"guidance_scale": 2.0}, "guidance_scale 2.0, expected neither: .* baked in .*2.5"),
+        ({"guidance": "internal"}, "guidance is 'internal' and .*, expected neither: .* baked in"),
     ],
 )
 def test_what_a_student_was_not_trained_for_is_refused(given, message):
@@ -172,7 +172,7 @@ def test_what_a_student_was_not_trained_for_is_refused(given, message):
 
 def test_other_times_and_solvers_are_refused(tmp_path):
     pipe = student_pipeline(guidance=None)
-    with pytest.raises(ValueError, match="guidance_scale is 2, expected 1: .* baked in .none"):
+    with pytest.raises(ValueError, match="guidance_scale 2, expected neither: .* baked in .none"):
         pipe([0], 4, guidance_scale=2)
     for scheduler in (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchHeunDiscreteScheduler(shift=2.0)):
         pipe.scheduler = scheduler
@@ -183,8 +183,9 @@ def test_other_times_and_solvers_are_refused(tmp_path):
     opened = open_pipeline(tmp_path, asked, "cpu")  # as generate.py and eval/generation.py do
     assert sample_numbers(opened, [0, 1, 2], [0, 2], seed=0, **asked.sampler).shape == (2, 3, 32, 32)
     for changes, message in (
-        ({"num_inference_steps": 50}, "num_inference_steps is 50, expected what"),
+        ({"num_inference_steps": 50}, "num_inference_steps is 50, expected one"),
         ({"guidance_scale": 1.5}, "has its guidance baked in"),
+        ({"guidance_scale": 1.5, "guidance": "internal"}, "has its guidance baked in"),
         ({"solver": "dopri5"}, "solver is dopri5 and time_shift None, expected pipeline"),
         ({"time_shift": 0.3}, "solver is pipeline and time_shift 0.3"),
     ):

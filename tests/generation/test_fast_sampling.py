@@ -49,7 +49,7 @@ def float8_product(x, weight, scale_a, scale_b, bias, out_dtype, use_fast_accum)
     return (product if bias is None else product + bias.float()).to(out_dtype)
 
 
-def test_float8_products_of_a_filled_swiglu_are_those_of_its_own_columns(monkeypatch):
+def test_float8_products_of_a_padded_swiglu_are_those_of_its_own_columns(monkeypatch):
     network, inputs = network_and_inputs(**FILLED)
     with torch.no_grad():
         exact = network(*inputs).sample
@@ -70,7 +70,7 @@ def test_float8_products_of_a_filled_swiglu_are_those_of_its_own_columns(monkeyp
 def test_float8_takes_any_swiglu_and_tokens_of_16_columns_each(monkeypatch):
     monkeypatch.setattr(fast_sampling, "why_not_fused", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    refusal = "its tokens have 24 columns, and float8 products take multiples of 16: leave fp8 off"
+    refusal = "its tokens have 24 channels, and float8 products take multiples of 16: leave fp8 off"
     for changes, reason in (({}, refusal), (FILLED, None)):
         network = network_and_inputs(**changes)[0].bfloat16()
         pipe = LightningDiTPipeline(vae=None, transformer=network, scheduler=FlowMatchEulerDiscreteScheduler())

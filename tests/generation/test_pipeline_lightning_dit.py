@@ -157,6 +157,21 @@ def test_guidance_acts_inside_its_interval_and_on_its_channels():
     assert torch.allclose(one[:, 3:], sample(pipeline, num_inference_steps=1)[:, 3:], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("time_shift", "steps", "interval", "wider"),
+    [
+        (1.0, 10, (0.4, 0.7), (0.35, 0.75)),  # 1 - 0.6 is less than 0.4 in float32
+        (0.375, 1, (0.0, 0.0), (0.0, 0.5)),  # the scheduler's first time is -1.2e-7
+    ],
+)
+def test_times_on_the_bounds_of_the_guidance_interval_are_inside(time_shift, steps, interval, wider):
+    pipeline = tiny_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=1 / time_shift))
+    guided = sample(pipeline, num_inference_steps=steps, guidance_scale=3.0, guidance_interval=interval)
+    expected = sample(pipeline, num_inference_steps=steps, guidance_scale=3.0, guidance_interval=wider)
+    assert torch.equal(guided, expected)
+    assert not torch.allclose(guided, sample(pipeline, num_inference_steps=steps), atol=1e-3)
+
+
 def test_autoguidance_by_itself_is_no_guidance():
     plain = sample(tiny_pipeline())
     by_itself = sample(tiny_pipeline(guidance_transformer=tiny_transformer()), guidance_scale=5.0)

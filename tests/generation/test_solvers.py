@@ -27,6 +27,24 @@ def test_the_adaptive_solver_ends_where_upstreams_does(name):
     assert relative_error(found, golden["sample.dopri5_5"]) < 1e-5 and 8 <= len(calls) < 200
 
 
+def test_the_adaptive_solver_guides_its_last_step_beyond_the_end_too():
+    torchdiffeq = pytest.importorskip("torchdiffeq")
+    golden = load_file(GOLDEN / "lightning_dit_released" / "golden.safetensors")
+    pipe, labels = pipeline(load_lightning_dit("lightning_dit_released")), golden["sample.label"]
+    times = []
+
+    def velocity(t, x):
+        times.append(t.item())
+        return pipe._velocity(x, times[-1], labels, 4.0, 3)
+
+    with torch.no_grad():
+        expected = torchdiffeq.odeint(
+            velocity, golden["sample.noise"], torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-6, method="dopri5"
+        )[-1]
+    found = solve_adaptively(pipe, labels.tolist(), golden["sample.noise"], guidance_scale=4.0, guidance_channels=3)
+    assert max(times) > 1 and relative_error(found, expected) < 1e-6
+
+
 def tiny():
     torch.manual_seed(0)
     transformer = LightningDiTTransformer2DModel(
@@ -46,6 +64,15 @@ def test_every_solver_ends_where_the_adaptive_one_does(solver, time_shift):
     assert config.get("flow_shift", config.get("shift")) == (1.5 if time_shift is None else 2.0)
     found = pipe([0, 2], 60, guidance_scale=1.5, latents=noise, output_type="latent").images
     assert relative_error(found, expected) < (2e-2 if solver == "euler" else 2e-3)
+
+
+def test_the_adaptive_solver_refuses_guidance_that_the_pipeline_lacks():
+    for given, message in (
+        ({"guidance": "autoguidance"}, "guidance is 'autoguidance', expected auto, classifier_free"),
+        ({"guidance_channels": 5}, "guidance_channels is 5, expected 1 to 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            solve_adaptively(pipeline(tiny()), [0], torch.randn(1, 4, 4, 4), guidance_scale=2.0, **given)
 
 
 def test_the_pipeline_s_own_solver_stays_and_may_be_shifted():

@@ -184,7 +184,7 @@ def test_adms_reference_file_is_read_in_full_and_refused_in_part(weights, tmp_pa
     with pytest.raises(ValueError, match="half.npz holds mu without sigma: expected both"):
         read_statistics(tmp_path / "half.npz", network)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "adm.npz").read_bytes()[:2000])
-    with pytest.raises(ValueError, match="cut.npz is no npz file, or a damaged one"):
+    with pytest.raises(ValueError, match="cut.npz is not an npz file, or is damaged"):
         read_statistics(tmp_path / "cut.npz", network)
     with pytest.raises(ValueError, match="holds statistics of features of inception .* the feature network is vgg16"):
         read_statistics(tmp_path / "adm.npz", feature_network("vgg16"))

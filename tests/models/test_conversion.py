@@ -81,9 +81,9 @@ def test_vtp_config():
         text_vocab_size=128,
         projection_dim=48,
     )
-    assert convert_vtp_config(released_options(vision_use_qk_norm=True), "float32") == config | dict(
-        encoder_qk_norm=True, rope_dtype="float32"
-    )
+    options = released_options(vision_use_qk_norm=True, vision_ffn_layer="swiglu64")
+    del options["text_proj_type"]
+    assert convert_vtp_config(options, "float32") == config | dict(encoder_qk_norm=True, rope_dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,8 @@ def test_vtp_config():
         ("text_pool_type", "last"),
         ("text_no_causal_mask", True),
         ("model_type", "clip"),
+        ("decoder_init_values", 1e-5),
+        ("init_logit_bias", -10.0),
         ("vision_depth", 0),
         ("vision_depth", True),
         ("text_vocab_size", "128"),

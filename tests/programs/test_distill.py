@@ -172,7 +172,12 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
     program = load_program()
     for folder, teacher, more, message in (
         (made, tmp_path / "teacher", (), "the latents were made by the autoencoder .*, the one given is"),
-        (tmp_path, "teacher", ("--teacher.guidance=internal",), "guidance is 'internal', expected auto"),
+        (
+            tmp_path,
+            "teacher",
+            ("--teacher.guidance=internal",),
+            "teacher.* guidance is 'internal', expected",
+        ),
         (tmp_path, "teacher", ("--teacher.guidance=autoguidance",), "guidance is 'autoguidance', expected auto"),
         (tmp_path, "conditional", (), "teacher.guidance_scale is 2.0, but .* class_dropout_prob 0"),
         (tmp_path, "student", (), "is a few-step student itself"),

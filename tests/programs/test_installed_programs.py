@@ -83,5 +83,5 @@ def test_the_last_line_names_what_was_written_and_the_next_command(capsys, monke
 
 
 def test_a_name_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="'train_dit' is no program; did you mean train-dit"):
+    with pytest.raises(ValueError, match="'train_dit' is not a program; did you mean train-dit"):
         programs.main(["train_dit", "--lr", "1"])

@@ -76,7 +76,7 @@ def test_headers_claim_only_what_upstream_has(name):
     header = (FOLDER / f"{name}.yaml").read_text().partition("output_dir:")[0]
     has = name.endswith("_xl") or name == "vtp_large_b"
     assert ("as the VTP repository trains it" in header) == has
-    assert ("repository has no configuration. [ours]" in header) != has
+    assert ("repository has no configuration for it. [ours]" in header) != has
     assert load(name).validation.num_inference_steps == (49 if name.endswith("_b") else 249)
 
 

@@ -56,7 +56,7 @@ def test_integers_that_nothing_can_hold_are_refused_in_one_line(key, tmp_path):
     with pytest.raises(ValueError, match=f"{key}.* is .9999.* of at most 4611686018427387904 in size") as refused:
         parse_config(Outer, ["--output", "x", f"--{key}", "9" * 400])
     assert len(str(refused.value)) < 600
-    with pytest.raises(ValueError, match="cannot be read as YAML: 0xffff.* of 9002 characters is no integer"):
+    with pytest.raises(ValueError, match="cannot be read as YAML: 0xffff.* of 9002 characters is too long"):
         parse_config(Outer, ["--config", write(tmp_path, "limit: 0x" + "f" * 9000)])
 
 
@@ -115,7 +115,7 @@ def test_option_names_may_be_written_with_dashes():
         ("output: x\nlabels: cat\n", "labels is 'cat', expected list of int or str"),
         ("output: x\nlabels: [1.5]\n", r"labels\[0\] is 1.5"),
         ("output: x\ninner: {ratios: [1]}\n", "ratios is .*, expected list of 2: float, float"),
-        ("output: x\ninner: 3\n", "inner is 3, expected Inner"),
+        ("output: x\ninner: 3\n", "inner is 3, expected a section with some of width, ratios, name"),
         ("rate: 1.0\n", "no value for output"),
         ("output: x\nrate: 1.0\nrate: 2.0\n", "'rate' is given twice"),
         ("- 1\n", "must hold a mapping"),
@@ -242,7 +242,7 @@ def test_a_configuration_is_found_by_its_name_and_listed_first(tmp_path, monkeyp
         parse_config(Outer, ["--help"], "What it does.\n\nMore.", shipped)
     printed = " ".join(capsys.readouterr().out.split())
     assert "What it does. configurations (--config NAME): small A small one More. options:" in printed
-    assert "YAML file of options, or a configuration's name; those given beside it win" in printed
+    assert "YAML file of options, or a configuration's name; the command line wins" in printed
 
 
 def test_help_has_bounds_and_defaults(capsys):
@@ -250,7 +250,7 @@ def test_help_has_bounds_and_defaults(capsys):
         parse_config(TrainingConfig, ["--help"], "What it does.")
     printed = " ".join(capsys.readouterr().out.split())
     assert "What it does." in printed and "[float, a number in [0, 1); default: 0.9999]" in printed
-    assert "YAML file of options; those given beside it win" in printed
+    assert "YAML file of options; the command line wins" in printed
 
 
 def test_settings_that_differ_are_named_with_both_values():

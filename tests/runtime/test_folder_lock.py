@@ -94,7 +94,7 @@ def test_a_file_system_without_locks_gets_a_warning(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="has no locks .*nothing keeps a second job out"):
+    with pytest.warns(UserWarning, match="has no locks .*nothing prevents a second job"):
         RunFolder(tmp_path, tiny_config(tmp_path)).claim()
     assert (tmp_path / "config.yaml").is_file()
 

@@ -22,7 +22,7 @@ def test_threads_read_what_is_there(plain, tmp_path, monkeypatch):
         jobs = [range(k, k + 25) for k in range(0, 500, 25)]
         list(threads.map(lambda ks: read_rows([file] * 25, [20 * k for k in ks], rows[ks.start : ks.stop]), jobs))
     assert (rows.reshape(-1) == content).all()
-    with pytest.raises(ValueError, match="x ends at byte 10000: it was cut while it was read"):
+    with pytest.raises(ValueError, match="x ends at byte 10000: it was truncated while it was read"):
         read_rows([file], [9_990], rows[:1])
 
 

@@ -332,7 +332,7 @@ def test_a_damaged_line_of_the_log_is_named(tmp_path):
     for damaged in (b"\0\0\0\n", b"[1]\n", b'{"loss": 1.0}\n', b"\xff\n"):
         lines = (tmp_path / "run" / "log.jsonl").read_bytes().splitlines(keepends=True)[:3]
         (tmp_path / "run" / "log.jsonl").write_bytes(b"".join([lines[0], damaged, *lines[1:]]))
-        with pytest.raises(ValueError, match="log.jsonl, line 2, is no record of a step"):
+        with pytest.raises(ValueError, match="log.jsonl, line 2, is not a record of a step"):
             train(config)
         assert damaged in (tmp_path / "run" / "log.jsonl").read_bytes()
         (tmp_path / "run" / "log.jsonl").write_bytes(b"".join(lines))

@@ -1,5 +1,4 @@
-"""Batches on the device: which samples they hold, gathered from a data set held there or read ahead by processes or
-threads, and augmented."""
+"""Batches on the device: the order of samples, gathering or reading them ahead, and augmentation."""
 
 import math
 import multiprocessing
@@ -20,14 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..runtime.config import Settings, setting
 from .images import from_uint8, to_device
 
-# A data set up to these sizes is held on the device unless the configuration says otherwise: models, activations and
+# A data set up to these sizes is held on the device unless the configuration says otherwise. Models, activations and
 # other users of the machine need the rest.
 DEVICE_SHARE = 0.25  # of an accelerator's memory
-HOST_BYTES = 2**30  # where the device is the host
-PLAIN_BATCH = 64  # images at a time where nothing is trained
+HOST_BYTES = 2**30  # if the device is the CPU
+PLAIN_BATCH = 64  # images per batch outside training
 
-READ_AHEAD = 2  # batches a thread
-NUM_DRAWS = 9  # uniform numbers that `augment_images` takes an image
+READ_AHEAD = 2  # batches per thread
+NUM_DRAWS = 9  # uniform random numbers per image for `augment_images`
 
 Columns = dict[str, torch.Tensor]
 Job, Result = TypeVar("Job"), TypeVar("Result")
@@ -36,21 +35,22 @@ Job, Result = TypeVar("Job"), TypeVar("Result")
 class StepBatchSampler:
     """Batches of indices keyed by (seed, step): step s of process r is the same list whenever training starts.
 
-    A step may be divided into micro-steps, which are what is counted below; the samples of a step depend neither on
-    that number nor on that of the processes, as long as their product with `batch_size` stays the same.
+    With gradient accumulation a step has several micro-steps; the arguments below count micro-steps. The samples of a
+    step do not depend on the numbers of micro-steps and processes, as long as their product with `batch_size` stays
+    the same.
 
-    Without weights the samples run through one random permutation an epoch, each seen once, epochs following each
-    other without a gap: a batch may span two. With weights, every step draws anew, with replacement and in proportion
-    to them; the draw is stratified, so that a batch follows the proportions more closely than independent draws would.
+    Without weights, each epoch is one random permutation of the samples. Epochs follow each other without a gap, so a
+    batch may span two. With weights, every step draws with replacement, in proportion to the weights; the draw is
+    stratified, so that a batch follows the proportions more closely than independent draws would.
 
     Args:
         num_samples: size of the data set.
-        batch_size: indices a micro-step and process.
+        batch_size: indices per micro-step and process.
         seed: of the run.
         start_step, num_steps: iterating gives the micro-steps start_step ... start_step + num_steps - 1.
-        rank, world_size: this process and how many there are; together they read each epoch once.
-        weights: (num_samples,) not negative; all equal counts as none.
-        accumulation: micro-steps a step.
+        rank, world_size: this process and the number of processes; together they read each epoch once.
+        weights: (num_samples,) not negative; equal weights count as none.
+        accumulation: micro-steps per step.
     Raises: ValueError: sizes that are not positive, weights of another shape, negative, not finite or all zero.
     """
 
@@ -124,7 +124,7 @@ class StepBatchSampler:
 
 
 def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = None) -> bool:
-    """Whether a data set of that size is to be held on the device: the choice, or where it is None, by size."""
+    """Whether to hold a data set of that size on the device: `choice`, or if None, whether it is small enough."""
     if choice is not None:
         return choice
     if device.type == "cuda":
@@ -133,7 +133,7 @@ def fits_on_device(num_bytes: int, device: torch.device, choice: bool | None = N
 
 
 def columns_to_device(columns: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Columns that a loader delivered (in pinned memory for a GPU); those that are no tensors stay as they are."""
+    """A loader's columns (in pinned memory for a GPU) on the device; columns that are not tensors stay as they are."""
     return {
         name: column.to(device, non_blocking=True) if isinstance(column, torch.Tensor) else column
         for name, column in columns.items()
@@ -141,8 +141,8 @@ def columns_to_device(columns: dict[str, Any], device: torch.device) -> dict[str
 
 
 def gathered_batches(columns: Columns, sampler: StepBatchSampler, device: torch.device) -> Iterator[Columns]:
-    """Batches of rows of columns (N, ...), all of which are held on the device: of all that training needs, only
-    indices travel there then, and nothing waits for it."""
+    """Batches of rows of columns (N, ...). All columns are copied to the device once; after that only
+    indices are, without blocking."""
     columns = columns_to_device(columns, device)
     for indices in sampler:
         rows = to_device(torch.tensor(indices), device)
@@ -150,7 +150,7 @@ def gathered_batches(columns: Columns, sampler: StepBatchSampler, device: torch.
 
 
 class _ReadingProcess(multiprocessing.Process):
-    """A process that ignores SIGTERM (see `ignore_stopping`) and is still ended by its data loader."""
+    """A worker that ignores SIGTERM (see `ignore_stopping`): its data loader ends it with SIGKILL."""
 
     terminate = multiprocessing.Process.kill
 
@@ -159,23 +159,23 @@ class _ReadingContext(multiprocessing.context.BaseContext):
     Process = _ReadingProcess
 
     @property
-    def _name(self) -> str:  # what a context says its start method is
+    def _name(self) -> str:  # the name of a context's start method
         return multiprocessing.get_start_method()
 
 
 def ignore_stopping(worker: int) -> None:
-    """`worker_init_fn` of a loader that training reads from: its processes end when training ends, not before.
+    """`worker_init_fn` that makes a loader's workers ignore SIGINT and SIGTERM.
 
-    torchrun and schedulers send SIGTERM, and terminals SIGINT, to all processes of a group. Training then still
-    finishes its step, for which it needs what they read.
+    Terminals send SIGINT, and torchrun and schedulers SIGTERM, to all processes of a group. Training then still
+    finishes its step, and needs its workers for that; they end with it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def training_loader(dataset: Dataset, num_workers: int, device: torch.device, **settings: Any) -> DataLoader:
-    """The data loader that training reads from: its processes outlive what stops training, and drawing for it leaves
-    the global random state alone, without which resuming would differ.
+    """The data loader for training: its workers ignore the signals that stop training, and it leaves torch's global
+    random state alone, so that a resumed run draws the same numbers.
 
     Args: `settings`: of `DataLoader`: how batches are made.
     """
@@ -206,10 +206,10 @@ def read_batches(
 
 
 def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: int) -> Iterator[Result]:
-    """`read(job)` of every job, in order, threads working ahead of the consumer; with none it is done when asked for.
+    """`read(job)` of every job, in order. Threads work ahead of the consumer; with 0 threads each is read on demand.
 
-    For reading that leaves the interpreter alone, such as copying from mapped files: what processes read has to be
-    copied once more, through shared memory.
+    For reading that releases the interpreter lock, such as reading files into buffers. Worker processes would need one
+    more copy, through shared memory.
     """
     if num_threads == 0:
         yield from map(read, jobs)
@@ -228,16 +228,16 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job], num_threads: 
 
 
 class ReusedMemory:
-    """Tensors on the host whose memory is used again once nothing refers to them.
+    """Tensors on the host whose memory is reused once nothing refers to them.
 
-    New memory is filled with zeros by the kernel, page by page: about as much work as reading latents into it.
+    The operating system fills new memory with zeros, page by page: about as much work as reading latents.
     """
 
     def __init__(self):
         self._free: list[np.ndarray] = []
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor; every call wants the same number of bytes."""
+        """An uninitialised tensor; every call must ask for the same number of bytes."""
         memory = self._free.pop() if self._free else np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
         lent = memory[:]  # an object of its own, which the tensor and all its views keep alive
         weakref.finalize(lent, self._free.append, memory)
@@ -245,8 +245,8 @@ class ReusedMemory:
 
 
 def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image",)) -> dict[str, Any]:
-    """Items of an `ImageDataset` -> {"image": uint8 (B, 3, R, R)}, or other columns of them: "label" (B,) int64, "key"
-    and "caption" lists of strings."""
+    """Items of an `ImageDataset` -> the given columns: "image" uint8 (B, 3, R, R), "label" (B,) int64, "key" and
+    "caption" lists of strings."""
     values = {name: [item[name] for item in items] for name in columns}
     make = {"image": torch.stack, "label": torch.tensor}
     return {name: make.get(name, list)(column) for name, column in values.items()}
@@ -261,7 +261,7 @@ def all_images(dataset: Dataset) -> torch.Tensor:
 def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = None) -> Iterator[torch.Tensor]:
     """The images of an `ImageDataset` in order, (B, 3, R, R) in [-1, 1].
 
-    Args: `limit`: so many images at most, spread over the whole set.
+    Args: `limit`: largest number of images, spread over the whole set.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     chosen = [k * len(dataset) // count for k in range(count)]
@@ -275,9 +275,9 @@ class AugmentationConfig(Settings):
     """Random changes of training images, made in batches on the device; the defaults change nothing."""
 
     flip: float = setting(0.0, "probability of mirroring", at_least=0, at_most=1)
-    shift: int = setting(0, "shift by up to so many whole pixels, in both directions", at_least=0)
+    shift: int = setting(0, "largest shift in whole pixels, on both axes", at_least=0)
     scale: float = setting(0.0, "scale by a factor in [1 - scale, 1 + scale]", at_least=0, below=1)
-    rotation: float = setting(0.0, "rotate by up to so many degrees, both ways", at_least=0)
+    rotation: float = setting(0.0, "largest rotation in degrees, to either side", at_least=0)
     hue: float = setting(0.0, "probability of permuting the colour channels", at_least=0, at_most=1)
 
 
@@ -285,7 +285,7 @@ UNCHANGED = AugmentationConfig()
 
 
 def augment_images(images: torch.Tensor, config: AugmentationConfig, draws: torch.Tensor) -> torch.Tensor:
-    """Randomly changed images, each with its own draw; what comes in from outside is white.
+    """Randomly changed images, each with its own draws; pixels from outside the image are white.
 
     Args:
         images: (B, 3, H, W), uint8 or float in [-1, 1].
@@ -318,10 +318,10 @@ def augment_images(images: torch.Tensor, config: AugmentationConfig, draws: torc
 def _affine(images, angle, scale, shift_x, shift_y) -> torch.Tensor:
     """(B, 3, H, W) rotated (radians) and scaled about the centre, then shifted (pixels), each by its own (B,)."""
     height, width = images.shape[2:]
-    # affine_grid maps the output to the input, so all is inverted; its coordinates run from -1 to 1 on either axis
+    # affine_grid maps output to input coordinates, so this is the inverse; they run from -1 to 1 on either axis
     cos, sin = angle.cos() / scale, angle.sin() / scale
     back_x, back_y = cos * shift_x - sin * shift_y, sin * shift_x + cos * shift_y
     rows = [cos, -sin * height / width, -2 * back_x / width, sin * width / height, cos, -2 * back_y / height]
     grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
-    # zeros come in from outside, so white is made zero
+    # grid_sample pads with zeros: subtracting 1 makes white zero
     return F.grid_sample(images - 1, grid, align_corners=False) + 1

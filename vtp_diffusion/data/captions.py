@@ -6,18 +6,18 @@ import torch
 
 from ..runtime.optional_packages import require
 
-# Characters that are read of a caption, of which about 75 tokens are kept: merging those of one word takes time by the
-# square of its length, hours for a megabyte.
+# At most so many characters are read per token of the context: byte-pair encoding of one long word takes quadratic
+# time, hours for a megabyte.
 CHARACTERS_A_TOKEN = 24
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
 
 
 def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
-    """CLIP's byte-pair encoding, out of open_clip: texts -> token ids (B, context length) int64, padded with 0.
+    """CLIP's byte-pair encoding, from open_clip: texts -> token ids (B, context length) int64, padded with 0.
 
     Args: `truncate`: cut texts that are too long, as CLIP's training does with captions, instead of refusing them.
-    Raises: ImportError: open_clip is not installed. ValueError: (of what is returned) a text that does not fit, unless
-        `truncate`.
+    Raises: ImportError: open_clip is not installed. The returned function raises ValueError for a text that does not
+        fit, unless `truncate`.
     """
     tokenizer = require("open_clip", "eval").SimpleTokenizer(context_length=context_length)
 
@@ -37,7 +37,7 @@ def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
 
 
 def tokenize_captions(captions: Sequence[str | None], context_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Captions -> token ids (N, context length) int64 and whether there is a caption at all (N,) bool.
+    """Captions -> token ids (N, context length) int64, and (N,) bool: whether there is a caption.
 
     CLIP's byte-pair encoding from open_clip. A caption that is too long is cut and keeps its end token; one that is
     missing, empty or blank counts as none.

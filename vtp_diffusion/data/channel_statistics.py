@@ -7,7 +7,7 @@ import torch
 
 from ..runtime.reproducibility import to_float64
 
-ROWS = 16  # latents at a time: what they take in float64 stays in the processor's cache, which is ten times as fast
+ROWS = 16  # latents per update: in float64 they still fit the processor's cache, which is ten times as fast
 
 
 class ChannelStatistics:
@@ -18,7 +18,7 @@ class ChannelStatistics:
 
     @classmethod
     def of(cls, *latents: torch.Tensor) -> "ChannelStatistics":
-        """Of tensors of latents (B, C, h, w)."""
+        """The statistics of tensors of latents (B, C, h, w)."""
         statistics = cls()
         for values in latents:
             statistics.update(values)
@@ -39,7 +39,7 @@ class ChannelStatistics:
 
     @classmethod
     def merged(cls, parts: Iterable["ChannelStatistics"]) -> "ChannelStatistics":
-        """Of all that the parts have seen; their order decides the last digits."""
+        """The statistics of all parts together; their order affects the last digits."""
         whole = cls()
         for part in parts:
             whole._add(part.count, part.mean, part.squares)

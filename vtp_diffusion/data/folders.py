@@ -1,15 +1,15 @@
-"""How a folder of images is laid out: its splits, its classes and its images, by one rule for every program.
+"""Splits, classes and images of a folder, by one rule for every program.
 
-Names that begin with a dot are hidden and passed over. Of the rest:
+Names that begin with a dot are hidden and ignored. For the rest:
 
-- Splits. If all sub-folders are called train, validation (or val) and test, and no images lie beside them, they are
-  splits. Beside any other sub-folder they are not: bus, car, train and truck are four classes.
-- Classes. Sub-folders are classes, those of all splits together, in the order of their names, or of the numbers where
-  all names are numbers. A class has its images directly in it; one without any is an error.
-- No classes. Images without sub-folders that hold images are all of one class, "image".
-- Held out is validation, or where there is none test; a folder without splits has nothing held out.
+- Splits. If every sub-folder is called train, validation (or val) or test, and no images lie beside them, they are
+  splits. With any other sub-folder they are classes: bus, car, train and truck are four classes.
+- Classes. Sub-folders are classes, those of all splits together, ordered by name, or numerically if all names are
+  numbers. The images of a class lie directly in its folder; a class without images is an error.
+- No classes. If images lie directly in the folder or split, and none in sub-folders, all are of one class, "image".
+- The held-out split is validation, or test if there is no validation; a folder without splits has none.
 
-Whatever else lies there is counted and named. Lists of images or labels (`LISTS`) are not read: they are refused.
+Other entries are counted and named. Lists of images or labels (`LISTS`) are not read but refused.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from .image_files import is_image_name
 
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 LISTS = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "dataset.json")
-READING_THREADS = 16  # that hash files
+READING_THREADS = 16  # for hashing files
 WHOLE = "whole"  # the one part of a folder that has no splits
 
 
@@ -33,8 +33,8 @@ class FolderLayout:
     """What a folder holds.
 
     Attributes:
-        classes: names in NFC, in the order of their indices; ["image"] where there are none.
-        images: split, or `WHOLE`, -> (file, class index) of each of its images.
+        classes: names in NFC, in the order of their indices; ["image"] for a folder without classes.
+        images: split, or `WHOLE`, -> (file, class index) of each image.
         left_out: files and folders that are neither images nor classes.
     """
 
@@ -57,7 +57,7 @@ class FolderLayout:
             there = f"it holds {', '.join(self.images)}" if WHOLE not in self.images else "its images are not split"
             raise ValueError(
                 f"{self.folder} has no {split} split: {there}. Expected sub-folders train and validation (or test) "
-                "and no others, or that all are asked for (--split all, where there is this option)"
+                "and no others. Or ask for all images (--split all, if the program has this option)"
             )
         parts = self.images if split == "all" else [self._part(split)]
         return [pair for part in parts for pair in self.images[part]]
@@ -83,10 +83,10 @@ class _Content:
 
 
 def read_layout(folder: str | Path) -> FolderLayout:
-    """Look into a folder of images.
+    """The layout of a folder of images.
 
-    Raises: ValueError: naming it: no images; images beside classes; a class or a split without images; two names of
-        one split or class; a link to nothing; a list that would be without effect.
+    Raises: ValueError naming the folder: no images; images beside classes; a class or a split without images; two
+        names for one split or class; a broken link; a list that would be ignored.
     """
     folder = Path(folder)
     roots = _roots(folder, top := _look(folder))
@@ -116,8 +116,8 @@ def read_layout(folder: str | Path) -> FolderLayout:
 
 
 def content_hashes(paths: Sequence[Path]) -> list[str]:
-    """A hash of each file: names and sizes do not tell other pixels. What is no file, which reading refuses, has none.
-    All bytes are read: about a minute for the 140 GB of ImageNet's training images from a fast disk."""
+    """A hash of each file's content, because names and sizes do not show other pixels; "" if it is not a file. All
+    bytes are read: about a minute for the 140 GB of ImageNet's training images on a fast disk."""
 
     def content(path: Path) -> str:
         if not path.is_file():
@@ -150,33 +150,33 @@ def _look(folder: Path) -> _Content:
         path = Path(entry.path)
         if entry.name in LISTS:
             raise ValueError(
-                f"{path} would be without effect: the sub-folders of a folder are its classes. Give --data.source "
-                f"imagefolder --data.data_files '{folder}/**' --data.label_column NAME to read metadata files, or "
-                "move it away"
+                f"{path} would be ignored: the sub-folders of a folder are its classes. To read metadata files give "
+                f"--data.source imagefolder --data.data_files '{folder}/**' --data.label_column NAME, else move it "
+                "away"
             )
         if entry.is_dir():
             content.folders.append(path)
         elif is_image_name(entry.name):
             content.images.append(path)
         elif entry.is_symlink() and not path.exists():
-            raise ValueError(f"{path} is a link to nothing: expected an image or a folder")
+            raise ValueError(f"{path} is a broken link: expected an image or a folder")
         else:
             content.others.append(path)
     return content
 
 
 def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
-    """Name in NFC -> folder: file systems differ in how they store an accent."""
+    """Name in NFC -> folder. File systems store accents differently (NFC or NFD)."""
     named: dict[str, Path] = {}
     for path in folders:
         other = named.setdefault(unicodedata.normalize("NFC", path.name), path)
         if other != path:
-            raise ValueError(f"{path} and {other} differ in nothing but the encoding of their names: join them")
+            raise ValueError(f"{path} and {other} differ only in the Unicode encoding of their names: merge them")
     return named
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Names of classes in alphabetical order; if all are numbers, in theirs: "10" comes after "2"."""
+    """Class names in alphabetical order, or numerically if all are numbers: "10" comes after "2"."""
     names = sorted(names)
     return sorted(names, key=int) if all(name.isascii() and name.isdecimal() for name in names) else names
 
@@ -192,7 +192,7 @@ def _refuse_class(folder: Path, name: str, contents: list[_Content]) -> None:
     hint = "; splits are called train, validation (or val) and test, with no other folder beside them" * bool(folders)
     raise ValueError(
         f"the class {name!r} of {folder} holds no images, but {found}: expected images of a format that Pillow reads, "
-        f"directly in the folder of their class{hint}. Move it away if it is no class"
+        f"directly in the folder of their class{hint}. Move it away if it is not a class"
     )
 
 

@@ -1,7 +1,6 @@
 """Image data sets with one interface: OpenMoji, folders of images, and any collection of the `datasets` library.
 
-Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": str}`, centre-cropped as ADM does unless
-another crop is asked for.
+Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": str}`; the crop is ADM's by default.
 """
 
 import functools
@@ -28,10 +27,10 @@ from .openmoji import is_held_out, openmoji_folder, read_metadata
 from .shard_files import announce_copy, check_columns, check_source, collection_builder
 
 OPENMOJI_LABELS = ("subcategory", "category")
-SKIN_TONE_WEIGHT = 0.2  # five variants of one drawing count as one
+SKIN_TONE_WEIGHT = 0.2  # the five skin tones of one drawing count as one image
 IN_MEMORY_BYTES = 2**30
 Crop = Callable[[Image.Image, int], Image.Image]
-MAX_CLASSES = 2**20  # a label beyond is a mistake, such as an identifier: names of all below it would fill the memory
+MAX_CLASSES = 2**20  # a larger label is a mistake, such as an identifier; names for so many classes would fill memory
 
 
 @dataclass(kw_only=True)
@@ -45,68 +44,67 @@ class DataConfig(Settings):
     validation_files: str | None = setting(None, "`datasets`: held-out files, beside data_files", may_change=True)
     image_column: str = setting("image", "`datasets`: column of the images")
     label_column: str | None = setting(
-        None, "`datasets`: column of the class, none: all are one; openmoji: subcategory (none) or category"
+        None, "`datasets`: column of the class (none: one class for all); openmoji: subcategory (none) or category"
     )
     caption_column: str | None = setting(None, "`datasets`: column of the text")
     holdout: float = setting(0.1, "share of OpenMoji's base emoji in the validation split", at_least=0, below=1)
-    holdout_seed: int = setting(0, "which base emoji those are", at_least=0)
-    limit: int | None = setting(None, "use only so many images, spread over the whole set", at_least=1)
-    # no change that a run could miss: it is in the fingerprint of the images
-    exif_orientation: bool = setting(True, "turn them as EXIF data say, as viewers and `datasets` do", may_change=True)
+    holdout_seed: int = setting(0, "seed that chooses the held-out base emoji", at_least=0)
+    limit: int | None = setting(None, "largest number of images, spread over the whole set", at_least=1)
+    # may change, because the fingerprint of the images holds it: a resumed run notices
+    exif_orientation: bool = setting(True, "rotate by EXIF data, as viewers and `datasets` do", may_change=True)
     max_pixels: int | None = setting(
-        None, "images of more pixels cannot be read; none: Pillow's limit, 178,956,970", may_change=True, at_least=1
+        None, "larger images count as unreadable; none: Pillow's limit, 178,956,970", may_change=True, at_least=1
     )
-    # Whether images that cannot be read are left out decides nothing until a run would end at one: it may change, and
-    # so may where renderings are kept.
+    # may change, because it has no effect until a run fails at an unreadable image
     skip_unreadable: bool = setting(False, "count and leave out images that cannot be read", may_change=True)
-    streaming: bool = setting(False, "`datasets`: read the training shards as a stream, never as a whole")
-    shuffle_buffer: int = setting(1000, "streaming: samples that a worker shuffles together, at most", at_least=1)
-    shuffle_gib: float = setting(16.0, "streaming: GiB of encoded samples a node holds for that, at most", above=0)
+    streaming: bool = setting(False, "`datasets`: read the training shards as a stream, without an index")
+    shuffle_buffer: int = setting(1000, "streaming: most samples that a worker shuffles together", at_least=1)
+    shuffle_gib: float = setting(16.0, "streaming: most GiB of encoded samples that a node shuffles", above=0)
     stream_restart: bool = setting(
-        False, "streaming: other numbers of processes or workers resume at the start of an epoch", may_change=True
+        False, "streaming: with other numbers of processes or workers, resume at an epoch's start", may_change=True
     )
-    skip_empty_captions: bool = setting(False, "streaming: leave samples without text out of every objective, not one")
+    skip_empty_captions: bool = setting(False, "streaming: leave samples without text out of all objectives")
     cache_dir: str | None = setting(
-        None, "where OpenMoji is rendered to; none: VTP_DIFFUSION_CACHE or the user's cache folder", may_change=True
+        None, "folder for rendered OpenMoji; none: VTP_DIFFUSION_CACHE or the user's cache folder", may_change=True
     )
 
     def __post_init__(self):
         super().__post_init__()
         check_source(self.source, "source")
         if self.streaming and self.limit is not None:
-            raise ValueError(f"limit is {self.limit} with streaming, expected none: max_train_steps decides")
-        ours = self.source == "openmoji" or Path(self.source).is_dir()
-        if self.streaming and ours:
+            raise ValueError(f"limit is {self.limit} with streaming, expected none: set max_train_steps instead")
+        own_reader = self.source == "openmoji" or Path(self.source).is_dir()
+        if self.streaming and own_reader:
             raise ValueError(
                 f"source is {self.source!r} with streaming, expected a builder or a hub id of `datasets`, such as "
                 "webdataset or parquet with data_files"
             )
-        for name in ("validation_files", "name", "data_files", "caption_column") if ours else ():
+        for name in ("validation_files", "name", "data_files", "caption_column") if own_reader else ():
             if (value := getattr(self, name)) is not None:
                 raise ValueError(
-                    f"{name} is {value!r} with source {self.source!r}, expected none without a builder of `datasets` "
-                    "or a hub id as source"
+                    f"{name} is {value!r} with source {self.source!r}, expected none: only a builder of `datasets` or "
+                    "a hub id takes it"
                 )
         if self.stream_restart and not self.streaming:
             raise ValueError("stream_restart is true without streaming, expected false: nothing is read as a stream")
-        self._check_effect(ours)
+        self._check_effect(own_reader)
         if self.validation_files is not None:
             self._check_validation_files()
         if self.skip_empty_captions and not (self.streaming and self.caption_column):
             given = f"streaming {str(self.streaming).lower()} and caption_column {self.caption_column or 'none'}"
             raise ValueError(f"skip_empty_captions is true with {given}, expected true and a column")
 
-    def _check_effect(self, ours: bool) -> None:
-        """Refuse what a source would not look at."""
-        idle = {name: ours and self.source != "openmoji" for name in ("image_column", "label_column")}
-        idle |= {name: self.source != "openmoji" for name in ("holdout", "holdout_seed")}
-        for name, unused in idle.items():
+    def _check_effect(self, own_reader: bool) -> None:
+        """Refuse settings that the source would ignore."""
+        ignored = {name: own_reader and self.source != "openmoji" for name in ("image_column", "label_column")}
+        ignored |= {name: self.source != "openmoji" for name in ("holdout", "holdout_seed")}
+        for name, unused in ignored.items():
             value, default = getattr(self, name), getattr(DataConfig, name)
             if unused and value != default:
                 folder = "; the classes of a folder are its sub-folders" * (name == "label_column")
                 raise ValueError(
-                    f"{name} is {value!r} with source {self.source!r}, where it is without effect: expected "
-                    f"{'none' if default is None else default}, as it is by itself{folder}"
+                    f"{name} is {value!r} with source {self.source!r}, where it has no effect: expected the default, "
+                    f"{'none' if default is None else default}{folder}"
                 )
 
     def _check_validation_files(self) -> None:
@@ -116,27 +114,28 @@ class DataConfig(Settings):
         files, held_out = (glob(pattern, recursive=True) for pattern in (self.data_files, self.validation_files))
         both = sorted(set(files) & set(held_out))
         if both or self.data_files == self.validation_files:
-            raise ValueError(f"{given}, expected none of data_files: {(both or [self.data_files])[0]} is in both")
+            raise ValueError(f"{given}, expected no file of data_files: {(both or [self.data_files])[0]} is in both")
 
 
 class ImageDataset(Dataset):
     """Images by index.
 
     Args:
-        references: one entry an image: a path, or an index into `read`.
+        references: one per image, for `read`: a path or an index.
         read: reference -> PIL image; raises UnreadableImageError naming the image.
         resolution: side of the cropped images.
         keys, labels, captions: (N,) each.
-        label_names: one a class, its index where names are not known.
+        label_names: one per class; its index if names are not known.
         weights: (N,) how often an image should be drawn, or copied, relative to others.
         fingerprint: identifies the content and the crop.
-        skip_unreadable: an image that cannot be read gives way to the next one that can, label and key included: an
-            index always gives the same item. A data set that is kept in memory leaves such images out instead.
-        classes_named, whole: whether `label_names` are more than indices; whether a folder holds no images out.
+        skip_unreadable: in place of an image that cannot be read, give the next readable one with its label and key:
+            an index always gives the same item. A data set kept in memory drops such images instead.
+        classes_named: whether `label_names` are names and not only indices.
+        whole: whether the source is a folder without a held-out split.
 
     Attributes:
-        skipped: keys of the images that could not be read, as far as this process and its workers have met them.
-        enlarged: (N,) whether an image is smaller than the crop, likewise.
+        skipped: keys of the unreadable images that this process and its workers have met so far.
+        enlarged: (N,) whether an image is smaller than the crop; known for images read so far.
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
@@ -145,10 +144,10 @@ class ImageDataset(Dataset):
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
         self.classes_named, self.whole, self._dropped, self.crop = classes_named, whole, list[str](), center_crop
-        # in shared memory, since it is the workers of a loader that read
+        # in shared memory, because the workers of a loader set them
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
-        self._pixels: np.ndarray | None = None  # (N, R, R, 3) once everything was read, for small sets
+        self._pixels: np.ndarray | None = None  # (N, R, R, 3) of a small set that was read as a whole
         if len(references) == 0:
             raise ValueError("the data set holds no images")
 
@@ -172,7 +171,7 @@ class ImageDataset(Dataset):
         return [*self._dropped, *(self.keys[index] for index in self._unreadable.nonzero().flatten().tolist())]
 
     def keep_in_memory(self) -> "ImageDataset":
-        """Read every image now, and drop those that cannot be read if that is wanted."""
+        """Read every image now, and with `skip_unreadable` drop those that cannot be read."""
         from tqdm.auto import tqdm
 
         pixels, readable = [], []
@@ -188,7 +187,7 @@ class ImageDataset(Dataset):
         return self
 
     def keep_readable(self, readable: list[int]) -> None:
-        """Drop all images but those of these indices, in order; the keys of the others are `skipped`.
+        """Keep only the images at these indices, in order; `skipped` has the keys of the others.
 
         Raises: ValueError naming a class of which no image is left.
         """
@@ -235,16 +234,16 @@ def open_dataset(
     crop: Crop = center_crop,
     or_all: bool = False,
 ) -> ImageDataset:
-    """Open a data set; every process has to call this: the main one looks into a folder and tells the others.
+    """Open a data set and print what was found. Every process has to call this: only the main one lists a folder.
 
-    Splits: OpenMoji is split by base emoji, a folder as `folders.py` says. A collection of `datasets` has its own,
-    "validation" being `validation_files` where given, or its validation or else its test split. Classes have the same
-    indices in all splits and under any `limit`. What was found is printed. `crop`: (image, resolution) -> the square.
-    `or_all`: a folder without the split is opened whole.
+    OpenMoji is split by base emoji, a folder as `folders.py` says. A collection of `datasets` has its own splits;
+    "validation" is `validation_files` if given, else its validation or test split. Classes have the same indices in
+    all splits and under any `limit`.
 
+    Args: `crop`: (image, resolution) -> square image; `or_all`: open all images of a folder that lacks the split.
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
-        UnreadableImageError: an image of a small set, which is read at once, cannot be decoded.
+        UnreadableImageError: an image of a small set, which is read now, cannot be decoded.
     """
     if split not in ("train", "validation", "all"):
         raise ValueError(f"split is {split!r}, expected train, validation or all")
@@ -271,14 +270,14 @@ def _say(line: str) -> None:
 
 
 def check_label(label: Any, name: str, expected: str = "class indices or names") -> int:
-    """A class index. Raises: ValueError naming what is none, or implausibly large."""
+    """`label` as a class index. Raises: ValueError if it is not one, or implausibly large."""
     if type(label) is not int or not 0 <= label < MAX_CLASSES:
         raise ValueError(f"{name} is {str(label)[:80]}, expected {expected}, below {MAX_CLASSES:,}")
     return label
 
 
 def check_caption(value: Any, name: str) -> str:
-    """A caption without the space around it, "" where there is none. Raises: ValueError naming what is no text."""
+    """A caption without surrounding space, "" if there is none. Raises: ValueError for anything but text."""
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{name} is {str(value)[:80]!r} of type {type(value).__name__}, expected a text")
     return (value or "").strip()
@@ -294,7 +293,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     wanted = {"train": (False,), "validation": (True,), "all": (False, True)}[split]
     rows = [row for row in rows if is_held_out(row["base"], config.holdout, config.holdout_seed) in wanted]
     if not rows:
-        raise ValueError(f"holdout is {config.holdout}, a share that leaves no images in OpenMoji's {split} split")
+        raise ValueError(f"holdout is {config.holdout}, which leaves no images in OpenMoji's {split} split")
     rows = _limited(rows, config.limit)
     return ImageDataset(
         references=[folder / row["file_name"] for row in rows],
@@ -312,7 +311,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
 
 def _open_folder(config: DataConfig, split: str, or_all: bool) -> ImageDataset:
     def look() -> tuple[list[str], list[str], list[int], str, bool]:
-        """Classes, keys, labels, fingerprint, and whether no images are held out."""
+        """Classes, keys, labels, fingerprint, and whether there is no held-out split."""
         layout = read_layout(config.source)
         part = "all" if or_all and not layout.has(split) else split
         pairs = _limited(layout.of_split(part), config.limit)
@@ -368,7 +367,7 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
 
 
 def _load_collection(config: DataConfig, split: str):
-    """The collection of `datasets`, name of a split -> table, and the names of those that make up a split."""
+    """A collection of `datasets` (name -> table), and the names of its tables that make up `split`."""
     datasets = require("datasets", "train")
     try:
         builder = collection_builder(config, split)
@@ -390,8 +389,8 @@ def _load_collection(config: DataConfig, split: str):
 
 
 def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int], list[str], bool]:
-    """(labels, names of the classes, whether these are more than indices) of a table, whose labels are class indices,
-    or names. Names are numbered in alphabetical order, those of the training split first: it is often opened alone."""
+    """(labels, class names, whether the names are more than indices) of a table whose label column holds class indices
+    or names. Names are numbered alphabetically, those of the training split first: it is often opened alone."""
     column = config.label_column
     if column is None:
         return [0] * len(table), ["image"], True
@@ -412,7 +411,7 @@ def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int]
 
 
 class _CollectionReader:
-    """Row -> image of a table of `datasets`; an object and not a closure, since it travels to worker processes."""
+    """Row -> image of a table of `datasets`. A class, not a closure: worker processes unpickle it."""
 
     def __init__(self, table, config: DataConfig):
         column, datasets = config.image_column, require("datasets", "train")
@@ -430,6 +429,6 @@ def _limited(rows: list, limit: int | None) -> list:
 
 
 def _fingerprint(source: str, resolution: int, keys: list[str], turned: bool = False) -> str:
-    """`turned`: by their EXIF data; images that are not have the fingerprint from before that was known."""
+    """`turned`: images are rotated by EXIF data. If not, the fingerprint is as before that option existed."""
     known = [source, str(resolution), *keys, *["EXIF orientation"] * turned]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]

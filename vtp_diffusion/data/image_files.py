@@ -1,4 +1,4 @@
-"""The one reader of images: files and bytes to RGB, cropped as ADM does; what cannot be decoded is named."""
+"""The one reader of images: files and bytes to RGB, crops, and errors that name the image."""
 
 import functools
 import io
@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-# what Pillow raises for files that are damaged (RuntimeError: AVIF), are no images, or would fill the memory
+# what Pillow raises for damaged files (RuntimeError: AVIF), other files than images, and images too large for memory
 DECODING_ERRORS = (
     OSError, SyntaxError, EOFError, ValueError, struct.error, RuntimeError, Image.DecompressionBombError
 )  # fmt: skip
-# 32-bit integers and floats have no agreed range that could be brought to 8 bits
+# 32-bit integers and floats have no fixed range that could be scaled to 8 bits
 REFUSED_MODES = ("I", "F")
 CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip # EXIF orientation -> what undoes it
+}  # fmt: skip # EXIF orientation -> transposition that undoes it
 
 
 class UnreadableImageError(ValueError):
@@ -31,8 +31,8 @@ class UnreadableImageError(ValueError):
 
 @functools.cache
 def image_formats() -> dict[str, str]:
-    """File name suffix -> format, of all that Pillow decodes by itself: not those it only recognises, nor EPS, for
-    which it starts Ghostscript."""
+    """File name suffix -> format, for every format that Pillow decodes by itself: without those it only recognises,
+    and without EPS, for which it starts Ghostscript."""
     Image.init()
     stubs = {name for name, (make, _) in Image.OPEN.items() if ImageFile.StubImageFile in getattr(make, "__mro__", ())}
     known = Image.OPEN.keys() - stubs - {"EPS", "MPEG"}
@@ -40,21 +40,21 @@ def image_formats() -> dict[str, str]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of that name is taken for an image; hidden ones are not."""
+    """Whether the name is that of an image file; hidden files are not."""
     return not name.startswith(".") and Path(name).suffix.lower() in image_formats()
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files of a folder by name, hidden ones left out; folders in it are not looked into. Links to nothing and
-    pipes are among them: reading refuses these by name."""
-    with os.scandir(folder) as entries:  # which says of an entry what it is, without a look at it
+    """Image files in a folder, sorted by name, without hidden files and sub-folders. Broken links and pipes are listed
+    too: reading refuses them by name."""
+    with os.scandir(folder) as entries:  # knows which entries are folders without a call per file
         return sorted(folder / entry.name for entry in entries if is_image_name(entry.name) and not entry.is_dir())
 
 
 def _open(file: str | Path | io.BytesIO, max_pixels: int | None = None) -> ImageFile.ImageFile:
-    if not isinstance(file, io.BytesIO) and not Path(file).is_file():  # a pipe would be waited for
-        raise OSError("it is a link to nothing, a pipe or another thing that is no file")
-    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses by itself what is twice this
+    if not isinstance(file, io.BytesIO) and not Path(file).is_file():  # opening a pipe would wait for a writer
+        raise OSError("it is a broken link, a pipe or something else that is not a file")
+    if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:  # Pillow itself refuses twice as many pixels
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     image = Image.open(file, formats=sorted(set(image_formats().values())))
     if max_pixels is not None and image.width * image.height > max_pixels:
@@ -63,8 +63,8 @@ def _open(file: str | Path | io.BytesIO, max_pixels: int | None = None) -> Image
 
 
 def read_header(path: Path) -> tuple[int, int, str]:
-    """Height and width as shown (EXIF orientation) and mode of an image file, without decoding it. Pillow has no RGB
-    of 16 bits, it gives their upper 8: that is "RGB;16" here. Raises: UnreadableImageError naming the file."""
+    """Height and width as shown (EXIF orientation) and mode of an image file, without decoding it. RGB of 16 bits has
+    the mode "RGB;16" here, because Pillow reduces it to 8. Raises: UnreadableImageError naming the file."""
     try:
         with _open(path) as image:
             _check_mode(image)
@@ -81,17 +81,17 @@ def _check_mode(image: Image.Image) -> None:
 
 
 def _stored_bits(image: Image.Image) -> int:
-    """Bits of a channel in the file: only its layout tells, and only until it is decoded."""
+    """Bits per channel in the file. Only Pillow's tile layout tells, and only before decoding."""
     layout = re.search(r";(\d+)", str([tile[3] for tile in getattr(image, "tile", ())]))
     return int(layout[1]) if layout else 8
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How the pixels are to be turned, by the EXIF data; damaged EXIF data say nothing, as in other readers."""
+    """The transposition that the EXIF data ask for; None if they are damaged, as in other readers."""
     if image.format == "TIFF":  # Pillow does it itself
         return None
     try:
-        # the method of the base class: that of PNG decodes the pixels to look for data after them
+        # the base class's method: PNG's own decodes the pixels to look for EXIF data after them
         return TURNS.get(Image.Image.getexif(image).get(ExifTags.Base.Orientation))
     except (*DECODING_ERRORS, TypeError, LookupError, ArithmeticError):
         return None
@@ -100,8 +100,8 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 def read_image(path: str | Path, orient: bool = True, max_pixels: int | None = None) -> Image.Image:
     """An image file as RGB, transparency on white. Raises: UnreadableImageError naming the file.
 
-    Args: `orient`: turn it as its EXIF data say, which is how viewers and `datasets` show it; TIFF always is.
-        `max_pixels`: larger images are refused unread; None: those of 2 x 89,478,485 pixels, as Pillow does.
+    Args: `orient`: rotate it as its EXIF data say, as viewers and `datasets` do; Pillow always does for TIFF.
+        `max_pixels`: images with more are refused before decoding; None: Pillow's limit of 2 x 89,478,485.
     """
     try:
         with _open(path, max_pixels) as image:
@@ -113,10 +113,10 @@ def read_image(path: str | Path, orient: bool = True, max_pixels: int | None = N
 def decode_image(
     value: dict[str, Any] | None, name: str, orient: bool = True, max_pixels: int | None = None
 ) -> Image.Image:
-    """What `datasets` holds of an image that it does not decode, {"bytes", "path"}, as RGB.
+    """An undecoded image of `datasets`, {"bytes", "path"}, as RGB.
 
-    Args: `orient`, `max_pixels`: as of `read_image`.
-    Raises: UnreadableImageError naming it, also where there is none.
+    Args: `name`: for the message; `orient`, `max_pixels`: as in `read_image`.
+    Raises: UnreadableImageError naming the image, also if it is missing.
     """
     if value is None:
         raise UnreadableImageError(f"{name} is missing")
@@ -129,10 +129,10 @@ def decode_image(
 
 
 def as_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
-    """RGB from any mode, decoded: greys and palettes to RGB, transparency onto white; of 16 bits the upper 8 are kept.
-    An image that is RGB already is given back itself: a copy would take a tenth of the time of decoding.
+    """Decode and convert any mode to RGB: grey and palettes to RGB, transparency onto white, the upper 8 of 16 bits.
+    An RGB image is returned itself: a copy would take a tenth of the time of decoding.
 
-    Args: `orient`: as of `read_image`.
+    Args: `orient`: as in `read_image`.
     Raises: ValueError for 32-bit integers and floats.
     """
     _check_mode(image)
@@ -144,7 +144,7 @@ def as_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
         image = Image.fromarray((grey >> 8).astype(np.uint8))
         if clear is not None:
             image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
-    elif clear is not None and image.mode == "RGB" and bits == 16:  # given in the bits of the file
+    elif clear is not None and image.mode == "RGB" and bits == 16:  # in the bit depth of the file
         image.info["transparency"] = tuple(value >> 8 for value in clear)
     elif clear is not None and image.mode == "L" and bits < 8:
         image.info["transparency"] = clear * 255 // (2**bits - 1)
@@ -156,7 +156,7 @@ def as_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether a PNG file is there with all its parts, by their checksums and without decoding its pixels."""
+    """Whether a PNG file exists and is complete, by its checksums and without decoding its pixels."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()

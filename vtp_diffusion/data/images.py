@@ -1,4 +1,4 @@
-"""Images as pixels: the one float-to-uint8 conversion, PIL and tensors, their way to a device, and labelled grids."""
+"""Image tensors: the one float-to-uint8 conversion, PIL conversion, copies to a device, and labelled grids."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 Rounding = Literal["half to even", "half up"]
-SHOWN_SIDE = 96  # pixels: what is narrower is enlarged in pictures
+SHOWN_SIDE = 96  # pixels; narrower images are enlarged in pictures
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on the device, without waiting for what is queued there."""
+    """Copy a host tensor to the device without waiting for the work queued there."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
@@ -23,7 +23,7 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "half to even") -> torch
 
     Every picture and every metric of this package goes through this function: projects that truncate or use other
     offsets get slightly different numbers from the same model.
-    Args: `rounding`: where that leaves a choice; "half up" is 127.5 x + 128 truncated, as DiT and iMF write it.
+    Args: `rounding`: of values halfway between two integers; "half up" is 127.5 x + 128 truncated, as in DiT and iMF.
     Raises: ValueError if the tensor is not a floating-point one.
     """
     if not images.is_floating_point():
@@ -36,23 +36,23 @@ def to_uint8(images: torch.Tensor, rounding: Rounding = "half to even") -> torch
 def finite_to_uint8(
     images: torch.Tensor, names: Sequence[object] | None = None, rounding: Rounding = "half to even"
 ) -> torch.Tensor:
-    """`to_uint8` of images (B, ...) that are to be measured: it alone would make black pixels of what is not a number.
+    """`to_uint8` for images (B, ...) that are measured: NaN is an error, where `to_uint8` makes it a black pixel.
 
-    Raises: ValueError as of `check_finite`.
+    Raises: ValueError as `check_finite`.
     """
     check_finite(images, "pixels", names)
     return to_uint8(images, rounding)
 
 
 def check_finite(values: torch.Tensor, what: str, names: Sequence[object] | None = None) -> None:
-    """Raises: ValueError if values (B, ...) are not finite, naming the images by `names` or else by their places."""
+    """Raises: ValueError if values (B, ...) are not finite, naming the images by `names` or their indices."""
     finite = values.isfinite().flatten(1).all(1)  # (B,)
     if not finite.all():
         names = range(len(values)) if names is None else names
         broken = [str(name) for name, good in zip(names, finite.tolist(), strict=True) if not good]
         raise ValueError(
-            f"{what} of image {', '.join(broken)} are not finite: expected numbers; the weights, their precision "
-            f"({values.dtype} {what}) or the settings of the sampler make none"
+            f"{what} of image {', '.join(broken)} are not finite, expected finite numbers: check the weights, their "
+            f"precision ({values.dtype} {what}) and the settings of the sampler"
         )
 
 
@@ -81,7 +81,7 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """A tiny image with its pixels shown as squares, at least `SHOWN_SIDE` wide; other images as they are."""
+    """A tiny image enlarged by a whole factor to at least `SHOWN_SIDE` wide; larger images unchanged."""
     factor = -(-SHOWN_SIDE // image.width)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
@@ -93,8 +93,8 @@ def image_grid(
 
     Tiny images are `enlarged`; a label that is wider than its image takes several lines.
 
-    Args: `columns`: images a row; `padding`: pixels around each image. Raises: ValueError on no images, mixed sizes,
-    or a number of labels other than the number of images.
+    Args: `columns`: images per row; `padding`: pixels around each image.
+    Raises: ValueError on no images, mixed sizes, or a number of labels other than the number of images.
     """
     if not images:
         raise ValueError("a grid needs at least one image")

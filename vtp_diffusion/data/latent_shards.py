@@ -1,9 +1,9 @@
 """Latent shards on disk: what `train_dit/extract_latents.py` writes and `train_dit/train.py` reads.
 
 A shard is a safetensors file with `latents` and `latents_flip` (N, C, h, w), the raw latents of images and of their
-mirror images, and `labels` (N,): what `ImgLatentDataset` of hustvl/LightningDiT reads, which takes the statistics from
-latents_stats.pt beside them. latents.json says which autoencoder made them and how; while it is missing and plan.json
-is there, the extraction has not finished.
+mirror images, and `labels` (N,). `ImgLatentDataset` of hustvl/LightningDiT reads it too, with the statistics in
+latents_stats.pt. latents.json says which autoencoder made the latents and how. A folder with plan.json but without
+latents.json is an unfinished extraction.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ from .channel_statistics import ChannelStatistics
 from .image_datasets import MAX_CLASSES
 
 METADATA_NAME = "latents.json"
-PLAN_NAME = "plan.json"  # what a begun extraction is about to write
-STATISTICS_NAME = "latents_stats.pt"  # what upstream's loader takes mean and standard deviation from
+PLAN_NAME = "plan.json"  # settings of an extraction, written when it begins
+STATISTICS_NAME = "latents_stats.pt"  # mean and standard deviation for upstream's loader
 LATENT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SHARD_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LABEL_DTYPES = ("I64", "I32")
 _TENSORS = ("latents", "latents_flip", "labels")
-_NOTES = "shard"  # the one entry of a shard's metadata: several are written in no fixed order
+_NOTES = "shard"  # the only key of a shard's metadata: safetensors writes several in no fixed order
 
 
 def write_shard(
@@ -45,15 +45,15 @@ def write_shard(
     skipped: Sequence[str] = (),
     first: int | None = None,
 ) -> None:
-    """Write one shard under another name, then rename it: a shard that exists is complete. The same values give the
-    same bytes; a SHA-256 of them and the moments of their channels are in it.
+    """Write one shard atomically: a shard that exists is complete. The same values give the same bytes. Its metadata
+    hold a SHA-256 and the moments of each channel.
 
     Args:
-        skipped: keys of the samples that should have been in this shard but whose images cannot be read.
-        first: number of the shard's first sample, counting over all shards, the skipped ones included; with it
-            `LatentDataset` finds shards that are missing, double or overlapping.
+        skipped: keys of this shard's samples whose images cannot be read.
+        first: index of the shard's first sample over all shards, skipped samples included. `LatentDataset` uses it to
+            find missing, duplicate or overlapping shards.
     Raises: ValueError for values that are not finite (float16 ends at 65504), before anything is written. OSError if
-        the disk does not take it.
+        the file cannot be written.
     """
     for name, values in (("latents", latents), ("latents_flip", latents_flip)):
         if not values.isfinite().all():
@@ -62,12 +62,12 @@ def write_shard(
     notes = {"skipped": list(skipped)} | ({} if first is None else {"first": first})
     notes["moments"] = ChannelStatistics.of(latents, latents_flip).moments()
     notes["sha256"] = _sha256(notes, tensors)
-    with replacing(path, "Shards that are complete stay: the same command goes on after them") as unfinished:
+    with replacing(path, "Complete shards are kept: the same command continues after them") as unfinished:
         save_file(tensors, unfinished, metadata={_NOTES: json.dumps(notes)})
 
 
 def _sha256(notes: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Of what a shard says and holds; shards of before have no moments."""
+    """Hash of a shard's metadata and tensors; older shards have no moments."""
     says = [notes.get("skipped"), notes.get("first"), *([notes["moments"]] if "moments" in notes else [])]
     digest = hashlib.sha256(json.dumps(says).encode())
     for name in _TENSORS:
@@ -76,7 +76,7 @@ def _sha256(notes: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _read_notes(header: dict[str, Any]) -> dict[str, Any]:
-    """skipped, first, moments and sha256 of a shard; version 0.1 wrote the first two, upstream nothing."""
+    """skipped, first, moments and sha256 of a shard; version 0.1 wrote only the first two, upstream none."""
     metadata = header.get("__metadata__", {})
     if _NOTES in metadata:
         return json.loads(metadata[_NOTES])
@@ -84,9 +84,9 @@ def _read_notes(header: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_content(path: Path, required: bool = False) -> None:
-    """Read a shard and compare it with the SHA-256 in it.
+    """Read a shard and compare it with the SHA-256 in its metadata.
 
-    Args: `required`: refuse a shard without one, which version 0.1 or another program wrote.
+    Args: `required`: refuse a shard without one, as version 0.1 and other programs write.
     Raises: ValueError naming the shard.
     """
     notes = _read_notes(_read_header(path))
@@ -109,10 +109,11 @@ def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) 
 
 
 def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
-    """Take and lock an empty folder, or the one this very extraction began in. `plan`: what decides every shard.
+    """Lock a folder for an extraction: an empty one, or one where the same extraction began.
 
-    Raises: ValueError if the folder holds other latents (naming what differs) or other files, or another process is at
-        work in it.
+    Args: `plan`: the settings that decide the shards' content.
+    Raises: ValueError if the folder holds other latents (naming what differs) or other files, or another process works
+        in it.
     """
     path = folder / PLAN_NAME
     if path.is_file():
@@ -120,11 +121,11 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
         if lines := setting_differences(begun, plan):
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
         folder_lock.acquire(folder)
-        for entry in folder.iterdir():  # of an attempt that was killed; safetensors has hidden names of its own
+        for entry in folder.iterdir():  # left by a killed attempt, also by safetensors itself
             if entry.name.startswith(".") and entry.name != folder_lock.LOCK_NAME:
                 entry.unlink()
         return
-    # a kill in the middle of writing the plan leaves its unfinished file alone in the folder
+    # a kill while the plan is written leaves only its unfinished file in the folder
     if folder.exists() and not all(e.name == folder_lock.LOCK_NAME or is_unfinished(e) for e in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no {PLAN_NAME}: give a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,8 +134,8 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
-    """Raises: ValueError if a shard that an earlier attempt wrote is not what was written, or not of so many
-    samples."""
+    """Check a shard of an earlier attempt. Raises: ValueError if it is damaged, or has another number of samples or
+    another dtype."""
     header, skipped = _read_header(path), len(read_skipped(path))
     count, found = header["labels"]["shape"][0] + skipped, _SHARD_DTYPES[header["latents"]["dtype"]]
     if count != samples or found != dtype:
@@ -145,10 +146,10 @@ def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
 
 
 def verify_shard(path: Path, expected_labels: Sequence[int], checked: bool = False) -> ChannelStatistics:
-    """Read a shard back: its SHA-256, its labels. Returns the statistics of its latents and mirrored latents, which
-    are in it; of a shard of before, without them, they are taken now.
+    """Check a shard's SHA-256 and labels, and return the statistics of its latents and mirrored latents: those in its
+    metadata, or computed now for an older shard without them.
 
-    Args: `expected_labels`: one a sample, in order; `checked`: its SHA-256 has been compared already.
+    Args: `expected_labels`: one per sample, in order; `checked`: the SHA-256 has been compared already.
     Raises: ValueError naming the shard and what is wrong with it.
     """
     notes = _read_notes(_read_header(path))
@@ -167,12 +168,12 @@ def verify_shard(path: Path, expected_labels: Sequence[int], checked: bool = Fal
 
 
 def read_hashes(paths: Sequence[Path]) -> dict[str, str | None]:
-    """Name of a shard -> the SHA-256 in it, None if it has none. Its content is not read."""
+    """Name of a shard -> the SHA-256 in its metadata, or None. The content is not read."""
     return {path.name: _read_notes(_read_header(path)).get("sha256") for path in paths}
 
 
 def is_finished(folder: Path, paths: Sequence[Path]) -> bool:
-    """Whether an extraction has ended, and all its shards are there and are, by their hashes, those it ended with."""
+    """Whether an extraction has finished and all its shards still exist with the hashes in latents.json."""
     metadata = folder / METADATA_NAME
     if not metadata.is_file() or not all(path.is_file() for path in paths):
         return False
@@ -185,32 +186,32 @@ def read_skipped(path: Path) -> list[str]:
 
 
 def write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    """Write latents.json, at once or not at all."""
+    """Write latents.json atomically."""
     write_json(folder / METADATA_NAME, metadata)
 
 
 class LatentDataset(Dataset):
-    """Shards of a folder as one data set; files are opened once a process.
+    """Shards of a folder as one data set; each process opens the files once.
 
-    Rows are read one by one into the batch, and not from a memory map: for every row of one, the kernel would read
-    its surroundings too, which is hundreds of times as much where the latents do not fit into memory.
+    Each row is read into the batch, not from a memory map. With a map the kernel would also read what surrounds each
+    row: hundreds of times as many bytes if the latents do not fit into memory.
 
     Args:
         folder: of the shards, ours or upstream's.
-        unfinished: accept a folder whose extraction has not finished: the extraction itself does.
-        verify: read every shard and compare it with the SHA-256 in it.
+        unfinished: accept an unfinished extraction, for the extraction itself.
+        verify: read every shard and compare it with its SHA-256.
 
     Attributes:
         shape: (C, h, w) of one latent.
         labels: (N,) int64.
-        metadata: content of latents.json; None for shards that upstream's extraction wrote.
-        id2label: class index -> name; without latents.json the indices from 0 to the largest label.
+        metadata: content of latents.json; None for shards of upstream's extraction.
+        id2label: class index -> name; without latents.json, names are the indices from 0 to the largest label.
         num_bytes: of all latents together.
         fingerprint: identifies the files.
         weights: None: every latent counts the same.
     Raises: ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
-        together, labels out of range, missing, double or overlapping shards, or other files or counts than
-        latents.json promises.
+        together, labels out of range, missing, duplicate or overlapping shards, or other files or counts than
+        latents.json says.
     """
 
     weights = None
@@ -267,7 +268,7 @@ class LatentDataset(Dataset):
         return counts
 
     def _check_promises(self, counts: list[int]) -> None:
-        """Compare with latents.json, which names the shards and their sizes (before that, only the sum)."""
+        """Compare with latents.json, which lists the shards and their sizes (in older files, only the total)."""
         found = dict(zip((path.name for path in self.files), counts, strict=True))
         promised = self.metadata.get("shards", found)
         for words, names in (
@@ -286,23 +287,23 @@ class LatentDataset(Dataset):
             )
 
     def _check_order(self, headers: list[dict[str, Any]], counts: list[int]) -> list[str]:
-        """Refuse shards that are missing, double or overlapping, as far as they say what they hold.
+        """Refuse missing, duplicate or overlapping shards, by the `first` in their metadata.
 
-        Returns: where they do not, as upstream's, a hash for each of its labels and a few of its latents.
+        Returns: for shards without it, such as upstream's, a hash of each one's labels and some latents; else nothing.
         """
         notes = [_read_notes(header) for header in headers]
         if all("first" in note for note in notes):
             expected = 0
             for path, note, count in zip(self.files, notes, counts, strict=True):
                 if (first := note["first"]) != expected:
-                    fault = "a shard before it is missing" if first > expected else "a shard is double or overlaps"
+                    fault = "a shard before it is missing" if first > expected else "it is there twice or overlaps"
                     raise ValueError(f"{path} begins with sample {first}, expected {expected}: {fault}")
                 expected = first + count + len(note["skipped"])
             return []
         seen: dict[str, Path] = {}
         for index, path in enumerate(self.files):
             shard = self._shard(index)
-            ends = shard["latents"][[0, len(shard["labels"]) // 2, -1]]  # a copied file has all in common
+            ends = shard["latents"][[0, len(shard["labels"]) // 2, -1]]  # equal in a copied file
             digest = hashlib.sha256(ends.view(torch.uint8).numpy()).hexdigest() + str(shard["labels"].tolist())
             other = seen.setdefault(hashlib.sha256(digest.encode()).hexdigest(), path)
             if other != path:
@@ -310,7 +311,7 @@ class LatentDataset(Dataset):
         return list(seen)
 
     def _check_finite(self) -> None:
-        """Look at three latents a shard: training on what is not finite would end after many steps, naming no file."""
+        """Check three latents per shard: without this, training fails after many steps and names no file."""
         for index, path in enumerate(self.files):
             shard = self._shard(index)
             rows = [0, len(shard["labels"]) // 2, -1]
@@ -340,11 +341,11 @@ class LatentDataset(Dataset):
     def read(
         self, indices: Sequence[int], mirrored: np.ndarray, into: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """One latent for every index, of the image or of its mirror image: half of the reading of both.
+        """One latent per index, of the image or its mirror image: half as much reading as `__getitems__`.
 
         Args:
             mirrored: (B,) bool: take the latent of the mirror image.
-            into: (B, C, h, w) of the same dtype, contiguous, which becomes the result.
+            into: contiguous (B, C, h, w) of the same dtype to write to; it is the result.
         Returns: raw `latents` (B, C, h, w) as stored, and `labels` (B,) int64, in the order asked for.
         Raises: IndexError for an index out of range.
         """
@@ -365,15 +366,15 @@ class LatentDataset(Dataset):
 
     def _file(self, index: int) -> RandomReads:
         if index not in self._open:
-            self._open.setdefault(index, RandomReads(self.files[index]))  # of two threads, one is as good
+            self._open.setdefault(index, RandomReads(self.files[index]))  # if two threads open it, either will do
         return self._open[index]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}  # open files do not travel to worker processes
+        return self.__dict__ | {"_open": {}}  # open files cannot be pickled for worker processes
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """Raises: ValueError if latents.json is damaged or lacks what training needs of it."""
+    """Content of latents.json. Raises: ValueError if it is damaged or lacks what training needs."""
     metadata = read_json(path, "Delete it and run the same extraction again")
     kinds = {"autoencoder": dict, "num_samples": int, "label_names": list, "mean": list, "std": list, "shards": dict}
     lacking = [name for name in kinds if name not in metadata and name != "shards"]
@@ -390,8 +391,8 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 def _read_header(path: Path) -> dict[str, Any]:
     """Names, types and shapes of a shard without reading it, checked against its length."""
-    if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is a link to nothing, a pipe or another thing that is no file")
+    if not path.is_file():  # opening a pipe would wait for a writer
+        raise ValueError(f"{path} is a broken link, a pipe or something else that is not a file")
     try:
         with safe_open(path, framework="pt") as file:  # refuses a truncated file
             names = set(file.keys())
@@ -407,7 +408,7 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no latents")
     if header["latents"]["dtype"] not in _SHARD_DTYPES or len(header["latents"]["shape"]) != 4:
         raise ValueError(f"{path}: latents are {header['latents']}, expected (N, C, h, w) in 16 or 32 bits")
-    for name in _TENSORS:  # from the start of the file
+    for name in _TENSORS:  # made relative to the start of the file
         header[name]["data_offsets"] = [8 + length + offset for offset in header[name]["data_offsets"]]
     if header["labels"]["dtype"] not in _LABEL_DTYPES:
         raise ValueError(f"{path}: labels are {header['labels']['dtype']}, expected {' or '.join(_LABEL_DTYPES)}")

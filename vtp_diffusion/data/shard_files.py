@@ -1,4 +1,4 @@
-"""Which files a collection of `datasets` is read from, and whether they are there and whole."""
+"""The files that a collection of `datasets` is read from; checks that they exist and are complete."""
 
 import re
 import shutil
@@ -8,31 +8,31 @@ from typing import Any
 
 from ..runtime.optional_packages import require
 
-BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, without data
+BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, need data_files
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME
-COPIED = ("parquet", "webdataset")  # into Arrow files, about as large
+COPIED = ("parquet", "webdataset")  # `datasets` copies these into Arrow files, about as large
 
 
 def check_source(source: str, option: str) -> None:
-    """Raises: ValueError for a source that can only be meant as a folder and is none: the Hub would be asked for it,
-    and without a network that takes long."""
+    """Raises: ValueError for a source that looks like a folder but does not exist. `datasets` would ask the Hub,
+    which takes long without a network."""
     if source == "openmoji" or source in BUILDERS or (source and Path(source).is_dir()):
         return
     if not HUB_ID.fullmatch(source) or Path(source.partition("/")[0]).exists():
-        home = "; ~ is not read as the home folder here" * source.startswith("~")
+        home = "; ~ is not expanded here" * source.startswith("~")
         raise ValueError(
-            f"{option} is {source!r}, which is no folder{home}. Expected one, openmoji, a builder of `datasets` "
+            f"{option} is {source!r}, which is not a folder{home}. Expected one, openmoji, a builder of `datasets` "
             f"({', '.join(BUILDERS)}) or a Hub id, OWNER/NAME; the working directory is {Path.cwd()}"
         )
 
 
 def split_files(config: Any, split: str) -> str | dict[str, str] | None:
-    """`data_files` of a `DataConfig` as `datasets` is given them for a split: training alone is the same with
+    """The `data_files` argument of `datasets` for a split of a `DataConfig`. For "train" it does not depend on
     `validation_files`.
 
-    Raises: ValueError where a builder of `datasets` is given no files, for which it would take those of the working
-        directory, or a local pattern that matches none.
+    Raises: ValueError for a builder of `datasets` without files (it would take those of the working directory), or a
+        local pattern that matches no file.
     """
     for name in ("data_files", "validation_files") if config.source in BUILDERS else ():
         pattern = getattr(config, name)
@@ -42,7 +42,7 @@ def split_files(config: Any, split: str) -> str | dict[str, str] | None:
             raise ValueError(f"{name} is {pattern!r}, which matches no file; the working directory is {Path.cwd()}")
         for file in glob(pattern or "", recursive=True):
             if not Path(file).is_file() and not Path(file).is_dir():
-                raise ValueError(f"{name}: {file} is a link to nothing, a pipe or another thing that is no file")
+                raise ValueError(f"{name}: {file} is a broken link, a pipe or something else that is not a file")
             _check_tar_end(file)
     if config.validation_files is None or split == "train":
         return config.data_files
@@ -61,7 +61,7 @@ def collection_builder(config: Any, split: str) -> Any:
 
 
 def check_columns(config: Any, known: list[str]) -> tuple[str | None, ...]:
-    """The columns that a configuration names, None for those it does not. Raises: ValueError if one is not there."""
+    """(image, label, caption) columns that a configuration names, or None. Raises: ValueError if one is missing."""
     columns = {"image": config.image_column, "label": config.label_column, "caption": config.caption_column}
     for use, column in columns.items():
         if column is not None and column not in known:
@@ -70,9 +70,9 @@ def check_columns(config: Any, known: list[str]) -> tuple[str | None, ...]:
 
 
 def announce_copy(builder: Any, data_files: str) -> None:
-    """Before `datasets` copies shards into its cache, where they are read from: say how large the copy is and where.
+    """Print the size and place of the copy of the shards that `datasets` is about to make in its cache.
 
-    Raises: ValueError if the disk has less room.
+    Raises: ValueError if the disk has too little space.
     """
     folder = Path(builder.cache_dir)
     files = [file for names in (builder.config.data_files or {}).values() for file in names if Path(file).is_file()]
@@ -88,11 +88,11 @@ def announce_copy(builder: Any, data_files: str) -> None:
             f"{free:,.1f} GB are free. Make room, set the environment variable HF_DATASETS_CACHE to a folder on a "
             "larger disk, or read them with data.streaming true, which copies nothing"
         )
-    print(f"{data_files}: `datasets` copies {needed:,.1f} GB into {folder}, once; HF_DATASETS_CACHE says where")
+    print(f"{data_files}: `datasets` copies {needed:,.1f} GB into {folder}, once; HF_DATASETS_CACHE sets the folder")
 
 
 def _check_tar_end(file: str) -> None:
-    """Raises: ValueError for a tar file that was cut: between two members tarfile would take that for its end."""
+    """Raises: ValueError for a truncated tar file: one cut between two members looks complete to tarfile."""
     if not file.endswith(".tar"):
         return
     with open(file, "rb") as tar:

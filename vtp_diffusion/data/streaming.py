@@ -1,12 +1,12 @@
 """Image-text shards that are too large to be indexed: webdataset or parquet files read as a stream by `datasets`.
 
 A stream is what one worker of one process reads. In every epoch the shards are shuffled and dealt to the streams, and
-a stream reads its shards block by block, each block in a random order. `datasets` can shuffle and resume as well, but
-its state does not hold the shuffle buffer: what was in it would be lost. Here a position is a few numbers, the
-beginning of the block and how much of it was delivered, so that nothing is lost or repeated.
+a stream reads its shards block by block, each block in a random order. `datasets` can shuffle and resume too, but its
+state does not include the shuffle buffer: those samples would be lost. Here the position is a few numbers, the start
+of the block and how many of its samples were delivered, so that nothing is lost or repeated.
 
-A stream never ends: its next epoch begins when its shards are through, so that every process always has a batch,
-however unequal the shards are, and none waits for another that has finished.
+A stream never ends: after its last shard it starts its next epoch. So every process always has a batch, however
+unequal the shards are, and none waits for one that has finished.
 """
 
 import hashlib
@@ -32,35 +32,35 @@ from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
 from .shard_files import check_columns, collection_builder, split_files
 
-READ_ROWS = 32  # rows asked of `datasets` at a time
-EMPTY_EPOCHS = 3  # in a row without one image that can be used, and the stream is given up
+READ_ROWS = 32  # rows read from `datasets` at a time
+EMPTY_EPOCHS = 3  # after so many epochs in a row without a usable sample, a stream raises an error
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream is: the beginning of its block, how much of the block was delivered, and what samples lacked."""
+    """Position of a stream: the start of its block, the samples taken from it, and counts of what samples lacked."""
 
     epoch: int = 0
-    shard: int = 0  # place in this epoch's list of the stream's shards
+    shard: int = 0  # index into this epoch's list of the stream's shards
     row: int = 0  # of that shard
     block: int = 0  # of the epoch
-    taken: int = 0  # samples of the block, those left out included
+    taken: int = 0  # samples of the block, including those left out
     delivered: int = 0  # samples of the epoch
     unreadable: int = 0  # samples left out since the beginning of the run
-    without_caption: int = 0  # delivered with "", or left out if `skip_empty_captions` says so
-    named_streams: bool = True  # whether orders are drawn by `random_stream`; False in a run begun with version 0.1
+    without_caption: int = 0  # delivered with "", or left out with `skip_empty_captions`
+    named_streams: bool = True  # orders come from `random_stream`; False in a run begun with version 0.1
 
 
 class StreamingImages:
     """Shards of images with captions, in the item format of `ImageDataset`; without a length.
 
     Args:
-        config: with `streaming`; `shuffle_buffer` is the size of a block in samples, if they fit into `block_bytes`.
-        split: "train" or "validation" (`validation_files` where given, or the validation or else the test split).
+        config: with `streaming`; `shuffle_buffer` is the largest size of a block in samples.
+        split: "train" or "validation" (`validation_files` if given, else the validation or test split).
     Attributes: `has_validation`: whether the source has that split.
-    Raises: ValueError: a source that `datasets` cannot read as a stream, a split or a column that is not there.
+    Raises: ValueError: a source that `datasets` cannot read as a stream, a split or column that does not exist.
     """
 
     def __init__(self, config: DataConfig, split: str = "train"):
@@ -80,10 +80,10 @@ class StreamingImages:
         self.table = table.cast_column(config.image_column, datasets.Image(decode=False))
         self.num_shards = table.num_shards
         names = list((builder.config.data_files or {}).get(found[0], ()))
-        # a shard is a file with all builders of files
+        # builders that read files make one shard of each file
         self.shard_names = names if len(names) == self.num_shards else [f"shard {k}" for k in range(self.num_shards)]
         read = files["validation"] if isinstance(files, dict) else files
-        self._where = "" if read is None else f"{read}: "  # before what is said of a sample
+        self._where = "" if read is None else f"{read}: "  # start of messages about a sample
         feature = (table.features or {}).get(config.label_column) if config.label_column else None
         self.label_names = list(getattr(feature, "names", None) or [])
         described = [config.source, config.name, read, found[0], self.resolution, self.num_shards]
@@ -99,18 +99,18 @@ class StreamingImages:
         num_streams: int = 1,
         block_bytes: int | None = None,
     ) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
-        """Items of a stream from a position on, without end, each with the position after it.
+        """Endless items of a stream from a position on, each with the position after it.
 
-        A sample without a text has the caption "", which the contrastive objective leaves out, unless
-        `skip_empty_captions` leaves it out of all objectives; it is counted either way.
+        A sample without text has the caption "", which the contrastive objective leaves out. With
+        `skip_empty_captions` the sample is left out altogether. It is counted either way.
 
-        Args: `block_bytes`: a block ends with the sample that fills them; a position goes on with the same ones only.
-        Raises: UnreadableImageError: unless `skip_unreadable` says to leave such out. ValueError: epoch after epoch
-            holds nothing that can be used.
+        Args: `block_bytes`: a block ends with the sample that reaches this size; must be the same when resuming.
+        Raises: UnreadableImageError: unless `skip_unreadable` is set. ValueError: no usable sample in `EMPTY_EPOCHS`
+            epochs.
         """
         rows, empty = _Rows(self, seed, stream, num_streams), 0
         while True:
-            block = None  # the last one goes before the next is read: else memory would hold two
+            block = None  # free the last block before the next is read: memory should hold only one
             block, after = rows.read_block(position, self.config.shuffle_buffer, block_bytes)
             keys = seed, stream, position.epoch, position.block
             order = _permutation("samples of a block", position, len(block), *keys).tolist()
@@ -128,13 +128,13 @@ class StreamingImages:
                 empty = 0 if position.delivered else empty + 1
             if empty == EMPTY_EPOCHS:
                 raise ValueError(
-                    f"{self.config.source}: {EMPTY_EPOCHS} epochs of stream {stream} of {num_streams} hold no sample "
-                    f"that can be used ({position.unreadable} unreadable, {position.without_caption} without caption)"
+                    f"{self.config.source}: {EMPTY_EPOCHS} epochs of stream {stream} of {num_streams} hold no usable "
+                    f"sample ({position.unreadable} unreadable, {position.without_caption} without caption)"
                 )
             position = replace(after, delivered=position.delivered if same_epoch else 0, **counts)
 
     def _item(self, key: str, row: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-        """(the item, or None if it is left out; the count of `StreamPosition` for what it lacks, or "")."""
+        """(item, or None if it is left out; the field of `StreamPosition` that counts what it lacks, or "")."""
         config = self.config
         caption = lacking = ""
         if config.caption_column:
@@ -160,12 +160,12 @@ class StreamingImages:
         return {"image": image, "label": label, "caption": caption, "key": key}, lacking
 
     def first_epoch(self, stream: int = 0, num_streams: int = 1) -> Iterator[dict[str, Any]]:
-        """Items of a stream, once."""
+        """Items of the first epoch of a stream."""
         samples = self.samples(StreamPosition(), 0, stream, num_streams)
         return (item for item, _ in itertools.takewhile(lambda sample: sample[1].epoch == 0, samples))
 
     def take(self, count: int) -> ImageDataset:
-        """The first samples of the first epoch that can be used, `count` at most, as a data set in memory."""
+        """The first usable samples of the first epoch, at most `count`, as a data set in memory."""
         items = list(itertools.islice(self.first_epoch(), count))
         highest = max((item["label"] for item in items), default=0)
         dataset = ImageDataset(
@@ -187,12 +187,12 @@ class StreamingImages:
 def first_batches(
     images: StreamingImages, count: int, device: torch.device, num_workers: int = 0
 ) -> Iterator[torch.Tensor]:
-    """The first `count` images of the first epoch, or all of it, (B, 3, R, R) in [-1, 1]; never held all at once.
+    """Batches (B, 3, R, R) in [-1, 1] of the first `count` images of the first epoch, or all if it has fewer.
 
-    Args: `num_workers`: processes that read, each a stream of its own: with others these are other images.
+    Args: `num_workers`: reading processes, each with its own stream: another number gives other images.
     """
     workers = min(num_workers, images.num_shards)
-    # a generator of its own: else the loader would draw from the global one
+    # a generator of its own, so that the loader does not draw from the global one
     loader = DataLoader(_FirstEpoch(images), PLAIN_BATCH, num_workers=workers, generator=torch.Generator())
     for batch in loader:
         batch = batch[:count]
@@ -203,7 +203,7 @@ def first_batches(
 
 
 class _FirstEpoch(IterableDataset):
-    """In each worker: the images (3, R, R) uint8 of its stream, once."""
+    """In each worker: the images (3, R, R) uint8 of the first epoch of its stream."""
 
     def __init__(self, images: StreamingImages):
         self.images = images
@@ -215,22 +215,22 @@ class _FirstEpoch(IterableDataset):
 
 
 def check_streaming(config: Any) -> None:
-    """ValueError for settings of a training program that do not go with `data.streaming`."""
+    """Raises: ValueError for settings of a training program that do not work with `data.streaming`."""
     if config.data.streaming and config.evaluation_images is None:
-        raise ValueError("evaluation_images is none with data.streaming, expected how many are measured")
+        raise ValueError("evaluation_images is none with data.streaming, expected the number of images to measure")
     if config.data.streaming and config.keep_on_device:
-        raise ValueError("keep_on_device is true with data.streaming, expected none or false: a stream is never whole")
+        raise ValueError("keep_on_device is true with data.streaming, expected none or false: a stream has no end")
 
 
 def open_splits(
     config: DataConfig, evaluation_images: int | None, batch_size: int
 ) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
-    """What is trained on, and what is measured: the training images and, where there are any, held-out ones.
+    """Images for training, and images for evaluation by name: "train" and, if there is such a split, "held_out".
 
     Args:
-        evaluation_images: of a stream, so many of either split are measured, by the main process; others have one.
-        batch_size: images of a step, over all processes.
-    Raises: ValueError: there are fewer training images than a step takes; reading shows it of a stream.
+        evaluation_images: for a stream, images of each split that the main process evaluates; the others take one.
+        batch_size: images per step, over all processes.
+    Raises: ValueError: fewer training images than a step takes. For a stream this shows only while reading.
     """
     if config.streaming:
         training, count = StreamingImages(config), evaluation_images if this_process()[0] == 0 else 1
@@ -254,13 +254,13 @@ def _permutation(use: str, position: StreamPosition, count: int, *keys: int) -> 
 
 
 class _Rows:
-    """Undecoded rows of a stream in reading order; keeps the shard it is in open from block to block."""
+    """Undecoded rows of a stream in reading order; keeps its current shard open from block to block."""
 
     def __init__(self, images: StreamingImages, seed: int, stream: int, num_streams: int):
         self.images, self.seed, self.stream, self.num_streams = images, seed, stream, num_streams
-        # more streams than shards: several read one shard, every so-manieth row each
+        # with more streams than shards, each shard is read by `stripes` streams, which take its rows in turn
         self.stripes = -(-num_streams // images.num_shards)
-        self._at: tuple[int, int, int] | None = None  # epoch, shard, row that `_open` goes on with
+        self._at: tuple[int, int, int] | None = None  # epoch, shard, row of the next row in `_open`
         self._open: Iterator[dict[str, Any]] = iter(())
 
     def dealt(self, position: StreamPosition) -> list[tuple[int, int]]:
@@ -272,8 +272,8 @@ class _Rows:
     def read_block(
         self, start: StreamPosition, size: int, num_bytes: int | None = None
     ) -> tuple[list, StreamPosition]:
-        """Up to `size` (key, row) from the beginning of a block, fewer if their images fill `num_bytes`, and the
-        beginning of the next; an epoch ends it."""
+        """(key, row) of each sample of the block at `start`, and the start of the next block. A block ends after
+        `size` samples, when its images reach `num_bytes`, or with the epoch."""
         dealt, shard, row = self.dealt(start), start.shard, start.row
         block: list[tuple[str, dict[str, Any]]] = []
         left, column = math.inf if num_bytes is None else num_bytes, self.images.config.image_column
@@ -299,25 +299,25 @@ class _Rows:
 
     def _rows(self, index: int, first: int) -> Iterator[dict[str, Any]]:
         table = self.images.table.shard(self.images.num_shards, index)
-        # `iter`, since __iter__ would divide the shard among the loader's workers once more
+        # `iter` and not __iter__, which would divide the shard among the loader's workers once more
         try:
             for batch in (table.skip(first) if first else table).iter(READ_ROWS):
                 names = list(batch)
                 for values in zip(*batch.values(), strict=True):
                     yield dict(zip(names, values, strict=True))
-        except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # pyarrow's are of the latter two
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:  # pyarrow raises OSError, ValueError
             raise ValueError(
                 f"{self.images.shard_names[index]} is damaged, or no {self.images.config.source}: {error}"
             ) from error
 
 
 def block_bytes(config: DataConfig, workers: int) -> int:
-    """The share of `shuffle_gib` of a stream, one of so many workers of each process of this node."""
+    """One stream's share of `shuffle_gib`, with `workers` streams in each process of this node."""
     return max(1, int(config.shuffle_gib * 2**30) // (workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class StreamBatches:
-    """Batches on the device from the streams of this process, without end; iterate once.
+    """Endless batches on the device from the streams of this process; iterate once.
 
     The workers take turns, each delivering whole batches of its own stream.
 
@@ -325,13 +325,13 @@ class StreamBatches:
         images: the shards.
         batch_size: images a batch.
         seed: of the order.
-        device: tensors go there, captions stay lists of strings.
+        device: for tensors; captions stay lists of strings.
         collate: items -> columns, in the worker.
-        num_workers: processes that read and decode ahead; 0 does it here.
-        rank, world_size: this process.
-        state: what `state_dict` returned, to go on after the last batch that was delivered.
-    Raises: ValueError: `state` is of other processes or workers; while iterating, an epoch of a stream is smaller than
-        a batch, and what `StreamingImages.samples` raises.
+        num_workers: processes that read and decode ahead; 0: this process reads.
+        rank, world_size: this process and the number of processes.
+        state: from `state_dict`, to continue after the last batch that was delivered.
+    Raises: ValueError: `state` has another number of processes or workers. While iterating: an epoch of a stream is
+        smaller than a batch, and errors of `StreamingImages.samples`.
     """
 
     def __init__(
@@ -358,7 +358,7 @@ class StreamBatches:
         given = [{}] * workers if state is None else [{"named_streams": False} | part for part in state["positions"]]
         self.positions = [StreamPosition(**position) for position in given]
         streams = [rank * workers + worker for worker in range(workers)]
-        # kept when a run is resumed on nodes of other sizes: blocks must stay the same; none before version 0.2
+        # taken from the state, since blocks must stay the same on nodes of other sizes; None before version 0.2
         self.block_bytes = block_bytes(images.config, workers) if state is None else state.get("block_bytes")
         numbers = (workers * world_size, self.block_bytes)
         self._reader = _BatchReader(images, batch_size, seed, collate, streams, *numbers)
@@ -374,20 +374,20 @@ class StreamBatches:
             yield columns_to_device(columns, self.device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where every stream of this process is, after the last batch that was delivered; JSON can hold it."""
+        """Positions of this process's streams after the last batch that was delivered, for JSON."""
         positions = [asdict(position) for position in self.positions]
         counts = {"workers": self.workers, "processes": self.world_size, "next_worker": self.next_worker}
         return counts | {"block_bytes": self.block_bytes, "positions": positions}
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many samples of this process could not be read so far, and how many had no caption: those are left out
-        of the contrastive objective alone, unless `skip_empty_captions` is on."""
+        """Numbers of this process's samples so far that were unreadable, and that had no caption: those are left out
+        of the contrastive objective, or with `skip_empty_captions` of all."""
         return {name: sum(getattr(p, name) for p in self.positions) for name in ("unreadable", "without_caption")}
 
 
 class _BatchReader(IterableDataset):
-    """In each worker: the batches of its stream, with its number and position."""
+    """In each worker: (batch, worker number, position after it) of its stream."""
 
     def __init__(self, images, batch_size, seed, collate, streams, num_streams, block_bytes):
         self.images, self.batch_size, self.seed, self.collate = images, batch_size, seed, collate
@@ -400,7 +400,7 @@ class _BatchReader(IterableDataset):
         info = get_worker_info()
         worker = 0 if info is None else info.id
         if worker < self.next_worker:
-            yield None  # the loader begins with worker 0, but it is another one's turn
+            yield None  # the loader begins with worker 0, but a later worker is next
         last, items = self.positions[worker], []
         stream = (self.streams[worker], self.num_streams, self.block_bytes)
         for item, position in self.images.samples(last, self.seed, *stream):

@@ -1,8 +1,8 @@
-"""Webdataset shards as people pack them: upper-case suffixes, dots in names, images of several formats in one shard.
+"""Webdataset shards with upper-case suffixes, dots in names, or images of several formats in one shard.
 
-The builder of `datasets` takes all behind the first dot of a name for its column, and wants the same columns of every
-sample. Here the columns are known: a file belongs to one if its name ends so, in upper or lower case, and the rest of
-the name is the key of its sample. An image of another format takes the place of one that a sample lacks.
+The builder of `datasets` takes everything after a name's first dot as the column, and needs the same columns in every
+sample. Here the columns are known: a file belongs to a column if its name ends in it, in any case, and the rest of the
+name is the key of the sample. A sample without the image column takes an image of another format instead.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,13 +17,13 @@ EMPTY = datasets.Value("null")
 
 @dataclass
 class ShardsConfig(datasets.BuilderConfig):
-    """`columns`: suffixes of the files that are wanted, the image's first."""
+    """`columns`: suffixes of the files to read, the image's first."""
 
     columns: tuple[str, ...] = ()
 
 
 class Shards(WebDataset):
-    """The builder of `datasets`, with another way of telling samples and columns by the names of files."""
+    """The builder of `datasets` with other rules for the sample and column of a file name."""
 
     BUILDER_CONFIG_CLASS = ShardsConfig
 
@@ -39,7 +39,7 @@ class Shards(WebDataset):
 
     def _get_pipeline_from_tar(self, tar_path: str, tar_iterator: Iterable[tuple[str, Any]]) -> Iterator[dict]:
         sample: dict[str, Any] = {}
-        other = None  # an image of another format than the column's
+        other = None  # an image of another format than the image column's
         for path, file in tar_iterator:
             found = self._key_and_column(path, sample.get("__key__"))
             if found is None:
@@ -65,14 +65,14 @@ class Shards(WebDataset):
         return lacking | ({image: other} if image in lacking else {}) | sample
 
     def _key_and_column(self, path: str, current: str | None) -> tuple[str, str, bool] | None:
-        """(key of the sample, column, whether the suffix is the column's own) of a file; None if it is not wanted."""
+        """(key of the sample, column, whether the suffix is the column's) of a file; None if it is not read."""
         folder, slash, name = path.rpartition("/")
         parts = name.split(".")
         image = self.config.columns[0]
         for k in range(1, len(parts)):
             key, suffix = folder + slash + ".".join(parts[:k]), ".".join(parts[k:]).lower()
             if not parts[0] or (k > 1 and folder + slash + parts[0] == current):
-                return None  # hidden, or something else of the sample that is being read, such as a mask: 1.mask.png
+                return None  # hidden, or another file of the current sample, such as a mask: 1.mask.png
             for column in self.config.columns:
                 if suffix == column.lower():
                     return key, column, True

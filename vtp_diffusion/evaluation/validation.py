@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -47,6 +47,7 @@ class DistanceConfig(Settings):
 class ValidationConfig(GuidanceConfig):
     """Settings of validations, which sample with the EMA weights, each time from the same noise."""
 
+    section: ClassVar[str] = "validation."
     labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
     num_inference_steps: int = setting(50, "Euler steps", at_least=1)
     seed: int = setting(0, "of the noise; that of image k follows from seed and k", at_least=0)
@@ -64,6 +65,11 @@ def check_validation(config: ValidationConfig, pipeline: "LightningDiTPipeline")
         pipeline.get_label_ids(config.labels or [0])
     except ValueError as error:  # most often labels of a configuration that was written for other images
         raise ValueError(f"validation.labels are not classes of these images: {error}") from error
+    if config.guidance == "autoguidance":
+        raise ValueError(
+            "validation.guidance is autoguidance, expected another kind: the guide (guide.step, guide.transformer) "
+            "joins the pipeline when training has ended"
+        )
     arguments = config.num_inference_steps, config.guidance_scale, config.guidance_interval
     try:
         check_call(pipeline, *arguments, None, 1, "latent", None, None, config.guidance)

@@ -1,10 +1,9 @@
 """Alignment of a generator's tokens with the features of its own tokenizer (REPA, arXiv:2410.06940).
 
-The features are the patch tokens that the frozen encoder has before its bottleneck, of the clean image. Shards of
-latents do not hold them: they are D / C times as large as the latents, for VTP-Large on ImageNet 1.3 TB in float16
-beside 84 GB, mirror images included. The bottleneck keeps C of their D dimensions, so that latents do not give them
-back; computing them from decoded images would cost a decoder and an encoder in every step. Online training has them
-already: the encoder's one pass gives both.
+The features are the frozen encoder's patch tokens of the clean image, before the bottleneck. Shards of latents do not
+hold them: they are D / C times as large as the latents, for VTP-Large on ImageNet 1.3 TB in float16 beside 84 GB,
+mirror images included. Nor do they follow from the latents, which keep C of their D dimensions; from decoded images
+they would cost a decoder and an encoder pass in every step. In online training one encoder pass gives both.
 """
 
 from __future__ import annotations
@@ -29,25 +28,25 @@ if TYPE_CHECKING:
 class AlignmentConfig(Settings):
     """Settings of the alignment."""
 
-    weight: float = setting(0.0, "of 1 - cosine similarity in the loss, 0.5 in REPA; 0 is no alignment", at_least=0)
-    until_step: int | None = setting(None, "steps with alignment, the later ones go without; none: all", at_least=1)
+    weight: float = setting(0.0, "weight of 1 - cosine similarity, 0.5 in REPA; 0 is no alignment", at_least=0)
+    until_step: int | None = setting(None, "number of steps with alignment, from the first; none: all", at_least=1)
     layer: int | None = setting(
-        None, "block, counted from 1, whose tokens are compared; none: that at a third of the depth", at_least=1
+        None, "block, counted from 1, whose tokens are compared; none: the one at a third of the depth", at_least=1
     )
-    projector_width: int = setting(2048, "hidden channels of the projector, which training alone has", at_least=1)
+    projector_width: int = setting(2048, "hidden channels of the projector, which only training has", at_least=1)
 
     def active(self, step: int) -> bool:
-        """Whether a step, counted from 0, has the term."""
+        """Whether a step, counted from 0, is aligned."""
         return self.weight > 0 and (self.until_step is None or step < self.until_step)
 
     @property
     def ends(self) -> bool:
-        """Whether there are steps with the term, and may be some without."""
+        """Whether alignment is used, but only up to `until_step`."""
         return self.weight > 0 and self.until_step is not None
 
     @property
     def text(self) -> str:
-        """What is aligned, for the model card."""
+        """The alignment in words, for the model card."""
         steps = "" if self.until_step is None else f" in the first {self.until_step} steps"
         return f"tokens aligned with the encoder's features (REPA, arXiv:2410.06940), weight {self.weight}{steps}"
 
@@ -60,8 +59,9 @@ class AlignmentConfig(Settings):
         return self.layer
 
     def check(self, latents: str | None, num_layers: int) -> None:
-        """Refuse what a run cannot align. Args: `latents`: folder of its shards; `num_layers`: of its transformer.
+        """Check that a run can be aligned.
 
+        Args: `latents`: folder of its shards, None: it trains online; `num_layers`: blocks of its transformer.
         Raises: ValueError if it learns from shards, or if there is no block `layer`.
         """
         if self.weight > 0 and latents is not None:
@@ -104,8 +104,8 @@ class Alignment(nn.Module):
         )
 
     def forward(self, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """The mean over samples and tokens. Args: `tokens`: (B, N, width); `features`: (B, h·w, D) of the latents'
-        pixels, row by row."""
+        """The mean over samples and tokens. Args: `tokens`: (B, N, width); `features`: (B, h·w, D), one for every
+        position of the latents, row by row."""
         side, patch = self.side, self.patch_size
         features = features.float().unflatten(1, (side, patch, side, patch)).mean((2, 4)).flatten(1, 2)  # (B, N, D)
         return 1 - F.cosine_similarity(self.projector(tokens).float(), features, dim=-1).mean()

@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
     from ..training.run_folder import RunFolder
 
-GUIDE = "guidance_transformer"  # the pipeline's name of it, and until the run ends its folder in the run's
+GUIDE = "guidance_transformer"  # name of the component, and of its folder in the run folder until the run ends
 
 
 @dataclass(kw_only=True)
 class GuideConfig(Settings):
     """Which network becomes the pipeline's guide; none by default."""
 
-    step: int | None = setting(None, "the EMA weights of this step of the run", at_least=1)
-    transformer: str | None = setting(None, "folder of a transformer trained elsewhere")
+    step: int | None = setting(None, "guide by the EMA weights of this step of the run", at_least=1)
+    transformer: str | None = setting(None, "guide by a transformer trained elsewhere: its folder")
 
     def __post_init__(self):
         super().__post_init__()
@@ -40,7 +40,7 @@ class GuideConfig(Settings):
 def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDiTTransformer2DModel) -> None:
     """Refuse a guide before training, rather than when the pipeline is saved.
 
-    Raises: ValueError if the guide is one of other latents or classes, or the run is past its step without it.
+    Raises: ValueError if the guide has other latents or classes, or if the run has passed `step` without saving it.
     """
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
@@ -48,7 +48,7 @@ def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDi
     if checkpoints and checkpoints[-1][0] >= config.step and not (folder.path / GUIDE).is_dir():
         raise ValueError(
             f"guide.step is {config.step}, but the run goes on after step {checkpoints[-1][0]} and has no {GUIDE}/: "
-            "name a checkpoint's transformer_ema as guide.transformer"
+            "give a checkpoint's transformer_ema/ as guide.transformer"
         )
     if config.transformer is not None:
         expected = {key: transformer.config[key] for key in ("sample_size", "in_channels", "num_classes")}
@@ -58,7 +58,7 @@ def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDi
 
 
 def open_guide(config: GuideConfig, folder: RunFolder) -> LightningDiTTransformer2DModel | None:
-    """The guide, once the run has reached its step; None without one."""
+    """Load the guide, after the run has reached `step`; None if none is configured."""
     from ..models.loading import load_saved
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..training.rates import forward_flops
+from .pipeline_checks import is_guided
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,14 +25,14 @@ def evaluation_flops(transformer: LightningDiTTransformer2DModel) -> int:
 
 
 def head_flops(config: Any) -> int:
-    """Those of the output layer, of which internal guidance has two."""
+    """Floating-point operations of the output layer; internal guidance adds a second one, the base head."""
     width = config.num_attention_heads * config.attention_head_dim
     return 2 * (config.sample_size**2 * config.in_channels * width + 2 * width**2)
 
 
 def active_parameters(transformer: Any, internal: bool = False) -> int:
-    """Parameters that take part in one evaluation: all but the embeddings of other classes, and the base head where it
-    is not asked."""
+    """Parameters that take part in one evaluation: all but the embeddings of other classes and, unless guidance is
+    `internal`, the base head."""
     unused = () if internal else ("base_",)
     sizes = {name: p.numel() for name, p in transformer.named_parameters() if not name.startswith(("class_", *unused))}
     return sum(sizes.values()) + transformer.config.num_attention_heads * transformer.config.attention_head_dim
@@ -48,7 +49,7 @@ def sampling_cost(
 ) -> dict[str, int | None]:
     """`COST` of sampling with a pipeline: its transformer's evaluations, guidance included. Decoding is not counted.
 
-    Args: of the pipeline's call. Solver "dopri5" chooses its evaluations: their number is not known, None.
+    Args: as of the pipeline's call. With solver "dopri5", which chooses its own steps, flops_per_image is None.
     """
     config, weaker = pipe.transformer.config, pipe.guidance_transformer
     found = dict(zip(COST, (None, active_parameters(pipe.transformer, guidance == "internal")), strict=True))
@@ -56,9 +57,8 @@ def sampling_cost(
         return found
     count = len(pipe._set_timesteps(num_inference_steps, pipe.device))
     times = [1 - sigma for sigma in pipe.scheduler.sigmas.tolist()[:count]]
-    low, high = guidance_interval
     asked = guidance_scale != 1 and getattr(config, "student", None) is None  # a student's guidance is baked in
-    guided = sum(low <= t <= high for t in times) if asked else 0
+    guided = sum(is_guided(t, guidance_interval) for t in times) if asked else 0
     if guidance == "internal":
         second = head_flops(config)
     else:

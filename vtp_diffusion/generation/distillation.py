@@ -1,16 +1,16 @@
 """Few-step students: the mean velocity of a trained pipeline's flow, learned in two stages.
 
 The mean velocity u(x, t, r) = (x_r - x_t) / (r - t) of MeanFlow (arXiv:2505.13447) takes x from time t to r in one
-step. As in MF-RAE it is first read off trajectories of the teacher. Then it is distilled: with r fixed, the derivative
-of (r - t)·u = x_r - x_t along the flow is
+step. As in MF-RAE the first stage learns it from trajectories of the teacher. The second distils it from the teacher's
+velocity v: the derivative of (r - t)·u = x_r - x_t along the flow, with r fixed, gives
 
     u = v + (r - t)·du/dt,    du/dt = (u(x + δv, t + δ, r) - u(x - δv, t - δ, r)) / 2δ
 
-with the teacher's velocity v, and no product with a Jacobian. Time runs from noise (0) to data (1); MeanFlow's runs
-the other way, where the sign before du/dt is a minus.
+where finite differences replace a Jacobian-vector product. Time runs from noise (0) to data (1); MeanFlow's runs the
+other way, where the sign before du/dt is a minus.
 
-The identity ties u(., t, r) to the same r alone. So both stages learn only the intervals that sampling uses: their
-ends r, and any t inside. That is ours.
+This equation holds for each r by itself. So both stages learn only the intervals that sampling uses: r is the end of
+one, t any time inside it. That restriction is ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from ..models.latent_space import latent_statistics
 from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import exact_float32
 from .flow_matching import interpolate, sample_times, scheduler_shift, shift_times
-from .pipeline_checks import check_call
+from .pipeline_checks import check_call, is_guided
 from .sampler_config import GuidanceConfig, SamplerConfig
 from .sampling import pipeline_identity
 from .solvers import use_solver
@@ -41,23 +41,26 @@ if TYPE_CHECKING:
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
     from ..training.loop import TrainingRun
 
-DELTA = 5e-3  # of the finite differences, as in MF-RAE
+DELTA = 5e-3  # δ of the finite differences, as in MF-RAE
 # A sample's weight is 1 / (its squared error + SCALE). With MF-RAE's 1e-3, samples with r = t, whose target has no
-# noise, outweigh the intervals; without weights a few targets near noise would, where du/dt can be very large.
+# noise, outweigh the intervals; without weights a few targets at times near 0 dominate, where du/dt can be very large.
 SCALE = 1.0  # about the square of a velocity
-EVERY = 2  # of so many samples of the second stage one has an interval, the others r = t; 4 in MF-RAE
-NOISE_STREAM = 3  # of trajectories, beside the streams of latent_inputs.py
+EVERY = 2  # in the second stage every second sample has an interval, the others r = t; every fourth in MF-RAE
+NOISE_STREAM = 3  # random stream of the trajectories' noise; the others are in latent_inputs.py
 
 
 @dataclass(kw_only=True)
 class TeacherConfig(GuidanceConfig):
     """The trained pipeline, and how it is sampled: its guidance is what the student learns."""
 
+    section: ClassVar[str] = "teacher."
     pipeline: str = setting(help="folder of a saved pipeline", may_change=True)
-    num_inference_steps: int = setting(16, "of a trajectory", at_least=2)
-    solver: Literal["pipeline", "euler", "unipc"] = setting("unipc", "of trajectories; pipeline: its scheduler")
+    num_inference_steps: int = setting(16, "steps of a trajectory", at_least=2)
+    solver: Literal["pipeline", "euler", "unipc"] = setting(
+        "unipc", "solver of the trajectories; pipeline: the teacher's scheduler"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "its precision; auto: bfloat16 on a GPU that has it, else float32"
+        "auto", "precision of the teacher; auto: bfloat16 on a GPU that has it, else float32"
     )
 
     @property
@@ -66,7 +69,7 @@ class TeacherConfig(GuidanceConfig):
 
     @property
     def guidance_settings(self) -> dict[str, Any] | None:
-        """Arguments of the pipeline's call that the student has baked in; None without guidance."""
+        """The guidance that the student learns, as arguments of the pipeline's call; None without guidance."""
         names = ("guidance_scale", "guidance", "guidance_interval")
         return None if self.guidance_scale == 1 else {name: getattr(self, name) for name in names}
 
@@ -79,10 +82,10 @@ class DistillationConfig(Settings):
     student_steps: list[int] = setting(
         default_factory=lambda: [1, 2, 4], help="numbers of steps that the student is to sample in", at_least=1
     )
-    trajectory_steps: int = setting(2000, "optimiser steps of the first stage; the rest distils", at_least=0)
-    trajectory_reuse: int = setting(8, "steps that a batch of trajectories serves, with other times each", at_least=1)
-    time_mu: float = setting(-0.5, "of the logit-normal times in the second stage where r = t")
-    time_sigma: float = setting(1.0, "of the logit-normal times", above=0)
+    trajectory_steps: int = setting(2000, "optimiser steps of the first stage; the rest are the second", at_least=0)
+    trajectory_reuse: int = setting(8, "optimiser steps on the same trajectories, each at other times", at_least=1)
+    time_mu: float = setting(-0.5, "mu of the logit-normal times in the second stage where r = t")
+    time_sigma: float = setting(1.0, "sigma of the logit-normal times", above=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,7 +98,7 @@ class DistillationConfig(Settings):
 
 
 def check_teacher(config: DistillationConfig, teacher: DiffusionPipeline, dataset: LatentDataset) -> None:
-    """Raises: ValueError on a teacher that cannot be distilled so, or of other latents or classes than the data's."""
+    """Raises: ValueError if the teacher cannot be distilled, or has other latents or classes than the data."""
     from .latent_inputs import check_latents
 
     given, network = config.teacher, teacher.transformer.config
@@ -125,14 +128,17 @@ def check_teacher(config: DistillationConfig, teacher: DiffusionPipeline, datase
             "prediction without a class: expected 1, or another teacher.guidance"
         )
     arguments = given.guidance_interval, None, 1, "latent", None, None, kind
-    check_call(teacher, given.num_inference_steps, scale, *arguments)
+    try:
+        check_call(teacher, given.num_inference_steps, scale, *arguments)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be sampled as teacher.* says: {error}") from error
 
 
 def prepare_teacher(config: TeacherConfig, teacher: DiffusionPipeline) -> torch.Tensor:
     """Give the teacher its solver.
 
-    Returns: the times of its trajectories, (steps + 1,) from 0 to 1, which are those of Euler's method.
-    Raises: ValueError if the solver has others.
+    Returns: the times of its trajectories, (steps + 1,) from 0 to 1, the same as those of Euler's method.
+    Raises: ValueError if the solver has other times.
     """
     use_solver(teacher, config.solver)
     teacher._set_timesteps(config.num_inference_steps, torch.device("cpu"))
@@ -160,15 +166,15 @@ def teacher_fingerprint(teacher: DiffusionPipeline) -> str:
 
 
 def build_student(config: DistillationConfig, teacher: DiffusionPipeline) -> LightningDiTTransformer2DModel:
-    """The teacher's network with a second time, which has no effect yet."""
+    """A copy of the teacher's network with a second time input, which has no effect until it is trained."""
     network, guidance = teacher.transformer, config.teacher.guidance_settings
     student = {"steps": sorted(set(config.student_steps)), "shift": teacher_shift(teacher), "guidance": guidance}
     settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
     settings |= {"student": student, "base_head_layer": None, "class_dropout_prob": 0.0}
     model = type(network)(**settings)
     weights = {name: value for name, value in network.state_dict().items() if not name.startswith("base_")}
-    own = {name: value for name, value in model.state_dict().items() if name.startswith("interval_embed.")}
-    model.load_state_dict(weights | own)
+    added = {name: value for name, value in model.state_dict().items() if name.startswith("interval_embed.")}
+    model.load_state_dict(weights | added)
     return model.eval()
 
 
@@ -194,9 +200,9 @@ class MeanVelocityObjective(nn.Module):
 
 
 class Intervals:
-    """The intervals of the student's steps, as ends on the teacher's grid of times.
+    """The time intervals of the student's steps. Their ends are indices into the teacher's times.
 
-    Args: `steps`: of the student; `times`: (T + 1,) of a trajectory, on the device of the draws.
+    Args: `steps`: the student's numbers of steps; `times`: (T + 1,) of a trajectory, on the device of the draws.
     """
 
     def __init__(self, steps: list[int], times: torch.Tensor):
@@ -207,13 +213,13 @@ class Intervals:
         self.cumulative = table[:, 2].cumsum(0).to(times.device, torch.float32)
 
     def choose(self, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B,) in [0, 1) -> first and last grid points (B,), every number of steps as often as the others."""
+        """Uniform numbers (B,) in [0, 1) -> indices (B,) of the two ends; all numbers of steps are equally likely."""
         chosen = torch.searchsorted(self.cumulative, uniform.contiguous(), right=True).clamp(max=len(self.ends) - 1)
         return self.ends[chosen].unbind(1)
 
 
 def draw_places(count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """What chooses an interval and a time in it, uniform in [0, 1)."""
+    """Random numbers, uniform in [0, 1), that choose an interval and a time in it."""
     place = {"generator": generator, "device": generator.device}
     return {"interval": torch.rand(count, **place), "place": torch.rand(count, **place)}
 
@@ -241,8 +247,8 @@ def integrate(teacher: DiffusionPipeline, config: TeacherConfig, labels: list[in
 def chosen_pairs(
     trajectories: torch.Tensor, intervals: Intervals, draws: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """From trajectories (T + 1, B, C, h, w): where a sample is, where it goes, and the mean velocity between, with the
-    end of an interval for the second time and a grid point inside for the first."""
+    """Inputs of the first stage from trajectories (T + 1, B, C, h, w): the point at a time of the trajectory inside an
+    interval, the end of that interval, and as target the mean velocity between the two."""
     first, last = intervals.choose(draws["interval"])
     here = (first + (draws["place"] * (last - first)).long()).clamp(max=last - 1)
     rows, times = torch.arange(len(here), device=here.device), intervals.times
@@ -258,8 +264,7 @@ def teacher_velocity(
     """The guided velocity (B, C, h, w) of latents at (B,) times."""
     scale: float | torch.Tensor = config.guidance_scale
     if scale != 1:
-        low, high = config.guidance_interval
-        scale = _wide(torch.where((low <= times) & (times <= high), scale, 1.0))
+        scale = _wide(torch.where(is_guided(times, config.guidance_interval), scale, 1.0))
     return teacher._velocity(latents, times, labels, scale, None, config.guidance)
 
 
@@ -274,8 +279,8 @@ def mean_velocity_target(
 ) -> torch.Tensor:
     """v + (r - t)·du/dt, du/dt by finite differences of the student along the teacher's velocity (B, C, h, w).
 
-    In exact float32: at such a distance, products of fewer bits differ by their rounding. At t = 0 and t = 1 the
-    difference is one-sided.
+    In exact float32: the two points are so close that in a lower precision rounding would hide the difference. At
+    t = 0 and t = 1 the difference is one-sided.
     """
     after, before = (times + DELTA).clamp(max=1), (times - DELTA).clamp(min=0)
     places = [latents + _wide(after - times) * velocity, latents - _wide(times - before) * velocity]
@@ -303,11 +308,11 @@ def distillation_inputs(
     dataset: LatentDataset,
     batches: Callable[[range], Iterator[dict[str, torch.Tensor]]],
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What the objective is called with, micro-step by micro-step, through both stages; everything random is keyed by
-    the position in the run.
+    """The objective's inputs, micro-step by micro-step, of both stages; everything random is keyed by the position in
+    the run.
 
     Args:
-        times: of the teacher's trajectories, as `prepare_teacher` gives them.
+        times: of the teacher's trajectories, from `prepare_teacher`.
         batches: micro-steps -> raw `latents` (B, C, h, w) and `labels` (B,) of each, on the device.
     """
     todo, border = run.micro_steps, config.trajectory_steps * run.config.gradient_accumulation_steps
@@ -328,7 +333,7 @@ def _trajectory_inputs(
     dataset: LatentDataset,
     micro_steps: range,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Of the first stage. A resumed run integrates the trajectories of its step anew, from the same noise."""
+    """Inputs of the first stage. A resumed run integrates its trajectories again, from the same noise."""
     sampler, count = run.batch_sampler(len(dataset), dataset.weights), run.config.gradient_accumulation_steps
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # micro-step that they began at -> trajectories, labels
 
@@ -356,8 +361,8 @@ def _mean_velocity_inputs(
     batches: Iterator[dict[str, torch.Tensor]],
     micro_steps: range,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Of the second stage: r = t but for one in `EVERY` samples, whose t is uniform in its interval, or in a quarter
-    of the cases where the interval begins, since that is where sampling is."""
+    """Inputs of the second stage. One in `EVERY` samples has an interval, the others r = t. In a quarter of the cases
+    t is the beginning of the interval, where sampling evaluates the student, else uniform in it."""
     mean, std = (s.to(run.device) for s in latent_statistics(teacher.vae))  # (1, C, 1, 1)
     network = teacher.transformer.config
     shape = network.in_channels, network.sample_size, network.sample_size

@@ -23,9 +23,9 @@ ROOT_MODULES = ("models.autoencoder_vtp", "models.transformer_lightning_dit", "g
 EXPORTED_CLASSES = ("AutoencoderVTP", "LightningDiTTransformer2DModel", "LightningDiTPipeline")
 COMPONENTS = ("vae", "transformer", "scheduler", "guidance_transformer")
 OWN_LIBRARIES = ("vtp_diffusion", "diffusers", "diffusers_modules")
-# What may stand in a folder that is loaded with trust_remote_code: nothing that Python could run.
+# Files copied into a folder that will be loaded with trust_remote_code: none that Python could run.
 COPIED = (".json", ".safetensors", ".md")
-# For training, texts and released weights: what they need stays out with them.
+# Methods for training, the text tower and released weights, left out together with everything that only they use.
 LEFT_OUT = (
     "AutoencoderVTP.encode_raw",
     "AutoencoderVTP.from_pretrained",
@@ -47,7 +47,7 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", tru
 '''
 
 # The last lines of pipeline.py. A class left in the loop's variable would count as a second pipeline class, hence del.
-# diffusers copies every local pipeline.py to one place, where the next load replaces it: the text is kept for saving.
+# diffusers copies every local pipeline.py to one place, where the next load overwrites it: saving needs the text kept.
 TAIL = """
 
 # Components in model_index.json are looked up as attributes of diffusers.
@@ -114,7 +114,7 @@ def _components(folder: Path) -> list[str]:
         ):
             raise ValueError(
                 f"{index_file} has {name}: {entry}, expected {', '.join(COMPONENTS)} of the classes "
-                f"{', '.join(EXPORTED_CLASSES)} or of diffusers' own: code of others is not exported"
+                f"{', '.join(EXPORTED_CLASSES)} or of diffusers: code of other packages is not exported"
             )
         found.append(name)
         for file in (folder / name).glob("*.json"):
@@ -143,12 +143,12 @@ def _check_pipeline_folder(folder: Path) -> None:
 
 
 def self_contained_source(package: Path | None = None) -> str:
-    """The text of `pipeline.py`: of the root modules and what they import from the package, in the order of
-    dependence, everything that the exported classes come to use.
+    """The text of `pipeline.py`: everything that the exported classes use, directly or not, from the root modules and
+    those that they import from the package, dependencies first.
 
     Args: `package`: folder of the package's files, by default this one.
-    Returns: the text. Raises: ValueError if two files give one name different meanings, or import each other in a way
-        that one file can't hold.
+    Raises: ValueError if two files give one name different meanings, or import each other in a way that one file
+        can't hold.
     """
     package = package or Path(__file__).parents[1]
     modules: dict[str, _Module] = {}
@@ -166,7 +166,7 @@ def self_contained_source(package: Path | None = None) -> str:
     source += TAIL.format(classes=", ".join(EXPORTED_CLASSES))
     compile(source, "pipeline.py", "exec")
     if relative := re.findall(r"^\s*(?:from|import)\s+\..*$", source, flags=re.MULTILINE):
-        raise ValueError(f"diffusers would look for the file of this line of a text or code: {relative[0].strip()}")
+        raise ValueError(f"diffusers would take this line for a relative import: {relative[0].strip()}")
     return source
 
 
@@ -215,7 +215,7 @@ class _Module:
                     self._blank(node)
 
     def _shorten_docstrings(self) -> None:
-        """To their first paragraph, but for the pipeline's and those of its methods that users call."""
+        """Cut docstrings to their first paragraph, except those of the pipeline and its public methods."""
         owners = [node for node in self.tree.body if getattr(node, "name", None) == EXPORTED_CLASSES[-1]]
         kept = [
             *owners,
@@ -245,7 +245,8 @@ class _Module:
         return ".".join([*self.room[: len(self.room) - above], node.module])
 
     def body(self, wanted: set[ast.stmt]) -> str:
-        """The text of the wanted statements, each with the comment above it, after what the file is; empty if none."""
+        """The text of the wanted statements, each with the comment above it, under the file's name and docstring;
+        empty if none."""
         if wanted.isdisjoint(self.tree.body):
             return ""
         kept, end = [f"\n\n# ---- from {self.path.parent.name}/{self.path.name}"], 0
@@ -281,7 +282,7 @@ def _joined_imports(lines: list[str]) -> list[str]:
 
 
 def _distinct_statements(modules: Iterable[_Module]) -> list[ast.stmt]:
-    """The statements of all files, without those that an earlier file had word for word.
+    """The statements of all files, without those that an earlier file has word for word.
 
     Raises: ValueError if two files define a name differently.
     """
@@ -301,7 +302,7 @@ def _distinct_statements(modules: Iterable[_Module]) -> list[ast.stmt]:
 
 
 def _used_names(statements: list[ast.stmt]) -> set[str]:
-    """Every name that the exported classes, and statements that only have effects, come to use."""
+    """Every name that the exported classes use, directly or not, and those that statements without a name use."""
     used, read = set(EXPORTED_CLASSES) | {"diffusers", "pathlib"}, set()
     while pending := [node for node in statements if node not in read and _is_used(node, used)]:
         read.update(pending)

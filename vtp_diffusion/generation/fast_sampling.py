@@ -1,5 +1,5 @@
 """Fast sampling on a GPU: evaluations of the network in fused kernels, replayed as CUDA graphs, and float8 products on
-request. Nothing is compiled ahead: Triton makes the kernels in a second or two."""
+request. There is no torch.compile: Triton compiles the kernels in a second or two."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
-from ..models.fused_lightning_dit import ATTENTION, filled_swiglu, why_not_fused
+from ..models.fused_lightning_dit import ATTENTION, padded_swiglu, why_not_fused
 from ..models.rotary import lightning_dit_rotary_tables
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 from .sampler_config import SamplerConfig
@@ -27,17 +27,17 @@ def speed_up(pipe: DiffusionPipeline, fp8: bool = False) -> str:
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda")
         speed_up(pipe)
 
-    To be called when the weights are final and on their device: adapters are to be fused before, and what replaces
-    layers or watches them afterwards (hooks, step caches, `pipe.to`) is not seen. `slow_down(pipe)` undoes it.
+    Call it when the weights are final and on their device: fuse adapters before. Later changes to the layers (hooks,
+    step caches, `pipe.to`) have no effect. `slow_down(pipe)` undoes it.
 
     Args:
         pipe: a `LightningDiTPipeline`, in bfloat16 or float16.
-        fp8: the large products of the blocks in float8 (e4m3, a scale a row); in bfloat16 on a GPU with float8 units
-            (Ada, Hopper or later).
+        fp8: the large products of the blocks in float8 (e4m3, one scale per row); the pipeline has to be in bfloat16,
+            on a GPU with float8 units (Ada, Hopper or later).
 
     Returns: what is on, in words.
 
-    Raises: ValueError where device, precision or pipeline do not allow it, saying why.
+    Raises: ValueError if device, precision or pipeline do not allow it, saying why.
     """
     if reason := why_not(pipe, fp8):
         raise ValueError(f"sampling cannot be sped up: {reason}")
@@ -50,9 +50,9 @@ def speed_up(pipe: DiffusionPipeline, fp8: bool = False) -> str:
 
 
 def prepare_sampling(pipe: DiffusionPipeline, config: SamplerConfig) -> str:
-    """`speed_up` as a configuration asks for it: where it leaves that open, if it can be had.
+    """`speed_up` as a configuration says; if its `fast` is None, only where that is possible.
 
-    Returns: a line that says what is on. Raises: as `speed_up`, of what is asked for.
+    Returns: a line that says what is on. Raises: as `speed_up`, if `fast` or `fp8` is asked for.
     """
     place = f"sampling on {pipe.device}"
     plain = str(pipe.transformer.dtype).removeprefix("torch.")
@@ -70,7 +70,7 @@ def slow_down(pipe: DiffusionPipeline) -> None:
 
 
 def why_not(pipe: DiffusionPipeline, fp8: bool = False) -> str | None:
-    """Why `speed_up` does not take a pipeline; None if it does."""
+    """Why `speed_up` is not possible; None if it is."""
     for network in _networks(pipe):
         device, dtype = network.device, network.dtype
         if reason := why_not_fused(network, device):
@@ -78,11 +78,11 @@ def why_not(pipe: DiffusionPipeline, fp8: bool = False) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16):
             return f"its precision is {dtype}, expected torch.bfloat16 or torch.float16"
         if getattr(network, "_hf_peft_config_loaded", False):
-            return "the transformer has adapters beside its weights, which are to be fused and unloaded before"
+            return "the transformer has adapters: fuse and unload them first"
         if fp8 and dtype != torch.bfloat16:
             return f"float8 products give bfloat16, and the precision is {dtype}"
         if fp8 and (width := network.norm_out.weight.shape[0]) % 16:
-            return f"its tokens have {width} columns, and float8 products take multiples of 16: leave fp8 off"
+            return f"its tokens have {width} channels, and float8 products take multiples of 16: leave fp8 off"
         if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
             return f"{torch.cuda.get_device_name(device)} has no float8 units, expected Ada, Hopper or later"
     return None
@@ -93,12 +93,12 @@ def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:
 
 
 class FusedForward:
-    """A LightningDiT's forward pass without gradients, with one kernel for all that stands between two products.
+    """A LightningDiT's forward pass without gradients, in which one kernel does all work between two matrix products.
 
     Args:
-        network: on its device; its weights are read where they are, but for those of queries, keys and values, which
-            are copied into one matrix, those of a SwiGLU that `filled_swiglu` fills up, and float8 ones.
-        kernels: models/lightning_dit_kernels.py, or what has its functions.
+        network: on its device. Its weights are used in place, except for copies: queries, keys and values in one
+            matrix, a SwiGLU that `padded_swiglu` pads, and float8 weights.
+        kernels: models/lightning_dit_kernels.py, or another module with its functions.
     """
 
     def __init__(self, network: LightningDiTTransformer2DModel, kernels: ModuleType, fp8: bool = False):
@@ -113,9 +113,9 @@ class FusedForward:
         attention = block.attn
         parts = [attention.to_qkv] if attention.fused_projections else [attention.to_q, attention.to_k, attention.to_v]
         weight, bias = (torch.cat([getattr(layer, name) for layer in parts]) for name in ("weight", "bias"))
-        first, first_bias, last = filled_swiglu(block.mlp, weight.dtype)
+        first, first_bias, last = padded_swiglu(block.mlp, weight.dtype)
         products = {"qkv": (weight, bias), "w12": (first, first_bias)}
-        # what adds these two to the residual stream adds their bias
+        # without bias: the kernel that adds these two to the residual stream adds it
         products |= {"out": (attention.to_out[0].weight, None), "w3": (last, None)}
         return {name: Product(*parameters, self.kernels, self.fp8) for name, parameters in products.items()}
 
@@ -132,7 +132,7 @@ class FusedForward:
         tokens, conditioning = network.embed(hidden_states, timestep, class_labels, next_timestep)
         tokens = tokens.contiguous()  # changed in place from here on
         modulations = [block.modulation(conditioning) for block in network.blocks]  # six of (B, 1, D) each
-        # what each block hands on to: the first norm of the next one, or the last norm
+        # the norm at the beginning of each block and, after the last block, the final one
         norms = [(block.norm1, *six[:2], self.fp8) for block, six in zip(network.blocks, modulations, strict=True)]
         norms.append((network.norm_out, *network.modulation_out(conditioning), False))
         normed = self._norm(tokens, None, None, None, *norms[0])  # and, in float8, the factors
@@ -168,7 +168,7 @@ class FusedForward:
 
 class Product:
     """x (..., K) -> x · weight + bias (..., N), in float8 if asked for (arXiv:2209.05433): each row of the weight and
-    of what comes in is scaled so that its largest value is float8's largest. K and N are multiples of 16 then."""
+    of x is scaled so that its largest value is float8's largest. K and N must then be multiples of 16."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: ModuleType, fp8: bool):
         self.weight, self.bias, self.factors = weight, bias, None
@@ -192,8 +192,8 @@ class Product:
 
 
 class GraphedForward:
-    """A forward pass that is recorded as a CUDA graph for each batch size, and replayed after: one launch for all of
-    its kernels. What comes in is copied to where the recording reads it."""
+    """A forward pass that is recorded as a CUDA graph once per batch size, then replayed: one launch for all of its
+    kernels. Inputs are copied to where the recording reads them."""
 
     def __init__(self, network: nn.Module, forward: FusedForward):
         self.network, self.forward = network, forward
@@ -209,7 +209,7 @@ class GraphedForward:
         return_base: bool = False,
         next_timestep: torch.Tensor | None = None,
     ) -> Any:
-        """As `LightningDiTTransformer2DModel.forward`; with gradients it is that itself."""
+        """As `LightningDiTTransformer2DModel.forward`, which is called instead if gradients are on."""
         if torch.is_grad_enabled():
             plain = type(self.network).forward
             arguments = hidden_states, timestep, class_labels, return_dict, return_base
@@ -234,7 +234,7 @@ class GraphedForward:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):  # Triton compiles, cuBLAS and cuDNN choose
+            for _ in range(2):  # Triton compiles, cuBLAS and cuDNN choose algorithms
                 self.forward(*places[:3], return_base, *places[3:])
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()

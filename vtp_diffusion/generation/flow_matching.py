@@ -56,9 +56,9 @@ def dimension_shift(num_dimensions: int, base: int = 4096) -> float:
     """Time shift s for latents of C·h·w dimensions: sqrt(base / dimensions), as RAE defines it (Zheng et al.,
     arXiv:2510.11690, section 4, after Esser et al., arXiv:2403.03206).
 
-    The same noise hides less in more dimensions, since they say the same several times; so more of it is needed. RAE
-    counts time from data to noise and there shifts by sqrt(m / n), m the dimensions of all tokens together (the patch
-    size does not matter) and n = 4096; in our orientation that is `shift_times` with the inverse.
+    The same noise hides less in more dimensions, since these are redundant; so more noise is needed. RAE counts time
+    from data to noise and there shifts by sqrt(m / n), m the dimensions of all tokens together (the patch size does
+    not matter) and n = 4096; in our orientation that is `shift_times` with the inverse.
 
     Raises: ValueError if there are no dimensions.
     """
@@ -83,7 +83,7 @@ def flow_matching_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two terms of LightningDiT's loss (arXiv:2501.01423, section 3.3), one value a sample.
 
-    Args: `prediction`, `data`, `noise`: (B, C, H, W); `scale`: (B,), of the velocity that is aimed at, None is 1.
+    Args: `prediction`, `data`, `noise`: (B, C, H, W); `scale`: (B,), factor on the target velocity, None is 1.
     Returns: the mean squared velocity error (B,) and the mean over positions of 1 - cosine similarity over channels
     (B,), both in float32. Training minimises the sum of their means.
     Raises: ValueError if the shapes differ.

@@ -1,4 +1,4 @@
-"""Fused kernels and CUDA graphs of a generator's training: the options, and whether the kernels can be had."""
+"""Fused kernels and CUDA graphs of a generator's training: the options, and whether the kernels can be used."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class FusedConfig(Settings):
-    """Settings of fused blocks and of recorded passes, of a run that has `compile` too."""
+    """Settings of fused blocks and CUDA graphs, for a configuration that also has `compile`."""
 
     fused: bool | None = setting(
-        None, "blocks in fused kernels, forward and backward; none: on a GPU, without compile", may_change=True
+        None, "fused kernels in the blocks, forward and backward; none: on a GPU, without compile", may_change=True
     )
     recompute: bool = setting(
         False,
-        "fused blocks make norms and activations again in the backward pass: a fifth less memory",
+        "fused blocks recompute norms and activations in the backward pass: a fifth less memory",
         may_change=True,
     )
     cuda_graphs: bool | None = setting(
         None,
-        "launch the passes of a step as a whole; none: on one GPU, without micro-steps and compile. They keep their "
-        "memory during validation too",
+        "replay the passes of a step as CUDA graphs; none: on one GPU, without micro-steps and compile. Graphs keep "
+        "their memory during validation too",
         may_change=True,
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.recompute and self.fused is False:
-            raise ValueError("recompute is on and fused is off: it is a part of fused blocks")
+            raise ValueError("recompute is on and fused is off: only fused blocks recompute")
 
 
 def wanted_graphs(config: FusedConfig, compiled: bool) -> bool | None:
@@ -55,11 +55,11 @@ def why_blocks_are_plain(config: FusedConfig, compiled: bool) -> str | None:
 
 
 def use_fused_blocks(config: FusedConfig, run: TrainingRun, reason: str | None) -> None:
-    """Fused kernels in the blocks unless there is a reason against them; which of the two is printed."""
+    """Use fused kernels in the blocks, unless there is a reason against it, and print which it is."""
     from ..models.fused_lightning_dit import fuse_training
 
     if reason is None:
         fuse_training(run.model, config.recompute)
         run.accelerator.print("blocks run in fused kernels (fused)")
     elif config.fused is None and run.device.type == "cuda":
-        run.accelerator.print(f"blocks run as they are, not in fused kernels: {reason}")
+        run.accelerator.print(f"blocks run without fused kernels: {reason}")

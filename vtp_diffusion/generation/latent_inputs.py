@@ -1,4 +1,4 @@
-"""What a LightningDiT is trained on, raw latents and labels: read from shards, or encoded from images on the way.
+"""What a LightningDiT is trained on, raw latents and labels: read from shards, or encoded from images in every step.
 
 Either way half of the samples can be mirror images, and everything random is keyed by the position in the run.
 """
@@ -47,7 +47,7 @@ from ..runtime.reproducibility import autocast, draw_for_positions
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
-# streams of `draw_for_positions`, beside the noise's 0
+# random streams of `draw_for_positions`; stream 0 is the noise's
 FLIP_STREAM, AUGMENTATION_STREAM = 1, 2
 
 
@@ -88,7 +88,7 @@ def stored_latents(
     if dataset.num_bytes > (free := available_memory()) and this_process()[0] == 0:
         print(
             f"{dataset.folder} holds {dataset.num_bytes / 2**30:,.1f} GiB of latents, {free / 2**30:,.1f} GiB of "
-            "memory are available: most rows come from the disk, whose rate of random reads bounds training"
+            "memory are available: most rows come from the disk, whose random reads may limit the speed of training"
         )
     # pinned memory is kept for the next batch by torch itself
     take = functools.partial(torch.empty, pin_memory=True) if device.type == "cuda" else ReusedMemory().take
@@ -101,15 +101,15 @@ def stored_latents(
 
 
 class OnlineLatents:
-    """Latents of images that are encoded while training: every time an image comes up it can be changed anew.
+    """Latents of images that are encoded during training, so that an image can be augmented differently every time.
 
-    Takes the place of a `LatentDataset` as far as training is concerned.
+    Training uses it like a `LatentDataset`.
 
     Args:
         images: the data set.
         vae: the autoencoder, frozen.
         config: of the images.
-        augmentation: changes made to them; mirroring is drawn apart from it.
+        augmentation: of the images, besides mirroring, which `batches` is told.
     Attributes: `shape`, `id2label`, `metadata`, `weights` and `fingerprint`, as those of `LatentDataset`.
     Raises: ValueError if the autoencoder does not take images of this size.
     """
@@ -146,7 +146,7 @@ class OnlineLatents:
         Args:
             precision: of the autoencoder, see `autocast`.
             compiled: torch.compile the autoencoder's pass.
-            features: whether a micro-step has `features` (B, h·w, D) too, see `encode_with_features`.
+            features: whether a micro-step also gets `features` (B, h·w, D), see `encode_with_features`.
         """
         encoders = [encode_raw, encode_with_features]
         encode, encode_both = map(torch.compile, encoders) if compiled else encoders
@@ -192,8 +192,8 @@ def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | 
     """Refuse latents that are not square, that another autoencoder made, or from other images than the configuration
     says.
 
-    Args: `config`: of the images; None says nothing about them.
-    Raises: ValueError naming what was found and what was expected; an autoencoder without the statistics it needs.
+    Args: `config`: of the images; None: do not compare them.
+    Raises: ValueError naming what was found and what was expected, also if the autoencoder lacks its statistics.
     """
     channels, height, width = dataset.shape
     if height != width:
@@ -205,10 +205,10 @@ def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | 
     latent_statistics(vae)  # refuses an autoencoder that should have them and does not
     if config is None:
         return
-    said = (dataset.metadata or {}).get("data", {}) | (dataset.metadata or {})
-    turned = ("exif_orientation", config.exif_orientation)
-    for name, wanted in (("resolution", config.resolution), ("crop", CROP), turned):
-        found = said.get(name, wanted)  # upstream's shards don't say
+    recorded = (dataset.metadata or {}).get("data", {}) | (dataset.metadata or {})
+    orientation = ("exif_orientation", config.exif_orientation)
+    for name, wanted in (("resolution", config.resolution), ("crop", CROP), orientation):
+        found = recorded.get(name, wanted)  # upstream's shards don't say
         if found != wanted:
             raise ValueError(f"the latents in {dataset.folder} have {name} {found}, the configuration says {wanted}")
     shape = latent_shape(vae, config.resolution)
@@ -222,7 +222,7 @@ def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | 
 def class_names(dataset: LatentDataset | OnlineLatents, num_classes: int | None) -> dict[int, str]:
     """Class index -> name for a generator of `num_classes` classes; None: as many as the data has.
 
-    Raises: ValueError if labels or names of the data go beyond.
+    Raises: ValueError if the data has more classes.
     """
     names = dataset.id2label
     if num_classes is None or num_classes == len(names):

@@ -59,7 +59,8 @@ images = pipeline(class_labels=[0], **settings).images
   model.attention_head_dim }}, patch {{ model.patch_size }}.
 - {{ data }}; {{ max_train_steps }} steps of {{ batch }} latents,
   {{ speed }}.
-- AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
+- {{ "Muon for the matrices inside blocks, AdamW for the rest" if optimizer == "muon" else "AdamW" }},
+  learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
 - Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}
 {%- if alignment.weight %}; {{ alignment.text }}{% endif %}.
 - Sampling with time shift {{ shift }}; guidance:
@@ -94,8 +95,8 @@ def write_model_card(
         config: the run's configuration; its settings are fields of `TEMPLATE`.
         autoencoder: class of the pipeline's autoencoder.
         license, attribution: of the training images, if known.
-        values: the other fields, and those settings that are to be read otherwise.
-    Raises: jinja2.UndefinedError if one is missing.
+        values: the other fields, and settings that the card words differently.
+    Raises: jinja2.UndefinedError if a field is missing.
     """
     validation, vtp = config.validation, autoencoder == "AutoencoderVTP"
     data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
@@ -110,15 +111,15 @@ def write_model_card(
 
 
 def save_with_card(config: Any, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: Any, **values: Any) -> Path:
-    """Write the pipeline of a run that is over into its pipeline/, with a model card, and say where it is.
+    """Write the pipeline of a finished run into its pipeline/, with a model card, and print where it is.
 
     Args: `dataset`: what it was trained on; `values`: the fields of the card that the program knows.
-    Returns: the folder. Raises: as `write_model_card`, and what saving raises, saying that nothing is lost.
+    Returns: the folder. Raises: as `write_model_card`; OSError if it cannot be saved, saying that nothing is lost.
     """
     folder, known = run.folder.path / "pipeline", dataset.metadata or {}
     if config.save_dtype == "bfloat16":
         to_bfloat16(pipeline)
-    with writing(folder, "The run is over and its last checkpoint there: the same command writes it again"):
+    with writing(folder, "The run has finished, its last checkpoint is saved: the same command tries again"):
         pipeline.save_pretrained(folder)
     write_model_card(
         folder / "README.md",

@@ -36,9 +36,11 @@ class FlowMatchingConfig(Settings):
     """Settings of the objective."""
 
     class_dropout_prob: float = setting(0.1, "share of labels replaced by the null class", at_least=0, at_most=1)
-    time_distribution: Literal["logit_normal", "uniform"] = setting("logit_normal", "of the times, before time_shift")
-    time_mu: float = setting(-0.5, "of the logit-normal times; -0.75 in VTP-Large's training")
-    time_sigma: float = setting(1.25, "of the logit-normal times; 1.0 in VTP-Large's training", above=0)
+    time_distribution: Literal["logit_normal", "uniform"] = setting(
+        "logit_normal", "distribution of the training times, before time_shift"
+    )
+    time_mu: float = setting(-0.5, "mu of the logit-normal times; -0.75 in VTP-Large's training")
+    time_sigma: float = setting(1.25, "sigma of the logit-normal times; 1.0 in VTP-Large's training", above=0)
     time_shift: TimeShift = setting(
         1.0, "shift s of the training times, 1 is none; dimensions: by the size of the latents, as in RAE", above=0
     )
@@ -58,8 +60,8 @@ def resolve_shift(value: TimeShift, latent_shape: tuple[int, int, int]) -> float
 
 
 class FlowMatchingObjective(nn.Module):
-    """Velocity loss of LightningDiT (arXiv:2501.01423): mean squared error, plus 1 - cosine similarity; and that of an
-    `Alignment`, where there is one and features come with the latents."""
+    """Velocity loss of LightningDiT (arXiv:2501.01423): mean squared error, plus 1 - cosine similarity. Where features
+    come with the latents, the loss of the `Alignment` is added."""
 
     def __init__(
         self, transformer: LightningDiTTransformer2DModel, cosine_loss: bool, alignment: Alignment | None = None
@@ -83,7 +85,7 @@ class FlowMatchingObjective(nn.Module):
         return self.losses(latents, noise, times, labels, features)
 
     def losses(self, latents, noise, times, labels, features=None) -> dict[str, torch.Tensor]:
-        """`forward` without what accelerate wraps around it: this is what is compiled."""
+        """`forward` without accelerate's wrapper: the function that is compiled."""
         has_base = self.transformer.config.base_head_layer is not None
         asked = {} if features is None else {"return_tokens": self.alignment.layer}
         predictions = self.transformer(
@@ -106,8 +108,8 @@ class FlowMatchingObjective(nn.Module):
 def draw_inputs(
     config: FlowMatchingConfig, latent_shape: tuple[int, int, int], count: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Everything random of `count` samples, on the generator's device: `noise` (B, C, h, w), `times` (B,), and `drop`
-    (B,) uniform in [0, 1), which decides about the labels."""
+    """All random inputs of `count` samples, on the generator's device: `noise` (B, C, h, w), `times` (B,), and `drop`
+    (B,) uniform in [0, 1), which decides whose label is dropped."""
     place = {"generator": generator, "device": generator.device}
     noise = torch.randn(count, *latent_shape, **place)
     if config.time_distribution == "uniform":
@@ -126,8 +128,8 @@ def training_inputs(
     latent_shape: tuple[int, int, int],
     null: int,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What the objective is called with, micro-step by micro-step; everything random is keyed by the position in the
-    run, whatever the number of processes.
+    """The objective's inputs, micro-step by micro-step; everything random is keyed by the position in the run, for any
+    number of processes.
 
     Args:
         batches: raw `latents` (B, C, h, w), `labels` (B,) and perhaps `features` of each micro-step, on the device.

@@ -1,4 +1,4 @@
-"""What fits a LightningDiT pipeline: numbers, class names, components and schedulers."""
+"""Checks of what a LightningDiT pipeline is given: numbers, class names, components and schedulers."""
 
 import sys
 import unicodedata
@@ -12,7 +12,7 @@ import torch
 MANY = 1_000_000
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
-# These follow the flow when their settings say so.
+# These integrate the flow only with the settings that `check_scheduler` expects.
 SOLVERS = (
     "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler", "SASolverScheduler",
@@ -20,8 +20,17 @@ SOLVERS = (
 
 
 def is_number(value: Any, low: float = 0, high: float = sys.float_info.max, kind: type = Real) -> bool:
-    """Whether a value is a finite number of this kind between the bounds; booleans are none."""
+    """Whether a value is a finite number of this kind between the bounds; booleans do not count as numbers."""
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_guided(t: float | torch.Tensor, interval: tuple[float, float]) -> bool | torch.Tensor:
+    """Whether guidance acts at time t, a number or (B,): low <= t <= high, up to the rounding of float32 times.
+
+    A high of 1 bounds nothing: the last step of an adaptive solver goes past the end and is cut back.
+    """
+    low, high = interval
+    return (low - 1e-6 <= t) & ((t <= high + 1e-6) | (high == 1))
 
 
 def normal_name(name: str) -> str:
@@ -80,9 +89,15 @@ def check_scheduler(scheduler) -> None:
     if faults or classes.isdisjoint(FLOW_SCHEDULERS + SOLVERS):
         raise ValueError(
             f"scheduler is {type(scheduler).__name__} ({', '.join(faults)}), which does not follow the flow: expected "
-            f"{', '.join(FLOW_SCHEDULERS)}, or with use_flow_sigmas=True, prediction_type='flow_prediction' and "
-            f"flow_shift (from_config drops what others call shift) {', '.join(SOLVERS)}"
+            f"{', '.join(FLOW_SCHEDULERS)}, or one of {', '.join(SOLVERS)} with use_flow_sigmas=True, "
+            "prediction_type='flow_prediction' and flow_shift (from_config does not take it over from shift)"
         )
+
+
+def guidance_kinds(pipe) -> list[str]:
+    """The values of `guidance` that a pipeline takes."""
+    kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
+    return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None)
 
 
 def check_call(pipe, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind) -> None:
@@ -91,22 +106,20 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
         raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
     check_scheduler(pipe.scheduler)  # a pipeline's scheduler may be replaced
     config, known = pipe.transformer.config, pipe._callback_tensor_inputs
+    if config.get("student") is not None:
+        check_student(config.student, pipe.scheduler, steps, scale, kind)
     pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
-    types = OUTPUT_TYPES if pipe.vae is not None else ("latent",)
-    no_vae = "" if pipe.vae is not None else ": this pipeline has no vae"
-    kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
-    kinds += ["internal"] * (config.get("base_head_layer") is not None)
+    types, no_vae = (OUTPUT_TYPES, "") if pipe.vae is not None else (("latent",), ": this pipeline has no vae")
+    kinds, least = guidance_kinds(pipe), int(kind == "internal")
     inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
     for name, value, fits, expected in (
         ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
         ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
-        ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
+        ("guidance_scale", scale, is_number(scale, least), f"{least} or more with guidance {kind!r}"),
         (
             "guidance", kind, isinstance(kind, str) and kind in kinds,
-            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a transformer with a "
-            "base_head_layer",
+            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a base_head_layer",
         ),
-        ("guidance_scale", scale, kind != "internal" or scale >= 1, "1 or more with internal guidance"),
         (
             "guidance_interval", interval,
             pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
@@ -128,27 +141,28 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     ):  # fmt: skip
         if not fits:
             raise ValueError(f"{name} is {value!r}, expected {expected}")
-    if config.get("student") is not None:
-        check_student(config.student, pipe.scheduler, steps, scale)
     free = kind == "classifier_free" or (kind == "auto" and pipe.guidance_transformer is None)
     if scale != 1 and free and config.class_dropout_prob == 0:
         warnings.warn(
             f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
             "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
-            stacklevel=4,
+            stacklevel=1,  # one place, for a warning shown once
         )
 
 
-def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float) -> None:
+def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float, kind: str) -> None:
     """Raises: ValueError if a few-step student is asked for what it was not trained for.
 
     Args: `student`: that entry of the transformer's configuration.
     """
     if steps not in student["steps"]:
-        raise ValueError(f"num_inference_steps is {steps}, expected what this student learned: {student['steps']}")
-    if scale != 1:
+        raise ValueError(f"num_inference_steps is {steps}, expected one that this student learned: {student['steps']}")
+    if scale != 1 or kind != "auto":
         baked = student["guidance"] or "none"
-        raise ValueError(f"guidance_scale is {scale}, expected 1: this student has its guidance baked in ({baked})")
+        raise ValueError(
+            f"guidance is {kind!r} and guidance_scale {scale}, expected neither: this student has its guidance baked "
+            f"in ({baked})"
+        )
     config, euler = scheduler.config, type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:
         raise ValueError(

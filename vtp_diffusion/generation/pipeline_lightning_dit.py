@@ -26,7 +26,15 @@ from ..data.images import check_finite, to_pil
 from ..models.autoencoder_vtp import AutoencoderVTP
 from ..models.latent_space import decode_to_images
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
-from .pipeline_checks import check_call, check_components, check_names, check_scheduler, is_number, normal_name
+from .pipeline_checks import (
+    check_call,
+    check_components,
+    check_names,
+    check_scheduler,
+    is_guided,
+    is_number,
+    normal_name,
+)
 
 DEFAULT_STEPS = 50
 
@@ -50,12 +58,12 @@ class LightningDiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "guidance_transformer->transformer->vae"
     _optional_components = ["vae", "guidance_transformer"]
     _callback_tensor_inputs = ["latents"]
-    # The text of the self-contained pipeline.py that this class was loaded from, which sets it; None in the package.
+    # Text of the self-contained pipeline.py that this class was loaded from, set at its end; None in the package.
     exported_source: str | None = None
 
     def __init__(
         self,
-        # `from_pipe` hands over components of the classes named here alone
+        # `from_pipe` passes on only components of the classes named here
         vae: AutoencoderVTP | AutoencoderKL | AutoencoderDC | AutoencoderRAE | None,
         transformer: LightningDiTTransformer2DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
@@ -95,7 +103,7 @@ class LightningDiTPipeline(DiffusionPipeline):
 
     @property
     def components(self) -> dict[str, Any]:
-        """What a pipeline like this one is made from: the components, and `id2label` where there are names."""
+        """The arguments that make a pipeline like this one: its components, and `id2label` if there are names."""
         names = {} if self.config.id2label is None else {"id2label": dict(self.config.id2label)}
         return super().components | names
 
@@ -131,7 +139,7 @@ class LightningDiTPipeline(DiffusionPipeline):
     def get_label_ids(self, class_labels: int | str | list[int | str] | torch.Tensor | np.ndarray) -> list[int]:
         """Class indices of the given indices or names, nested lists flattened.
 
-        A text that is no name is an index if it is a number; "index=4" is one in any case.
+        A string of digits that is no name is an index; "index=4" always is one.
         Raises: ValueError naming a label that does not exist, or may mean several classes.
         """
         if isinstance(class_labels, torch.Tensor | np.ndarray):
@@ -198,14 +206,14 @@ class LightningDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: class indices and names, mixed freely (see `get_label_ids`).
             num_inference_steps: evaluations of the network with the Euler scheduler (N - 1 for upstream's N grid
-                points); None is 50, of a few-step student the most that it was trained for.
+                points); None is 50, or for a few-step student the most that it was trained for.
             guidance_scale: w in weak + w·(v - weak) (Ho and Salimans, arXiv:2207.12598); 1.0 = no guidance.
             guidance_interval: guidance is applied where low <= t <= high, t = 0 being noise (Kynkäänniemi et al.,
                 arXiv:2404.07724).
-            guidance_channels: guide only the first so many latent channels; 3 is upstream's rule. None = all.
-            num_images_per_label: images a label; those of one label follow each other.
-            generator: one for all images, or a list with one an image; of the noise and of a scheduler that adds some.
-            latents: initial noise (B, C, h, w), B = labels x images a label.
+            guidance_channels: number of latent channels to guide, from the first; 3 is upstream's rule. None = all.
+            num_images_per_label: images per label; those of one label follow each other.
+            generator: one for all images, or a list with one per image; for the noise, and schedulers that add more.
+            latents: initial noise (B, C, h, w), B = labels x images per label.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent" (B, C, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, tensors) after each step; may return new
                 "latents". A `PipelineCallback` says itself which tensors it gets.
@@ -235,7 +243,7 @@ class LightningDiTPipeline(DiffusionPipeline):
             step_options["generator"] = generator
 
         timesteps = self._set_timesteps(num_inference_steps, device)
-        sigmas = self.scheduler.sigmas.tolist()  # at once: asked for step by step, the device would be waited for
+        sigmas = self.scheduler.sigmas.tolist()  # all at once: reading one per step would wait for the device
         with _evaluation_mode(self.vae, self.transformer, self.guidance_transformer):
             with self.progress_bar(total=len(timesteps)) as progress:
                 for step, timestep in enumerate(timesteps):
@@ -244,10 +252,10 @@ class LightningDiTPipeline(DiffusionPipeline):
                     self._current_timestep = timestep
                     t = 1 - sigmas[step]
                     # read at every step: a callback may change it
-                    scale = self.guidance_scale if guidance_interval[0] <= t <= guidance_interval[1] else 1.0
+                    scale = self.guidance_scale if is_guided(t, guidance_interval) else 1.0
                     if student is None:
                         velocity = self._velocity(latents, t, labels, scale, guidance_channels, guidance)
-                    else:  # the mean one, up to the next time
+                    else:  # the mean velocity up to the next time
                         velocity = self._evaluate(self.transformer, "cond", latents, t, labels, 1 - sigmas[step + 1])
                     if step + 1 == len(timesteps) and sigmas[-1] > 0:  # DEIS and SASolver leave the last noise in
                         latents = latents + (1 - t) * velocity
@@ -300,7 +308,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         return decode_to_images(self.vae, latents)
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> torch.Tensor:
-        # Left to itself the scheduler builds the grid between already shifted ends and shifts it once more.
+        # Without sigmas the scheduler builds its grid between ends that are already shifted, and shifts it again.
         sigmas = np.linspace(1, 0, num_inference_steps + 1)[:-1]
         if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
@@ -321,7 +329,7 @@ class LightningDiTPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """data - noise at time t, guided when the scale is not 1. (B, C, h, w) in float32.
 
-        Training of a student asks for (B,) times with scales (B, 1, 1, 1).
+        Distillation calls it with (B,) times and scales (B, 1, 1, 1).
         """
         if not isinstance(guidance_scale, torch.Tensor) and guidance_scale == 1.0:
             return self._evaluate(self.transformer, "cond", latents, t, labels)
@@ -351,7 +359,8 @@ class LightningDiTPipeline(DiffusionPipeline):
         next_t: float | None = None,
         return_base: bool = False,
     ) -> Any:
-        """(B, C, h, w) float32; with `return_base` two of them. The transformer rounds the latents itself."""
+        """A velocity (B, C, h, w) float32; with `return_base` also the base head's. The transformer casts the latents
+        to its precision itself."""
 
         def repeated(t):
             if isinstance(t, torch.Tensor):
@@ -375,7 +384,7 @@ class LightningDiTPipeline(DiffusionPipeline):
 
 @contextlib.contextmanager
 def _evaluation_mode(*models: torch.nn.Module | None) -> Iterator[None]:
-    """In training mode a transformer drops labels."""
+    """Put models into evaluation mode: in training mode a transformer drops labels."""
     training = [module for model in models if model is not None for module in model.modules() if module.training]
     for module in training:
         module.training = False

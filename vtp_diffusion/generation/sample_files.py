@@ -1,6 +1,6 @@
 """Generated images on disk, by number: written by any number of processes, continued after a kill, packed at the end.
 
-What is there under its final name is complete; the rest is made again. Nothing depends on how many processes wrote it.
+A file with its final name is complete; others are made again. The result does not depend on the number of processes.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from ..data.npz import NpzImages, write_npz
 from ..runtime.config import setting_differences
 from ..runtime.disk import is_unfinished, read_json, write_json, writing
 
-KEPT = "What is there is kept: the same command goes on"
+KEPT = "Finished images are kept: the same command continues"
 SETTINGS_NAME = "settings.json"
-PART_IMAGES = 256  # images a part of an npz: what a kill loses at most, for each process
+PART_IMAGES = 256  # images in a part of an npz: a kill loses at most one part per process
 
 
 def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
@@ -31,16 +31,16 @@ def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a hidden file is what a killed run leaves before its first image."""
+    """Whether a file can be left over from a run that was killed before its first image."""
     return is_unfinished(path) or path.name == ".lock"
 
 
 class _SampleFiles:
-    """What both kinds share.
+    """What a folder of PNG files and an npz have in common.
 
     Args:
         path: where the images are to be.
-        folder: where files of single images or parts lie meanwhile.
+        folder: where the files of single images, or of parts, are until the end.
         settings: everything that decides the images, `num_images` included.
     """
 
@@ -50,11 +50,13 @@ class _SampleFiles:
         if file.is_file():
             check_same_run(read_json(file), settings, self.path)
         elif self.folder.exists() and not (self.folder.is_dir() and all(map(_is_ours, self.folder.iterdir()))):
-            raise ValueError(f"{self.folder} holds files of something else: expected a new folder, or this run's")
+            raise ValueError(
+                f"{self.folder} holds other files, no {SETTINGS_NAME}: expected a new folder, or this run's"
+            )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it, by one process, no other run works here. Raises: ValueError naming one that does."""
+        """Lock the folder against other runs; for one process. Raises: ValueError naming a run that has locked it."""
         from ..runtime import folder_lock
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -67,13 +69,14 @@ class _SampleFiles:
                 self.folder.rmdir()
 
     def _claim(self) -> None:
-        """With the first images, so that bad settings leave nothing behind. Several processes may do so at once."""
+        """Write settings.json, with the first images, so that bad settings leave nothing behind. Several processes may
+        do so at once."""
         file = self.folder / SETTINGS_NAME
         if not file.exists():
             write_json(file, self.settings)
 
     def finish(self, labels: list[int]) -> None:
-        """By one process, when all have written. Raises: ValueError if images are missing."""
+        """For one process, when all have written. Raises: ValueError if images are missing."""
         if missing := self.missing():
             raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
 
@@ -85,8 +88,8 @@ class SampleFolder(_SampleFiles):
         super().__init__(path, Path(path), settings)
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Numbers that this process has to make, those of damaged files among them. Ask before any process has
-        written."""
+        """Numbers of the images that this process has to make, damaged files included. To be called before any process
+        writes."""
         paths = [self.folder / f"{number:06d}.png" for number in range(self.count)]
         with ThreadPoolExecutor() as threads:
             whole = threads.map(is_whole_png, paths)
@@ -104,8 +107,8 @@ class SampleFolder(_SampleFiles):
 class SampleNpz(_SampleFiles):
     """An npz as ADM's evaluator reads it: `arr_0` uint8 (N, H, W, 3), `arr_1` the labels, `settings` JSON text.
 
-    Until all images are there, FILE.npz.parts/ holds them by 256; the npz is put together from them without holding
-    more than one part in memory, and the folder is removed.
+    Until all images are there, FILE.npz.parts/ holds them in parts of 256. The npz is then joined from these, with one
+    part in memory at a time, and the folder is removed.
     """
 
     def __init__(self, path: str | Path, settings: dict):
@@ -136,7 +139,8 @@ class SampleNpz(_SampleFiles):
             return False
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Numbers that this process has to make, in the order `write` expects. Ask before any process has written."""
+        """Numbers of the images that this process has to make, in the order that `write` expects. To be called before
+        any process writes."""
         return [number for index in self._missing_parts()[rank::world_size] for number in self._numbers(index)]
 
     def write(self, number: int, image: torch.Tensor) -> None:
@@ -164,4 +168,4 @@ class SampleNpz(_SampleFiles):
 
     def _parts(self) -> Iterator[np.ndarray]:
         for index in range(-(-self.count // PART_IMAGES)):
-            yield np.load(self._part(index), mmap_mode="r")  # written from where the system has it, not copied
+            yield np.load(self._part(index), mmap_mode="r")  # memory-mapped: not copied

@@ -1,7 +1,7 @@
-"""Options of sampling a saved pipeline, the same for every program that does."""
+"""Options of sampling with a saved pipeline, the same in every program."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..runtime.config import Settings, setting
 
@@ -13,13 +13,23 @@ if TYPE_CHECKING:
 class GuidanceConfig(Settings):
     """How sampling is guided."""
 
+    section: ClassVar[str] = ""  # as options name it, with its dot
     guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
     guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
-        "auto", "what guides; auto: the pipeline's guidance transformer, else classifier-free"
+        "auto", "kind of guidance; auto: by the pipeline's guidance transformer, else classifier-free"
     )
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance_scale == 1 and self.changed_guidance:
+            given = ", ".join(f"{name} {value}" for name, value in self.changed_guidance.items())
+            raise ValueError(
+                f"{self.section}guidance_scale is 1, which is no guidance, beside {given}: expected another scale, or "
+                "nothing beside it"
+            )
 
     @property
     def guidance_arguments(self) -> dict[str, Any]:
@@ -29,15 +39,24 @@ class GuidanceConfig(Settings):
 
     @property
     def changed_guidance(self) -> dict[str, Any]:
-        """What is not the default."""
+        """The settings of guidance that differ from their defaults."""
         given = ((field, getattr(self, field.name)) for field in fields(GuidanceConfig))
         return {field.name: value for field, value in given if value != field.default}
 
     @property
     def guidance_words(self) -> str:
-        """The same as options of a program."""
+        """`changed_guidance` as options of a program."""
         listed = {k: v if isinstance(v, tuple) else (v,) for k, v in self.changed_guidance.items()}
         return "".join(f" --{name} {' '.join(map(str, values))}" for name, values in listed.items())
+
+    @property
+    def guidance_text(self) -> str:
+        """The same in words."""
+        if self.guidance_scale == 1:
+            return "no guidance"
+        kind = "" if self.guidance == "auto" else f" ({self.guidance})"
+        times = "" if self.guidance_interval == (0, 1) else " at times from {} to {}".format(*self.guidance_interval)
+        return f"guidance of scale {self.guidance_scale}{kind}{times}"
 
 
 @dataclass(kw_only=True)
@@ -48,22 +67,22 @@ class SamplerConfig(GuidanceConfig):
     """
 
     num_inference_steps: int = setting(
-        50, "steps of the solver: evaluations of the network, heun takes two a step", at_least=1
+        50, "steps of the solver, each one evaluation of the network (heun: two)", at_least=1
     )
     solver: Literal["pipeline", "euler", "heun", "unipc", "dpm++", "dopri5"] = setting(
-        "pipeline", "of the flow; pipeline: its scheduler; dopri5 is adaptive and counts no steps"
+        "pipeline", "solver; pipeline: the pipeline's scheduler; dopri5: adaptive, ignores num_inference_steps"
     )
     time_shift: float | None = setting(None, "shift s of the sampling times; none: the pipeline's", above=0)
     tolerance: float = setting(1e-3, "relative error of a step of dopri5", above=0)
     guidance_channels: int | None = setting(
-        None, "guide only the first so many latent channels; 3 is upstream's rule", at_least=1
+        None, "number of latent channels to guide, from the first; 3 is upstream's rule; none: all", at_least=1
     )
-    seed: int = setting(0, "of labels and noise; the noise of image k follows from seed and k", at_least=0)
+    seed: int = setting(0, "seed of labels and noise; the noise of image k follows from seed and k", at_least=0)
     batch_size: int = setting(8, "images sampled at once, in each process", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "precision of the pipeline; auto: bfloat16 on a GPU that has it, else float32"
     )
-    fast: bool | None = setting(None, "fused kernels and CUDA graphs; none: where they can be had")
+    fast: bool | None = setting(None, "fused kernels and CUDA graphs; none: where possible")
     fp8: bool = setting(False, "large products in float8, on a GPU that has it")
 
     def __post_init__(self) -> None:
@@ -84,7 +103,7 @@ class SamplerConfig(GuidanceConfig):
 
     @property
     def precision(self) -> dict[str, bool]:
-        """What decides the images beside the pipeline, its dtype and the arguments of its call, for their settings."""
+        """What else decides the images, besides the pipeline, its dtype and the arguments of its call."""
         return {"fp8": True} if self.fp8 else {}
 
     @property

@@ -14,7 +14,7 @@ import torch
 
 from ..data.images import Rounding, finite_to_uint8
 from ..runtime.reproducibility import exact_float32, random_stream, stream_seed
-from .pipeline_checks import check_student
+from .pipeline_checks import check_call
 from .sampler_config import SamplerConfig
 from .solvers import solve_adaptively, use_solver
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LabelRule = Literal["random", "balanced", "reference"]
-NOISE_RULE = "a hash of seed and image"  # in the words of settings and results; version 0.1: seed + image, unnamed
+NOISE_RULE = "a hash of seed and image"  # written to settings and results; version 0.1 wrote none: seed + image
 
 
 def draw_labels(
@@ -45,23 +45,32 @@ def draw_labels(
     return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
 
 
-def open_pipeline(folder: str, config: SamplerConfig, device: torch.device | str) -> DiffusionPipeline:
+def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.device | str) -> DiffusionPipeline:
     """The pipeline of a folder on a device, in the precision and with the solver of a configuration, without progress
-    bars. Raises: ValueError naming a folder that cannot be loaded, or what a few-step student was not trained for."""
+    bars.
+
+    Args: `config`: how it will be called; None if that is not known yet.
+    Raises: ValueError naming a folder that cannot be loaded, or what of the configuration the pipeline cannot do.
+    """
     from diffusers import DiffusionPipeline
 
     from ..models.loading import load_saved
 
-    pipe = load_saved(DiffusionPipeline, folder, dtype=config.torch_dtype(torch.device(device)))
+    dtype = (config or SamplerConfig()).torch_dtype(torch.device(device))
+    pipe = load_saved(DiffusionPipeline, folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    use_solver(pipe, config.solver, config.time_shift)
-    if student := pipe.transformer.config.get("student"):  # at once: a call of the pipeline comes much later
-        check_student(student, pipe.scheduler, config.num_inference_steps, config.guidance_scale)
+    if config is not None:
+        arguments = config.guidance_scale, config.guidance_interval, config.guidance_channels
+        try:  # at once: the first call may come after hours of reading real images
+            use_solver(pipe, config.solver, config.time_shift)
+            check_call(pipe, config.num_inference_steps, *arguments, 1, "latent", None, None, config.guidance)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
     return pipe.to(device)
 
 
 def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Labels of a data set as a pipeline numbers its classes: found by name where both have names, for one number may
+    """Labels of a data set -> class indices of a pipeline: matched by name if both have names, since one number may
     mean two classes.
 
     Args: `names`: of the data set's classes; a class that is called by its own number has no name.
@@ -80,8 +89,8 @@ def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequen
             missing.append(names[label])
     if missing:
         raise ValueError(
-            f"labels 'reference': {len(missing)} classes of the reference are none, or several, of the pipeline's "
-            f"{len(known)}, the first is {missing[0]!r}: expected the same names (id2label)"
+            f"labels 'reference': {len(missing)} classes of the reference match none, or several, of the pipeline's "
+            f"{len(known)} classes, the first is {missing[0]!r}: expected the same names (id2label)"
         )
     return [found[label] for label in labels]
 
@@ -111,8 +120,8 @@ def sample_numbers(
 ) -> torch.Tensor:
     """The images with the given numbers of a class-conditional pipeline, at once: uint8 (B, 3, H, W) on the CPU.
 
-    A pipeline in float32 computes without TensorFloat-32: there, and with a float32 rotary embedding, the batch an
-    image is made in moves it by one level at most. `benchmarks/batch_invariance.py` measures other precisions.
+    A pipeline in float32 computes without TF32. With a float32 rotary embedding too, the batch that an image is in
+    changes its pixels by one level at most. `benchmarks/batch_invariance.py` measures other precisions.
 
     Args:
         labels: of all images; image k has labels[k].
@@ -154,7 +163,7 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
     """What decides sampled images beside seeds, labels and the sampler's arguments: weights, scheduler, precision, and
     how noise follows from the seed."""
     weights = {}
-    with ThreadPoolExecutor() as pool:  # hashing is most of a start, and lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashing takes most of the start-up time, and releases the GIL
         for name in ("vae", "transformer", "guidance_transformer"):
             if getattr(pipe, name, None) is not None:
                 hashes = pool.map(_tensor_sha256, *zip(*sorted(getattr(pipe, name).state_dict().items()), strict=True))
@@ -167,12 +176,12 @@ def pipeline_identity(pipe: DiffusionPipeline) -> dict:
 def _tensor_sha256(name: str, tensor: torch.Tensor) -> str:
     content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(content)  # not joined: the tensors of XL/1 would be copied
+    digest.update(content)  # by itself: joining it with the name would copy it
     return digest.hexdigest()
 
 
 def to_bfloat16(pipeline: DiffusionPipeline) -> None:
-    """Cast the networks, as `to` of diffusers does, which warns of modules kept in float32 even if there are none."""
+    """Cast the networks. diffusers' `to` would do it too, but warns of modules kept in float32 even without any."""
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.bfloat16()

@@ -10,6 +10,7 @@ import torch
 
 from ..runtime.optional_packages import require
 from .flow_matching import scheduler_shift
+from .pipeline_checks import check_call, is_guided
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -30,9 +31,9 @@ def use_solver(pipe: DiffusionPipeline, solver: str, time_shift: float | None = 
 
     Args:
         solver: "euler", "heun" (two evaluations a step), "unipc" (arXiv:2302.04867), "dpm++" (arXiv:2211.01095);
-            "pipeline" and "dopri5", which has no steps of its own, leave the scheduler that there is.
-        time_shift: s, as in training; None takes over that of the pipeline.
-    Raises: ValueError on an unknown solver, a shift that is none, or either where the pipeline is a few-step student.
+            "pipeline" and "dopri5", which needs no scheduler, keep the pipeline's scheduler.
+        time_shift: s, as in training; None keeps that of the pipeline.
+    Raises: ValueError on an unknown solver or an invalid shift, and on any change to a few-step student.
     """
     if pipe.transformer.config.get("student") is not None and (solver not in ("pipeline", "euler") or time_shift):
         raise ValueError(
@@ -69,19 +70,19 @@ def solve_adaptively(
 ) -> torch.Tensor:
     """Latents (B, C, h, w) that noise flows to, by Dormand and Prince's method of order 5 (torchdiffeq's dopri5).
 
-    The images of a batch share their steps: what one gets depends a little on the others. A bound of
-    `guidance_interval` inside (0, 1) makes the flow jump, and the steps small.
+    The images of a batch share their steps, so that each depends a little on the others. At a bound of
+    `guidance_interval` inside (0, 1) the velocity jumps, and the steps become small.
 
     Args: `latents`: the noise; `tolerance`: relative error of a step, beside an absolute one of 1e-6; the rest as of
         `LightningDiTPipeline.__call__`.
-    Raises: ImportError without torchdiffeq.
+    Raises: ImportError without torchdiffeq. ValueError on guidance that the pipeline does not have.
     """
+    check_call(pipe, 1, guidance_scale, guidance_interval, guidance_channels, 1, "latent", None, None, guidance)
     odeint = require("torchdiffeq", "solvers").odeint
     ids = torch.tensor(labels, device=latents.device)
 
     def velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        low, high = guidance_interval
-        scale = guidance_scale if low <= t.item() <= high else 1.0
+        scale = guidance_scale if is_guided(t.item(), guidance_interval) else 1.0
         if on_evaluation is not None:
             on_evaluation()
         return pipe._velocity(x, t.item(), ids, scale, guidance_channels, guidance)

@@ -19,14 +19,14 @@ class ModelConfig(Settings):
     """Architecture of the transformer; what the latents decide (channels, size) is taken from them."""
 
     num_classes: int | None = setting(None, "classes; none: as many as the training data names", at_least=1)
-    patch_size: int = setting(1, "latent pixels a side of a token", at_least=1)
+    patch_size: int = setting(1, "side of a token in latent pixels", at_least=1)
     num_layers: int = setting(28, "blocks", at_least=1)
     num_attention_heads: int = setting(16, "heads; the width is heads x head dimension", at_least=1)
     attention_head_dim: int = setting(72, "channels of a head", at_least=1)
     qk_norm: bool = setting(False, "RMSNorm on queries and keys")
     prediction: Literal["velocity", "data"] = setting("velocity", "what the output layer predicts")
     base_head_layer: int | None = setting(
-        None, "block after which a second output layer predicts, for internal guidance; none has none", at_least=1
+        None, "block with a second output layer after it, for internal guidance; none: no such layer", at_least=1
     )
 
     def __post_init__(self):
@@ -51,10 +51,10 @@ def build_transformer(
     Args:
         latent_shape: (C, h, w) of the latents.
         num_classes: classes, without the null class.
-        class_dropout_prob: what the transformer's own configuration says.
-        initial_transformer: folder of the saved one. If it has another number of classes, its class table is drawn
-            anew but for the row of "no class", everything else is kept, and a line says so.
-        empty: draw no weights, which takes seconds of a large one: those of a checkpoint take their place.
+        class_dropout_prob: written into the transformer's configuration.
+        initial_transformer: folder of the saved one. If it has another number of classes, its class embeddings are
+            initialised anew, except that of "no class"; everything else is kept, and a line says so.
+        empty: leave the weights uninitialised, because a checkpoint replaces them: saves seconds for a large model.
     Raises: ValueError if the saved one has another architecture than the configuration and the latents ask for.
     """
     from ..models.loading import load_saved
@@ -76,7 +76,7 @@ def build_transformer(
     if before != num_classes:
         transformer.replace_classes(num_classes)
         if this_process()[0] == 0:
-            print(f"initial_transformer {initial_transformer}: {before} classes give way to {num_classes} others")
+            print(f"initial_transformer {initial_transformer}: {before} classes are replaced by {num_classes} others")
     transformer.register_to_config(class_dropout_prob=class_dropout_prob)
     return transformer
 

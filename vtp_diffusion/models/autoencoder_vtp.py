@@ -62,12 +62,12 @@ class AutoencoderVTPOutput(BaseOutput):
     """Result of `AutoencoderVTP.encode`.
 
     Attributes:
-        latent_dist: deterministic distribution, `sample()` and `mode()` both equal `latent` (code for AutoencoderKL).
-        latent: normalised latents (B, C, H/p, W/p) (code for AutoencoderRAE).
+        latent_dist: deterministic distribution, `sample()` and `mode()` both equal `latent` (as in AutoencoderKL).
+        latent: normalised latents (B, C, H/p, W/p) (as in AutoencoderRAE).
     """
 
     latent_dist: DiagonalGaussianDistribution
-    # accelerate rebuilds outputs from one dictionary, which diffusers takes when the other fields have defaults.
+    # None by default: accelerate rebuilds outputs from one dict, which diffusers unpacks if the other fields are None.
     latent: torch.Tensor | None = None
 
 
@@ -83,12 +83,12 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
     """Deterministic vision-transformer autoencoder (arXiv:2512.13687, section 3).
 
     Images are (B, in_channels, H, W) in [-1, 1], in and out; latents are (B, latent_channels, H/p, W/p). The ImageNet
-    normalisation that the networks work in is applied inside, and so are the latent statistics. New models are
-    initialised with a truncated normal of 0.02 and zero biases; the paper does not publish its initialisation.
+    normalisation and the latent statistics are applied inside. New models are initialised with a truncated normal of
+    standard deviation 0.02 and zero biases; the paper does not publish its initialisation.
 
     Args:
         in_channels: image channels; ImageNet statistics exist for 3 only.
-        sample_size: side of training images in pixels (informative: any multiple of the patch size is accepted).
+        sample_size: side of training images in pixels (for information: any multiple of the patch size is accepted).
         patch_size: side of a patch in pixels.
         latent_channels: width of the bottleneck.
         encoder_hidden_size, encoder_num_layers, encoder_num_attention_heads: the encoder.
@@ -97,7 +97,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         rope_dtype: "bfloat16", as the released weights were trained, or "float32".
         latents_mean, latents_std: one value per latent channel; `encode` returns (z - mean) / std, `decode` undoes it.
         scaling_factor: always 1.0, present because pipelines read it.
-        block_out_channels: filled in; pipelines compute the downsampling 2 ** (length - 1) from it.
+        block_out_channels: computed if None; pipelines derive the downsampling 2 ** (length - 1) from it.
 
     Raises:
         ValueError: for a configuration that cannot be built.
@@ -237,7 +237,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
 
     @apply_forward_hook
     def encode_features(self, images: torch.Tensor, num_layers: int | None = None) -> VTPFeatures | list[VTPFeatures]:
-        """Features before the bottleneck, which CLIP, probes and self-supervision read.
+        """Features before the bottleneck, as used by CLIP, probes and self-supervision.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
@@ -259,7 +259,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         return features[0] if num_layers is None else features
 
     def enable_tiling(self) -> None:
-        """Raises: NotImplementedError; every patch attends to all others, so that tiles would not fit together."""
+        """Raises: NotImplementedError: every patch attends to all others, so tiles would not fit together."""
         raise NotImplementedError("AutoencoderVTP has no tiling, its patches attend to all others: use enable_slicing")
 
     def with_latent_statistics(self, mean: Sequence[float], std: Sequence[float]) -> "AutoencoderVTP":
@@ -273,9 +273,9 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         return self
 
     def register_to_config(self, **values) -> None:
-        """As diffusers' own, also for latent statistics that are set once the model is built."""
+        """As in diffusers, but also for latent statistics that are set after the model was built."""
         given = {name for name in ("latents_mean", "latents_std") if values.get(name) is not None}
-        if given:  # `from_config(model.config)` leaves out what this list names: built with a default
+        if given:  # `from_config(model.config)` drops the keys in this list, which had their defaults at first
             known = {**getattr(self, "_internal_dict", {}), **values}
             values["_use_default_values"] = sorted(set(known.get("_use_default_values", ())) - given)
         super().register_to_config(**values)
@@ -310,12 +310,12 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
     def encode_tokens(
         self, images: torch.Tensor, masks: torch.Tensor | None = None, kept: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What training objectives read: images (B, 3, H, W) in [-1, 1] -> tokens (B, 1 + N, D), class token first.
+        """Encoder tokens for training objectives: images (B, 3, H, W) in [-1, 1] -> (B, 1 + N, D), class token first.
 
         Args:
-            masks: (B, N) bool, patches whose embedding the mask token replaces (masked-image modelling).
-            kept: (layers, 2, K) indices of the samples whose residual branches are computed: stochastic depth, see
-                `residual_update`.
+            masks: (B, N) bool, patches whose embedding is replaced by the mask token (masked-image modelling).
+            kept: (layers, 2, K) indices of the samples whose residual branches are computed (stochastic depth, see
+                `residual_update`).
 
         Raises:
             ValueError: images, masks or kept samples that do not fit.
@@ -331,7 +331,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
     def encode_raw(
         self, images: torch.Tensor, return_features: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> raw latents (B, C, H/p, W/p), which no statistics have touched; with
+        """Images (B, 3, H, W) in [-1, 1] -> raw latents (B, C, H/p, W/p), not normalised by the statistics. With
         `return_features` also the `patch_tokens` (B, N, D) of `encode_features`, from the same pass."""
         height, width = (side // self.spatial_compression_ratio for side in images.shape[-2:])
         tokens = self.encode_tokens(images)
@@ -358,11 +358,11 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
             raise ValueError(f"Images are {height}x{width} (height x width), expected multiples of the patch {patch}.")
 
     def _statistics_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation (1, C, 1, 1), float32, copied to a device once: a copy makes it wait."""
-        # No buffers: those outside the state dict are lost on the meta device and rounded with the weights.
+        """Mean and standard deviation (1, C, 1, 1), float32. Copied to a device once, since copies synchronise."""
+        # Not buffers: non-persistent ones get lost on the meta device, and are rounded together with the weights.
         if device in self._statistics:
             return self._statistics[device]
-        with torch.inference_mode(False):  # they may be used in training later
+        with torch.inference_mode(False):  # training may use the cached tensors later
             mean, std = (
                 torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
                 for values in (self.config.latents_mean, self.config.latents_std)
@@ -394,7 +394,7 @@ def _imagenet_statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 
 def _latent_statistics(mean, std, channels: int) -> tuple[list[float] | None, list[float] | None]:
-    """Statistics as lists that a JSON configuration can hold, or (None, None); ValueError where they do not fit."""
+    """Statistics as lists for a JSON configuration, or (None, None). Raises: ValueError if they do not fit."""
     if (mean is None) != (std is None):
         raise ValueError("latents_mean and latents_std: give both or neither.")
     if mean is None:
@@ -410,7 +410,7 @@ def _latent_statistics(mean, std, channels: int) -> tuple[list[float] | None, li
 
 
 def _block_out_channels(given: list[int] | None, patch_size: int, width: int) -> list[int] | None:
-    """A list of log2(patch_size) + 1 entries, None where the patch size is no power of two."""
+    """A list of log2(patch_size) + 1 entries, or None if the patch size is not a power of two."""
     if patch_size & (patch_size - 1):
         expected = None
     else:

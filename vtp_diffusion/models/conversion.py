@@ -1,4 +1,4 @@
-"""Released state dicts -> ours, strictly: renames that account for every key, loading that accepts no other shape."""
+"""Released state dicts -> ours, strictly: every key must be renamed, and every shape must match."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 StateDict = dict[str, torch.Tensor]
-# Released name -> our names; several names share the rows of the tensor equally, in this order.
+# Released name -> our names; a tensor with several names is split into equal parts of its rows, in this order.
 RenameTable = dict[str, tuple[str, ...]]
 
 
 def with_kinds(modules: RenameTable) -> RenameTable:
-    """Renames of modules -> renames of their weights and biases."""
+    """A table of module names -> the table of their weights and biases."""
     return {
         f"{theirs}.{kind}": tuple(f"{name}.{kind}" for name in ours)
         for theirs, ours in modules.items()
@@ -25,7 +25,8 @@ def with_kinds(modules: RenameTable) -> RenameTable:
 def rename_strictly(state: Mapping[str, torch.Tensor], table: RenameTable, what: str) -> StateDict:
     """Rename every tensor of `state` by `table`; tensors with several names are split along their rows.
 
-    Raises: ValueError: starting with `what`, naming the keys that are missing and those the table does not know.
+    Args: `what`: the start of the error message.
+    Raises: ValueError naming the keys that are missing and those that the table does not have.
     """
     wrong = {"missing": sorted(set(table) - set(state)), "unexpected": sorted(set(state) - set(table))}
     if problems := [f"{kind} keys {keys}" for kind, keys in wrong.items() if keys]:
@@ -42,16 +43,16 @@ def rename_strictly(state: Mapping[str, torch.Tensor], table: RenameTable, what:
 
 
 def load_strict(model: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> Any:
-    """`model` with the tensors of `state` as its parameters, after checking every shape.
+    """Load `state` into `model`, after checking every shape, and return it.
 
-    The tensors take the place of the parameters, so that a model built on the meta device (nothing is initialised only
-    to be overwritten) is complete afterwards.
+    The tensors replace the parameters, so the model can be built on the meta device, without an initialisation that
+    would be overwritten.
 
     Args:
-        model: without buffers outside its state dict, which the meta device would leave without values.
-        state: keys of `model.state_dict()`, which `rename_strictly` has seen to.
+        model: without non-persistent buffers, which have no values on the meta device.
+        state: has exactly the keys of `model.state_dict()`, as `rename_strictly` ensures.
         source: where the weights come from, for the message.
-    Raises: ValueError: naming tensors that are mis-shaped or not floating point.
+    Raises: ValueError naming tensors that have another shape or are not floating point.
     """
     expected, problems = model.state_dict(), []
     for name, tensor in sorted(state.items()):
@@ -66,7 +67,7 @@ def load_strict(model: torch.nn.Module, state: Mapping[str, torch.Tensor], sourc
 
 
 def read_safetensors(path: str | Path) -> StateDict:
-    """Tensors of a safetensors file; ValueError with its path when it is truncated or no such file."""
+    """Tensors of a safetensors file. Raises: ValueError with its path if it is truncated or another kind of file."""
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -16,25 +16,45 @@ from .rotary import lightning_dit_rotary_tables
 def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:
     """The EMA weights of an upstream `.pt` file `{"model", "ema", "opt", "config"}`.
 
-    Raises: ValueError: the file is missing, cannot be read, or holds no "ema".
+    Raises: ValueError: the file is missing, cannot be read, holds no "ema", or weights of other layers.
     """
-    # mapped, because "model" and "opt" make three quarters of the file and are not wanted
+    # mapped, because "model" and "opt" are three quarters of the file and not needed
     content = read_torch(checkpoint, mmap=True)
     if not isinstance(content, dict) or not isinstance(content.get("ema"), dict):
         found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{checkpoint} holds no 'ema' weights: expected a dictionary with 'ema', found {found}.")
+    _refuse_other_layers(content["ema"], checkpoint)
     return {name: tensor.clone() for name, tensor in content["ema"].items()}
+
+
+def _refuse_other_layers(released: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Raises: ValueError naming the upstream options that make other layers, where later checks would list keys."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in released.items()}
+    if "blocks.0.attn.qkv.weight" not in shapes or "x_embedder.proj.weight" not in shapes:
+        return  # not a LightningDiT at all: a later check lists the missing keys
+    signs = {
+        "use_rope=False": not any(name.startswith("feat_rope.") for name in shapes),
+        "use_rmsnorm=False": not any(name.endswith(".norm1.weight") for name in shapes),
+        "use_swiglu=False": any(name.endswith(".mlp.fc1.weight") for name in shapes),
+        "learn_sigma=True": shapes.get("final_layer.linear.bias")
+        == (2 * math.prod(shapes["x_embedder.proj.weight"][1:]),),
+    }
+    if found := [option for option, seen in signs.items() if seen]:
+        raise ValueError(
+            f"{source} looks trained with {', '.join(found)}, which is not supported: expected rotary embedding, "
+            "RMSNorm, SwiGLU and a velocity alone"
+        )
 
 
 def lightning_dit_architecture(
     released: Mapping[str, torch.Tensor], source: str = "LightningDiT checkpoint"
 ) -> dict[str, Any]:
-    """Constructor keywords of `LightningDiTTransformer2DModel` as the shapes of a released state dict tell them.
+    """Constructor keywords of `LightningDiTTransformer2DModel`, from the shapes of a released state dict.
 
     Args:
-        released: the tensors under "ema". The rotary table among them has the width of a head.
-        source: what the message calls the checkpoint.
-    Raises: ValueError: naming the keys that are missing.
+        released: the tensors under "ema". The head dimension is the width of their rotary table.
+        source: the checkpoint's name in messages.
+    Raises: ValueError naming the keys that are missing.
     """
     needed = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "feat_rope.freqs_cos")
     if missing := [name for name in needed if name not in released]:
@@ -59,13 +79,14 @@ def convert_lightning_dit_state_dict(
 ) -> StateDict:
     """State dict of `LightningDiTTransformer2DModel` from a released one.
 
-    The fused qkv is split; the rotary tables, which are computed here and not stored, must equal the checkpoint's.
+    The fused qkv is split. Our model computes its rotary tables and does not store them; those of the checkpoint must
+    be equal.
 
     Args:
         released: the tensors under "ema".
         config: configuration keywords of the model.
-        source: what the message calls the checkpoint.
-    Raises: ValueError: naming keys that are missing or left over, or rotary tables of another grid, head size or base.
+        source: the checkpoint's name in messages.
+    Raises: ValueError naming missing or unknown keys, or rotary tables of another grid, head size or base.
     """
     grid, head_dim = config["sample_size"] // config["patch_size"], config["attention_head_dim"]
     names = "feat_rope.freqs_cos", "feat_rope.freqs_sin"

@@ -12,7 +12,7 @@ from ..runtime.disk import read_json
 from .conversion import RenameTable, StateDict, read_safetensors, rename_strictly, with_kinds
 from .vtp_blocks import ROTARY_DTYPES, rotary_periods
 
-# Names of released tokenizers that need no owner.
+# Released tokenizers, whose names may be given without the owner.
 RELEASED = ("VTP-Small-f16d64", "VTP-Base-f16d64", "VTP-Large-f16d64")
 RELEASED_BY = "MiniMaxAI"
 # Released option -> our configuration key.
@@ -34,7 +34,7 @@ VTP_OPTIONS = {
     "text_context_length": "text_context_length",
     "text_vocab_size": "text_vocab_size",
 }
-# Released options with the one value that these models compute, where names and shapes of weights do not tell it.
+# Released options that do not show in names and shapes of weights, with the only value that our models support.
 VTP_FIXED_OPTIONS = {
     "model_type": "vtp",
     "vision_bottleneck_ae_only": True,
@@ -46,11 +46,20 @@ VTP_FIXED_OPTIONS = {
     "text_pool_type": "argmax",
     "text_quick_gelu": False,
 }
-# Layers and widths that weights tell, which are loaded strictly; and what has no effect on a loaded model.
+# Layers that our models do not have. Strict loading would refuse their weights too, but by a list of all names.
+VTP_LAYER_OPTIONS = {
+    "vision_init_values": None,
+    "decoder_init_values": None,
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": False,
+    "text_embed_cls": False,
+    "text_ls_init_value": None,
+    "text_proj_bias": False,
+    "text_proj_type": "linear",
+}
+# Options that show in the names and shapes of weights, which strict loading checks, or do not affect a loaded model.
 VTP_IGNORED_OPTIONS = set(
-    """train_clip train_reconstruction vision_ffn_layer vision_init_values vision_mlp_ratio
-    decoder_ffn_layer decoder_init_values init_logit_bias nonscalar_logit_scale text_embed_cls
-    text_ls_init_value text_mlp_ratio text_proj_bias text_proj_type
+    """train_clip train_reconstruction vision_ffn_layer vision_mlp_ratio decoder_ffn_layer text_mlp_ratio
     init_logit_scale text_pad_id architectures auto_map dtype torch_dtype transformers_version _name_or_path""".split()
 )
 
@@ -63,20 +72,21 @@ def convert_vtp_config(
     Args:
         released: the content of `config.json`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
-        source: what the message calls the configuration.
-    Raises: ValueError: naming every option that is missing, unknown, or set to something these models do not compute.
+        source: the configuration's name in messages.
+    Raises: ValueError naming every option that is missing, unknown, or has a value that our models do not support.
     """
     problems = []
-    unknown = sorted(set(released) - set(VTP_OPTIONS) - set(VTP_FIXED_OPTIONS) - VTP_IGNORED_OPTIONS)
-    if unknown:
+    fixed = VTP_FIXED_OPTIONS | VTP_LAYER_OPTIONS
+    if unknown := sorted(set(released) - set(VTP_OPTIONS) - set(fixed) - VTP_IGNORED_OPTIONS):
         problems.append(f"unknown options {unknown}")
     missing = sorted((set(VTP_OPTIONS) | set(VTP_FIXED_OPTIONS)) - set(released))
     if missing:
         problems.append(f"missing options {missing}")
-    for option, supported in VTP_FIXED_OPTIONS.items():
-        # 1 and True are equal in Python, not in a configuration
-        if option in released and (type(released[option]), released[option]) != (type(supported), supported):
-            problems.append(f"{option}={released[option]!r} is not supported (only {supported!r})")
+    for option, supported in fixed.items():
+        given = released.get(option, supported)
+        # also compare for booleans: 1 == True in Python
+        if given != supported or isinstance(given, bool) != isinstance(supported, bool):
+            problems.append(f"{option}={given!r} is not supported (only {supported!r})")
     for option in VTP_OPTIONS:
         kind = bool if option.endswith("qk_norm") else int
         # bool is a subclass of int in Python: a depth of True must not pass as 1.
@@ -88,7 +98,7 @@ def convert_vtp_config(
         raise ValueError(f"{source}: {'; '.join(problems)}.")
     config = {ours: released[option] for option, ours in VTP_OPTIONS.items()}
     config["rope_dtype"] = rope_dtype if rope_dtype is not None else "bfloat16"
-    # The common space of both towers has the width of the text tower.
+    # The joint embedding space of both towers has the width of the text tower.
     config["projection_dim"] = released["text_embed_dim"]
     return config
 
@@ -98,14 +108,14 @@ def convert_vtp_state_dict(
 ) -> StateDict:
     """State dict of `VTPModel` from a released one.
 
-    The fused qkv is split into its three parts and the 1x1 convolutions of the pixel decoder become matrices. The
-    rotary periods, which are computed here and not stored, must equal the ones of the checkpoint bit for bit.
+    The fused qkv is split into its three parts and the 1x1 convolutions of the pixel decoder become matrices. Our
+    model computes its rotary periods and does not store them; those of the checkpoint must be equal bit for bit.
 
     Args:
         released: tensors of `model.safetensors`.
         config: configuration keywords of `VTPModel`, from `convert_vtp_config`.
-        source: what the message calls the checkpoint.
-    Raises: ValueError: naming keys that are missing or left over, or periods that differ.
+        source: the checkpoint's name in messages.
+    Raises: ValueError naming missing or unknown keys, or periods that differ.
     """
     periods = {"trunk.rope_embed.periods": "encoder", "pixel_decoder.rope_embed.periods": "decoder"}
     state = rename_strictly(released, _vtp_rename_table(config) | {name: (name,) for name in periods}, source)
@@ -118,7 +128,7 @@ def convert_vtp_state_dict(
                 f"(torch.bfloat16) for heads of {head_dim} channels."
             )
     for name in ("autoencoder.decoder.proj_in.weight", "autoencoder.decoder.proj_out.weight"):
-        # Only sides of 1 are dropped, so that a larger kernel fails the shape check of `load_strict`.
+        # squeeze drops only sides of 1, so that a larger kernel fails the shape check of `load_strict`
         state[name] = state[name].squeeze(-1).squeeze(-1)
     return state
 
@@ -175,7 +185,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
     Args:
         folder_or_hub_id: local folder, hub repository id, or one of `RELEASED`.
         rope_dtype: None for "bfloat16", which the released weights were trained with; or "float32".
-    Raises: ValueError: for a missing or unreadable file, or a checkpoint that these models do not compute.
+    Raises: ValueError: for a missing or unreadable file, or a checkpoint that our models do not support.
     """
     if rope_dtype is not None and rope_dtype not in ROTARY_DTYPES:
         raise ValueError(f"rope_dtype={rope_dtype!r} is not None or one of {sorted(ROTARY_DTYPES)}.")
@@ -191,7 +201,7 @@ def read_released_vtp(folder_or_hub_id: str | Path, rope_dtype: str | None = Non
 
 
 def autoencoder_part(config: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], StateDict]:
-    """Configuration and state dict of `AutoencoderVTP` out of those of `VTPModel`."""
+    """Configuration and state dict of `AutoencoderVTP` from those of `VTPModel`."""
     prefix = "autoencoder."
     return (
         {key: value for key, value in config.items() if not key.startswith("text_") and key != "projection_dim"},
@@ -200,7 +210,7 @@ def autoencoder_part(config: Mapping[str, Any], state: Mapping[str, torch.Tensor
 
 
 def refuse_released(folder: Any, loader: str) -> None:
-    """Raises: ValueError for a folder with a released `config.json`, which is for `from_released`."""
+    """Raises: ValueError for a folder with a released `config.json`: it needs `from_released`."""
     file = Path(folder) / "config.json"
     if not file.is_file():
         return

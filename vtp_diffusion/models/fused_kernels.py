@@ -1,8 +1,9 @@
-"""Triton programs of large_products.py: backward passes that add up the gradients of biases and scales while they have
-the numbers, where autograd and the compiler read them from memory again.
+"""Triton kernels for large_products.py. Their backward passes sum the gradients of biases and scales while the values
+are in registers; autograd and torch.compile would read them from memory again. tests/fused_formulae.py has the same
+functions in PyTorch.
 
-Importing this module needs Triton, which PyTorch for CUDA brings along; its interpreter (TRITON_INTERPRET=1 in the
-environment) runs the programs on a CPU, slowly.
+Importing this module needs Triton, which comes with PyTorch for CUDA; its interpreter (TRITON_INTERPRET=1 in the
+environment) runs the kernels on a CPU, slowly.
 """
 
 import torch
@@ -10,10 +11,10 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-ANY_DEVICE = False  # CUDA alone
-PROGRAMS = 1056  # at work together: eight on each of an H100's 132 multiprocessors; SwiGLU has twice as many
-# What a program has of its tensors at a time, its warps, and how many rounds of a loop are loaded ahead: the fastest
-# of some 100 ways on an H100, at sizes of VTP Large.
+ANY_DEVICE = False  # CUDA only
+PROGRAMS = 1056  # launched together: eight on each of an H100's 132 multiprocessors; SwiGLU launches twice as many
+# Block sizes, warps per program and pipeline stages (iterations loaded ahead): the fastest of some 100 combinations on
+# an H100 at the sizes of VTP Large.
 FORWARD_ROWS, FORWARD_COLUMNS, FORWARD_WARPS = 8, 512, 8
 SWIGLU_ROWS, SWIGLU_COLUMNS, SWIGLU_WARPS, SWIGLU_STAGES = 32, 128, 8, 4
 NORM_WARPS, NORM_STAGES = 2, 2
@@ -82,8 +83,9 @@ def _norm_backward(
     length, kept, width, parts, eps,
     SUBSET: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x, residual, result (samples * length, width); grad (kept * length, width), of sample b at place[b] if that is
-    below `kept`; sums (programs, width). A program has some of the rows of one sample."""
+    """x, residual, result (samples * length, width); sums (programs, width); grad (kept * length, width), where the
+    gradient of sample b is number place[b], or zero if that is not below `kept`. A program handles some of the rows of
+    one sample."""
     sample, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     column = tl.arange(0, BLOCK_COLUMNS)
     inside = column < width
@@ -140,8 +142,8 @@ def _rotate_back(
     rows, length, heads, rows_each, sample_step, token_step, head_step,
     HALF: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of rotated queries and keys, and of values, (B, length, heads, 2 * HALF) of these steps in memory ->
-    result (rows = B * length, 3 * heads * 2 * HALF); sums (parts, the same columns)."""
+    """Gradients of rotated queries and keys, and of values, (B, length, heads, 2 * HALF) with the given strides ->
+    result (rows = B * length, 3 * heads * 2 * HALF) and its partial sums over rows (parts, 3 * heads * 2 * HALF)."""
     blocks = tl.cdiv(heads, BLOCK_HEADS)
     kind, part = tl.program_id(0) // blocks, tl.program_id(1)
     head = tl.program_id(0) % blocks * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -179,8 +181,8 @@ def _rotate_back(
 
 
 def _parts(rows: int, block_rows: int, blocks: int, programs: int) -> tuple[int, int]:
-    """Into how many parts so many rows are divided where `blocks` of the programs take the columns of each, and the
-    rows of a part, a multiple of `block_rows`."""
+    """(number of parts to divide the rows into, rows per part: a multiple of `block_rows`), for about `programs`
+    programs of which `blocks` share the columns of each part."""
     wanted = max(1, programs // blocks)
     each = triton.cdiv(triton.cdiv(rows, wanted), block_rows) * block_rows
     return triton.cdiv(rows, each), each
@@ -188,7 +190,7 @@ def _parts(rows: int, block_rows: int, blocks: int, programs: int) -> tuple[int,
 
 @triton_op("vtp_diffusion::swiglu", mutates_args=())
 def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """As tests/fused_formulae.py's swiglu."""
+    """silu(gate) · value (..., I), where gate and value are the halves of product (..., 2 I) + bias (2 I,)."""
     product, inner = product.contiguous(), product.shape[-1] // 2
     rows = product.numel() // (2 * inner)
     result = product.new_empty(*product.shape[:-1], inner)
@@ -203,7 +205,7 @@ def swiglu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(
     product: torch.Tensor, bias: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As tests/fused_formulae.py's swiglu_backward."""
+    """Gradients of `swiglu`'s product, (..., 2 I), and bias, (2 I,) float32."""
     product, grad, inner = product.contiguous(), grad.contiguous(), grad.shape[-1]
     rows = grad.numel() // inner
     blocks = triton.cdiv(inner, SWIGLU_COLUMNS)
@@ -226,10 +228,10 @@ def norm_backward(
     residual: torch.Tensor,
     place: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As tests/fused_formulae.py's norm_backward."""
+    """Gradients of `NormBesideResidual`'s x, (B, S, D), and weight, (D,) float32; `place` as of `places_of`."""
     x, grad, residual = x.contiguous(), grad.contiguous(), residual.contiguous()
     samples, length, width = x.shape
-    parts = min(length, max(1, PROGRAMS // samples))  # of a sample's rows
+    parts = min(length, max(1, PROGRAMS // samples))  # programs per sample
     result, sums = torch.empty_like(x), torch.empty(samples * parts, width, device=x.device)
     wrap_triton(_norm_backward)[(samples * parts,)](
         x, weight, grad, residual, x if place is None else place, result, sums,
@@ -242,7 +244,8 @@ def norm_backward(
 
 @triton_op("vtp_diffusion::rotate_", mutates_args=("x",))
 def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """As tests/fused_formulae.py's rotate_. Raises: ValueError unless x is contiguous: it is changed in place."""
+    """Rotate queries and keys, the first two thirds of x (B, S, 3 H D), in place. Raises: ValueError unless x is
+    contiguous."""
     if not x.is_contiguous():
         raise ValueError(f"x {tuple(x.shape)} has strides {x.stride()}, expected it contiguous")
     batch, length, step = x.shape
@@ -257,7 +260,7 @@ def rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 def rotate_back(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As tests/fused_formulae.py's rotate_back."""
+    """Gradients (B, S, H, D) behind `rotate_` -> gradient of x (B, S, 3 H D) and its sum over tokens, float32."""
     batch, length, heads, size = query.shape
     if not query.stride() == key.stride() == value.stride() or query.stride(3) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()

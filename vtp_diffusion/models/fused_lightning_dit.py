@@ -1,5 +1,5 @@
-"""Blocks of LightningDiT for training on a GPU, with one kernel forward and one backward for what stands between two
-matrix products. Nothing is compiled ahead; under autocast they compute what the plain ones do, but for rounding."""
+"""LightningDiT's blocks for training on a GPU: everything between two matrix products is one Triton kernel forward and
+one backward. No torch.compile is needed. Under autocast the results are those of the plain blocks, up to rounding."""
 
 import contextlib
 import importlib.util
@@ -20,10 +20,10 @@ from .transformer_lightning_dit import (
     LightningDiTTransformer2DModel,
 )
 
-# In this order: on an H100 cuDNN's is the fastest at 72 channels a head.
+# In order of preference: on an H100, cuDNN is the fastest with 72 channels per head.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 NONE = (None, None, None)  # no update of the residual stream, or no norm of it
-COLUMNS = 16  # SwiGLU's are filled up to a multiple of them
+COLUMNS = 16  # SwiGLU's inner width is padded to a multiple of this
 
 
 def why_not_fused(network: nn.Module, device: torch.device) -> str | None:
@@ -43,7 +43,7 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 
 def _why_kernels_fail(device: torch.device) -> str | None:
-    """Runs a small kernel: Triton may lack a compiler for C, or not know the GPU."""
+    """Runs a small kernel, because Triton may lack a C compiler or not support the GPU."""
     from triton.errors import TritonError
 
     try:
@@ -56,7 +56,7 @@ def _why_kernels_fail(device: torch.device) -> str | None:
 
 
 def fuse_training(network: LightningDiTTransformer2DModel, recompute: bool = False) -> None:
-    """Have the blocks of a network run by `FusedBlock` where there are gradients. Layers inside are not called then:
+    """Let `FusedBlock` run the blocks of a network when gradients are enabled. The layers inside are then not called:
     hooks on them have no effect."""
     from . import fused_kernels, lightning_dit_kernels
 
@@ -65,11 +65,11 @@ def fuse_training(network: LightningDiTTransformer2DModel, recompute: bool = Fal
         block.fused = fused
 
 
-def filled_swiglu(mlp: LightningDiTSwiGLU, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weight (2 I, D) and bias (2 I,) of `w12`, and weight (D, I) of `w3`, weights in a dtype. Where I is no multiple
-    of 16, both halves and the columns are filled up by zeros, which add nothing.
+def padded_swiglu(mlp: LightningDiTSwiGLU, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weight (2 I, D) and bias (2 I,) of `w12`, and weight (D, I) of `w3`, the weights in `dtype`. I is padded with
+    zeros to a multiple of 16, which does not change the result.
 
-    Float8 products take no other sizes; kernels load rows of 682 columns 2 bytes at a time, of 688 16."""
+    Float8 products need such a size, and kernels load rows of 682 columns 2 bytes at a time, of 688 columns 16."""
     first, bias, last = mlp.w12.weight.to(dtype), mlp.w12.bias, mlp.w3.weight.to(dtype)
     if missing := -mlp.w3.in_features % COLUMNS:
         first = F.pad(first.unflatten(0, (2, -1)), (0, 0, 0, missing)).flatten(0, 1)
@@ -83,8 +83,8 @@ class FusedBlock:
 
     Args:
         kernels: lightning_dit_kernels.py; `swiglu_kernels`: fused_kernels.py; or what has their functions.
-        recompute: norms and activations, which take no products, are made again in the backward pass, not kept: of 40
-            bytes a token and channel 31 remain.
+        recompute: compute norms and activations (but no matrix products) again in the backward pass instead of storing
+            them: 31 bytes per token and channel instead of 40.
     """
 
     def __init__(self, kernels: ModuleType, swiglu_kernels: ModuleType, recompute: bool = False):
@@ -99,20 +99,20 @@ class FusedBlock:
     ) -> torch.Tensor:
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.modulation(conditioning)
         norm1, norm2 = (block.norm1, shift_attn, scale_attn), (block.norm2, shift_mlp, scale_mlp)
-        hidden_states, normed = self._step(hidden_states.contiguous(), *NONE, *norm1)
-        with self._unsaved(normed, self._norm, hidden_states, *norm1, normed.dtype):
+        hidden_states, normed = self._add_and_norm(hidden_states.contiguous(), *NONE, *norm1)
+        with self._recomputing(normed, self._norm, hidden_states, *norm1, normed.dtype):
             update, bias = self._attention(block.attn, normed, rotary)
-        hidden_states, normed = self._step(hidden_states, update, bias, gate_attn, *norm2)
-        first, bias, last = filled_swiglu(block.mlp, normed.dtype)
-        with self._unsaved(normed, self._norm, hidden_states, *norm2, normed.dtype):
+        hidden_states, normed = self._add_and_norm(hidden_states, update, bias, gate_attn, *norm2)
+        first, bias, last = padded_swiglu(block.mlp, normed.dtype)
+        with self._recomputing(normed, self._norm, hidden_states, *norm2, normed.dtype):
             product = F.linear(normed, first)  # (B, N, 2 I)
         activated = SwiGLU.apply(product, bias, self.swiglu_kernels)
-        with self._unsaved(activated, self.swiglu_kernels.swiglu, product, bias):
+        with self._recomputing(activated, self.swiglu_kernels.swiglu, product, bias):
             update = F.linear(activated, last)
-        return self._step(hidden_states, update, block.mlp.w3.bias, gate_mlp, *NONE)[0]
+        return self._add_and_norm(hidden_states, update, block.mlp.w3.bias, gate_mlp, *NONE)[0]
 
-    def _unsaved(self, tensor: torch.Tensor, make: Callable, *arguments) -> contextlib.AbstractContextManager:
-        """Where operations save nothing of a tensor, whose values `make` gives again, if that is wanted."""
+    def _recomputing(self, tensor: torch.Tensor, make: Callable, *arguments) -> contextlib.AbstractContextManager:
+        """With `recompute`, a context in which autograd does not store `tensor`: backward calls `make(*arguments)`."""
         if not self.recompute:
             return contextlib.nullcontext()
         place = tensor.untyped_storage().data_ptr()
@@ -129,15 +129,15 @@ class FusedBlock:
     def _norm(self, x, norm, shift, scale, dtype):
         return self.kernels.residual_norm(x, *NONE, norm.weight, shift, scale, norm.eps, dtype)[1]
 
-    def _step(self, x, update, bias, gate, norm, shift, scale):
+    def _add_and_norm(self, x, update, bias, gate, norm, shift, scale):
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         arguments = x, update, bias, gate, weight, shift, scale, eps, compute_dtype(x), self.kernels
         return ResidualNorm.apply(*arguments)
 
     def _attention(self, attention: LightningDiTAttention, x: torch.Tensor, rotary: tuple) -> tuple[torch.Tensor, ...]:
-        """(B, N, D) -> (B, N, D) and the bias (D,) that is still to be added."""
+        """(B, N, D) -> attention's output (B, N, D) before its bias, and the bias (D,)."""
         out, norms = attention.to_out[0], (attention.norm_q, attention.norm_k)
-        if {type(norm) for norm in norms} not in ({nn.Identity}, {nn.RMSNorm}):  # norms that kernels do not know
+        if {type(norm) for norm in norms} not in ({nn.Identity}, {nn.RMSNorm}):  # other norms have no kernel
             return attention(x, rotary=rotary), torch.zeros_like(out.bias)
         weight, bias = joined_parameters(attention.to_q, attention.to_k, attention.to_v)
         projections = x, weight.to(x.dtype), bias, *rotary, self.kernels
@@ -152,8 +152,8 @@ class FusedBlock:
 
 
 class ResidualNorm(torch.autograd.Function):
-    """x + gate · (update + bias), and its modulated norm: see `residual_norm` in lightning_dit_kernels.py. Their
-    gradients meet in one kernel."""
+    """x + gate · (update + bias), and its modulated norm: see `residual_norm` in lightning_dit_kernels.py. One kernel
+    computes the backward pass of both."""
 
     @staticmethod
     def forward(ctx, x, update, bias, gate, weight, shift, scale, eps, dtype, kernels):
@@ -183,8 +183,8 @@ class ResidualNorm(torch.autograd.Function):
 
 
 class NormedProjections(torch.autograd.Function):
-    """`RotatedProjections` with root-mean-square norms of queries and keys before the rotation, of `weights`
-    (2, head_dim). The product is kept for the backward pass: a norm cannot be undone where a weight is zero."""
+    """`RotatedProjections` with RMSNorm of queries and keys, of `weights` (2, head_dim), before the rotation. The
+    projections are stored for the backward pass: a norm cannot be inverted where its weight is zero."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, cos, sin, kernels, weights, eps):

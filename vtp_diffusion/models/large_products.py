@@ -1,8 +1,8 @@
-"""Faster forms of the parts of a VTP, for compiled training: fewer and larger products, and on CUDA backward passes
-that take one pass over memory where autograd and the compiler take several.
+"""Faster computation of VTP's layers for compiled training: fewer and larger matrix products, and on CUDA backward
+passes that read memory once where autograd and torch.compile read it several times.
 
-What the latter save is reading gradients again to add them up for biases and scales, and gradients once more where
-they meet: at the norm with the residual around it, at the projections with the rotation behind them, in SwiGLU.
+The kernels cover a norm with the residual connection around it, the projections with the rotation after them, and
+SwiGLU. Each computes the gradient of its input and, in the same pass, the sums for the gradients of biases and scales.
 """
 
 import importlib.util
@@ -26,11 +26,11 @@ from .vtp_blocks import (
     rms_norm,
 )
 
-HALF_HEADS = (16, 32, 64, 128)  # halves of heads that `rotate_` knows: powers of two
+HALF_HEADS = (16, 32, 64, 128)  # half head sizes that `rotate_` supports: powers of two
 
 
 def cuda_kernels() -> ModuleType | None:
-    """fused_kernels.py where there is CUDA, and Triton, which PyTorch for CUDA brings along; else None."""
+    """fused_kernels.py if there are CUDA and Triton, which comes with PyTorch for CUDA; else None."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return None
     from . import fused_kernels
@@ -38,33 +38,33 @@ def cuda_kernels() -> ModuleType | None:
     return fused_kernels
 
 
-def use_large_products(model: nn.Module, programs: ModuleType | None) -> None:
-    """Have the parts of a model computed by `LargeProducts`; for compiled training under autocast, which copies the
+def use_large_products(model: nn.Module, kernels: ModuleType | None) -> None:
+    """Let `LargeProducts` compute the layers of a model; for compiled training under autocast, which copies the
     weights in any case.
 
-    The layers themselves are not called then: hooks on them, and adapters in their places, have no effect.
+    The layers themselves are then not called: hooks on them, and adapters that replace them, have no effect.
 
-    Args: `programs`: see there.
+    Args: `kernels`: as of `LargeProducts`.
     """
-    products = LargeProducts(programs)
+    products = LargeProducts(kernels)
     for module in model.modules():
         if isinstance(module, VTPBlock | VTPAttention | VTPSwiGLU | VTPEmbeddings):
             module.products = products
 
 
 class LargeProducts:
-    """Queries and keys, and the two halves of SwiGLU, by one product each; patches by a product instead of a
+    """One product for queries and keys, one for both halves of SwiGLU, and a product in place of the patch
     convolution: fewer kernels and fewer sums of gradients.
 
-    Args: `programs`: what computes backward passes besides, as `cuda_kernels` gives it; None: autograd.
+    Args: `kernels`: module with the fused kernels, from `cuda_kernels`; None: backward passes are autograd's.
     """
 
-    def __init__(self, programs: ModuleType | None):
-        self.programs = programs
+    def __init__(self, kernels: ModuleType | None):
+        self.kernels = kernels
 
     def can_fuse(self, x: torch.Tensor) -> bool:
-        """Whether a backward pass is to come, on a device that the programs are for."""
-        return torch.is_grad_enabled() and self.programs is not None and (x.is_cuda or self.programs.ANY_DEVICE)
+        """Whether the kernels apply: gradients are enabled and they support the device of x."""
+        return torch.is_grad_enabled() and self.kernels is not None and (x.is_cuda or self.kernels.ANY_DEVICE)
 
     def embed_patches(self, embeddings: VTPEmbeddings, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> (B, N, D)."""
@@ -76,14 +76,14 @@ class LargeProducts:
     def update(
         self, hidden_states: torch.Tensor, norm: nn.Module, branch: Callable, kept: torch.Tensor | None
     ) -> torch.Tensor:
-        """`residual_update` by branch(norm(hidden_states)); if the norm is root-mean-square, the gradients of both
-        meet in one kernel."""
+        """`residual_update` by branch(norm(hidden_states)). For RMSNorm, one kernel computes the backward pass of both
+        the norm and the residual connection."""
         if not (isinstance(norm, VTPRMSNorm) and self.can_fuse(hidden_states)):
             return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
         place = None if kept is None else places_of(kept, len(hidden_states))
         dtype = compute_dtype(hidden_states)
         hidden_states, normed = NormBesideResidual.apply(
-            hidden_states, norm.weight, norm.eps, dtype, kept, place, self.programs
+            hidden_states, norm.weight, norm.eps, dtype, kept, place, self.kernels
         )
         update = branch(normed).to(hidden_states.dtype)
         return hidden_states + update if kept is None else AddedUpdate.apply(hidden_states, update, kept, place)
@@ -91,65 +91,65 @@ class LargeProducts:
     def rotated_projections(
         self, attention: VTPAttention, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Queries and keys, rotated, and values, each (B, S, H, head_dim); None where the programs do not know the
-        table of the rotation, such as one in bfloat16 arithmetic, or there is a norm before it."""
+        """Rotated queries and keys, and values, each (B, S, H, head_dim). None if the kernels do not apply: rotary
+        tables in bfloat16, another head size, a norm before the rotation, or no gradients."""
         known = rotary is not None and rotary[0].dtype == torch.float32 and rotary[0].shape[1] // 2 in HALF_HEADS
         if not known or attention.norm_q is not None or not self.can_fuse(x):
             return None
         weight, bias = joined_parameters(attention.to_q, attention.to_k, attention.to_v)
         dtype = compute_dtype(x)
-        return RotatedProjections.apply(x.to(dtype), weight.to(dtype), bias, *rotary, self.programs)
+        return RotatedProjections.apply(x.to(dtype), weight.to(dtype), bias, *rotary, self.kernels)
 
     def projections(self, attention: VTPAttention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values (B, S, D). Values come apart: they are kept for the backward pass, and would keep
-        the others too."""
+        """Queries, keys and values (B, S, D). Values have a product of their own: the backward pass stores them, and
+        as a part of a joint result they would keep all of it in memory."""
         return *joined_linear(x, attention.to_q, attention.to_k), attention.to_v(x)
 
     def swiglu(self, mlp: VTPSwiGLU, x: torch.Tensor) -> torch.Tensor:
-        """What `mlp.w3` is called with, (..., I)."""
+        """The input of `mlp.w3`, (..., I)."""
         if self.can_fuse(x):
             weight, bias = joined_parameters(mlp.w1, mlp.w2)
-            return SwiGLU.apply(F.linear(x, weight), bias, self.programs)
+            return SwiGLU.apply(F.linear(x, weight), bias, self.kernels)
         gate, value = joined_linear(x, mlp.w1, mlp.w2)
         return F.silu(gate) * value
 
 
 def joined_parameters(*layers: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and biases of linear layers below each other."""
+    """Weights and biases of linear layers, concatenated along the outputs."""
     return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
 
 def joined_linear(x: torch.Tensor, *layers: nn.Linear) -> tuple[torch.Tensor, ...]:
-    """What each of the linear layers gives for x (..., D), from one product."""
+    """The outputs of several linear layers for x (..., D), from one matrix product."""
     return F.linear(x, *joined_parameters(*layers)).split([layer.out_features for layer in layers], dim=-1)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which autocast computes products of x, or its own."""
+    """The dtype in which autocast computes products of x; without autocast its own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class NormBesideResidual(torch.autograd.Function):
-    """x and its `rms_norm`, for a residual update: their gradients meet here.
+    """x and its `rms_norm` for a residual update, so that one kernel computes the gradient of x from both.
 
-    Args: x (B, S, D), weight (D,), eps; `kept` (K,) int64, samples to norm; `place` as of `norm_backward`. Or None.
+    Args: x (B, S, D), weight (D,), eps; `kept` (K,) int64, samples to norm, and its `places_of`, or None: all samples.
     Returns: x (B, S, D) and the norm (K, S, D) in `dtype`.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, eps, dtype, kept, place, programs):
+    def forward(ctx, x, weight, eps, dtype, kept, place, kernels):
         ctx.save_for_backward(x, weight, place)
-        ctx.eps, ctx.programs = eps, programs
+        ctx.eps, ctx.kernels = eps, kernels
         normed = rms_norm(x if kept is None else x.index_select(0, kept), weight, eps)
-        # The compiler makes nothing of the copy. A conversion that changes nothing must not come last: compiled by
-        # torch 2.11, the function then has gradients of zero.
+        # torch.compile removes the clone. The last operation must not be a conversion to the same dtype: compiled by
+        # torch 2.11, the function then has zero gradients.
         return x.clone(), normed if normed.dtype == dtype else normed.to(dtype)
 
     @staticmethod
     def backward(ctx, residual, grad):
         x, weight, place = ctx.saved_tensors
-        x_grad, weight_grad = ctx.programs.norm_backward(x, weight, ctx.eps, grad, residual, place)
+        x_grad, weight_grad = ctx.kernels.norm_backward(x, weight, ctx.eps, grad, residual, place)
         return x_grad, weight_grad.to(weight.dtype), None, None, None, None, None
 
 
@@ -160,17 +160,17 @@ class RotatedProjections(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, cos, sin, programs):
+    def forward(ctx, x, weight, bias, cos, sin, kernels):
         ctx.save_for_backward(x, weight, cos, sin)
-        ctx.bias_dtype, ctx.programs = bias.dtype, programs
+        ctx.bias_dtype, ctx.kernels = bias.dtype, kernels
         projected = F.linear(x, weight, bias.to(x.dtype))
-        programs.rotate_(projected, cos, sin)
+        kernels.rotate_(projected, cos, sin)
         return projected.unflatten(-1, (3, -1, cos.shape[1])).unbind(2)
 
     @staticmethod
     def backward(ctx, query, key, value):
         x, weight, cos, sin = ctx.saved_tensors
-        grad, bias_grad = ctx.programs.rotate_back(query, key, value, cos, sin)
+        grad, bias_grad = ctx.kernels.rotate_back(query, key, value, cos, sin)
         weight_grad = grad.flatten(0, 1).T @ x.flatten(0, 1)
         return grad @ weight, weight_grad, bias_grad.to(ctx.bias_dtype), None, None, None
 
@@ -179,13 +179,13 @@ class SwiGLU(torch.autograd.Function):
     """silu(gate) * value (arXiv:2002.05202), the halves of product (..., 2 I) + bias (2 I,): (..., I)."""
 
     @staticmethod
-    def forward(ctx, product, bias, programs):
+    def forward(ctx, product, bias, kernels):
         ctx.save_for_backward(product, bias)
-        ctx.programs = programs
-        return programs.swiglu(product, bias)
+        ctx.kernels = kernels
+        return kernels.swiglu(product, bias)
 
     @staticmethod
     def backward(ctx, grad):
         product, bias = ctx.saved_tensors
-        product_grad, bias_grad = ctx.programs.swiglu_backward(product, bias, grad)
+        product_grad, bias_grad = ctx.kernels.swiglu_backward(product, bias, grad)
         return product_grad, bias_grad.to(bias.dtype), None

@@ -1,6 +1,6 @@
 """The latent space of any diffusers autoencoder: image range, raw latents, statistics, identity.
 
-What tells one class of autoencoder from the others is asked here and nowhere else: `AutoencoderVTP` owns statistics
+Differences between classes of autoencoders are handled only here: `AutoencoderVTP` applies its statistics in `encode`
 and undoes them in `decode`; `AutoencoderRAE` takes images in [0, 1] and normalises inside `encode` and `decode`; the
 others have `scaling_factor` and perhaps `shift_factor`, which their callers apply.
 """
@@ -16,22 +16,22 @@ from ..data.images import finite_to_uint8, from_uint8
 
 
 def owns_statistics(vae: nn.Module) -> bool:
-    """Whether `encode` gives normalised latents and the configuration the statistics: `AutoencoderVTP`."""
+    """Whether `encode` normalises latents by statistics in the configuration: `AutoencoderVTP`."""
     return hasattr(vae, "denormalize_latents")
 
 
 def normalises_inside(vae: nn.Module) -> bool:
-    """Whether images are in [0, 1] and latents used as they come: `AutoencoderRAE`."""
+    """Whether images are in [0, 1] and latents need no scaling by the caller: `AutoencoderRAE`."""
     return type(vae).__name__ == "AutoencoderRAE"
 
 
 def has_features(vae: nn.Module) -> bool:
-    """Whether the encoder has features beside its latents, one for each of their pixels: `AutoencoderVTP`."""
+    """Whether the encoder also has features, one vector per latent pixel: `AutoencoderVTP`."""
     return hasattr(vae, "encode_features")
 
 
 def encode_with_features(vae: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `encode_raw` gives and the features (B, h·w, D) behind it, in one pass, of an autoencoder that has some."""
+    """Raw latents as of `encode_raw` and features (B, h·w, D), in one pass, if the autoencoder `has_features`."""
     latents, features = vae.encode_raw(images.to(vae.dtype), return_features=True)
     return latents.float(), features
 
@@ -82,10 +82,9 @@ def decode_to_images(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def reconstruct(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """uint8 images (B, 3, H, W) through any diffusers autoencoder, the mode of its latents, and back to uint8.
+    """Encode and decode uint8 images (B, 3, H, W) with any diffusers autoencoder, by the mode of its latents.
 
-    Raises: ValueError if what comes back is not finite, or has another size, as from sides that are no multiple of the
-        autoencoder's.
+    Raises: ValueError if the result is not finite, or has another size because sides are not multiples of the patch.
     """
     x = from_uint8(images).to(vae.device, vae.dtype)
     x = vae((x + 1) / 2).sample * 2 - 1 if normalises_inside(vae) else vae(x).sample
@@ -97,11 +96,12 @@ def reconstruct(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def autoencoder_identity(vae: nn.Module, decoder: bool = True) -> dict[str, str]:
-    """Class and hashes of configuration and "weights", over what decides raw latents and the decoder. Without the
-    decoder the last is called "encoder": where it is the same, latents are, as before and after stage 2 of VTP.
+    """Class of an autoencoder and hashes of its configuration and its weights. Without `decoder`, "encoder"
+    replaces "weights": where it is equal, latents are, as before and after VTP's stage 2, which trains the decoder.
 
-    Latent statistics and scaling factors don't decide them (except in `AutoencoderRAE`, which applies its own), so
-    they may be set after an extraction. Weights are hashed as bfloat16: a model that was saved so is still the same.
+    Latent statistics and scaling factors are left out (except for `AutoencoderRAE`, which applies its own): they don't
+    change raw latents and may be set after an extraction. Weights are hashed as bfloat16, so that a model keeps its
+    identity when it is saved in that precision.
     """
     free = {"sample_size"}
     if owns_statistics(vae):
@@ -125,8 +125,8 @@ def autoencoder_identity(vae: nn.Module, decoder: bool = True) -> dict[str, str]
 
 
 def check_latents_fit(metadata: dict[str, Any] | None, vae: nn.Module) -> None:
-    """Refuse latents that another autoencoder made; one with another decoder would make the same ones. Shards of
-    upstream have no metadata and cannot be checked.
+    """Refuse latents of another autoencoder; only the decoder may differ, if the metadata hold the encoder's hash.
+    Upstream's shards have no metadata and cannot be checked.
 
     Raises: ValueError naming both autoencoders.
     """

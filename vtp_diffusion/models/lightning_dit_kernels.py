@@ -1,7 +1,7 @@
-"""Triton kernels of LightningDiT, forward and backward: one pass over memory for what stands between two products.
+"""Triton kernels of LightningDiT, forward and backward: all work between two matrix products in one pass over memory.
 tests/lightning_dit_formulae.py has the same functions in PyTorch.
 
-Importing this module needs Triton, which PyTorch for CUDA brings along; its interpreter (TRITON_INTERPRET=1 in the
+Importing this module needs Triton, which comes with PyTorch for CUDA; its interpreter (TRITON_INTERPRET=1 in the
 environment) runs the kernels on a CPU, slowly.
 """
 
@@ -10,16 +10,16 @@ import triton
 import triton.language as tl
 
 LARGEST = tl.constexpr(448.0)  # of float8 e4m3
-SMALLEST = tl.constexpr(1e-12)  # scale of a row of zeros
-# Backward: a program has some of a sample's tokens, so that sums over them stay in its registers. Together they have
-# 4224 warps, 32 for each of an H100's 132 multiprocessors.
+SMALLEST = tl.constexpr(1e-12)  # so that a row of zeros is not divided by 0
+# In the backward kernels a program handles some tokens of one sample and keeps their sums in registers. All programs
+# together have 4224 warps, 32 for each of an H100's 132 multiprocessors.
 BACKWARD_WARPS, BACKWARD_STAGES = 4224, 3
 TURN_PROGRAMS, TURN_STAGES = 4224, 3  # of `rotate_back`
 
 
 def row_warps(width: int) -> int:
-    """Warps that share a row of so many columns. 4 were the fastest at 1152 on an H100, with 16 columns a thread. Up
-    to 512 one warp has no more than that, and waits for no other."""
+    """Warps per row of `width` columns. On an H100, 4 were the fastest at 1152, with 16 columns per thread. Up to 512
+    columns, one warp has at most as many and need not wait for others."""
     return 1 if width <= 512 else 4
 
 
@@ -29,8 +29,8 @@ def _residual_norm(
     length, width, gate_step, step, eps,
     UPDATE: tl.constexpr, NORM: tl.constexpr, FLOAT8: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x, update, total, result (B * length, width); gate, shift, scale (B, width) with steps between rows; bias and
-    weight (width,); factors (B * length,). A program has one row."""
+    """x, update, total, result (B * length, width); gate (B, width) with row stride gate_step; shift, scale (B, width)
+    with row stride step; bias and weight (width,); factors (B * length,). One program per row."""
     row = tl.program_id(0).to(tl.int64)
     sample = row // length
     column = tl.arange(0, BLOCK)
@@ -60,8 +60,8 @@ def _residual_norm_backward(
     length, width, parts, gate_step, step, eps,
     UPDATE: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x: the sum that was normed; its gradient is x_grad. sums (B * parts, 4, width), over tokens: result_grad times
-    the norm before its weight, result_grad, x_grad times update, x_grad. A program has some rows of a sample."""
+    """x: the input of the norm; its gradient is x_grad. sums (B * parts, 4, width), over tokens, for the gradients of
+    scale, shift, gate and bias: see `residual_norm_backward`. A program handles some rows of one sample."""
     sample, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -71,10 +71,10 @@ def _residual_norm_backward(
     if NORM:
         slope = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
         slope *= 1 + tl.load(scale + sample * step + column, mask=inside, other=0.0).to(tl.float32)
-    by_norm = tl.zeros((BLOCK,), dtype=tl.float32)
-    plain = tl.zeros((BLOCK,), dtype=tl.float32)
-    by_update = tl.zeros((BLOCK,), dtype=tl.float32)
-    alone = tl.zeros((BLOCK,), dtype=tl.float32)
+    scale_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    shift_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    gate_sum = tl.zeros((BLOCK,), dtype=tl.float32)
+    bias_sum = tl.zeros((BLOCK,), dtype=tl.float32)
     for row in tl.range(part, length, parts, num_stages=STAGES):
         place = (sample * length + row) * width + column
         grad = tl.load(total_grad + place, mask=inside, other=0.0).to(tl.float32)
@@ -83,27 +83,27 @@ def _residual_norm_backward(
             given = tl.load(result_grad + place, mask=inside, other=0.0).to(tl.float32)
             inverse = tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
             values *= inverse
-            by_norm += given * values
-            plain += given
+            scale_sum += given * values
+            shift_sum += given
             given *= slope
             grad += inverse * (given - values * (tl.sum(given * values, axis=0) / width))
             tl.store(x_grad + place, grad.to(x_grad.dtype.element_ty), mask=inside)
         if UPDATE:
-            by_update += grad * (tl.load(update + place, mask=inside, other=0.0).to(tl.float32) + offset)
-            alone += grad
+            gate_sum += grad * (tl.load(update + place, mask=inside, other=0.0).to(tl.float32) + offset)
+            bias_sum += grad
             tl.store(update_grad + place, (gates * grad).to(update_grad.dtype.element_ty), mask=inside)
     own = sums + tl.program_id(0).to(tl.int64) * 4 * width + column
     if NORM:
-        tl.store(own, by_norm, mask=inside)
-        tl.store(own + width, plain, mask=inside)
+        tl.store(own, scale_sum, mask=inside)
+        tl.store(own + width, shift_sum, mask=inside)
     if UPDATE:
-        tl.store(own + 2 * width, by_update, mask=inside)
-        tl.store(own + 3 * width, alone, mask=inside)
+        tl.store(own + 2 * width, gate_sum, mask=inside)
+        tl.store(own + 3 * width, bias_sum, mask=inside)
 
 
 @triton.jit
 def _swiglu(product, result, factors, width, FLOAT8: tl.constexpr, BLOCK: tl.constexpr):
-    """product (rows, 2 * width), result (rows, width), factors (rows,). A program has one row."""
+    """product (rows, 2 * width), result (rows, width), factors (rows,). One program per row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -119,7 +119,7 @@ def _swiglu(product, result, factors, width, FLOAT8: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _to_float8(x, result, factors, width, BLOCK: tl.constexpr):
-    """x, result (rows, width), factors (rows,). A program has one row."""
+    """x, result (rows, width), factors (rows,). One program per row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -135,9 +135,9 @@ def _rotate(
     length, heads, step, result_step, eps,
     size: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """The queries and then the keys at the start of x (rows, step), heads * size each, normed and rotated to the start
-    of result (rows, result_step), which may be x. cos, sin (length, size): both of a pair have the same; weights
-    (2, size). A program has one row of either."""
+    """Norm and rotate queries and keys, the first 2 * heads * size columns of x (rows, step), and write them to the
+    same columns of result (rows, result_step), which may be x. cos, sin (length, size), the same for both channels of
+    a pair; weights (2, size). One program per row of queries or of keys."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     channel = tl.arange(0, 2 * PAIRS)
@@ -165,10 +165,10 @@ def _rotate_back(
     size: tl.constexpr, row_step: tl.constexpr, head_step: tl.constexpr,
     NORM: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """query, key, value (B, length, heads, size), alike in memory; result (B * length, 3 * heads * size), queries and
-    keys turned back and, if x (as result) was normed before, taken through the norms of weights (2, size); sums
-    (B * parts, 3 * heads * size) of result and norm_sums (B * parts, 3, size) of the gradients of weights, those of
-    values zero. A program has some rows of a sample and one of the three."""
+    """Gradients query, key, value (B, length, heads, size) of equal strides -> result (B * length, 3 * heads * size):
+    queries and keys are rotated back and, with NORM, go back through the norm of x (shaped as result) with weights
+    (2, size). sums (B * parts, 3 * heads * size): of result; norm_sums (B * parts, 3, size): for the gradients of
+    weights, zero for values. A program handles some rows of one sample, of query, key or value."""
     sample, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     which = tl.program_id(1)
     head = tl.arange(0, HEADS)
@@ -190,7 +190,7 @@ def _rotate_back(
     for row in tl.range(part, length, parts, num_stages=STAGES):
         values = tl.load(source + row * row_step, mask=there, other=0.0).to(tl.float32)
         place = (sample * length + row) * (3 * heads * size) + target
-        if NORM:  # loaded here, where rows are loaded ahead
+        if NORM:  # at the top of the loop, so that Triton loads it ahead
             before = tl.load(x + place, mask=there & (which < 2), other=0.0).to(tl.float32)
         if which < 2:
             angle = row * size + 2 * pair
@@ -236,12 +236,11 @@ def residual_norm(
     """x + gate · (update + bias), and its root-mean-square norm scaled by 1 + scale and shifted.
 
     Args:
-        x: (B, N, D); `update` (B, N, D), `bias` (D,), `gate` (B, 1, D), or None for all: x as it is.
-        weight: (D,), of the norm; `shift`, `scale` (B, 1, D). Or None for all: no norm is made.
-        dtype: of the norm; torch.float8_e4m3fn scales each row by a factor.
-        inplace: x becomes the sum.
-    Returns: the sum, the norm (B, N, D) and the factors (B · N, 1) that give float8's back, or None for what is not
-        made.
+        x: (B, N, D); `update` (B, N, D), `bias` (D,), `gate` (B, 1, D); None for these three: the sum is x.
+        weight: (D,), of the norm; `shift`, `scale` (B, 1, D); None for these three: no norm.
+        dtype: of the norm; in torch.float8_e4m3fn each row is divided by a factor of its own.
+        inplace: write the sum to x.
+    Returns: the sum, the norm (B, N, D), and the factors (B · N, 1) of float8 rows; None for what was not computed.
     """
     batch, length, width = x.shape
     total = x if update is None or inplace else torch.empty_like(x)
@@ -272,9 +271,9 @@ def residual_norm_backward(
     """Backward pass of `residual_norm`.
 
     Args: x: the sum that it returned; `total_grad`, `result_grad`: gradients (B, N, D) of the sum and of the norm.
-    Returns: gradients of x and of update, and sums over tokens (B, 4, D), float32: result_grad times the norm before
-        its weight, result_grad, the gradient of x times update + bias, and that alone. What has no meaning is None or
-        not set.
+    Returns: gradients of x and of update (or None), and sums over tokens (B, 4, D), float32, of: result_grad times the
+        norm before its weight, result_grad, the gradient of x times (update + bias), and the gradient of x. They give
+        the gradients of scale and weight, shift, gate, and bias. Sums of an absent norm or update are not set.
     """
     batch, length, width = x.shape
     warps = row_warps(width)
@@ -293,8 +292,8 @@ def residual_norm_backward(
 
 
 def swiglu(product: torch.Tensor, float8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """silu(gate) · value, the halves of product (B, N, 2 I): (B, N, I), and None or, with `float8`, the factors of its
-    rows (B · N, 1)."""
+    """silu(gate) · value (B, N, I), where gate and value are the halves of product (B, N, 2 I); with `float8` also the
+    factors of the rows (B · N, 1), else None."""
     width = product.shape[-1] // 2
     result, factors = _outputs((*product.shape[:-1], width), product, float8)
     _swiglu[(result.numel() // width,)](
@@ -305,7 +304,7 @@ def swiglu(product: torch.Tensor, float8: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 def to_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (..., D) in float8 and the factors (rows, 1), float32, that give them back."""
+    """Rows (..., D) in float8, each divided by a factor, and the factors (rows, 1), float32."""
     result, factors = _outputs(x.shape, x, float8=True)
     width = x.shape[-1]
     _to_float8[(len(factors),)](
@@ -321,7 +320,7 @@ def rotate_(
     norms: tuple[torch.Tensor, torch.Tensor] | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Norm (if there are weights of norms) and rotate, in place, queries and keys of x (B, N, 3 · heads · d).
+    """Norm (if `norms` are given) and rotate the queries and keys of x (B, N, 3 · heads · d) in place.
 
     Args: `cos`, `sin`: tables (N, d) of `lightning_dit_rotary_tables`; `norms`: weights (d,) of queries and keys.
     """
@@ -331,7 +330,7 @@ def rotate_(
 def norm_and_rotate(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weights: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """Queries and keys (B, N, 2 · heads · d) as `rotate_` makes them of x, which stays: the backward pass reads it.
+    """As `rotate_`, but return queries and keys (B, N, 2 · heads · d): the backward pass needs x unchanged.
 
     Args: `weights`: (2, d), of the norms of queries and keys.
     """
@@ -354,8 +353,8 @@ def _launch_rotate(x, cos, sin, weights, eps, result):
 def rotate_back(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Backward pass of `rotate_` without norms, of gradients (B, N, heads, d) that come apart: the gradient of what
-    was rotated (B, N, 3 · heads · d), and its sum over samples and tokens, float32."""
+    """Backward pass of `rotate_` without norms: gradients of queries, keys and values (B, N, heads, d) -> gradient of
+    x (B, N, 3 · heads · d), and its sum over samples and tokens, float32."""
     return _launch_rotate_back(query, key, value, cos, sin, None, None, 0.0)[:2]
 
 
@@ -369,8 +368,7 @@ def norm_and_rotate_back(
     weights: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Backward pass of `norm_and_rotate`, of gradients as of `rotate_back`: what that returns, and the gradients
-    (2, d) of the weights, float32."""
+    """Backward pass of `norm_and_rotate`: as `rotate_back`, and also the gradients (2, d) of the weights, float32."""
     grad, sums, norm_sums = _launch_rotate_back(query, key, value, cos, sin, x, weights, eps)
     return grad, sums, norm_sums.sum(0)[:2]
 
@@ -383,7 +381,7 @@ def _launch_rotate_back(query, key, value, cos, sin, x, weights, eps):
     result = query.new_empty(batch, length, 3 * heads * size)
     sums = torch.empty(batch * parts, 3 * heads * size, device=query.device)
     norm_sums = sums if weights is None else torch.empty(batch * parts, 3, size, device=query.device)
-    norm = (result, cos) if weights is None else (x, weights)  # not read without weights
+    norm = (result, cos) if weights is None else (x, weights)  # placeholders without weights, not read
     _rotate_back[(batch * parts, 3)](
         query, key, value, cos, sin, *norm, result, sums, norm_sums,
         length, heads, parts, query.stride(0), eps, size=size, row_step=query.stride(1), head_step=query.stride(2),

@@ -7,8 +7,8 @@ from safetensors import SafetensorError
 
 from ..runtime.disk import read_json
 
-LARGEST_SETTING = 2**31  # of a config.json: a larger number is a mistake, and layers are built by number
-# What diffusers and our constructors raise of settings of wrong types, sizes or combinations, and of damaged weights.
+LARGEST_SETTING = 2**31  # in a config.json; a larger number is a mistake and could build layers without end
+# What diffusers and our constructors raise for settings of wrong types, sizes or combinations and for damaged weights.
 FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, SafetensorError)
 
 
@@ -30,12 +30,15 @@ def load_saved(loader: Any, folder: str | Path, **options) -> Any:
 def load_autoencoder(folder: str | Path) -> Any:
     """The diffusers autoencoder in a folder, frozen and in eval mode.
 
-    Raises: ValueError: naming the folder: it holds no model, another one than an autoencoder, a configuration that
-        describes none, or weights that are damaged or do not fit. OSError: weights that cannot be read.
+    Raises: ValueError naming the folder: it holds no model, another model than an autoencoder, an invalid
+        configuration, or weights that are damaged or do not fit. OSError: weights that cannot be read.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is not the folder of a diffusers autoencoder: it has no config.json")
+        raise ValueError(
+            f"{folder} is not the folder of a diffusers autoencoder: it has no config.json. train_vtp/train.py and "
+            "pipelines/convert.py make one"
+        )
     for name, value in read_json(file).items():
         if isinstance(value, int) and abs(value) > LARGEST_SETTING:
             raise ValueError(f"{file}: {name} is {str(value)[:40]}, expected at most {LARGEST_SETTING}")

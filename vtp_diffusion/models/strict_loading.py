@@ -4,14 +4,14 @@ from typing import Any
 
 
 class StrictLoadingMixin:
-    """`from_pretrained` without newly initialised and without unused weights. Comes before `ModelMixin`."""
+    """Mixin whose `from_pretrained` refuses missing and unused weights. Put it before `ModelMixin`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs) -> Any:
-        """As diffusers' `ModelMixin.from_pretrained`, whose arguments it takes.
+        """As diffusers' `ModelMixin.from_pretrained`, with the same arguments.
 
-        With `output_loading_info=True`, which returns the names of keys that do not fit beside the model, judging them
-        is left to the caller. FlashPack files, whose loader tells no names, are not checked.
+        With `output_loading_info=True`, which also returns the keys that do not fit, the caller has to check them.
+        FlashPack files are not checked: their loader does not report keys.
 
         Raises: ValueError: the weights have keys that are missing, unknown or, unless `ignore_mismatched_sizes` allows
             it, of another shape. OSError: a file that is missing or cannot be read.
@@ -21,7 +21,7 @@ class StrictLoadingMixin:
         try:
             model, found = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         except (RuntimeError, TypeError) as error:
-            # TypeError: what a constructor makes of an odd value in config.json
+            # TypeError: from a constructor, for an invalid value in config.json
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
             raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {error}") from error

@@ -24,14 +24,14 @@ from torch import nn
 from .rotary import lightning_dit_rotary_tables, rotate_interleaved
 from .strict_loading import StrictLoadingMixin
 
-# Published sizes (arXiv:2501.01423 and the VTP repository); patch size and latent shape are chosen beside them.
+# Published sizes (arXiv:2501.01423 and the VTP repository); they fix neither the patch size nor the latent shape.
 LIGHTNING_DIT_SIZES = {
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 130.6 M
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 675.3 M
     "1p0B": {"num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64},  # 1029.5 M
 }
 
-CLOSEST = 0.05  # to the data: the time that is left where a prediction of it becomes a velocity
+MIN_TIME_LEFT = 0.05  # smallest 1 - t by which a prediction of the data is divided to get the velocity
 
 
 class LightningDiTTransformer2DModel(
@@ -47,12 +47,12 @@ class LightningDiTTransformer2DModel(
         num_classes: number of classes; the label `num_classes` means "no class".
         class_dropout_prob: probability with which `forward` replaces a label by "no class" in training mode.
         qk_norm: RMSNorm on queries and keys of each head, before the rotation.
-        prediction: what the output layer predicts, "velocity" or "data"; `forward` gives the velocity of either.
+        prediction: what the output layer predicts, "velocity" or "data"; `forward` returns the velocity in both cases.
         base_head_layer: the block, counted from 1, after which a second output layer makes the weaker prediction of
-            internal guidance (RAEv2, arXiv:2605.18324); None has none.
-        student: what a few-step student was trained for, as train_dit/distill.py says: {"steps": numbers of steps,
-            "shift": of the scheduler, "guidance": the call's arguments that are baked in, or None}. It has a second
-            time, and predicts the mean velocity between the two.
+            internal guidance (RAEv2, arXiv:2605.18324); None: no such layer.
+        student: for a few-step student (train_dit/distill.py), what it was trained for: {"steps": numbers of steps,
+            "shift": the scheduler's, "guidance": the pipeline's guidance arguments that it imitates, or None}. A
+            student takes a second time and predicts the mean velocity between the two times.
     Raises: ValueError if `patch_size` does not divide `sample_size`, the head dimension is not a multiple of 4, or the
     dropout probability is outside [0, 1].
     """
@@ -96,7 +96,7 @@ class LightningDiTTransformer2DModel(
         # Loaded from checkpoints, never recomputed: the released tables have drifted by rounding in the EMA.
         self.register_buffer("pos_embed", sincos_position_embedding(width, grid)[None])  # (1, N, D)
         self.time_embed = LightningDiTTimeEmbedding(width)
-        if student is not None:  # zero at first: the student begins as its teacher
+        if student is not None:  # zero at first, so that a student starts equal to its teacher
             self.interval_embed = LightningDiTTimeEmbedding(width)
             nn.init.zeros_(self.interval_embed.linear_2.weight)
             nn.init.zeros_(self.interval_embed.linear_2.bias)
@@ -118,7 +118,7 @@ class LightningDiTTransformer2DModel(
         """Load an upstream `.pt` checkpoint `{"model", "ema", "opt", "config"}`, using its EMA weights.
 
         Args: `checkpoint`: the file; `architecture`: this class's constructor keywords.
-        Raises: ValueError if the file is no such checkpoint, or its weights have missing, extra or mis-shaped keys.
+        Raises: ValueError if the file is not such a checkpoint, or its weights have missing, extra or mis-shaped keys.
         """
         from .conversion import load_strict
         from .conversion_lightning_dit import convert_lightning_dit_state_dict, read_lightning_dit_checkpoint
@@ -145,12 +145,13 @@ class LightningDiTTransformer2DModel(
             hidden_states: noisy latents x_t (B, C, H, W) with H = W = `sample_size`.
             timestep: t in [0, 1], 0 = noise and 1 = data; (B,) or a scalar.
             class_labels: (B,) integers in [0, num_classes]; `num_classes` is "no class".
-            return_base: also what the base head predicts, from the tokens after block `base_head_layer`.
-            return_tokens: also the tokens (B, N, D) after this block, counted from 1.
-            next_timestep: of a student, the time r >= t, (B,) or a scalar: the prediction is (x_r - x_t) / (r - t).
-                None is t itself.
-        Returns: an output with `.sample` (B, C, H, W), or a tuple of it, then of what else was asked for.
-        Raises: ValueError on latents or labels that do not fit, a second time without student, or an unknown block.
+            return_base: also return the base head's prediction, from the tokens after block `base_head_layer`.
+            return_tokens: also return the tokens (B, N, D) after this block, counted from 1.
+            next_timestep: for a student, the time r >= t, (B,) or a scalar: the prediction is (x_r - x_t) / (r - t).
+                None: r = t.
+        Returns: an output with `.sample` (B, C, H, W), or a tuple of the sample, the base prediction and the tokens,
+            the latter two if requested.
+        Raises: ValueError on latents or labels that do not fit, an unknown block, or `next_timestep` without student.
         """
         last = len(self.blocks)
         if return_tokens is not None and not 1 <= return_tokens <= last:
@@ -176,20 +177,20 @@ class LightningDiTTransformer2DModel(
         return Transformer2DModelOutput(sample=sample) if return_dict and not more else (sample, *more)
 
     def to_velocity(self, output: torch.Tensor, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """What a head gives by token (B, N, p·p·C) -> the velocity (B, C, H, W): that, or with `prediction` "data", x,
-        (x - x_t) / max(1 - t, 0.05) in float32 (JiT, arXiv:2511.13720)."""
+        """A head's output (B, N, p·p·C) -> velocity (B, C, H, W). With `prediction` "data" the output is x, and the
+        velocity (x - x_t) / max(1 - t, 0.05), in float32 (JiT, arXiv:2511.13720)."""
         sample = self.unpatchify(output)
         if self.config.prediction == "velocity":
             return sample
         t = torch.as_tensor(timestep, device=sample.device).float().expand(len(sample))
-        return (sample.float() - hidden_states.float()) / (1 - t).clamp(min=CLOSEST)[:, None, None, None]
+        return (sample.float() - hidden_states.float()) / (1 - t).clamp(min=MIN_TIME_LEFT)[:, None, None, None]
 
     def target_scale(self, timestep: torch.Tensor) -> torch.Tensor:
-        """(B,) times -> the factor on data - noise that makes it what `forward` should give: 1, but less where
-        `to_velocity` divides by 0.05 instead of 1 - t."""
+        """(B,) times -> factor on data - noise, the target of `forward`: 1, or (1 - t) / 0.05 where `to_velocity`
+        divides by 0.05 instead of 1 - t."""
         if self.config.prediction == "velocity":
             return torch.ones_like(timestep)
-        return ((1 - timestep) / CLOSEST).clamp(max=1)
+        return ((1 - timestep) / MIN_TIME_LEFT).clamp(max=1)
 
     def embed(
         self,
@@ -198,7 +199,7 @@ class LightningDiTTransformer2DModel(
         class_labels: torch.Tensor,
         next_timestep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the blocks start from, of the arguments of `forward`: tokens (B, N, D), conditioning (B, D)."""
+        """The blocks' inputs, from the arguments of `forward`: tokens (B, N, D), conditioning (B, D)."""
         config = self.config
         expected = (config.in_channels, config.sample_size, config.sample_size)
         if hidden_states.ndim != 4 or tuple(hidden_states.shape[1:]) != expected:
@@ -213,7 +214,7 @@ class LightningDiTTransformer2DModel(
         if self.training and config.class_dropout_prob > 0:
             dropped = torch.rand(batch, device=class_labels.device) < config.class_dropout_prob
             class_labels = torch.where(dropped, config.num_classes, class_labels)
-        hidden_states = hidden_states.to(self.pos_embed.dtype)  # which storing weights in 8 bits leaves alone
+        hidden_states = hidden_states.to(self.pos_embed.dtype)  # a buffer: weights may be stored in 8 bits
         tokens = self.patch_embed(hidden_states).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = tokens + self.pos_embed  # under autocast this makes the residual stream float32, as published
         timestep = torch.as_tensor(timestep, device=tokens.device).expand(batch)
@@ -222,7 +223,7 @@ class LightningDiTTransformer2DModel(
             later = timestep if next_timestep is None else torch.as_tensor(next_timestep, device=tokens.device)
             conditioning = conditioning + self.interval_embed(later - timestep, tokens.dtype)
         elif next_timestep is not None:
-            raise ValueError("next_timestep is given, but this is no student: expected none")
+            raise ValueError("next_timestep is given, but this model is not a student: expected none")
         return tokens, conditioning
 
     def enable_cache(self, config: Any) -> None:
@@ -232,14 +233,14 @@ class LightningDiTTransformer2DModel(
         super().enable_cache(config)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Pixels of the latents by token (B, N, p·p·C) -> (B, C, H, W)."""
+        """Tokens (B, N, p·p·C) -> latents (B, C, H, W)."""
         patch, channels = self.config.patch_size, self.config.in_channels
         grid = self.config.sample_size // patch
         tokens = tokens.unflatten(2, (patch, patch, channels)).unflatten(1, (grid, grid))  # (B, h, w, p, p, C)
         return tokens.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
     def replace_classes(self, num_classes: int) -> None:
-        """Other classes: their embeddings are drawn anew as in `initialize_weights`, "no class" keeps its own."""
+        """Replace the classes: their embeddings are drawn as in `initialize_weights`, "no class" keeps its own."""
         table = nn.Embedding(num_classes + 1, self.class_embed.embedding_dim)
         nn.init.normal_(table.weight, std=0.02)
         with torch.no_grad():
@@ -252,7 +253,8 @@ class LightningDiTTransformer2DModel(
         and the time MLP, and zeros for the modulations and the output, so that every block starts as the identity
         (arXiv:2212.09748, section 3.2).
 
-        The constructor leaves torch's defaults, as diffusers models do: here the output is zero until the first step.
+        The constructor leaves torch's defaults, as diffusers models do. After this call the output is zero until the
+        first training step.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
@@ -282,7 +284,7 @@ class LightningDiTBlock(nn.Module):
         self.norm2 = nn.RMSNorm(width, eps=1e-6)
         self.mlp = LightningDiTSwiGLU(width, int(2 / 3 * 4 * width))
         self.modulation = LightningDiTModulation(width, 6)
-        self.fused = None  # what computes the block in training on a GPU: `fuse_training`
+        self.fused = None  # a `FusedBlock` in training on a GPU, see `fuse_training`
 
     def forward(
         self, hidden_states: torch.Tensor, conditioning: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
@@ -385,7 +387,7 @@ class LightningDiTModulation(nn.Module):
 class LightningDiTTimeEmbedding(nn.Module):
     """Sinusoids of t itself in [0, 1] (not of 1000·t), cosines first, then a two-layer MLP. (B,) -> (B, D).
 
-    They are computed in float32 and cast to the given dtype; that of the weights may be one of storage alone.
+    The sinusoids are computed in float32 and cast to `dtype`, since weights may be stored in another dtype.
     """
 
     def __init__(self, width: int, num_frequencies: int = 128):
@@ -417,7 +419,7 @@ def sincos_position_embedding(width: int, grid: int) -> torch.Tensor:
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # (grid, width / 2)
     rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
     table = np.concatenate([axis[columns.ravel()], axis[rows.ravel()]], axis=1)
-    return torch.tensor(table, dtype=torch.float32)  # where `torch.device(...)` says, unlike from_numpy
+    return torch.tensor(table, dtype=torch.float32)  # unlike from_numpy, on the device of a `with torch.device`
 
 
 # FirstBlockCache, MagCache and TaylorSeer need to know what a block returns.

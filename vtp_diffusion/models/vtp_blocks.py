@@ -15,7 +15,7 @@ ROTARY_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class VTPTransformer(nn.Module):
-    """What encoder and decoder share: pre-norm blocks and a final norm over patches with axial rotary embedding.
+    """Base of encoder and decoder: pre-norm blocks and a final norm, over patches with axial rotary embedding.
 
     Raises: ValueError: when the size of a head is not a whole multiple of 4 (two axes, pairs of channels).
     """
@@ -189,8 +189,8 @@ class VTPBlock(nn.Module):
 
 
 class VTPDecoderBlock(VTPBlock):
-    """The decoder's block, with a `forward` of its own: regional compilation keeps its programs by function, and the
-    encoder's has another norm, width and number of tokens."""
+    """The decoder's block, with a `forward` of its own: torch.compile keeps compiled code by function, and the
+    encoder's blocks have another norm, width and number of tokens."""
 
     def forward(self, hidden_states: torch.Tensor, *args) -> torch.Tensor:
         return super().forward(hidden_states, *args)
@@ -376,8 +376,8 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.Tensor | None = None) -> torch.Tensor:
     """hidden_states + branch(hidden_states), or with stochastic depth (drop path, arXiv:1603.09382) of a subset of the
-    batch: the K kept samples alone go through the branch, whose output is added to them B / K times. Over a uniformly
-    drawn subset the expectation is the whole update. DINOv2 (arXiv:2304.07193, section 5) saves its time so.
+    batch: only the K kept samples go through the branch, and its output times B / K is added to them. Over uniformly
+    drawn subsets this has the whole update as its mean. DINOv2 (arXiv:2304.07193, section 5) saves time in this way.
 
     Args: `hidden_states`: (B, S, D); `branch`: (K, S, D) -> (K, S, D); `kept`: (K,) int64 without repetition, or None.
     """
@@ -389,18 +389,18 @@ def residual_update(hidden_states: torch.Tensor, branch: Callable, kept: torch.T
 
 
 def places_of(kept: torch.Tensor, count: int) -> torch.Tensor:
-    """(count,) int64: where each of so many samples is in `kept` (K,), K if it is not."""
+    """(count,) int64: the index of each of `count` samples in `kept` (K,), or K if it is not kept."""
     return kept.new_full((count,), len(kept)).scatter(0, kept, torch.arange(len(kept), device=kept.device))
 
 
 def _spread(samples: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """(K, S, D) and places (B,) in it -> (B, S, D), zero where the place is K."""
+    """(K, S, D) and `places_of` (B,) -> (B, S, D), zero where the place is K."""
     rows = samples.index_select(0, place.clamp(max=len(samples) - 1))
     return torch.where((place < len(samples))[:, None, None], rows, 0)
 
 
-# Both below read rows where autograd would add them up: a kept sample is in one place, so nothing has to be summed,
-# and compilation makes one kernel of it with what stands beside it.
+# Autograd would use a scatter-add here. A kept sample occurs only once, so both functions below gather rows instead,
+# which torch.compile fuses with the operations around them.
 
 
 class _KeptSamples(torch.autograd.Function):
@@ -417,7 +417,7 @@ class _KeptSamples(torch.autograd.Function):
 
 
 class AddedUpdate(torch.autograd.Function):
-    """x, to whose kept samples the update is added B / K times."""
+    """x, with B / K times the update added to its kept samples."""
 
     @staticmethod
     def forward(ctx, x, update, kept, place):

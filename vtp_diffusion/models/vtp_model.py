@@ -25,11 +25,11 @@ class VTPOutput(BaseOutput):
     """Scaled cosine similarities: `logits_per_image` (B_image, B_text) and its transpose `logits_per_text`."""
 
     logits_per_image: torch.Tensor
-    logits_per_text: torch.Tensor | None = None  # always there; the default is what accelerate needs
+    logits_per_text: torch.Tensor | None = None  # never None; see `AutoencoderVTPOutput.latent`
 
 
 class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
-    """VTP with both towers: images in [-1, 1] and token ids -> features of one space (arXiv:2512.13687).
+    """VTP with both towers: images in [-1, 1] and token ids -> features in one space (arXiv:2512.13687).
 
     The configuration is flat: the keywords of `AutoencoderVTP`, which build `.autoencoder`, and those of the text
     tower. The defaults of the text tower are those of every released size.
@@ -114,7 +114,7 @@ class VTPModel(StrictLoadingMixin, ModelMixin, AttentionMixin, ConfigMixin):
     def save_config(self, *args, **kwargs) -> None:
         """Save the configuration, with the latent statistics that the autoencoder has now: it owns them."""
         owned = ("latents_mean", "latents_std", "block_out_channels")
-        # What was built with a default is left out of `from_config(model.config)` unless it leaves this list.
+        # `from_config(model.config)` drops the keys in this list, which had their defaults at first
         defaults = sorted(set(self.config.get("_use_default_values", ())) - set(owned))
         self.register_to_config(**{k: self.autoencoder.config[k] for k in owned}, _use_default_values=defaults)
         super().save_config(*args, **kwargs)
@@ -239,6 +239,6 @@ def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
 
 
 def load_encoder(folder: str | Path) -> AutoencoderVTP:
-    """The autoencoder of what `load_vtp` finds."""
+    """The autoencoder of the model that `load_vtp` loads."""
     model = load_vtp(folder)
     return model.autoencoder if isinstance(model, VTPModel) else model

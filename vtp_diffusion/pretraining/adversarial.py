@@ -1,7 +1,7 @@
-"""The decoder's stage: a frozen encoder, and a pixel decoder trained against a discriminator.
+"""Stage 2: the pixel decoder is fine-tuned against a discriminator, with a frozen encoder.
 
 Stage 2 of VTP (arXiv:2512.13687) freezes the encoder and fine-tunes the pixel decoder with a GAN loss. The paper names
-neither discriminator nor weights: those here are VQGAN's (arXiv:2012.09841), its losses hinge and adaptive weight.
+neither discriminator nor weights: those here, the hinge loss and the adaptive weight are VQGAN's (arXiv:2012.09841).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
 
 ADAPTIVE_EPSILON = 1e-6  # delta of VQGAN's equation 7
-ADAPTIVE_LIMIT = 1e4  # VQGAN's code clamps there
+ADAPTIVE_LIMIT = 1e4  # largest adaptive weight, as in VQGAN's code
 LECAM_DECAY = 0.99  # of the averaged logits; arXiv:2104.03310
 
-# What counts as a sign of collapse; the numbers are ours.
+# Signs of collapse; the numbers are ours.
 COLLAPSE_LINES = 3  # lines of the log in a row
 COLLAPSE_ACCURACY = 0.99  # the discriminator is (almost) never wrong: nothing to learn from it
-COLLAPSE_GUESSING = 0.01  # or it is right as often as a coin, give or take this
-COLLAPSE_WEIGHT = ADAPTIVE_LIMIT / 10  # its gradient at the decoder vanishes
+COLLAPSE_GUESSING = 0.01  # or its accuracy is within this distance of one half
+COLLAPSE_WEIGHT = ADAPTIVE_LIMIT / 10  # adaptive weight: the discriminator's gradient at the decoder vanishes
 COLLAPSE_PSNR = 3.0  # dB lost since before training
 GUESSES, PSNR_FALLS = "discriminator guesses", "PSNR falls"
 
@@ -46,11 +46,13 @@ class AdversarialConfig(Settings):
     """The discriminator and its part in the loss."""
 
     discriminator: Literal["patch", "features"] = setting(
-        "patch", "what it sees: patches of pixels, or features of the frozen encoder"
+        "patch", "its input: patches of pixels, or features of the frozen encoder"
     )
-    weight: float = setting(0.8, "times VQGAN's adaptive weight; its configurations say 0.8", at_least=0)
-    start_step: int = setting(0, "its verdict reaches the decoder from this step on; it learns at once", at_least=0)
-    learning_rate: float = setting(2e-4, "peak; the schedule is the decoder's", above=0)
+    weight: float = setting(0.8, "weight of its loss, times VQGAN's adaptive weight; VQGAN: 0.8", at_least=0)
+    start_step: int = setting(
+        0, "the decoder gets the adversarial loss from this step on; the discriminator learns at once", at_least=0
+    )
+    learning_rate: float = setting(2e-4, "peak learning rate; the schedule is the decoder's", above=0)
     adam_beta1: float = setting(0.5, "AdamW of the discriminator, first moment (VQGAN's)", at_least=0, below=1)
     adam_beta2: float = setting(0.9, "AdamW of the discriminator, second moment (VQGAN's)", at_least=0, below=1)
     r1: float = setting(0.0, "gamma of the gradient penalty on originals (patch only)", at_least=0)
@@ -99,7 +101,7 @@ def adaptive_weight(
     all images would have.
 
     Args:
-        decoded: (B, 3, H, W), with a graph to `last_layer`, which is kept.
+        decoded: (B, 3, H, W), with a graph to `last_layer`; the graph is retained.
         reconstruction, adversarial: gradients of the two losses with respect to `decoded`.
     """
     norms = []
@@ -110,11 +112,11 @@ def adaptive_weight(
 
 
 class AdversarialDecoding(nn.Module):
-    """Decode latents of the frozen encoder, compare, and let a discriminator judge; both networks learn in one step.
+    """Trains a decoder of the frozen encoder's latents, and a discriminator, in the same step.
 
-    The decoder minimises reconstruction + weight · adaptive weight · (-E D(x')), the discriminator the hinge loss,
-    with what regularises it. One backward pass serves both: the decoder's gradient is formed at the pixels, where the
-    discriminator's parameters are out of reach, and the discriminator sees pixels without their history.
+    The decoder minimises reconstruction + weight · adaptive weight · (-E D(x')), the discriminator the hinge loss and
+    its regularisation. One backward pass serves both: the gradient of the decoder's loss is taken with respect to the
+    pixels, so that it does not reach the discriminator's parameters, and the discriminator sees detached pixels.
 
     Args:
         autoencoder: everything but its decoder is frozen here.
@@ -154,11 +156,11 @@ class AdversarialDecoding(nn.Module):
         noise: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
     ) -> Losses:
-        """Named scalars; "loss" is what is differentiated: its gradients are those of either network's own loss.
+        """Named scalars; "loss" is to be differentiated: for each network its gradient is that of the network's loss.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            adversarial: whether the verdict reaches the decoder.
+            adversarial: whether the decoder gets the adversarial loss.
             noise, noise_level: as `ReconstructionObjective.draw_noise` gives them.
         """
         with torch.no_grad():
@@ -170,7 +172,7 @@ class AdversarialDecoding(nn.Module):
         losses = self.reconstruction.compare(pixels, images)
         fake = self.discriminator(pixels).float()
         verdict = -fake.mean()
-        with torch.autocast(images.device.type, enabled=False):  # backward passes run in the types of the forward ones
+        with torch.autocast(images.device.type, enabled=False):  # backward passes have the dtypes of the forward ones
             (reconstruction_gradient,) = torch.autograd.grad(losses["loss"], pixels)
             (adversarial_gradient,) = torch.autograd.grad(verdict, pixels, retain_graph=True)
             balance = adaptive_weight(
@@ -178,7 +180,7 @@ class AdversarialDecoding(nn.Module):
             )
         weight = self.config.weight * balance if adversarial else torch.zeros_like(balance)
         gradient = reconstruction_gradient + weight * adversarial_gradient
-        # zero, and its gradient at the decoder is that of the decoder's loss: the networks above are passed only once
+        # zero, but with the gradient of the decoder's loss: no second backward pass of LPIPS and the discriminator
         carrier = ((decoded - decoded.detach()) * gradient).sum()
         judged = self._judge(images, fake)
         value = losses.pop("loss").detach() + weight * verdict.detach()
@@ -188,7 +190,7 @@ class AdversarialDecoding(nn.Module):
         return losses | {"loss": carrier + value + judged["loss"]}
 
     def _judge(self, images: torch.Tensor, fake: torch.Tensor) -> Losses:
-        """The discriminator's loss on originals and the logits (B, M) of decoded images; how often it is right."""
+        """The discriminator's losses on originals and on the logits (B, M) of decoded images, and its accuracy."""
         config = self.config
         images = images.detach().requires_grad_(config.r1 > 0)
         real = self.discriminator(images).float()
@@ -197,7 +199,7 @@ class AdversarialDecoding(nn.Module):
             judged["lecam"] = lecam_penalty(real, fake, self.mean_real, self.mean_fake)
             for average, logits in ((self.mean_real, real), (self.mean_fake, fake)):
                 mean = total(logits.mean()) / num_processes()
-                # an average that is NaN once stays so
+                # a NaN would stay in the average for ever
                 average.lerp_(torch.where(mean.isfinite(), mean, average), 1 - LECAM_DECAY)
         if config.r1 > 0:
             with torch.autocast(images.device.type, enabled=False):
@@ -209,7 +211,7 @@ class AdversarialDecoding(nn.Module):
 
 
 def find_autoencoder(folder: str | Path) -> Path:
-    """The AutoencoderVTP folder that is meant: the folder itself, or vae/ in the run folder of the first stage.
+    """The folder of an AutoencoderVTP: `folder` itself, or vae/ in it if it is a run folder of the first stage.
 
     Raises: ValueError: it is neither, or the first stage has not finished.
     """
@@ -227,11 +229,11 @@ def find_autoencoder(folder: str | Path) -> Path:
 
 
 def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) -> list[dict[str, Any]]:
-    """Signs that the two networks have lost each other, from the lines of a run's log; each is named when it begins.
+    """Signs that the GAN collapses, from the lines of a run's log; each is listed where it begins.
 
-    Over `COLLAPSE_LINES` lines in a row, once the verdict reaches the decoder: an accuracy of the discriminator of at
-    least 0.99 ("discriminator wins"), or within 0.01 of one half ("discriminator guesses"), or a mean adaptive weight
-    of 1000 or more ("adaptive weight explodes"). In any validation: a PSNR 3 dB below the first ("PSNR falls").
+    Over `COLLAPSE_LINES` lines in a row, after `start_step`: an accuracy of the discriminator of at least 0.99
+    ("discriminator wins"), or within 0.01 of one half ("discriminator guesses"), or a mean adaptive weight of 1000 or
+    more ("adaptive weight explodes"). In any validation: a PSNR 3 dB below the first ("PSNR falls").
 
     Args:
         log: lines of log.jsonl in order.
@@ -254,7 +256,7 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
         if line["step"] <= start_step:
             continue
         for sign, (name, holds) in rules.items():
-            if line.get(name) is not None:  # None: every step of it was left out
+            if line.get(name) is not None:  # None: every step of the line was skipped
                 streaks[sign] = streaks[sign] + 1 if holds(line[name]) else 0
                 if streaks[sign] == COLLAPSE_LINES:
                     signs.append({"step": line["step"], "sign": sign, "value": line[name]})
@@ -262,12 +264,12 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
 
 
 def harmful(signs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of `collapse_signs` behind which decoders got worse: a discriminator that guesses teaches nothing, which
-    is how it begins."""
+    """The signs after which decoders got worse: all but a discriminator that guesses, as it does at first, and which
+    only teaches nothing."""
     return [sign for sign in signs if sign["sign"] != GUESSES]
 
 
 def has_fallen(log: Iterable[dict[str, Any]], psnr: str) -> bool:
-    """Whether the last validation has a PSNR 3 dB below the first, or none that is a number."""
+    """Whether the last validation has a PSNR 3 dB below the first, or NaN."""
     values = [line[psnr] for line in log if psnr in line]
     return bool(values) and not values[-1] > values[0] - COLLAPSE_PSNR

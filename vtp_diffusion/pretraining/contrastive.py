@@ -1,5 +1,5 @@
 """The contrastive objective: images and their captions in one space (CLIP, arXiv:2103.00020; SigLIP,
-arXiv:2303.15343), with the details of OpenCLIP, which the paper (arXiv:2512.13687) names as what it follows."""
+arXiv:2303.15343), with the details of OpenCLIP, which the VTP paper (arXiv:2512.13687) follows."""
 
 import math
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0  # initial values of SigLIP
 
 @dataclass(kw_only=True)
 class ContrastiveConfig(Settings):
-    """Images against captions. The weight is the paper's (arXiv:2512.13687), the batch the whole one of a step."""
+    """Images against captions, on the whole batch. The weight is the paper's (arXiv:2512.13687)."""
 
-    weight: float = setting(1.0, "of this objective; 1 in the paper", above=0)
+    weight: float = setting(1.0, "weight of this objective; 1 in the paper", above=0)
     loss: Literal["clip", "sigmoid"] = setting("clip", "softmax (CLIP) or sigmoid (SigLIP)")
     stochastic_depth: float = setting(
-        0.0, "drop path: share of samples a residual branch leaves out; no source states it", at_least=0, below=1
+        0.0, "drop path: share of samples that skip a residual branch; no source states it", at_least=0, below=1
     )
 
 
@@ -79,7 +79,7 @@ def sigmoid_loss(
 
 
 def _pairs(paired: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is paired in all processes (W·B,), where this one's rows are (B,), and how many pairs it has on average."""
+    """`paired` of all processes (W·B,), the indices (B,) of this one's rows in it, and the mean pairs of a process."""
     everywhere = gather_rows(paired.float()) > 0
     own = torch.arange(len(paired), device=paired.device) + process_index() * len(paired)
     return everywhere, own, everywhere.sum().clamp(min=1) / (len(everywhere) / len(paired))
@@ -90,8 +90,8 @@ class ContrastiveObjective(Objective):
 
     Args:
         config: weight, form of the loss, stochastic depth.
-        model: whose autoencoder is trained, with the text tower and the projections. It has no bias: that of the
-            sigmoid loss is in the log, and `logits_per_image` is without it, which changes no order.
+        model: its autoencoder, text tower and projections are trained. The bias of the sigmoid loss belongs to the
+            objective and is logged; `logits_per_image` lacks it, which does not change their order.
     """
 
     def __init__(self, config: ContrastiveConfig, model: "VTPModel"):
@@ -130,7 +130,7 @@ class ContrastiveObjective(Objective):
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
-            token_ids: (B, context length); any text stands where there is no caption.
+            token_ids: (B, context length); arbitrary where there is no caption.
             paired: (B,) bool, False where there is no caption.
             kept: (layers, 2, K), see `residual_update`.
         """

@@ -2,14 +2,14 @@
 `ssl_default_config.yaml`).
 
 Crops are cut and recoloured on the device, in batches, from numbers drawn beforehand, so that what happens to a sample
-depends on its place in the run alone. Against DINOv2's: the four changes of colour come in a fixed order instead of a
-random one, hue is turned in the YIQ plane, a crop that does not fit is made smaller instead of drawn again, and blur
-has the probabilities that DINOv2 writes: 1 for the first global view, .1 for the second, .5 for local ones, which are
-those of BYOL (arXiv:2006.07733) and DINO. DINOv2's code passes 1 - p on instead, so that it ran with about 0, .9 and
-.5; nothing says that this was meant.
+depends on its position in the run alone. Differences from DINOv2: the four changes of colour have a fixed order, not a
+random one; hue is rotated in the YIQ plane; a crop that does not fit is made smaller instead of drawn again; blur has
+the probabilities that DINOv2 states: 1 for the first global view, .1 for the second, .5 for local ones, as in BYOL
+(arXiv:2006.07733) and DINO. DINOv2's code passes on 1 - p instead, so that it ran with about 0, .9 and .5; nothing
+says that this was intended.
 
-Constants enter as Python numbers or by `to_device`: copying them as `torch.tensor(..., device=...)` does would wait
-until everything that is queued there is done.
+Constants are Python numbers or copied by `to_device`: `torch.tensor(..., device=...)` would wait until everything that
+is queued on the device is done.
 """
 
 import math
@@ -32,36 +32,36 @@ BLUR_FIRST_GLOBAL, BLUR_OTHER_GLOBAL, BLUR_LOCAL = 1.0, 0.1, 0.5
 BLUR_SIGMA, BLUR_RADIUS = (0.1, 2.0), 4  # pixels
 SOLARIZE_OTHER_GLOBAL = 0.2
 ASPECT_RATIO = (3 / 4, 4 / 3)
-NUM_DRAWS = 14  # uniform numbers a crop
+NUM_DRAWS = 14  # uniform numbers per crop
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
 TO_YIQ = np.array([GREY_WEIGHTS, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)])
-# A turn of hue by an angle is TURN[0] + cos(angle) TURN[1] + sin(angle) TURN[2], on colours in RGB: (3, 3, 3).
+# Rotating hue by an angle is TURN[0] + cos(angle) TURN[1] + sin(angle) TURN[2], on colours in RGB: (3, 3, 3).
 TURN = torch.from_numpy(
     np.linalg.inv(TO_YIQ)
     @ np.array([np.diag((1, 0, 0)), np.diag((0, 1, 1)), [(0, 0, 0), (0, 0, -1), (0, 1, 0)]])
     @ TO_YIQ
 )
 MIN_MASK_PATCHES, MIN_MASK_ASPECT, MASK_ATTEMPTS = 4, 0.3, 10
-MIN_MASK_GRID = 3  # patches a side: a block is smaller than the grid, and of four where so many are missing
+MIN_MASK_GRID = 3  # smallest grid, patches a side: a block is smaller than the grid, but usually has four patches
 
 
 @dataclass(kw_only=True)
 class CropConfig(Settings):
     """Views of an image; the defaults are DINOv2's, except that global crops are as large as the training images."""
 
-    global_crops: int = setting(2, "large views an image; teacher and student see them", at_least=2)
+    global_crops: int = setting(2, "large views per image, for teacher and student", at_least=2)
     global_size: int | None = setting(None, "their side in pixels; none: data.resolution", at_least=1)
     global_scale: tuple[float, float] = setting(
-        (0.32, 1.0), "least and largest share of the image's area", above=0, at_most=1, ordered=True
+        (0.32, 1.0), "smallest and largest share of the image's area", above=0, at_most=1, ordered=True
     )
-    local_crops: int = setting(8, "small views an image, for the student only", at_least=0)
+    local_crops: int = setting(8, "small views per image, for the student only", at_least=0)
     local_size: int = setting(96, "their side in pixels", at_least=1)
     local_scale: tuple[float, float] = setting(
-        (0.05, 0.32), "least and largest share of the image's area", above=0, at_most=1, ordered=True
+        (0.05, 0.32), "smallest and largest share of the image's area", above=0, at_most=1, ordered=True
     )
     colour: bool = setting(True, "jitter colours, blur and solarize as DINOv2 does")
     recipe: Literal["dinov2", "version_0_1"] = setting(
-        "dinov2", "how crops are cut and masks drawn; a run begun with version 0.1 keeps its own", before="version_0_1"
+        "dinov2", "how crops are cut and masks drawn; runs of version 0.1 keep version_0_1", before="version_0_1"
     )
 
 
@@ -80,7 +80,7 @@ def make_crops(
         images: (B, 3, H, W), uint8 or float in [-1, 1].
         config: sizes, numbers and scales.
         draws: (B, views, NUM_DRAWS), as of `draw_crops`.
-        change: `recolour_views`, or that compiled.
+        change: `recolour_views`, or its compiled version.
     Returns: global views (G·B, 3, S, S) and local ones (L·B, 3, s, s) in [-1, 1], all images' first view first.
     """
     images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
@@ -108,7 +108,7 @@ def recolour_views(
 ) -> torch.Tensor:
     """Views (V·B, 3, s, s) in [-1, 1] with changed colours, some blurred and solarized.
 
-    Apart, since `compile_parts` compiles it: it is bound by memory.
+    A function of its own, since `compile_parts` compiles it: it is bound by memory.
 
     Args:
         draws: (V, B, NUM_DRAWS).
@@ -133,10 +133,10 @@ def _like(values: torch.Tensor) -> torch.Tensor:
 
 
 def cut(images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int) -> torch.Tensor:
-    """Random resized crops, half of them mirrored, bicubic with antialiasing: torchvision's `RandomResizedCrop`, whose
-    rectangle is made narrower or lower where it does not fit into the image; torchvision draws again.
+    """Random resized crops, half of them mirrored, bicubic with antialiasing: torchvision's `RandomResizedCrop`, but a
+    rectangle that does not fit into the image is made narrower or lower, where torchvision draws again.
 
-    Rows and columns are weighted sums of the image's, by two products of matrices a crop.
+    The rows and columns of a crop are weighted sums of the image's, computed by two matrix products.
 
     Args:
         images: (B, 3, H, W).
@@ -175,8 +175,8 @@ def _interval(draw: torch.Tensor, length: torch.Tensor, side: int) -> tuple[torc
 
 
 def resampling_weights(first: torch.Tensor, length: torch.Tensor, side: int, size: int) -> torch.Tensor:
-    """Weights (..., size, side) that resample pixels `first` to `first + length` (...,) of `side` ones to `size`, by
-    Keys' cubic (1981, a = -1/2), which is stretched where there are fewer pixels afterwards: antialiasing."""
+    """Weights (..., size, side) that resample the pixels from `first` to `first + length` (...,), of `side` pixels, to
+    `size` pixels by Keys' cubic (1981, a = -1/2). For fewer pixels the cubic is stretched: antialiasing."""
     step = length / size  # (...,) pixels of the image a pixel of the crop
     pixels, places = (torch.arange(count, device=first.device) + 0.5 for count in (side, size))
     inside = pixels - first[..., None]  # (..., side)
@@ -191,7 +191,7 @@ def resampling_weights(first: torch.Tensor, length: torch.Tensor, side: int, siz
 def cut_as_version_0_1(
     images: torch.Tensor, draws: torch.Tensor, scale: tuple[float, float], size: int
 ) -> torch.Tensor:
-    """As `cut`, bilinear without antialiasing, of rectangles that do not end at pixels: for runs begun so."""
+    """`cut` as in version 0.1, for runs begun with it: bilinear, no antialiasing, rectangles with fractional ends."""
     count, _, height, width = images.shape
     draws = draws.unflatten(0, (-1, count)).transpose(0, 1).flatten(0, 1)  # (B·V, >= 5)
     wide, tall = _sides(draws, scale, height, width)
@@ -202,7 +202,7 @@ def cut_as_version_0_1(
     zero = torch.zeros_like(wide)
     theta = torch.stack([wide * mirror, zero, centre_x, zero, tall, centre_y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, [len(theta), 3, size, size], align_corners=False)
-    # An image's views are sampled as one tall picture: a call for all of them, which repeats no image.
+    # An image's views are sampled as one tall picture: one call for all of them, without copies of the image.
     tall_views = F.grid_sample(images, grid.view(count, -1, size, 2), padding_mode="border", align_corners=False)
     views = tall_views.unflatten(2, (-1, size))  # (B, 3, V, size, size)
     return views.permute(2, 0, 1, 3, 4).flatten(0, 1)
@@ -240,7 +240,7 @@ def _turn_hue(pixels: torch.Tensor, angle: torch.Tensor, turn: torch.Tensor) -> 
 
 
 def gaussian_blur(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Separable blur of (B, 3, H, W), its deviation in pixels (B,) one an image; kernel of 9, borders repeated."""
+    """Separable blur of (B, 3, H, W), `sigma` (B,) its standard deviation in pixels; kernel of 9, borders repeated."""
     offsets = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=pixels.device)
     kernel = (-0.5 * (offsets / sigma[:, None]) ** 2).softmax(1)  # (B, 9)
     margin = (BLUR_RADIUS, BLUR_RADIUS)
@@ -255,8 +255,8 @@ def block_mask(
 ) -> np.ndarray:
     """At most `count` patches hidden in rectangular blocks (BEiT, arXiv:2106.08254, algorithm 1, as DINOv2 has it).
 
-    Args: `grid`: rows and columns of patches; `random`: source of the draws; `small_blocks`: False leaves the last
-        patches free where fewer than four are missing and no block of four fits, as version 0.1 did.
+    Args: `grid`: rows and columns of patches; `random`: source of the draws; `small_blocks`: False as in version 0.1,
+        where the last one to three patches stay visible if no block of four fits.
     Returns: (rows, columns) bool.
     """
     height, width = grid

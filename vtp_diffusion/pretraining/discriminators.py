@@ -18,7 +18,7 @@ FEATURE_LAYERS = 4  # layers of the encoder that are judged, spread evenly over 
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    # BatchNorm in the papers: its statistics would tie an image's verdict to its batch, and to the number of processes
+    # The papers have BatchNorm, with which an image's logits depend on its batch and on the number of processes.
     return nn.GroupNorm(math.gcd(NORM_GROUPS, channels), channels)
 
 
@@ -47,7 +47,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def smallest_image(layers: int) -> int:
-    """Pixels a side that a `PatchDiscriminator` needs for one logit: strided layers halve, two others take one."""
+    """Pixels a side that a `PatchDiscriminator` needs for one logit: strided layers halve it, two others take one."""
     return 3 * 2**layers
 
 
@@ -59,8 +59,8 @@ def _initialise(module: nn.Module) -> None:
 
 
 class FeatureHead(nn.Module):
-    """Head of StyleGAN-T (arXiv:2301.09515, section 3.2) on a grid of tokens, spectrally normalised. Theirs runs
-    over the sequence with a kernel of 9; over the grid it is 3x3, and GroupNorm stands for their norm over parts of
+    """Head of StyleGAN-T (arXiv:2301.09515, section 3.2) on a grid of tokens, spectrally normalised. StyleGAN-T
+    convolves the sequence with a kernel of 9, this head the grid with 3x3; GroupNorm replaces its norm over parts of
     the batch."""
 
     def __init__(self, channels: int):
@@ -85,10 +85,10 @@ class FeatureDiscriminator(nn.Module):
     """Heads on a frozen backbone (Projected GANs, arXiv:2111.01007; StyleGAN-T, arXiv:2301.09515). The backbone is the
     tokenizer's own encoder, where RAE (arXiv:2510.11690) takes DINO.
 
-    The reasons: VTP's encoder is a vision transformer trained by self-distillation and contrast, the nearest there is
-    to DINO; it comes with the tokenizer; and the networks that evaluation measures with stay out of training: a
-    distance measured on the discriminator's backbone overstates what it improved (Kynkäänniemi et al.,
-    arXiv:2203.06026). An encoder that has learned nothing but reconstruction knows no semantics: take patches then.
+    Reasons: VTP's encoder, a vision transformer trained by self-distillation and contrast, is similar to DINO; it
+    comes with the tokenizer; and no network of the evaluation takes part in training, since a distance measured with
+    the discriminator's backbone overstates the improvement (Kynkäänniemi et al., arXiv:2203.06026). An encoder trained
+    for reconstruction alone has no semantic features: use patches then.
 
     Args: `autoencoder`: its encoder must be frozen; it is shared, not copied.
     """

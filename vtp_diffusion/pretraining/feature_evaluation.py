@@ -1,4 +1,4 @@
-"""What is measured on a tokenizer's features while it is pre-trained: classes, captions, and whether they collapse."""
+"""Evaluation of a tokenizer's features during pre-training: by classes, by captions, and for collapse."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
     from ..models.vtp_model import VTPModel
 
-MEASURED_IMAGES = 10_000  # of a split at most, spread over it: similarities are all held at once
+MEASURED_IMAGES = 10_000  # of a split at most, spread evenly over it: all similarities are in memory at once
 NEIGHBOURS = 20  # of k-NN: DINOv2's
 
 
 def spread(dataset: Any, values: Sequence, limit: int) -> list:
-    """Those of `values`, one an image of the data set, that belong to the images that are measured."""
+    """The part of `values`, one per image of the data set, that belongs to the measured images."""
     count = min(limit, len(dataset))
     return [values[k * len(dataset) // count] for k in range(count)]
 
 
 @torch.no_grad()
 def class_tokens(autoencoder: AutoencoderVTP, dataset: Any, limit: int) -> torch.Tensor:
-    """Frozen features (N, D) float32, before the bottleneck, of the measured images of an `ImageDataset`."""
+    """Class tokens (N, D) float32, before the bottleneck, of the measured images of an `ImageDataset`."""
     batches = plain_batches(dataset, autoencoder.device, limit=limit)
     return torch.cat([autoencoder.encode_features(images).cls_token.float() for images in batches])
 
 
 def effective_rank(features: torch.Tensor) -> float:
     """RankMe (Garrido et al., arXiv:2210.02885, eq. 1 and 2): exp of the entropy of the normalised singular values of
-    features (N, D). From 1, everything on one line, to min(N, D); a falling one shows a collapse.
+    features (N, D). It is 1 if all features lie on one line, at most min(N, D), and falls when they collapse.
 
     Raises: ValueError for fewer than two rows or values that are not finite.
     """
@@ -75,8 +75,8 @@ def evaluate_features(
     With one class there is no accuracy, with one image no rank.
 
     Args:
-        train: other images than those of `dataset`: every image is its own nearest neighbour.
-        limit: so many images of either at most, and never more than `MEASURED_IMAGES`.
+        train: images that are not in `dataset`, since every image is its own nearest neighbour.
+        limit: most images of either data set; never more than `MEASURED_IMAGES`.
     """
     limit = min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
     features, values = class_tokens(autoencoder, dataset, limit), {}
@@ -123,7 +123,7 @@ def evaluate_alignment(
 
 
 def unmeasured(datasets: dict[str, Any], contrastive: bool) -> list[str]:
-    """What cannot be measured during training, a sentence each, to be said before it.
+    """What cannot be measured during training, a sentence each, to be printed before it.
 
     Args:
         datasets: "train" and, where there are any, "held_out" images.

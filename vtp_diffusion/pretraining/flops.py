@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def linear_parameters(module: nn.Module) -> int:
-    """Weights of all matrix products of a token."""
+    """Number of weights of all linear layers."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 

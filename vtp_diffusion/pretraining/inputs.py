@@ -35,7 +35,7 @@ def training_batches(
     run: TrainingRun, dataset: Dataset | StreamingImages, context_length: int | None = None
 ) -> Iterable[Columns]:
     """Batches of "image" uint8 (B, 3, R, R) and, with a context length, "token_ids" (B, L) and "paired" (B,) bool;
-    one for each of the run's micro-steps, of a stream without end. Read as the run's configuration says."""
+    one for each of the run's micro-steps; a stream does not end."""
     keep_on_device, num_workers = run.config.keep_on_device, run.config.dataloader_num_workers
     collate = collate_images if context_length is None else partial(collate_captioned, context_length=context_length)
     if isinstance(dataset, StreamingImages):
@@ -51,7 +51,7 @@ def training_batches(
 
 
 def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, num_workers: int) -> StreamBatches:
-    """The batches of a run's micro-steps; where they are is saved with its checkpoints and resumed from there.
+    """The batches of a run's micro-steps; checkpoints save the position in the stream, from which the run resumes.
 
     Raises:
         ValueError: the run is resumed with other numbers of processes or workers, and `data.stream_restart` is off.
@@ -78,8 +78,11 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
 
 
 def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int, num_bytes: int) -> dict[str, Any] | None:
-    """The state of a process, or where any process finds that of other numbers of processes or workers, the beginning
-    of the epoch after the furthest that they know, in blocks of `num_bytes`; every process has to call this."""
+    """The stream state that this process resumes from: its own, or the start of the next epoch.
+
+    If a checkpoint was written by another number of processes or workers, all processes start the epoch after the
+    furthest one that any of them reached, in blocks of `num_bytes`. Every process has to call this.
+    """
     same = state is not None and (state["processes"], state["workers"]) == (run.world_size, workers)
     epochs = [position["epoch"] for position in (state or {"positions": []})["positions"]]
     found = gather_objects((same, max(epochs, default=0)))
@@ -88,7 +91,7 @@ def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int, num
     epoch = 1 + max(furthest for _, furthest in found)
     run.accelerator.print(
         f"the stream was read by other numbers of processes or workers: it goes on at the start of epoch {epoch}, the "
-        "rest of the one before is not seen, and samples left out are counted from here"
+        "rest of the epoch before is skipped, and the count of samples left out begins anew"
     )
     positions = [asdict(StreamPosition(epoch=epoch)) for _ in range(workers)]
     counts = {"workers": workers, "processes": run.world_size, "next_worker": 0, "block_bytes": num_bytes}
@@ -98,8 +101,8 @@ def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int, num
 def count_left_out(run: TrainingRun, training: ImageDataset | StreamingImages, batches: Any) -> dict[str, int]:
     """How many samples were left out of training by all processes together; every process has to call this.
 
-    Of a stream it is `StreamBatches.left_out` since the beginning of the run, a sample counting in every epoch. Of
-    images by index it is how many different ones could not be read since the program was started.
+    For a stream these are the counts `StreamBatches.left_out` since the beginning of the run, where a sample counts in
+    every epoch; for a data set the number of images that could not be read since the program was started.
     """
     if not isinstance(training, StreamingImages):
         return {"unreadable": len(set().union(*gather_objects(training.skipped)))}

@@ -2,8 +2,8 @@
 
 An objective is a module in a file of its own. It owns its configuration (`config`, with a `weight`), draws its inputs
 from a micro-batch (`draw_inputs`), turns the autoencoder and them into named losses (`forward`), counts its operations
-(`flops`) and compiles its parts (`compile_parts`). What is here loops over objectives and knows nothing inside them;
-it has what several of them use: the micro-batch, stochastic depth's draws, sums over processes with gradients.
+(`flops`) and compiles its parts (`compile_parts`). This file loops over objectives without knowing their insides, and
+has what several of them use: the micro-batch, draws of stochastic depth, sums over processes with gradients.
 """
 
 from collections.abc import Callable
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 COMPILED_SHAPES = 64  # of a block: one for each objective's batch, with and without gradients
 STACKS = ("VTPEncoder", "VTPTextModel", "ReconstructionObjective")
-MAX_BLOCK = 1024  # samples of which a share is a whole number
+MAX_BLOCK = 1024  # longest block of `share_block`
 # Streams of random numbers: see `draw_for_positions` and `step_generator`.
 AUGMENTATION, NOISE, CROPS, SHARES, KEPT = range(5)
-# Parts of the autoencoder that only some objectives train. Distributed training stops at a parameter without gradient.
+# Parts of the autoencoder that only some objectives train, else frozen: DDP fails at a parameter without gradient.
 OPTIONAL_PARTS = ("encoder.embeddings.mask_token", "bottleneck", "decoder")
 
 
 class Objective(nn.Module):
-    """What `VTPForPreTraining` asks of an objective; `forward(autoencoder, **inputs)` returns named scalars, "loss"
-    among them.
+    """Base class of the objectives of `VTPForPreTraining`; `forward(autoencoder, **inputs)` returns named scalars,
+    "loss" among them.
 
     Attributes:
         config: with `weight`, and `share` where only a part of the batch is taken.
-        place: in the order in which objectives are passed backwards. Reconstruction's many small kernels run faster
-            than they are launched: before it the GPU needs work in its queue, and the contrastive kernels are longest.
+        place: position in the order of the backward passes. Reconstruction's many small kernels run faster than they
+            are launched. So the contrastive objective, with the longest kernels, comes before it and fills the queue.
         trains: which of `OPTIONAL_PARTS` get a gradient from it.
-        compiled_alone: whether all of it is one program where it is the only objective of one process.
+        compiled_alone: whether it is compiled as one graph if it is the only objective, in a single process.
     """
 
     place = 0
@@ -54,7 +54,7 @@ class Objective(nn.Module):
 
     @classmethod
     def build(cls, config: Any, model: "AutoencoderVTP | VTPModel") -> "Objective":
-        """The objective for a model; the whole one where captions are trained on."""
+        """The objective for a model, which is a VTPModel if captions are trained on."""
         return cls(config, model)
 
     def draw_inputs(self, batch: "MicroBatch", autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
@@ -67,20 +67,20 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def compile_parts(self, stacks: bool) -> None:
-        """Compile what is no block and takes time. Args: `stacks`: whole encoders are compiled, see there."""
+        """Compile slow parts that are no blocks. Args: `stacks`: as of the function `compile_parts`."""
 
     def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
-        """After a step of the optimiser: clamp a scale, move the teacher, take centres back.
+        """Updates after a step of the optimiser, such as that of a teacher.
 
         Args: `done`: share of training that was done before this step; `counted`: as `TrainingRun.optimise` returns
-            it, None where no step is left out.
+            it, None if no step can be skipped.
         """
 
 
 class MicroBatch:
     """A batch on the device, and the random numbers that its objectives draw. What happens to a sample depends on the
     seed and its position in the run alone, so that a resumed run goes on bit for bit and several processes do what one
-    does; only stochastic depth is drawn for a process's whole batch.
+    does. The exception is stochastic depth, which is drawn for the whole batch of a process.
 
     Args:
         columns: "image" uint8 (B, 3, R, R) and, with captions, "token_ids" (B, L) and "paired" (B,) bool.
@@ -110,10 +110,10 @@ class MicroBatch:
         return draw_for_positions(draw, self.positions, self.run.config.seed, stream, device or self.device)
 
     def chosen(self, share: float, which: int) -> torch.Tensor:
-        """Indices on the CPU of a random share of the batch. Args: `which`: choice, 0 or 1."""
+        """Indices on the CPU of a random share of the batch. Args: `which`: 0 or 1, of two independent choices."""
         if share == 1:
             return torch.arange(len(self.positions))
-        # On the CPU: masks, which are drawn there, need to know the samples too, and nobody waits for the device.
+        # On the CPU: masks are drawn there and need the indices too, without waiting for the device.
         drawn = self.draw(lambda n, g: {"scores": torch.rand(n, 2, generator=g)}, SHARES, device="cpu")
         return choose_share(drawn["scores"][:, which], share)
 
@@ -125,8 +125,8 @@ def share_block(share: float) -> tuple[int, int]:
 
 
 def check_share(name: str, share: float, batch_size: int) -> None:
-    """ValueError unless a share of a batch, or of what a process has of it in a micro-step, is a whole number of
-    samples in every block of it."""
+    """Raises: ValueError unless a share of a batch, or of a process's part of it in a micro-step, is a whole number of
+    samples in every block (`share_block`)."""
     k, n = share_block(share)
     if k == 0:
         raise ValueError(f"{name}.share is {share}, expected at least 1 sample in {MAX_BLOCK}")
@@ -138,7 +138,7 @@ def check_share(name: str, share: float, batch_size: int) -> None:
 
 
 def choose_share(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Indices of a random share of the samples, in order: in every block those with the least scores (N,)."""
+    """Indices of a random share of the samples, in order: in every block those with the lowest scores (N,)."""
     k, n = share_block(share)
     blocks = rearrange(scores, "(blocks n) -> blocks n", n=n)
     chosen = blocks.argsort(dim=1, stable=True)[:, :k].sort(dim=1).values  # (N/n, k)
@@ -177,12 +177,12 @@ def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
 
 
 def total(x: torch.Tensor) -> torch.Tensor:
-    """`sum_over_processes`, and x itself (detached) with one process, where a compiled graph is not broken."""
+    """`sum_over_processes`; with one process x itself, detached, which does not break a compiled graph."""
     return sum_over_processes(x) if num_processes() > 1 else x.detach()
 
 
 class _Gather(torch.autograd.Function):
-    """Forward: every process's rows. Backward: what all processes' losses say about the rows of this one, summed."""
+    """Forward: the rows of all processes. Backward: the sum over all processes of the gradients of this one's rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -213,7 +213,7 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 class VTPForPreTraining(nn.Module):
-    """A tokenizer and what it is trained for.
+    """A tokenizer and its objectives.
 
     Args:
         autoencoder: the tokenizer.
@@ -234,12 +234,12 @@ class VTPForPreTraining(nn.Module):
     def forward(self, **inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`<objective>/<loss>` -> scalar, and "loss": the weighted sum over objectives (arXiv:2512.13687).
 
-        Args: `inputs`: objective name -> its inputs; of some only, where each is passed backwards by itself.
+        Args: `inputs`: objective name -> its inputs; of one objective only, if each has its own backward pass.
         """
         return self.losses(inputs)
 
     def losses(self, inputs: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """`forward` without what accelerate wraps around it: what a program compiles."""
+        """`forward` without accelerate's wrapper: the function that is compiled."""
         losses, total = {}, 0.0
         for name, arguments in inputs.items():
             objective = self.objectives[name]
@@ -253,8 +253,8 @@ class VTPForPreTraining(nn.Module):
         return {name: part.draw_inputs(batch, self.autoencoder) for name, part in self.objectives.items()}
 
     def one_by_one(self, inputs: dict[str, dict[str, torch.Tensor]]) -> list[dict[str, dict[str, torch.Tensor]]]:
-        """Inputs of `forward` as those of every objective alone, in the order of passing them backwards. The memory of
-        a step is then that of the largest, not of all."""
+        """Inputs of `forward` split by objective, in the order of their backward passes. A step then takes the memory
+        of the largest objective, not of all."""
         return [{name: inputs[name]} for name in sorted(inputs, key=lambda name: self.objectives[name].place)]
 
     def flops(self, resolution: int) -> dict[str, float]:
@@ -268,11 +268,11 @@ class VTPForPreTraining(nn.Module):
 
 
 def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
-    """Compile what takes the time: all of the reconstruction where it is alone, else the blocks, the losses over
-    prototypes and LPIPS one by one, since one graph of three objectives would take longer to compile than small models
-    take to train. Several processes do that in any case, see `compile_modules`.
+    """Compile the slow parts. Reconstruction alone becomes one graph. Otherwise blocks, losses over prototypes and
+    LPIPS are compiled one by one, since one graph of three objectives would take longer to compile than small models
+    take to train. With several processes it is always one by one, see `compile_modules`.
 
-    Args: `stacks`: whole encoders, text towers and reconstructions instead of blocks.
+    Args: `stacks`: compile whole encoders, text towers and reconstructions instead of blocks.
     """
     from ..models.large_products import cuda_kernels, use_large_products
     from ..models.vtp_model import VTPModel
@@ -290,20 +290,20 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
 
 
 def _recomputed(block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    # Nothing in a block is random: no state of generators has to be kept, which nobody can read while a CUDA graph is
-    # recorded.
+    # Nothing in a block is random: the state of the generators, which cannot be read while a CUDA graph is recorded,
+    # need not be saved.
     return checkpoint(block.__call__, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def checkpoint_blocks(model: "AutoencoderVTP | VTPModel", share: float) -> None:
-    """Recompute the activations of a share of the blocks of every stack in the backward pass: less memory, and as much
-    more of the forward pass. Raises: ValueError if that is no block of any stack."""
+    """Recompute the activations of a share of the blocks of every stack in the backward pass: less memory, but that
+    share of the forward pass is run twice. Raises: ValueError if the share rounds to no block of any stack."""
     model.enable_gradient_checkpointing(_recomputed)
     stacks = [module for module in model.modules() if hasattr(module, "checkpointed_blocks")]
     for stack in stacks:
         stack.checkpointed_blocks = round(share * len(stack.blocks))
     if not any(stack.checkpointed_blocks for stack in stacks):
         raise ValueError(
-            f"a share of {share} of the blocks is to be recomputed, which is less than half a block of every stack "
+            f"checkpointed_share is {share}, expected at least half a block of one stack "
             f"({', '.join(str(len(stack.blocks)) for stack in stacks)} blocks)"
         )

@@ -1,4 +1,4 @@
-"""The reconstruction objective: L1 and LPIPS of decoded images, and what is measured of them."""
+"""The reconstruction objective: L1 and LPIPS of decoded images, and their evaluation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ PAPER_WEIGHT, PAPER_SHARE = 0.1, 0.125  # of reconstruction beside the other obj
 class ReconstructionConfig(Settings):
     """Pixel reconstruction; L1 + LPIPS is the paper's (arXiv:2512.13687)."""
 
-    weight: float = setting(1.0, "of this objective", at_least=0)
+    weight: float = setting(1.0, "weight of this objective", at_least=0)
     l1: float = setting(1.0, "weight of the mean absolute error", at_least=0)
     l2: float = setting(0.0, "weight of the mean squared error", at_least=0)
     gradient: float = setting(0.0, "weight of the L1 error of neighbouring pixels' differences", at_least=0)
@@ -56,20 +56,24 @@ class ReconstructionConfig(Settings):
 class ReconstructionPartConfig(ReconstructionConfig):
     """Pixel reconstruction as one of the objectives of pre-training, or alone.
 
-    Weight and share, where they are none, are the paper's beside other objectives, and 1, all of a batch, alone: see
-    `resolved`.
+    A weight or share of none becomes the paper's value beside other objectives, else 1: see `resolved`.
     """
 
-    weight: float | None = setting(None, "of this objective; none: 0.1 (the paper's) beside others, 1 alone", above=0)
+    weight: float | None = setting(
+        None, "weight of this objective; none: 0.1 (the paper's) beside others, 1 alone", above=0
+    )
     share: float | None = setting(
-        None, "of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, all alone", above=0, at_most=1
+        None,
+        "share of the batch, at random; none: 1/8 (the paper's 2k of 16k) beside others, 1 alone",
+        above=0,
+        at_most=1,
     )
     stochastic_depth: float = setting(
-        0.0, "drop path: share of samples a branch of the encoder leaves out; no source states it", at_least=0, below=1
+        0.0, "drop path: share of samples that skip a residual branch; no source states it", at_least=0, below=1
     )
 
     def resolved(self, alone: bool) -> "ReconstructionPartConfig":
-        """The same with numbers for weight and share. Args: `alone`: whether nothing else is trained for."""
+        """The same with numbers for weight and share. Args: `alone`: whether this is the only objective."""
         usual = {"weight": 1.0, "share": 1.0} if alone else {"weight": PAPER_WEIGHT, "share": PAPER_SHARE}
         return replace(self, **{name: value for name, value in usual.items() if getattr(self, name) is None})
 

@@ -37,28 +37,32 @@ SINKHORN_ITERATIONS = 3
 class SelfSupervisionConfig(Settings):
     """Self-distillation between views. Weight, share of the batch and the head's sizes are the VTP paper's."""
 
-    weight: float = setting(1.0, "of this objective; 1 in the paper", above=0)
-    share: float = setting(0.25, "of the batch, at random; the paper's 4k of 16k", above=0, at_most=1)
+    weight: float = setting(1.0, "weight of this objective; 1 in the paper", above=0)
+    share: float = setting(0.25, "share of the batch, at random; the paper's 4k of 16k", above=0, at_most=1)
     crops: CropConfig = setting(default_factory=CropConfig)
-    head_layers: int = setting(3, "of the head's MLP; 3 in the paper", at_least=2)
-    head_hidden_size: int = setting(2048, "of the head's MLP; 2048 in the paper", at_least=1)
+    head_layers: int = setting(3, "layers of the head's MLP; 3 in the paper", at_least=2)
+    head_hidden_size: int = setting(2048, "width of the head's MLP; 2048 in the paper", at_least=1)
     head_bottleneck: int = setting(256, "width before the prototypes; 256 in the paper", at_least=1)
     prototypes: int = setting(65536, "outputs of the head", at_least=1)
-    centering: Literal["centering", "sinkhorn_knopp"] = setting("centering", "what keeps the teacher's targets apart")
-    dino_weight: float = setting(1.0, "of the loss on class tokens", at_least=0)
-    ibot_weight: float = setting(1.0, "of the loss on masked patches", at_least=0)
-    koleo_weight: float = setting(0.1, "of the loss that spreads class tokens out; 0 is off", at_least=0)
-    masked_crops: float = setting(0.5, "share of every image's global crops with a mask", above=0, at_most=1)
+    centering: Literal["centering", "sinkhorn_knopp"] = setting("centering", "keeps the teacher from collapsing")
+    dino_weight: float = setting(1.0, "weight of the loss on class tokens", at_least=0)
+    ibot_weight: float = setting(1.0, "weight of the loss on masked patches", at_least=0)
+    koleo_weight: float = setting(0.1, "weight of the loss that spreads class tokens out; 0 is off", at_least=0)
+    masked_crops: float = setting(0.5, "share of every image's global crops that are masked", above=0, at_most=1)
     mask_ratio: tuple[float, float] = setting(
-        (0.1, 0.5), "least and largest share of their patches it hides", above=0, below=1, ordered=True
+        (0.1, 0.5), "smallest and largest share of patches that a mask hides", above=0, below=1, ordered=True
     )
     stochastic_depth: float = setting(
-        0.3, "drop path: share of samples a residual branch leaves out (student)", at_least=0, below=1
+        0.3, "drop path: share of samples that skip a residual branch (student)", at_least=0, below=1
     )
-    teacher_momentum: tuple[float, float] = setting((0.992, 1.0), "first and last; cosine", at_least=0, at_most=1)
-    teacher_temperature: tuple[float, float] = setting((0.04, 0.07), "first, after warm-up", above=0)
+    teacher_momentum: tuple[float, float] = setting(
+        (0.992, 1.0), "at the start and the end, along a cosine", at_least=0, at_most=1
+    )
+    teacher_temperature: tuple[float, float] = setting((0.04, 0.07), "at the start and after the warm-up", above=0)
     temperature_warmup: float = setting(0.3, "share of training; DINOv2: 30 of 100 epochs", at_least=0, at_most=1)
-    freeze_last_layer: float = setting(0.01, "share of training; DINOv2: 1 of 100 epochs", at_least=0, at_most=1)
+    freeze_last_layer: float = setting(
+        0.01, "first share of training, with frozen prototypes; DINOv2: 1 of 100 epochs", at_least=0, at_most=1
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,7 +76,7 @@ class SelfSupervisionConfig(Settings):
             )
 
     def check_sizes(self, resolution: int, patch: int) -> None:
-        """ValueError unless crops are whole patches and a block of masked ones fits into a global one."""
+        """Raises: ValueError unless crops are whole patches and a block of masked patches fits into a global crop."""
         large = self.crops.global_size or resolution
         for name, size in (("global_size", large), ("local_size", self.crops.local_size)):
             if size % patch:
@@ -97,7 +101,7 @@ class SelfSupervisionConfig(Settings):
 
 
 class DINOHead(nn.Module):
-    """MLP, unit length, then cosines with the prototypes: DINO's last layer with weight norm of fixed length 1."""
+    """MLP, L2 normalisation, cosines with the prototypes: DINO's weight-normed last layer, all lengths fixed at 1."""
 
     def __init__(self, hidden_size: int, config: SelfSupervisionConfig):
         super().__init__()
@@ -107,7 +111,7 @@ class DINOHead(nn.Module):
             layers += [nn.Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = nn.Linear(config.head_bottleneck, config.prototypes, bias=False)
-        from ..models.vtp_blocks import initialise_weights  # brings diffusers, which a configuration does without
+        from ..models.vtp_blocks import initialise_weights  # imports diffusers, which a configuration does not need
 
         self.apply(initialise_weights)
 
@@ -115,7 +119,7 @@ class DINOHead(nn.Module):
         """Tokens (N, D) -> cosines (N, K) with the prototypes.
 
         Args: `learning`: factor on the gradient of the prototypes; 0 freezes them. (Weight decay changes only their
-            lengths, which do not count.)
+            lengths, which are normalised away.)
         """
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6)
         weight = self.prototypes.weight
@@ -127,10 +131,10 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float | torch.Tensor, vali
     """Targets whose prototypes are used equally often (SwAV, arXiv:2006.09882): exp(logits / temperature), normalised
     in turns so that prototypes have equal mass and every sample sums to 1, over the samples of all processes.
 
-    Args: `logits`: (N, K); `valid`: (N,) 1 or 0, rows that are only padding are 0 and stay 0.
+    Args: `logits`: (N, K); `valid`: (N,) 1, or 0 for rows of padding, whose targets are 0.
     Returns: (N, K) float32.
     """
-    # The greatest logit is taken off, which no normalisation notices: exp would overflow where they are no cosines.
+    # Subtracting the largest logit changes nothing after normalisation, and exp cannot overflow.
     top = logits.float().masked_fill(valid[:, None] == 0, -torch.inf).max()
     if num_processes() > 1:
         top = gather_rows(top[None]).max()
@@ -209,8 +213,8 @@ class SelfSupervisionObjective(Objective):
         for name in ("dino_center", "ibot_center"):
             if config.centering == "centering":
                 self.register_buffer(name, torch.zeros(config.prototypes))
-        self._student_encoder = [autoencoder.encoder]  # in a list: the encoder is no part of this module
-        self._centers_before: dict[str, torch.Tensor] = {}  # as they were before the step, once one has moved them
+        self._student_encoder = [autoencoder.encoder]  # in a list, so that it is no submodule of this module
+        self._centers_before: dict[str, torch.Tensor] = {}  # before the step; empty until a step has moved them
 
     def draw_inputs(self, batch: MicroBatch, autoencoder: "AutoencoderVTP") -> dict[str, torch.Tensor]:
         config, device = self.config, batch.device
@@ -255,13 +259,13 @@ class SelfSupervisionObjective(Objective):
     def draw_masks(self, grid: tuple[int, int], position: int, seed: int) -> np.ndarray:
         """Masks (G, rows, columns) of one image's global crops: which crops, what share and which blocks depend on the
         seed and the image's position in the run."""
-        config, of_today = self.config, self.config.crops.recipe == "dinov2"
-        random = random_stream("masks", seed, position) if of_today else np.random.default_rng([seed, position, 1])
+        config, current = self.config, self.config.crops.recipe == "dinov2"
+        random = random_stream("masks", seed, position) if current else np.random.default_rng([seed, position, 1])
         number = config.crops.global_crops
         masks = np.zeros((number, *grid), dtype=bool)
         for crop in random.permutation(number)[: round(config.masked_crops * number)]:
             count = int(random.uniform(*config.mask_ratio) * masks[crop].size)
-            masks[crop] = block_mask(grid, count, random, small_blocks=of_today)
+            masks[crop] = block_mask(grid, count, random, small_blocks=current)
         return masks
 
     def mask_inputs(self, masks: np.ndarray) -> dict[str, torch.Tensor]:
@@ -279,7 +283,7 @@ class SelfSupervisionObjective(Objective):
         }
 
     def targets(self, logits: torch.Tensor, temperature: torch.Tensor, name: str, valid: torch.Tensor) -> torch.Tensor:
-        """The teacher's distributions (N, K) float32, the centre kept up to date.
+        """The teacher's distributions (N, K) float32; in training the centre is updated.
 
         Args: `logits`: (N, K) of the teacher; `name`: dino or ibot; `valid`: (N,) 1 or 0 for padding.
         """
@@ -291,7 +295,7 @@ class SelfSupervisionObjective(Objective):
         if self.training:
             if name not in self._centers_before:
                 self._centers_before[name] = center.clone()
-            # a centre that is NaN would make the targets of the next micro-step so
+            # a NaN in the centre would spread to the targets of the next micro-step
             mean = torch.where(mean.isfinite(), mean, center)
             center.copy_(center * CENTER_MOMENTUM + mean * (1 - CENTER_MOMENTUM))
         return targets
@@ -299,7 +303,7 @@ class SelfSupervisionObjective(Objective):
     def centred(self, logits, center, temperature, valid) -> tuple[torch.Tensor, torch.Tensor]:
         """Distributions (N, K) of the logits without the centre (K,), and the sum (K,) of the valid logits, float32.
 
-        Apart, since it is compiled.
+        A method of its own, since it is compiled.
         """
         targets = ((logits.float() - center) / temperature).softmax(-1)
         return targets, (logits.float() * valid[:, None]).sum(0)
@@ -307,7 +311,7 @@ class SelfSupervisionObjective(Objective):
     @torch.no_grad()
     def teach(self, global_crops, masked, mask_weights, temperature) -> tuple[torch.Tensor, torch.Tensor]:
         """Targets (G, B, K) of class tokens and (M, K) of masked patches, from unmasked global crops."""
-        from ..models.autoencoder_vtp import normalize_images  # brings diffusers, which a configuration does without
+        from ..models.autoencoder_vtp import normalize_images  # imports diffusers, which a configuration does not need
 
         tokens = self.teacher_encoder(normalize_images(global_crops))[0]
         patches = tokens[:, 1:].flatten(0, 1).index_select(0, masked)
@@ -322,7 +326,7 @@ class SelfSupervisionObjective(Objective):
     def compare(self, views, patches, dino_targets, ibot_targets, mask_weights, prototypes_learn) -> dict:
         """The losses "dino" and "ibot" of class tokens (V·B, D) and masked patches (M, D) against their targets.
 
-        Apart, since it is compiled.
+        A method of its own, since it is compiled.
         """
         # One pass of the shared head for class tokens and patches.
         logits = self.head(torch.cat([views, patches]), prototypes_learn)
@@ -370,11 +374,11 @@ class SelfSupervisionObjective(Objective):
 
     @torch.no_grad()
     def after_step(self, done: float, counted: torch.Tensor | None = None) -> None:
-        """teacher = momentum · teacher + (1 - momentum) · student, after a step of the optimiser; the centres of a
-        step that was left out become again what they were.
+        """teacher = momentum · teacher + (1 - momentum) · student, after a step of the optimiser; after a skipped step
+        the centres are restored.
 
-        The teacher follows in such a step too: its momentum goes by steps, and the student is as it was, and finite.
-        Centres are of outputs on inputs that led to no finite gradient: they may have moved in some places only.
+        A skipped step moves the teacher too, since its momentum counts steps and the student is unchanged and finite.
+        The centres come from inputs whose gradients were not finite, and may have moved in some places only.
 
         Args: as of `VTPForPreTraining.after_step`; the momentum depends on `done`.
         """
@@ -382,15 +386,16 @@ class SelfSupervisionObjective(Objective):
             center = getattr(self, f"{name}_center")
             if counted is not None:
                 center.copy_(torch.where(counted > 0, center, before))
-            before.copy_(center)  # in place, and here: a replayed forward pass runs no Python that could keep them
+            before.copy_(center)  # in place, and here, since replaying a recorded forward pass runs no Python
         student = [*self._student_encoder[0].parameters(), *self.head.parameters()]
         teacher = [*self.teacher_encoder.parameters(), *self.teacher_head.parameters()]
         torch._foreach_lerp_(teacher, [p.detach() for p in student], 1 - self.config.momentum_at(done))
 
 
 def entropies(targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Whether the teacher collapses, in nats: the mean entropy of its distributions (N, K), 0 when all are sure, log K
-    when all are flat; and that of their mean, 0 when all choose the same prototype. N are those of all processes."""
+    """Entropies in nats that show whether the teacher collapses, over all processes: the mean entropy of its
+    distributions (N, K), 0 if all are one-hot, log K if all are uniform; and the entropy of their mean, 0 if all
+    choose the same prototype."""
     count = total(targets.new_full((), len(targets)))
     mean = total(targets.sum(0)) / count
     return {

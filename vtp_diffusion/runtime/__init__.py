@@ -1,3 +1,3 @@
-"""What every program stands on: configuration, command line, processes, disk, precision, result files."""
+"""Basis of every program: configuration, command line, processes, disk, precision, result files."""
 
 __version__ = "0.1.0"

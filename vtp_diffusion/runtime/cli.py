@@ -10,9 +10,9 @@ from collections.abc import Callable
 from .optional_packages import MissingExtraError
 
 TRACEBACK_VARIABLE = "VTP_DIFFUSION_TRACEBACK"
-# What this package, and what it calls, raise about input: values and files. Anything else is a fault of the program.
+# What this package and its libraries raise for wrong input (values, files). Any other exception is a bug.
 INPUT_ERRORS = (ValueError, OSError, MissingExtraError)
-GARBAGE_OBJECTS = 50_000  # new objects after which Python looks for cycles among them; its own number is 700
+GARBAGE_OBJECTS = 50_000  # new objects between two runs of the garbage collector; Python's default is 700
 
 
 def run(main: Callable[[], None]) -> None:
@@ -22,8 +22,8 @@ def run(main: Callable[[], None]) -> None:
     program exits with status 2, as for a wrong option; Ctrl-C is one line and status 130. With
     VTP_DIFFUSION_TRACEBACK=1 in the environment, and for every other exception, Python prints its traceback.
     """
-    # torch and diffusers make nearly a million objects that all stay. Python would look for garbage among them a
-    # thousand times while it imports them, and through all of them at the end: two seconds of every start.
+    # Importing torch and diffusers makes nearly a million objects that live until the end. By default the garbage
+    # collector would run a thousand times meanwhile and visit all objects again at exit: two seconds of every start.
     gc.set_threshold(GARBAGE_OBJECTS)
     atexit.register(gc.freeze)
     try:
@@ -31,8 +31,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"\ninterrupted; what is finished is kept ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
-        sys.exit(130)  # what a shell reports of a program that Ctrl-C ended
+        print(f"\ninterrupted; finished work is kept ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
+        sys.exit(130)  # the status that a shell reports after Ctrl-C
     except INPUT_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

@@ -22,7 +22,7 @@ from .programs import as_typed
 from .yaml_files import describe_yaml, find_yaml, read_yaml
 
 Config = TypeVar("Config")
-LARGEST_INTEGER = 2**62  # a seed plus a number of images stays an integer that torch takes
+LARGEST_INTEGER = 2**62  # so that a seed plus an image number still fits torch's int64
 BOUNDS = ("at_least", "above", "at_most", "below")  # keys of a field's metadata, see `setting`
 
 
@@ -40,11 +40,12 @@ def setting(
 
     Args:
         default, default_factory: as of `dataclasses.field`; without either the setting is required.
-        may_change: a resumed run may set it differently: it decides no result, or is the way out of a run that cannot
-            go on as it was.
-        before: what runs did that began before there was this setting. They keep it: their folder decides.
-        ordered: of two numbers, the smaller comes first.
-        bounds: at_least, above, at_most, below: for the number, or for every number of a list. None and words pass.
+        may_change: a resumed run may change it, because it affects no result, or because a run that cannot continue
+            needs another value.
+        before: the value in effect for runs that began before this setting existed; such a run keeps it when resumed.
+        ordered: a pair of numbers must have the smaller one first.
+        bounds: at_least, above, at_most, below: limits of the number, or of every number of a list. None and strings
+            are not checked.
     """
     if unknown := bounds.keys() - set(BOUNDS):
         raise TypeError(f"unknown bounds {sorted(unknown)}, known: {', '.join(BOUNDS)}")
@@ -56,7 +57,7 @@ def setting(
 
 @dataclasses.dataclass(kw_only=True)
 class Settings:
-    """Base of every configuration: numbers outside the bounds of their `setting` are refused, wherever it is made."""
+    """Base of every configuration: creating one raises ValueError for a number outside the bounds of its `setting`."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -92,7 +93,7 @@ def _bounds_text(bounds: dict[str, float]) -> str:
 
 
 def _kinds(annotation: Any) -> tuple[tuple, bool]:
-    """`S | T | None` -> ((S, T), True); what is no union -> ((itself,), False)."""
+    """`S | T | None` -> ((S, T), True); an annotation T that is not a union -> ((T,), False)."""
     kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return tuple(kind for kind in kinds if kind is not type(None)), type(None) in kinds
 
@@ -115,6 +116,8 @@ def _describe(annotation: Any) -> str:
         if arguments[-1] is Ellipsis:
             return f"list of {_describe(arguments[0])}"
         return "list of " + str(len(arguments)) + ": " + ", ".join(_describe(a) for a in arguments)
+    if dataclasses.is_dataclass(annotation):
+        return "a section with some of " + ", ".join(f.name for f in dataclasses.fields(annotation))
     return getattr(annotation, "__name__", str(annotation))
 
 
@@ -130,7 +133,7 @@ def _refusal(value: Any, annotation: Any, name: str, where: str) -> ValueError:
 
 
 def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
-    """`value` as the annotation wants it, or a ValueError naming key, place, value and expected type."""
+    """`value` converted to the annotated type. Raises: ValueError naming key, place, value and expected type."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise _refusal(value, annotation, name, where)
@@ -154,7 +157,7 @@ def _check(value: Any, annotation: Any, name: str, where: str) -> Any:
             pairs = enumerate(zip(value, arguments, strict=True))
             return tuple(_check(item, kind, f"{name}[{i}]", where) for i, (item, kind) in pairs)
     elif annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):  # nan passes comparisons, and no setting means anything by inf that none does not
+        if math.isfinite(value):  # nan would pass every bound; for "no limit" settings take none, not inf
             return float(value)
     elif annotation in (int, str, bool) and type(value) is annotation:
         return value
@@ -176,7 +179,8 @@ def _check_union(value: Any, annotation: Any, name: str, where: str) -> Any:
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    """The known name that was meant: lr is learning_rate, decay adam_weight_decay, learnin_rate a slip."""
+    """A hint at the known name that was meant: lr -> learning_rate, learnin_rate -> learning_rate, decay ->
+    adam_weight_decay."""
     asked = name.lstrip("-").rpartition(".")[2]
     leaves = {full: full.lstrip("-").rpartition(".")[2] for full in known}
     same_initials = [full for full, leaf in leaves.items() if "".join(part[:1] for part in leaf.split("_")) == asked]
@@ -186,7 +190,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def _check_keys(config_class: type, values: dict[str, Any], where: str, prefix: str) -> dict[str, Any]:
-    """The annotations of a dataclass by key, once every key of `values` is known to be one of them."""
+    """Field name -> annotation of a dataclass. Raises: ValueError if a key of `values` is not one of its fields."""
     annotations = typing.get_type_hints(config_class)
     known = [f.name for f in dataclasses.fields(config_class) if f.init]
     for key in values:
@@ -197,7 +201,7 @@ def _check_keys(config_class: type, values: dict[str, Any], where: str, prefix: 
 
 
 def _check_partial(config_class: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
-    """Check the keys and types of a mapping that need not be complete: a file that the command line adds to."""
+    """Check keys and types of a YAML file's values. Required keys may be missing: the command line can add them."""
     annotations = _check_keys(config_class, values, where, prefix)
     for key, value in values.items():
         section = _section(annotations[key])
@@ -213,22 +217,22 @@ def build_config(config_class: type[Config], values: dict[str, Any], where: str,
     Args:
         config_class: the dataclass.
         values: key -> value, as YAML gives them (lists for tuples, integers for floats are accepted).
-        where: what the error messages call the place the values came from, such as a file name.
-        prefix: the section, with its dot, that the keys belong to.
+        where: where the values came from, such as a file name; for error messages.
+        prefix: the section that the keys belong to, with its dot: "data.".
     Raises: ValueError: an unknown key (with the nearest known one), a value of another type, a number that is not
         finite, a missing required key.
     """
     annotations = _check_keys(config_class, values, where, prefix)
     fields = [f for f in dataclasses.fields(config_class) if f.init]
     required = [f.name for f in fields if f.default is dataclasses.MISSING is f.default_factory]
-    # a section nobody mentioned is opened, so that what it lacks is named by its key
+    # a required section that is absent counts as empty, so that the error names the key missing inside it
     sections = {name: {} for name in required if dataclasses.is_dataclass(annotations[name])}
     values = sections | values
     missing = [prefix + name for name in required if name not in values]
     if missing:
         raise ValueError(f"{where}: no value for {', '.join(missing)}: set it in the YAML file or as --{missing[0]}")
     checked = {k: _check(v, annotations[k], prefix + k, where) for k, v in values.items()}
-    for field in fields:  # here, where the whole name is known
+    for field in fields:  # checked here and not only in `Settings`, because here the message has the dotted name
         if field.name in checked:
             check_bounds(field, checked[field.name], prefix + field.name)
     return config_class(**checked)
@@ -302,7 +306,7 @@ def _leaves(config_class: type, prefix: str = "") -> list[tuple[str, Any, datacl
 
 
 def _parse_text(text: str, annotation: Any) -> Any:
-    """One command-line word as the annotation reads it; a word it cannot read is returned as it is, to be refused."""
+    """A command-line word converted to the annotated type, or unchanged if that fails: `_check` then refuses it."""
     kinds, optional = _kinds(annotation)
     if optional and text in ("none", "null", "None"):
         return None
@@ -333,12 +337,12 @@ def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str
         first, _, rest = (description or "").partition("\n\n")
         description = f"{first}\n\nconfigurations (--config NAME):\n{describe_yaml(shipped)}\n\n{rest}"
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",  # else one screen of names before what it is about
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",  # argparse's own lists every option: a screen of names
         description=as_typed(description or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     named = ", or a configuration's name" * bool(shipped)
-    parser.add_argument("--config", metavar="FILE", help=f"YAML file of options{named}; those given beside it win")
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file of options{named}; the command line wins")
     for name, annotation, field in leaves:
         kind = _describe(annotation)
         if bounds := {key: field.metadata[key] for key in BOUNDS if key in field.metadata}:
@@ -393,11 +397,11 @@ def parse_config(
     """The configuration of a program: dataclass defaults, then `--config FILE.yaml`, then the command line.
 
     Every field is an option, `--field value`, and those of a nested dataclass are `--section.field value`; lists take
-    several words, truth values take true or false (nothing means true), optional fields take none.
+    several words, booleans take true, false or nothing (true), optional fields take none.
 
     Args:
-        config_class: the dataclass; `field(metadata={"help": ...})` is the text of `--help`.
-        argv: the words of the command line, without the program's name; None means those of this process.
+        config_class: the dataclass, whose fields are `setting`s.
+        argv: the words of the command line, without the program's name; None: those of this process.
         description: what `--help` says first.
         shipped: the configurations of this program, which `--config` takes by name too.
     Raises: ValueError: an unknown key or option, a value of another type, a missing required value. FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Files: written at once or not at all, named where that fails; result files with settings and versions."""
+"""Atomic writes, with errors that name the file; result files with their settings and versions."""
 
 import contextlib
 import hashlib
@@ -18,19 +18,19 @@ from safetensors import SafetensorError
 from . import __version__
 from .config import config_to_dict
 
-UNFINISHED = ".unfinished"  # suffix: no reader of images, shards or results takes such a file for one of its own
-CACHES = ("cache_dir", "features")  # settings that say where a machine keeps what it can make again
+UNFINISHED = ".unfinished"  # a suffix that no reader of images, shards or results accepts
+CACHES = ("cache_dir", "features")  # settings that name a cache on this machine
 
 
 @contextlib.contextmanager
 def writing(path: Path, then: str = "") -> Iterator[None]:
-    """Within it `path` is written: what the disk refuses (full, a quota, no permission) names it.
+    """Context for writing `path`: errors of the disk (full, quota, permission) become one that names `path`.
 
-    Pillow, safetensors and files that are closed each say it in their own way, none with the name. Everything else,
-    such as torch.OutOfMemoryError, is no fault of the disk and passes unchanged.
+    Pillow, safetensors and closing a file each report them differently, and none names the file. Other errors, such as
+    torch.OutOfMemoryError, pass unchanged.
 
-    Args: `then`: what the message says last: what is safe, what to do.
-    Raises: OSError in the place of OSError and SafetensorError.
+    Args: `then`: the end of the message: what is safe, what to do.
+    Raises: OSError in place of OSError and SafetensorError.
     """
     try:
         yield
@@ -39,12 +39,12 @@ def writing(path: Path, then: str = "") -> Iterator[None]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a file or folder is what a `replacing` that was killed has left, of this host or another."""
+    """Whether a file or folder was left by a `replacing` that was killed, on this host or another."""
     return path.name.startswith(".") and path.name.endswith(UNFINISHED)
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns when the names in a folder are on the disk: a file renamed into it survives a power cut."""
+    """Flush the entries of a folder to the disk (fsync): a file renamed into it then survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -53,24 +53,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the content of a file, or of everything in a folder, is on the disk."""
+    """Flush the content of a file, or of everything in a folder, to the disk (fsync)."""
     if path.is_dir():
         for entry in path.iterdir():
             sync(entry)
         sync_folder(path)
     else:
         with open(path, "rb") as file:
-            os.fsync(file.fileno())  # else a power cut could leave the name without the content
+            os.fsync(file.fileno())  # without it, a power cut could leave the name without the content
 
 
 @contextlib.contextmanager
 def replacing(path: Path, then: str = "") -> Iterator[Path]:
-    """Gives the name to write a file or a folder under, which becomes `path` at the end.
+    """Atomic write of a file or a folder: yields a temporary path, which is renamed to `path` at the end.
 
-    Readers find all of it or nothing new, also after a kill or a power cut. The name lies in the same folder and is
-    this attempt's alone (host, process and a random part), so that two hosts may write the same path: the last one
-    wins. It ends in `.unfinished`, not in the suffix of `path`: give `numpy.save` an open file, and Pillow a format.
-    A folder cannot replace one that holds something. What an exception leaves unfinished is removed.
+    Readers find the whole file or what was there before, also after a kill or a power cut. The temporary path is in
+    the same folder and unique (host, process and a random part), so that two hosts may write the same path: the last
+    one wins. It ends in `.unfinished`, not in the suffix of `path`: give `numpy.save` an open file, and Pillow a
+    format. A folder cannot replace a folder that is not empty. After an exception the temporary file is removed.
 
     Args, Raises: as of `writing`.
     """
@@ -82,14 +82,14 @@ def replacing(path: Path, then: str = "") -> Iterator[Path]:
             sync(unfinished)
             unfinished.rename(path)
             sync_folder(path.parent)
-    finally:  # renamed, it is not there
+    finally:  # after the rename there is nothing to remove
         if unfinished.is_dir():
             shutil.rmtree(unfinished)
         unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8), at once or not at all; folders are made. Raises: OSError naming the file."""
+    """Write a text file (UTF-8) atomically; missing folders are made. Raises: OSError naming the file."""
     with replacing(path) as unfinished:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(text, encoding="utf-8")
@@ -101,9 +101,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Args: `hint`: what a message says last: what to do.
+    """The object in a JSON file. Args: `hint`: the end of the error message: what to do.
 
-    Raises: ValueError naming the file if it is not JSON, or JSON of something else. OSError if it is not there.
+    Raises: ValueError naming the file if it is not JSON or not a JSON object. OSError if it does not exist.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -128,13 +128,13 @@ def file_sha256(path: str | Path) -> str:
 
 
 def write_results(path: str | Path, evaluation: str, config: Any, results: dict[str, Any]) -> dict[str, Any]:
-    """Write `results` beside the name of the evaluation, its settings and the versions that decide numbers.
+    """Write `results` as JSON, with the evaluation's name, the settings and the package versions.
 
     Args:
-        path: FILE.json; written at once or not at all, folders are made.
-        evaluation: by which `eval/report.py` knows what the file holds.
-        config: the program's, a dataclass.
-    Returns: What was written: settings that name caches are left out, they decide no number.
+        path: FILE.json; written atomically, missing folders are made.
+        evaluation: name by which `eval/report.py` recognises the kind of results.
+        config: the program's configuration, a dataclass.
+    Returns: what was written. Settings that name caches are left out: they affect no number.
     """
     path = Path(path)
     versions = {"vtp_diffusion": __version__} | {package: version(package) for package in ("torch", "diffusers")}
@@ -153,15 +153,15 @@ def _without_caches(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def numbers_line(values: dict[str, Any]) -> str:
-    """The fractional numbers among `values` in four digits, for the console: "psnr 25.93, lpips 0.05527"."""
+    """The floats among `values` with four significant digits, for the console: "psnr 25.93, lpips 0.05527"."""
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
 
 
 def check_output(output: str, suffix: str = ".json", name: str = "output") -> None:
-    """Before any work: that a result can be written to `output` when it is there. Its folder is made.
+    """Check, before any work, that a result can be written to `output`. Its folder is made.
 
-    Args: `name`: of the setting.
-    Raises: ValueError unless `output` ends as it should, is no folder, and its folder takes files.
+    Args: `name`: the setting's, for the message.
+    Raises: ValueError if `output` has another suffix, is a folder, or its folder cannot be written to.
     """
     path = Path(output)
     if not output.endswith(suffix):
@@ -177,7 +177,7 @@ def check_output(output: str, suffix: str = ".json", name: str = "output") -> No
 
 
 def log_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines of a log and what they say; the half line that a killed process may leave at its end is left out."""
+    """Lines of a log.jsonl with their parsed records. A last line that a killed process left incomplete is dropped."""
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         if not line.endswith(b"\n"):
@@ -187,11 +187,11 @@ def log_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except ValueError:
             record = None
         if not isinstance(record, dict) or "step" not in record:
-            raise ValueError(f"{path}, line {number}, is no record of a step: {line[:80]!r}. Delete or mend it")
+            raise ValueError(f"{path}, line {number}, is not a record of a step: {line[:80]!r}. Delete or repair it")
         found.append((line, record))
     return found
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl, in order. Raises: ValueError naming the line that is no record of a step."""
+    """The lines of a log.jsonl, in order. Raises: ValueError naming a line that is not a record of a step."""
     return [record for _, record in log_lines(path)]

@@ -17,8 +17,8 @@ from .config import Settings, setting
 from .disk import replacing
 from .programs import ROOT, python_path
 
-SAVING_SECONDS = 30.0  # that a program has to save and end after SIGTERM; then it is killed
-ENDING_SECONDS = 3.0  # that one has which saves nothing
+SAVING_SECONDS = 30.0  # from SIGTERM to SIGKILL, for a program that saves a checkpoint
+ENDING_SECONDS = 3.0  # the same for a program that saves nothing
 IN_TURN = "experiments/in_turn.py"
 
 
@@ -28,30 +28,30 @@ class MachineConfig(Settings):
 
     gpus: list[int] = setting(default_factory=lambda: [0], help="indices of this machine's GPUs", at_least=0)
     together: int = setting(1, "tasks at a time on each GPU", at_least=1)
-    seconds: float = setting(1e9, "all ends within this time; training is saved, to go on", above=0)
-    least_seconds: float = setting(60.0, "nothing is started that has less than this left", at_least=0)
+    seconds: float = setting(1e9, "time limit; training that it stops saves a checkpoint", above=0)
+    least_seconds: float = setting(60.0, "start no task with less time than this left", at_least=0)
     last: bool = setting(
-        False, "the disk goes afterwards: nothing is begun that cannot be trained and measured in time"
+        False, "the disk is lost afterwards: start only tasks that can be trained and measured in the time left"
     )
-    bundle: str | None = setting(None, "FILE.tar.gz that always holds all results so far, and the logs")
+    bundle: str | None = setting(None, "FILE.tar.gz of the results so far and the logs, rewritten after each task")
 
     def __post_init__(self):
         super().__post_init__()
         if self.seconds <= self.least_seconds + SAVING_SECONDS:
             raise ValueError(
-                f"seconds is {self.seconds:g}, which starts nothing: expected more than least_seconds, "
-                f"{self.least_seconds:g}, and {SAVING_SECONDS:g} to save in"
+                f"seconds is {self.seconds:g}, too short to start a task: expected more than least_seconds, "
+                f"{self.least_seconds:g}, plus {SAVING_SECONDS:g} to save"
             )
 
 
 def check_names(option: str, given: Sequence[str], known: Collection[str]) -> None:
     """Raises: ValueError for names that an experiment does not have."""
     if unknown := [name for name in given if name not in known]:
-        raise ValueError(f"{option} are {', '.join(unknown)}, expected of {', '.join(known)}")
+        raise ValueError(f"{option} are {', '.join(unknown)}, expected some of {', '.join(known)}")
 
 
 def options(values: Mapping[str, object]) -> list[str]:
-    """Settings as words of a command."""
+    """Settings as command-line words: --name value."""
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
@@ -64,18 +64,18 @@ class Task:
     """One result and the programs that make it.
 
     Attributes:
-        result: file that is there when the task is done.
-        programs: each one's words, run one after the other; all of them can be repeated.
-        needs: names of the tasks that come before.
-        copies: (file, place) of what is copied at the end out of run folders, which are too large to be kept. Of a
-            task that did not come to its end all but the result is copied, as far as it is there.
-        saves: the programs save themselves when they are stopped; others, which lose what they did, run up to the
-            deadline.
-        seconds: what it takes, by an estimate, and what comes after it that its work is lost without. A task that
-            saves nothing is begun only if so much is left; one that saves goes on in a later run, unless this is the
-            last one.
-        one_process: the programs run in one process, which starts once (experiments/in_turn.py). Those that have ended
-            are not repeated, and after a training that saves itself a measurement runs up to the deadline.
+        result: file that exists once the task is done.
+        programs: the command line of each, run one after the other; each must be safe to run again.
+        needs: names of tasks that must be done before.
+        copies: (source, destination) of files to copy at the end from run folders, which are too large to keep. If
+            the task did not finish, those of the files that exist are copied, but not the result.
+        saves: the programs save a checkpoint when stopped. Those that do not would lose their work, and may run up to
+            the deadline.
+        seconds: estimated time of the task and of later ones without which its work is lost. A task that saves nothing
+            starts only if this much time is left. One that saves starts anyway, since a later run can resume it,
+            unless `MachineConfig.last` is set.
+        one_process: run all programs in one process, which starts up once (experiments/in_turn.py). Programs that have
+            ended are not repeated, and a measurement after a training that saves may run up to the deadline.
     """
 
     name: str
@@ -93,21 +93,21 @@ class Task:
 
     @property
     def reserve(self) -> float:
-        """Seconds before the deadline at which its programs are told to end."""
+        """Seconds before the deadline at which its programs get SIGTERM."""
         return SAVING_SECONDS if self.saves else ENDING_SECONDS
 
     def fits(self, seconds: float, least_seconds: float, last: bool) -> bool:
-        """Whether it is worth beginning so many seconds before the deadline."""
-        if last or not self.saves:  # it has to come to its end, and may take all the time
+        """Whether to start the task with so many seconds left before the deadline."""
+        if last or not self.saves:  # it has to finish, and may use all the time
             return seconds > ENDING_SECONDS + max(least_seconds, self.seconds)
         return seconds > SAVING_SECONDS + least_seconds
 
 
 def run_program(words: list[str], gpu: int, log: Path, stop: float, patience: float = SAVING_SECONDS) -> None:
-    """Run a program of the repository on one GPU; its output goes to the end of `log`.
+    """Run a program of the repository on one GPU; its output is appended to `log`.
 
-    At `stop` (of `time.monotonic`) it gets SIGTERM: a training run saves itself and goes on when it is started again.
-    After `patience` seconds more it is killed.
+    At `stop` (of `time.monotonic`) it gets SIGTERM: training saves a checkpoint and resumes when it is started again.
+    After `patience` more seconds it is killed.
 
     Raises: OutOfTimeError if it was stopped. RuntimeError with the end of its output if it fails.
     """
@@ -139,11 +139,11 @@ def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
         programs = ([IN_TURN, str(logs / f"{task.name}-ended.txt"), *(shlex.join(words) for words in programs)],)
     try:
         for words in programs:
-            # killed before the deadline: what was written is to be bundled still
+            # a kill comes one second before the deadline, which leaves time to bundle what was written
             run_program(words, gpu, logs / f"{task.name}.log", deadline - task.reserve, task.reserve - 1.0)
         ended = True
     except OutOfTimeError:
-        if not task.done:  # else it came to its end while it was waited for
+        if not task.done:  # otherwise it finished between SIGTERM and the kill
             raise
     finally:
         for file, place in task.copies:
@@ -163,16 +163,16 @@ def work_through(
     after: Callable[[Task], None] = lambda task: None,
     last: bool = False,
 ) -> list[str]:
-    """Start every task that is not done, the earliest first, one at a time on each GPU.
+    """Run every task that is not done, in the given order, one at a time on each GPU.
 
-    A task waits for those that it needs; where one of these fails it is not started. What does not fit before the
-    deadline is passed over (see `Task.fits`): a later, shorter task may.
+    A task waits for those that it needs, and is not started if one of them fails. A task that does not fit before the
+    deadline is skipped (see `Task.fits`); a later, shorter one may still run.
 
     Args:
-        gpus: an entry a worker; a GPU that is named twice works on two tasks at once.
+        gpus: one entry per worker; a GPU that is named twice works on two tasks at once.
         start: runs a task on a GPU, as `run_task` does.
-        after: called when a task is done, never twice at once.
-    Returns: what went wrong, a text for each failed task.
+        after: called after each task that is done, never concurrently.
+    Returns: an error message for each failed task.
     Raises: ValueError for a task that needs one that is not among `tasks`.
     """
     names = {task.name for task in tasks}
@@ -213,7 +213,7 @@ def work_through(
                 ended(task, gpu, began)
             except OutOfTimeError as stop:
                 print(f"{task.name}: {stop}", flush=True)
-            except Exception as error:  # a thread would lose it: the caller gets it at the end
+            except Exception as error:  # else lost with the thread: returned to the caller at the end
                 faults.append(f"{task.name}: {error}")
                 print(faults[-1], flush=True)
             with changed:
@@ -226,15 +226,14 @@ def work_through(
     try:
         for worker in workers:
             worker.join()
-    except KeyboardInterrupt:  # the programs under way get it too, and save; no others are started
+    except KeyboardInterrupt:  # running programs get it too, and save; start no others
         waiting.clear()
         raise
     return faults
 
 
 def bundle(results: Path, logs: Path, file: Path) -> None:
-    """Write all results and, in logs/, the programs' logs into one tar file, at once or not at all; what is
-    unfinished is left out."""
+    """Write all finished results and, in logs/, the programs' logs into one tar file, atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as unfinished, tarfile.open(unfinished, "w:gz") as archive:
         for path in sorted(results.iterdir()):
@@ -245,9 +244,9 @@ def bundle(results: Path, logs: Path, file: Path) -> None:
 
 
 def carry_out(config: MachineConfig, tasks: Sequence[Task], results: Path, logs: Path, deadline: float) -> None:
-    """Work through an experiment, with its results bundled as they come, and say how far it is.
+    """Run the tasks of an experiment, bundle the results after each, and print how many are done.
 
-    Args: `results`, `logs`: folders that are there; `deadline`: of `time.monotonic`.
+    Args: `results`, `logs`: existing folders; `deadline`: of `time.monotonic`.
     Raises: SystemExit(1) if a task failed.
     """
 
@@ -258,7 +257,7 @@ def carry_out(config: MachineConfig, tasks: Sequence[Task], results: Path, logs:
     start = partial(run_task, logs=logs, deadline=deadline)
     gpus = config.gpus * config.together
     faults = work_through(tasks, gpus, deadline, config.least_seconds, start, after, config.last)
-    after(None)  # what was stopped or failed has logs too
+    after(None)  # to bundle the logs of tasks that were stopped or failed
     left = [task.name for task in tasks if not task.done]
     print(f"{len(tasks) - len(left)} of {len(tasks)} tasks are done, results in {results}", end="")
     print(f"; the same command goes on with the rest: {', '.join(left)}" if left else "")

@@ -1,4 +1,4 @@
-"""Packages that sampling does not need: imported where they are used, named when they are missing."""
+"""Packages that sampling does not need: imported where they are used, with a message if they are missing."""
 
 import importlib
 from types import ModuleType
@@ -9,7 +9,7 @@ class MissingExtraError(ImportError):
 
 
 def install_hint(extra: str) -> str:
-    """How an extra is installed: from a clone, since the package index has another project of that name."""
+    """How to install an extra: from a clone, since on the package index another project has our name."""
     return f"in a clone of the repository, pip install -e '.[{extra}]'"
 
 
@@ -26,5 +26,5 @@ def require(module_name: str, extra: str) -> ModuleType:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != package:
-            raise  # the package is there and lacks something of its own
+            raise  # the package is installed, but one of its own dependencies is missing
         raise MissingExtraError(f"{package} is needed here: {install_hint(extra)}") from error

@@ -1,4 +1,4 @@
-"""Several processes that share one work: who they are, and what each of them has, gathered."""
+"""Distributed processes: joining them, their ranks, gathering and broadcasting values."""
 
 import os
 from collections.abc import Callable
@@ -10,17 +10,17 @@ import torch.distributed as dist
 
 Result = TypeVar("Result")
 
-# How long a process waits for others: one may list a folder, evaluate or write meanwhile, which NCCL would give up
-# after ten minutes. Where one dies, launchers end the others long before.
+# How long a process waits for the others: one may list a folder, evaluate or write for longer than NCCL's default of
+# ten minutes. If one dies, the launcher ends the others long before.
 PATIENCE = timedelta(hours=1)
 
 
 def join_processes(**settings: Any) -> Any:
-    """The accelerator of this process, once it is sure that all processes share the work. They wait for each other for
-    `PATIENCE`.
+    """This process's Accelerator, whose collectives time out after `PATIENCE`.
 
     Args: `settings`: of accelerate.Accelerator.
-    Raises: ValueError: more processes were launched than accelerate joined; each would do everything, over the others.
+    Raises: ValueError: more processes were launched than accelerate joined. Each would do all of the work, and
+        overwrite the others' files.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -35,16 +35,16 @@ def join_processes(**settings: Any) -> Any:
 
 
 def check_alone(program: str) -> None:
-    """Raises: ValueError if several processes were launched of a program that does not share its work."""
+    """Raises: ValueError if several processes were launched of a program that cannot divide its work."""
     if (launched := this_process()[1]) > 1:
         raise ValueError(
-            f"{launched} processes of {program} were launched, expected 1: it does not share its work, each would do "
+            f"{launched} processes of {program} were launched, expected 1: it cannot divide its work, each would do "
             "all of it and write the same file. Start it with python"
         )
 
 
 def check_device(name: str) -> None:
-    """Raises: ValueError if a device is none of torch's, or one that this machine lacks. Nothing is put on it."""
+    """Raises: ValueError if torch has no such device, or this machine lacks it. Nothing is allocated on it."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -57,8 +57,8 @@ def check_device(name: str) -> None:
 
 
 def reading_processes(limit: int = 32) -> int:
-    """How many processes should read images beside this one: its share of the CPUs that it may run on, of which it
-    keeps one for itself; at least 1 and at most `limit`, since each takes some 30 ms to start."""
+    """Number of workers that should read images for this process: its share of the CPUs it may run on, less one for
+    itself. At least 1 and at most `limit`, since each takes some 30 ms to start."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(limit, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
@@ -73,12 +73,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_main(compute: Callable[[], Result]) -> Result:
-    """What the main process computes, handed on to the others, which wait; so is an error about input. To be called by
-    every process, before they have joined too."""
+    """Call `compute` in the main process and return its result in every process. A ValueError or OSError of it is
+    raised in every process too. Every process has to call this; it works before `join_processes` too."""
     if this_process()[1] == 1:
         return compute()
     device_of_process()
-    if not dist.is_initialized():  # on a CPU, where accelerate was not told to join: `join_processes` refuses that
+    if not dist.is_initialized():  # on a CPU without ACCELERATE_USE_CPU: `join_processes` refuses that
         return compute()
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -94,7 +94,7 @@ def from_main(compute: Callable[[], Result]) -> Result:
 
 
 def device_of_process() -> torch.device:
-    """The device that accelerate gives this process, which joins the others, as Accelerator would have it do later."""
+    """The device that accelerate gives this process. Joins the processes, as an Accelerator would do later."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -102,13 +102,13 @@ def device_of_process() -> torch.device:
 
 
 def this_process() -> tuple[int, int]:
-    """Rank of this process, and how many there are: those that joined, before that as the launcher says."""
+    """(rank, number of processes); before the processes have joined, as the launcher's environment variables say."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def wait_for_everyone() -> None:
-    """Until every process that joined has come here."""
+    """Wait until every process that joined has called this."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

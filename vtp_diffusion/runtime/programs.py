@@ -15,7 +15,7 @@ from pathlib import Path
 from .cli import run
 
 FOLDERS = ("pipelines", "train_dit", "train_vtp", "eval")
-# the others are called as their file, with - for _
+# programs not listed here are called like their file, with - for _
 NAMES = {
     "train_dit/train.py": "train-dit",
     "train_vtp/train.py": "train-vtp",
@@ -28,7 +28,7 @@ ROOT = PACKAGE / "programs" if INSTALLED else PACKAGE.parent
 
 
 def python_path() -> str:
-    """PYTHONPATH for a program of this repository that another one starts: the repository, then what it is here."""
+    """PYTHONPATH for a program that this one starts: the repository, then the present PYTHONPATH."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
@@ -39,7 +39,7 @@ def programs() -> dict[str, Path]:
 
 
 def as_typed(text: str) -> str:
-    """A text with the commands of a clone, as they are typed here: where the programs are installed, by name."""
+    """`text` with its commands as the user types them: as written in a clone, `vtp-diffusion NAME` if installed."""
     for name, path in programs().items() if INSTALLED else ():
         file = re.escape(f"{path.parent.name}/{path.name}")
         text = re.sub(rf"\bpython {file}", f"vtp-diffusion {name}", text)
@@ -48,9 +48,9 @@ def as_typed(text: str) -> str:
 
 
 def print_end(written: Sequence[object], then: str, *values: object) -> None:
-    """The last line of a program: all that it wrote, None left out, and the command that comes next.
+    """Print the last line of a program: the files that it wrote (None is left out) and the command that comes next.
 
-    Args: `then`: FOLDER/FILE.py and its options, with {} in the place of each of the values.
+    Args: `then`: FOLDER/FILE.py and its options, with {} in place of each of the values.
     """
     command = then.format(*(shlex.quote(str(value)) for value in values))
     places = ", ".join(str(path) for path in written if path is not None)
@@ -58,7 +58,7 @@ def print_end(written: Sequence[object], then: str, *values: object) -> None:
 
 
 def print_end_of_evaluation(results: str, *pictures: str | None) -> None:
-    """The last line of a program that measures: a page of its results comes next."""
+    """Print the last line of an evaluation: the next command makes a page of its results."""
     print_end([results, *pictures], "eval/report.py --results {} --output report.html", results)
 
 
@@ -73,18 +73,18 @@ def main(argv: list[str] | None = None) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name!r} is no program{hint} (expected one of {', '.join(known)})")
+        raise ValueError(f"{name!r} is not a program{hint} (expected one of {', '.join(known)})")
     os.execv(sys.executable, [sys.executable, str(known[name]), *words])
 
 
 def _first_line(file: Path) -> str:
-    """What a program is, without the list of its details that may follow."""
+    """First line of a program's docstring, up to a colon or semicolon."""
     first = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))).partition("\n")[0]
     return re.split("[:;]", first)[0].rstrip(".")
 
 
 def command() -> None:
-    """What the console script `vtp-diffusion` calls."""
+    """Entry point of the console script `vtp-diffusion`."""
     run(main)
 
 

@@ -1,4 +1,4 @@
-"""Reading here and there in files that may be larger than memory."""
+"""Random access to files that may be larger than memory."""
 
 import functools
 import os
@@ -14,14 +14,14 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 class RandomReads:
-    """A file that threads read at any place, straight into their memory.
+    """A file that several threads read at any offset, straight into their buffers.
 
-    The kernel is told not to read ahead, where it takes such advice: of what lies around a row, nothing is wanted.
+    Read-ahead is switched off where the system allows it (posix_fadvise): the bytes around a row are not needed.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 # for as long as this object lives
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 # open as long as this object lives
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         self.read = functools.partial(os.preadv, self._file.fileno())  # (buffers, offset) -> bytes read
@@ -30,7 +30,7 @@ class RandomReads:
         """The bytes of a row after the first `done`."""
         while done < len(row):
             if (count := self.read((row[done:],), offset + done)) == 0:
-                raise ValueError(f"{self.path} ends at byte {offset + done}: it was cut while it was read")
+                raise ValueError(f"{self.path} ends at byte {offset + done}: it was truncated while it was read")
             done += count
 
     def __del__(self):
@@ -39,18 +39,18 @@ class RandomReads:
 
 
 def read_rows(files: Sequence[RandomReads], offsets: Sequence[int], rows: np.ndarray) -> None:
-    """Fill each of `rows` (B, bytes of a row) uint8 with what lies in its file after its offset. Other threads run
-    meanwhile. Raises: ValueError naming a file that ends before."""
+    """Fill each of `rows` (B, bytes of a row) uint8 from its file at its offset. Other threads run meanwhile.
+    Raises: ValueError naming a file that ends too early."""
     size = rows.shape[1]
-    for file, offset, row in zip(files, offsets, rows, strict=True):  # 100,000 times a second: nothing more in here
+    for file, offset, row in zip(files, offsets, rows, strict=True):  # runs 100,000 times a second: keep it short
         if (done := file.read((row,), offset)) != size:
             file.read_rest(row, offset, done)
 
 
 def allow_open_files(count: int) -> None:
-    """Raise what this process may open, if need be, to `count` files beside others.
+    """Raise this process's limit of open files, if needed, so that `count` files fit beside others.
 
-    Raises: ValueError if the system's limit is lower.
+    Raises: ValueError if the system's hard limit is lower.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + OPEN_FILES_BESIDE
@@ -58,21 +58,21 @@ def allow_open_files(count: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and wanted > hard:
         raise ValueError(
-            f"{count} files are to be open at once, the system allows {hard}, {OPEN_FILES_BESIDE} of them for others: "
-            "raise it (ulimit -n) or write fewer, larger files"
+            f"{count} files are to be open at once, the system allows {hard}, of which {OPEN_FILES_BESIDE} are kept "
+            "for others: raise the limit (ulimit -n) or write fewer, larger files"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def available_memory() -> int:
-    """Bytes that this process could still take: what the machine has free, or the limit of its container (cgroup)."""
+    """Bytes that this process may still allocate: the machine's free memory, or its container's (cgroup) limit."""
     found, own = psutil.virtual_memory().available, Path("/proc/self/cgroup")
     for line in own.read_text().splitlines() if own.is_file() else ():
         _, controllers, inside = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
         root, name = (CGROUP, "memory.max") if not controllers else (CGROUP / "memory", "memory.limit_in_bytes")
-        for path in (root / inside.strip("/") / name, root / name):  # a container may see its own as the root
+        for path in (root / inside.strip("/") / name, root / name):  # a container's own cgroup may be its root
             limit = path.read_text().strip() if path.is_file() else "max"
             found = found if limit == "max" else min(found, int(limit))
     return found

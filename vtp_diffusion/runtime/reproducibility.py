@@ -1,8 +1,7 @@
-"""What makes a run's numbers the same again: random numbers keyed by what they are for, exact float32, deterministic
-algorithms.
+"""Reproducible runs: random numbers keyed by their use, exact float32, deterministic algorithms.
 
-Random numbers are keyed by the seed and the place in the run, never by what was drawn before: that is what makes ten
-steps, a restart and ten more steps the same as twenty, bit for bit on a CPU.
+Random numbers depend on the seed and the position in the run, never on earlier draws. So ten steps, a restart and ten
+more steps give the same as twenty, bit for bit on a CPU.
 """
 
 import contextlib
@@ -17,20 +16,21 @@ RANDOM_BLOCK = 16  # samples that share a generator: few enough to waste little,
 
 
 def stream_seed(use: str, *keys: int) -> int:
-    """Seed, below 2**63, of the random numbers of one use at its keys: `stream_seed("noise", seed, image)`.
+    """A seed below 2**63 for one use of random numbers, such as `stream_seed("noise", seed, image)`.
 
-    A hash of the text of both. Numbers alone would not do: seed + image gives neighbouring seeds all but one image in
-    common, and numpy fills up lists of numbers with zeros, so that [7, 3] and [7, 3, 0, 0] are one generator.
+    It is a hash of the use and the keys as text. Plain numbers collide: with seed + image, runs of neighbouring seeds
+    share the noise of all images but one, and numpy pads lists with zeros, so that [7, 3] and [7, 3, 0, 0] give the
+    same generator.
 
-    Training's order of images and its `step_generator` keep such lists, since runs resume; a training program draws
-    nothing else from them.
+    Training's order of images and `step_generator` still use such lists, so that older runs can be resumed; training
+    draws nothing else from them.
     """
     digest = hashlib.sha256(" ".join([use, *map(str, keys)]).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def random_stream(use: str, *keys: int) -> np.random.Generator:
-    """NumPy's generator of that seed."""
+    """NumPy generator seeded with `stream_seed(use, *keys)`."""
     return np.random.default_rng(stream_seed(use, *keys))
 
 
@@ -58,7 +58,7 @@ def draw_for_positions(
 
     Args:
         draw: (count, generator) -> named tensors (count, ...).
-        positions: of the samples: step x images a step + place in the step.
+        positions: of the samples: step x images per step + index in the step.
     Returns: named tensors (len(positions), ...).
     """
     blocks = range(positions.start // RANDOM_BLOCK, -(-positions.stop // RANDOM_BLOCK))
@@ -69,14 +69,14 @@ def draw_for_positions(
 
 @contextlib.contextmanager
 def exact_float32(benchmark: bool = False) -> Iterator[None]:
-    """TensorFloat-32 is off inside, whatever the process has set: torch allows it to convolutions by default.
+    """Context without TensorFloat-32, whatever the process has set: torch allows it for convolutions by default.
 
-    Args: `benchmark`: let cuDNN try its algorithms for every new shape.
+    Args: `benchmark`: let cuDNN time its algorithms for every new shape.
     """
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        limit = torch.backends.cudnn.benchmark_limit  # of algorithms tried; else it would become PyTorch's
+        limit = torch.backends.cudnn.benchmark_limit  # kept: `flags` would reset it to PyTorch's default
         with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, benchmark_limit=limit, allow_tf32=False):
             yield
     finally:
@@ -84,10 +84,10 @@ def exact_float32(benchmark: bool = False) -> Iterator[None]:
 
 
 def use_deterministic_algorithms() -> None:
-    """The same bits on every run on the same kind of device, where PyTorch has such algorithms; else it raises.
+    """Make runs on the same kind of device bit-identical; PyTorch raises where it has no deterministic algorithm.
 
-    To be called before the first product on a GPU, which fixes cuBLAS's workspace. What torch.compile measures to
-    choose between kernels is left out as well: another choice would round differently.
+    Call it before the first matrix product on a GPU, which fixes cuBLAS's workspace. torch.compile then chooses
+    kernels without timing them: another choice would round differently.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -96,11 +96,11 @@ def use_deterministic_algorithms() -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a frozen autoencoder. `precision`: "no", "fp16" or "bf16", as accelerate's mixed_precision."""
+    """Autocast for a frozen autoencoder. `precision`: "no", "fp16" or "bf16", as accelerate's mixed_precision."""
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def to_float64(values: torch.Tensor) -> torch.Tensor:
-    """The numbers in float64, on their device, or on the CPU where it has no such numbers (mps)."""
+    """`values` in float64 on their device, or on the CPU if the device has no float64 (mps)."""
     return (values.cpu() if values.device.type == "mps" else values).double()

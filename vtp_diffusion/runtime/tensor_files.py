@@ -1,4 +1,4 @@
-"""PyTorch files, perhaps damaged or foreign: nothing in them is executed, and what cannot be read is named."""
+"""Reading PyTorch files that may be damaged or foreign: no code in them runs, and errors name the file."""
 
 import pickle
 import struct
@@ -20,8 +20,8 @@ def read_torch(path: str | Path, mmap: bool = False) -> Any:
     Args: `mmap`: map the tensors instead of reading them.
     Raises: ValueError naming the file if it is missing, damaged, or holds a pickle of something else.
     """
-    if not Path(path).is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no file, expected a PyTorch file of tensors")
+    if not Path(path).is_file():  # opening a pipe would wait for a writer
+        raise ValueError(f"{path} is not a file, expected a PyTorch file of tensors")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except TORCH_FILE_ERRORS as error:

@@ -12,7 +12,7 @@ LONGEST_INTEGER = 100  # characters: Python itself reads no more than 4300 digit
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2 scalars: `no` and `12:30` are words, `1e-3` and `010`, ten, are numbers; no key is given twice."""
+    """YAML 1.2 scalars: `no` and `12:30` are words, `1e-3` and `010` (ten) are numbers; no key may be repeated."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -25,12 +25,12 @@ class _Yaml(yaml.SafeLoader):
 def _yaml_integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value
     if len(text) > LONGEST_INTEGER:
-        raise ValueError(f"{text[:20]}... of {len(text)} characters is no integer a setting takes{node.start_mark}")
+        raise ValueError(f"{text[:20]}... of {len(text)} characters is too long for an integer{node.start_mark}")
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text, 10)
 
 
-# YAML 1.1, which PyYAML reads, takes yes/no/on/off for truth values, 1e-3 for text, 010 for eight and 12:30 for 750:
-# all of it would be silent here.
+# PyYAML reads YAML 1.1, which silently takes yes/no/on/off for truth values, 1e-3 for text, 010 for eight and 12:30
+# for 750.
 _OTHERS = (":bool", ":float", ":int", ":timestamp")
 _Yaml.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(_OTHERS)]
@@ -85,7 +85,7 @@ def find_yaml(word: str, shipped: Sequence[Path]) -> str:
 
 
 def describe_yaml(shipped: Sequence[Path]) -> str:
-    """A line of each file: its name, and what its comment begins with."""
+    """One line per file: its name and the first sentence of the comment at its top."""
     lines = []
     for path in shipped:
         rows = itertools.takewhile(lambda row: row.startswith("#"), path.read_text(encoding="utf-8").splitlines())

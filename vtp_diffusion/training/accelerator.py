@@ -16,21 +16,21 @@ from .config import TrainingConfig
 
 
 def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: list[str], in_parts: bool = False) -> Any:
-    """The accelerate.Accelerator of a run. Processes, DDP and FSDP2 are what `accelerate launch` says they are.
+    """The accelerate.Accelerator of a run. `accelerate launch` decides on the processes and between DDP and FSDP2.
 
-    Under FSDP2 the shards stay float32 and products run under autocast, as without it: accelerate's own policy would
-    round the times that the network is conditioned on to bfloat16.
+    Under FSDP2 too the weights stay float32, and matrix products run under autocast: accelerate's own policy would
+    also round the times, which condition the network, to bfloat16.
 
     Args:
         block_names: classes whose instances FSDP2 shards one by one, unless the launcher names others.
         in_parts: the backward passes of a step do not all reach the same parameters, see `TrainingRun`.
-    Raises: ValueError: processes that did not find each other, FSDP of version 1 or without accelerators, a batch that
-        the processes cannot share.
+    Raises: ValueError: the launched processes did not join, FSDP has version 1 or no accelerators, or the batch cannot
+        be divided among the processes.
     """
     import accelerate
 
-    # DDP sums gradients up in the last backward pass of a step: also those of parameters which only others reached,
-    # if it is told to look for them
+    # DDP reduces gradients in the last backward pass of a step. A parameter that only earlier passes of the step
+    # reached is included if DDP looks for unused parameters.
     ddp = accelerate.DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=in_parts)
     tracker = None if config.report_to == "none" else config.report_to
     if tracker is not None:
@@ -40,11 +40,11 @@ def make_accelerator(config: TrainingConfig, project_dir: Path, block_names: lis
         log_with=tracker,
         project_dir=str(project_dir),
         kwargs_handlers=[ddp],
-        # else a number in the launcher's environment would divide the losses once more
+        # else accelerate takes a number from the launcher's environment, and divides the losses a second time
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(num_steps=1),
     )
     _set_up_sharding(accelerate, accelerator, block_names)
-    config.micro_batch_size(accelerator.num_processes)  # for its ValueError
+    config.micro_batch_size(accelerator.num_processes)  # raises if the processes cannot share a batch
     return accelerator
 
 
@@ -59,11 +59,13 @@ def _set_up_sharding(accelerate: Any, accelerator: Any, block_names: list[str]) 
     if accelerator.distributed_type != accelerate.DistributedType.FSDP:
         raise ValueError(
             f"FSDP was asked for, but accelerate runs {accelerator.distributed_type.value} on "
-            f"{accelerator.num_processes} x {accelerator.device.type}: it shards over two or more accelerators only"
+            f"{accelerator.num_processes} x {accelerator.device.type}: expected two or more accelerators"
         )
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP version {plugin.fsdp_version} was asked for, expected 2: --fsdp_version 2")
+        raise ValueError(
+            f"FSDP version {plugin.fsdp_version} was asked for, expected 2: give accelerate launch --fsdp_version 2"
+        )
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -76,13 +78,12 @@ def _set_up_sharding(accelerate: Any, accelerator: Any, block_names: list[str]) 
 
 
 def tracker_settings(report_to: str, folder: Path, first_step: int, config: dict[str, str]) -> dict[str, Any]:
-    """Arguments of accelerate's `init_trackers`: its one name is wandb's project, but tensorboard's folder, where a
-    resumed run has to find it.
+    """Arguments of accelerate's `init_trackers`. Its `project_name` is a project of wandb, a folder of tensorboard.
 
-    Resumed, tensorboard forgets what a killed run logged after its checkpoint, and has the configuration already.
-    wandb goes on with the run whose id lies in the folder; of steps that it has it keeps what it has.
+    When a run is resumed, tensorboard drops what was logged after the checkpoint, and has the configuration already.
+    wandb continues the run whose id is in the folder, and keeps the values that it has for a step.
 
-    Args: `report_to`: the tracker; `folder`: of the run, whose name the run has in wandb; `first_step`: steps done.
+    Args: `report_to`: the tracker; `folder`: the run folder, whose name wandb shows; `first_step`: steps done.
     """
     if report_to == "wandb":
         file = folder / "wandb_id.txt"
@@ -104,9 +105,9 @@ def is_sharded(parameters: list[torch.nn.Parameter]) -> bool:
 class StopRequest:
     """Inside this context SIGTERM and SIGINT are remembered instead of ending the process.
 
-    Launchers and schedulers send a signal several times and to every process, so that repeating it changes nothing;
-    SIGQUIT (Ctrl-\\) and SIGKILL stop at once. Only the main thread can handle signals: in others nothing is
-    remembered.
+    Launchers and schedulers send a signal several times and to every process, so a repeated signal changes nothing;
+    SIGQUIT (Ctrl-\\) and SIGKILL stop at once. Python handles signals in the main thread only: in any other thread
+    this context does nothing.
     """
 
     def __init__(self):

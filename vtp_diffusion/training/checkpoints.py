@@ -1,15 +1,15 @@
-"""Checkpoints of a training run: written whole or not at all, told from torn ones, resumed bit for bit.
+"""Checkpoints of a training run: written atomically, checked for damage, resumed bit for bit.
 
-A checkpoint is copied to the memory of the host, where a thread writes it: under another name, flushed to the disk,
-listed with sizes and hashes in `manifest.json`, and renamed at last. Whatever the processes were, and whether their
-weights were whole or sharded, its content is the same:
+The state is copied to host memory, from where a thread writes it: under a temporary name, flushed to disk, with the
+size and hash of every file in `manifest.json`, and renamed at the end. The content depends neither on the number of
+processes nor on whether the weights were sharded:
 
     <model>/, <model>_ema/     diffusers folders, which from_pretrained loads
     <model>_ema_<decay>/       the same for every further decay of the averages
-    objective.safetensors      what is trained beside the model, and buffers
+    objective.safetensors      trained parameters outside the model, and buffers
     optimizer.pt               name of a parameter -> its moments; the state of the loss scaler
     random_state_<rank>.pt     of each process
-    data_state_<rank>.json     of each process, where data are read as a stream
+    data_state_<rank>.json     position of each process in the data, if they are read as a stream
     state.json                 step, data, counters
 """
 
@@ -42,15 +42,15 @@ HASHING_THREADS = 4  # a checkpoint has hardly more large files
 
 
 def _flushed_sha256(path: Path) -> str:
-    """Hash of a file that is then on the disk. Both leave the interpreter alone."""
+    """Flush a file to disk and hash it. Neither holds the GIL, so that threads do it in parallel."""
     sync(path)
     return file_sha256(path)
 
 
 class Manifest:
-    """Size and SHA-256 of every file of a folder, and the certainty that all of it is on the disk.
+    """Size and SHA-256 of every file of a folder, each of which is flushed to disk.
 
-    Files that are `add`ed once they are complete are hashed and flushed by threads while the next ones are written.
+    Threads hash and flush the files given to `add` while the next ones are written.
     """
 
     def __init__(self, folder: Path):
@@ -64,14 +64,14 @@ class Manifest:
         self._threads.shutdown(cancel_futures=True)
 
     def add(self, *paths: Path) -> None:
-        """Take complete files, or folders of them, of which each is then as it was."""
+        """Hash and flush files, or all files in folders; they must be complete and not change any more."""
         for path in paths:
             for file in [path] if path.is_file() else path.rglob("*"):
                 if file.is_file() and file not in self._hashes:
                     self._hashes[file] = self._threads.submit(_flushed_sha256, file)
 
     def write(self) -> None:
-        """Add what is there besides, and write the list. Raises: OSError if something does not reach the disk."""
+        """Add the remaining files of the folder, write the manifest. Raises: OSError if a file cannot be flushed."""
         self.add(self.folder)
         files = {
             path.relative_to(self.folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest.result()}
@@ -106,9 +106,9 @@ def find_damage(folder: Path) -> str | None:
 
 
 def newest_whole_checkpoint(folder: RunFolder) -> tuple[int, Path] | None:
-    """(step, folder) of the newest checkpoint that is as it was written; newer ones are named in a warning.
+    """(step, folder) of the newest undamaged checkpoint, with a warning for each newer one; None without checkpoints.
 
-    Raises: ValueError: there are checkpoints, but every one is damaged: starting over would be a surprise.
+    Raises: ValueError if every checkpoint is damaged: a run must not start over without being told to.
     """
     damages = []
     for step, path in reversed(folder.checkpoints()):
@@ -131,16 +131,16 @@ class TrainingState:
     """What a checkpoint holds: everything that decides how a run goes on.
 
     Attributes:
-        model: diffusers model, held as `<model_name>`.
+        model: diffusers model, saved as `<model_name>`.
         averages: name -> averages of the model's parameters.
-        objective: what is trained, with the model inside it.
-        not_saved: prefixes of state-dict keys of `objective` that are rebuilt from elsewhere.
+        objective: the trained module, which contains the model.
+        not_saved: prefixes of state-dict keys of `objective` to leave out: their weights come from elsewhere.
         optimizer, scaler: AdamW, and the loss scaler of fp16.
-        fingerprint: of the training data; `fingerprint_of` names its parts, which have "-" between them.
-        skipped: (2,) steps left out, in a row and altogether.
-        step, seconds: done, and of training.
-        data_state: where data are read as a stream, gives the position of this process for a checkpoint.
-        resumed_data_state: that of the checkpoint that was resumed.
+        fingerprint: hashes of what the run learns from, joined by "-"; `fingerprint_of` names them in errors.
+        skipped: (2,) steps skipped, in a row and in total.
+        step, seconds: steps done, and the time training them took.
+        data_state: for data read as a stream: returns the position of this process, to be saved.
+        resumed_data_state: that position from the checkpoint that was resumed.
     """
 
     model: Any
@@ -163,7 +163,7 @@ class TrainingState:
         return self.skipped.device
 
     def beside_model(self) -> dict[str, torch.Tensor]:
-        """State of the objective that is not the model's."""
+        """State dict of the objective without the model and without `not_saved`."""
         inside = {id(t) for t in self.model.state_dict(keep_vars=True).values()}
         state = self.objective.state_dict(keep_vars=True).items()
         return {k: v.detach() for k, v in state if id(v) not in inside and not k.startswith(self.not_saved or "\0")}
@@ -173,15 +173,15 @@ class TrainingState:
         return {name: p for name, p in self.objective.named_parameters() if id(p) in trained}
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """AdamW's moments by the name of the parameter, whole and copied to the CPU of the main process; every process
-        has to call it."""
+        """Name of a parameter -> AdamW's moments, unsharded, on the CPU of the main process; every process has to call
+        this."""
         state, trained = self.optimizer.state, self.trained_by_name().items()
         return {name: _copies({key: whole(value) for key, value in state[p].items()}) for name, p in trained}
 
 
 @dataclass
 class Snapshot:
-    """Copies of what a checkpoint holds, of one step, in the memory of the host; `model` gives its configuration."""
+    """A copy in host memory of what a checkpoint holds; of `model` only the configuration is used."""
 
     model: Any
     optimizer: dict[str, Any]
@@ -191,7 +191,7 @@ class Snapshot:
 
 
 def averaged_state(model: Any, average: AveragedWeights) -> dict[str, torch.Tensor]:
-    """State of the model with averages for its parameters; whole, so that every process has to call this."""
+    """State dict of the model with averages in place of its parameters, unsharded: every process has to call this."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     averages = {id(p): value for p, value in zip(parameters, average.averages, strict=True)}
     state = model.state_dict(keep_vars=True)
@@ -199,53 +199,53 @@ def averaged_state(model: Any, average: AveragedWeights) -> dict[str, torch.Tens
 
 
 def write_model(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """What `model.save_pretrained` writes, with other weights than those in the model."""
+    """Write what `model.save_pretrained` would, but with the weights in `state`."""
     model.save_config(folder)
     save_file({k: v.contiguous().cpu() for k, v in state.items()}, folder / WEIGHTS_NAME, {"format": "pt"})
 
 
 def export_averaged(model: Any, average: AveragedWeights, path: Path) -> None:
-    """Write averaged weights as a diffusers folder, whole or not at all; one that is there is replaced. Every process
-    has to call this."""
+    """Write averaged weights as a diffusers folder, atomically; an existing one is replaced. Every process has to call
+    this."""
     state = averaged_state(model, average)
     if this_process()[0] == 0:
         unfinished, before = (path.with_name(f"{UNFINISHED}{kind}{path.name}") for kind in ("", "old-"))
         with writing(path):
             write_model(model, state, unfinished)
         if path.exists():
-            path.rename(before)  # not removed before the new one is there
+            path.rename(before)  # removed only when the new one is in place
         unfinished.rename(path)
         shutil.rmtree(before, ignore_errors=True)
     wait_for_everyone()
 
 
 class CheckpointWriter:
-    """Writes checkpoint-<step> in a thread, from copies in the memory of the host: training waits for these alone.
+    """Writes checkpoint-<step> in a thread: training waits only while the state is copied to host memory.
 
-    The checkpoints before survive whatever happens meanwhile, and steps being left out. What fails is raised by the
-    next `save` or `wait`. A program that ends by an exception ends after what is being written is.
+    Earlier checkpoints survive a write that fails, and are kept while steps are being skipped. A failure is raised by
+    the next `save` or `wait`. A program that ends with an exception first waits for the write in progress.
     """
 
     def __init__(self, folder: RunFolder):
         self.folder, self._thread, self._writing = folder, ThreadPoolExecutor(1), None
 
     def save(self, state: TrainingState, limit: int | None) -> None:
-        """Copy the state and begin to write it, once the checkpoint before is written; for every process.
+        """Wait for the previous checkpoint, copy the state and begin to write it; every process has to call this.
 
-        Args: `limit`: how many to keep.
-        Raises: OSError: this one or the one before could not be written, for example because the disk is full. What
-            was written of it is removed; if it was another process than the main one that failed, by the next start.
+        Args: `limit`: how many checkpoints to keep.
+        Raises: OSError: this or the previous checkpoint could not be written, for example because the disk is full.
+            Its partial files are removed, at once if the main process failed, else at the next start.
         """
         self.wait()
-        with _named(state.step, self.folder):
+        with _reporting_failure(state.step, self.folder):
             snapshot = _take_snapshot(state, self.folder.unfinished(state.step))
         if snapshot is not None:
-            # while steps are left out, what leads to that must not take the place of what came before
+            # while steps are being skipped, delete no checkpoint: the older ones may be the only healthy ones
             limit = None if state.skipped[0] > 0 else limit
             self._writing = self._thread.submit(_write_snapshot, snapshot, state.step, self.folder, limit)
 
     def wait(self) -> None:
-        """Until what is being written is there; for every process. Raises: OSError if it could not be written."""
+        """Wait for the write in progress; every process has to call this. Raises: OSError if it failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -256,19 +256,19 @@ class CheckpointWriter:
 
     def __exit__(self, *error: Any) -> None:
         if self._writing is not None:
-            self._writing.exception()  # waits; `wait` raises it
+            self._writing.exception()  # only waits: `wait` raises a failure
 
 
 @contextlib.contextmanager
-def _named(step: int, folder: RunFolder) -> Iterator[None]:
-    """What the disk does not take of a checkpoint is removed and named."""
+def _reporting_failure(step: int, folder: RunFolder) -> Iterator[None]:
+    """Turn a failure to write a checkpoint into an OSError that names it, and remove its partial files."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap what the disk said
-        free = shutil.disk_usage(folder.path).free / 2**20  # torch.save does not say that there was no room
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors and torch.save wrap the system's error
+        free = shutil.disk_usage(folder.path).free / 2**20  # torch.save does not say that the disk is full
         if this_process()[0] == 0:
             shutil.rmtree(folder.unfinished(step), ignore_errors=True)
-        if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError too, but of the device
+        if isinstance(error, torch.OutOfMemoryError):  # also a RuntimeError, but about device memory
             raise
         kept = [p.name for _, p in folder.checkpoints()]
         raise OSError(
@@ -278,8 +278,8 @@ def _named(step: int, folder: RunFolder) -> Iterator[None]:
 
 
 def _take_snapshot(state: TrainingState, path: Path) -> Snapshot | None:
-    """What the main process is to write, copied; None on the others. Every process has to call it: each writes its
-    random state, and its place in the data, into the unfinished checkpoint."""
+    """Copy what the main process will write; None on the others. Every process has to call this: each writes its own
+    random state, and its position in streamed data, into the unfinished checkpoint."""
     rank, processes = this_process()
     if rank == 0:
         shutil.rmtree(path, ignore_errors=True)
@@ -293,13 +293,13 @@ def _take_snapshot(state: TrainingState, path: Path) -> Snapshot | None:
         (path / f"data_state_{rank}.json").write_text(json.dumps(state.data_state()), encoding="utf-8")
     moments = state.moments()
     models = {state.model_name: _copies({n: whole(v) for n, v in state.model.state_dict().items()})}
-    for name, average in state.averages.items():  # one after the other: each may be gigabytes of the device
+    for name, average in state.averages.items():  # one at a time: each may take gigabytes on the device
         models[name] = _copies(averaged_state(state.model, average))
     beside = _copies({name: whole(value) for name, value in state.beside_model().items()})
     scaler = None if state.scaler is None else copy.deepcopy(state.scaler.state_dict())
     record = {"step": state.step, "fingerprint": state.fingerprint, "seconds": state.seconds}
     record |= {"skipped": state.skipped.tolist(), "average_step": next(iter(state.averages.values())).step}
-    wait_for_everyone()  # all have written theirs
+    wait_for_everyone()  # every process has written its files
     if rank != 0:
         return None
     optimizer, record = {"optimizer": moments, "scaler": scaler}, record | {"processes": processes}
@@ -307,7 +307,7 @@ def _take_snapshot(state: TrainingState, path: Path) -> Snapshot | None:
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous, in memory of their own on the host, for the main process alone."""
+    """Contiguous copies in host memory, on the main process only."""
     if this_process()[0] != 0:
         return {}
     return {name: torch.empty(value.shape, dtype=value.dtype).copy_(value) for name, value in tensors.items()}
@@ -315,7 +315,7 @@ def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int | None) -> None:
     path = folder.unfinished(step)
-    with _named(step, folder), Manifest(path) as manifest:
+    with _reporting_failure(step, folder), Manifest(path) as manifest:
         torch.save(snapshot.optimizer, path / "optimizer.pt")  # first, as it takes longest to hash
         manifest.add(path / "optimizer.pt")
         for name, weights in snapshot.models.items():
@@ -328,15 +328,15 @@ def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int
 
 
 def resume(state: TrainingState, folder: RunFolder) -> None:
-    """Continue from the newest checkpoint that is not damaged, with whatever number of processes it was written.
+    """Load the newest undamaged checkpoint, whatever number of processes wrote it; without one the run starts anew.
 
-    Raises: ValueError: all are damaged, or it has another fingerprint.
+    Raises: ValueError: all checkpoints are damaged, or the fingerprint is another one.
     """
     rank, _ = this_process()
     found = from_main(lambda: newest_whole_checkpoint(folder))
     if found is None:
         if rank == 0:
-            folder.truncate_log(-1)  # nor is what was measured before training
+            folder.truncate_log(-1)  # measurements before training are made again, too
         return
     step, path = found
     record = read_json(path / "state.json")
@@ -345,13 +345,13 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
     for name, old, new in zip(state.fingerprint_of, there, now, strict=True):
         if old != new:
             raise ValueError(
-                f"{path} was trained with {name} of fingerprint {old}, what is given now has {new}: a run is resumed "
+                f"{path} was trained with {name} of fingerprint {old}, the fingerprint is now {new}: a run is resumed "
                 f"with the same {name} only"
             )
     _load_weights(state, path, record["average_step"])
     _load_optimizer(state, path)
     random_state = path / f"random_state_{rank}.pt"
-    if random_state.is_file():  # else there are more processes than before; all that training draws is keyed anyway
+    if random_state.is_file():  # missing with more processes than before; training does not draw from it anyway
         random = read_torch(random_state)
         torch.set_rng_state(random["cpu"])
         if state.device.type == "cuda" and "cuda" in random:
@@ -384,7 +384,7 @@ def _load_weights(state: TrainingState, path: Path, average_step: int) -> None:
 
 
 def _load_optimizer(state: TrainingState, path: Path) -> None:
-    # mapped: else the moments would take room in the host's memory once for every process
+    # memory-mapped: else every process would hold its own copy of the moments in host memory
     saved = read_torch(path / "optimizer.pt", mmap=True)
     for name, parameter in state.trained_by_name().items():
         state.optimizer.state[parameter] = {

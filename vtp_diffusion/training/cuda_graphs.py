@@ -1,6 +1,6 @@
 """CUDA graphs of the forward and backward passes of a training step: recorded once, then replayed.
 
-A graph is one launch. Thousands of short kernels, each launched from Python, keep a GPU waiting.
+Replaying a graph is one launch. Without it Python launches thousands of short kernels, and the GPU waits for it.
 """
 
 import gc
@@ -42,8 +42,8 @@ class CUDARecorder:
     def run(self, function: Callable[[], Any]) -> Any:
         """Result of `function()`, run on the side stream, ordered with the current stream.
 
-        Autograd accumulates a gradient on the stream on which it did so first; while recording it cannot wait for
-        another stream than the side stream.
+        Autograd keeps accumulating a gradient on the stream where it first did so, and a recording can wait for no
+        other stream. So what runs before recording runs on the side stream, too.
         """
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
@@ -61,7 +61,7 @@ class CUDARecorder:
         """
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may do meanwhile what recording forbids this one, such as pinning memory for batches.
+            # "thread_local": other threads may still do what recording forbids, such as pinning memory for batches.
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = function()
         except torch.OutOfMemoryError:
@@ -74,19 +74,20 @@ class CUDARecorder:
 
 
 class GraphedPasses:
-    """The passes of a step, recorded after the first calls and replayed from then on.
+    """The forward and backward passes of a step, recorded after the first calls and replayed from then on.
 
-    Gradients are never set to zero: the first recording that reaches a parameter makes its gradient and overwrites it
-    in every replay, later ones add to it. They stay in memory, and are put back after `zero_grad(set_to_none=True)`.
+    Gradients are never set to zero: in every replay the first recording that reaches a parameter overwrites its
+    gradient, later ones add to it. The gradient tensors stay in memory: every call puts them back into `.grad`, which
+    `zero_grad(set_to_none=True)` has emptied.
 
     `passes` may depend only on its inputs and on tensors that are changed in place: a replay runs no Python. The
-    graphs keep the memory of the passes, so that evaluation between steps finds less. If memory is too small for
+    graphs keep the memory of the passes, so that evaluation between steps has less. If there is too little memory for
     recording, that is reported, and all passes run without graphs.
 
     Args:
-        passes: inputs of one part of the step, named tensors or dictionaries of them -> named losses, detached, once
-            the gradients have been added to `.grad` of the parameters.
-        parameters: which get gradients.
+        passes: takes the inputs of one part of the step, named tensors or dictionaries of them; adds gradients to
+            `.grad` of the parameters; returns named losses, detached.
+        parameters: those that get gradients.
         warm_up: how many calls run without being recorded, at least 1.
         report: called with the reason if passes are not recorded.
         recorder: records `passes`; tests without a GPU pass another one.
@@ -101,7 +102,7 @@ class GraphedPasses:
         recorder: CUDARecorder | None = None,
     ):
         if warm_up < 1:
-            raise ValueError(f"warm_up is {warm_up}, expected at least 1: what is made once must not be recorded")
+            raise ValueError(f"warm_up is {warm_up}, expected at least 1: set-up of the first call cannot be recorded")
         self.passes, self.warm_up, self.report = passes, warm_up, report
         self.parameters = [p for p in parameters if p.requires_grad]
         self.recorder = CUDARecorder() if recorder is None else recorder
@@ -111,13 +112,13 @@ class GraphedPasses:
         self._given_up = False
 
     def __call__(self, parts: list[Inputs]) -> list[Losses]:
-        """The losses of every part of a step, as copies; gradients are in the parameters.
+        """Run a step: returns copies of the losses of each part; the gradients are in `.grad` of the parameters.
 
         Raises: ValueError: parts, names, shapes or dtypes differ from those of the first call, an input is no tensor,
             or there are gradients already.
         """
         if any(p.grad is not None for p in self.parameters):
-            raise ValueError("parameters have gradients, expected none: zero_grad(set_to_none=True) comes before")
+            raise ValueError("parameters have gradients, expected none: call zero_grad(set_to_none=True) before")
         self._take(parts)
         if self.warm_up > 0:
             self.warm_up -= 1
@@ -132,7 +133,7 @@ class GraphedPasses:
         return [{name: value.clone() for name, value in losses.items()} for losses, _ in self._recordings]
 
     def _record(self) -> None:
-        """Recordings of all parts, or none if the memory is not enough for them."""
+        """Record all parts, or none if there is not enough memory for all of them."""
         gc.collect()  # reference cycles would keep memory from the recordings
         try:
             for part in self._inputs:
@@ -145,11 +146,11 @@ class GraphedPasses:
         self._recordings.clear()
         for parameter in self.parameters:
             parameter.grad = None
-        self.report(f"the passes of a step are not recorded, since that takes more memory than there is: {reason}")
+        self.report(f"the passes of a step are not recorded, since there is too little memory for that: {reason}")
 
     def _pass(self, part: Inputs) -> Losses:
-        """`passes`, whose gradients are added to those of the parts before in a few kernels: autograd would take one
-        for every parameter. Until then a part's gradients take memory of their own."""
+        """Run `passes` on a part, and add its gradients to those of earlier parts in a few kernels, where autograd
+        would launch one for every parameter. Until then the part's gradients take memory of their own."""
         before = [p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -179,7 +180,7 @@ class GraphedPasses:
             if _kind(came.get(place)) != _kind(kept.get(place))
         ]
         if differing:
-            raise ValueError("recorded passes take inputs of the same kinds at every step:\n" + "\n".join(differing))
+            raise ValueError("recorded passes take the same shapes and dtypes at every step:\n" + "\n".join(differing))
         torch._foreach_copy_(list(kept.values()), [came[place] for place in kept])
 
 

@@ -17,19 +17,19 @@ from .run_folder import RunFolder
 
 
 def _means(table: torch.Tensor) -> list[float | None]:
-    """Means from sums and counts (K, 2); None where nothing was counted, which JSON has and NaN is not."""
+    """Means from sums and counts (K, 2); None where nothing was counted, since JSON has no NaN."""
     return [total / count if count else None for total, count in table.tolist()]
 
 
 class TrainingLog:
-    """Losses averaged over the steps between two lines, rates, and where they go.
+    """Averages losses and rates over the steps between two lines, and writes them to the log, tracker and bar.
 
     A loss that is a table (K, 2) of sums and counts, as `flow_matching.sums_by_time` makes them, is logged as the K
     means.
 
     Args:
         flops_per_image: useful floating-point operations of training on one image, for the MFU.
-        first_step: steps done already; seconds: of training, in earlier sessions.
+        first_step, seconds: steps and training time before this start.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class TrainingLog:
     ):
         self.config, self.folder, self.accelerator, self.seconds = config, folder, accelerator, seconds
         self.first_step, self.is_main = first_step, accelerator.is_main_process
-        self.flops_per_image, self.num_samples = flops_per_image, None  # the latter is known once data is read
-        self._sums: dict[str, torch.Tensor] | None = None  # of the losses over the steps that count
+        self.flops_per_image, self.num_samples = flops_per_image, None  # num_samples: see `TrainingRun.batch_sampler`
+        self._sums: dict[str, torch.Tensor] | None = None  # of the losses, without skipped steps
         self.summed = 0
         peak = peak_flops(accelerator.device, config.mixed_precision, config.peak_flops)
         known = peak is not None and flops_per_image is not None
@@ -66,20 +66,20 @@ class TrainingLog:
         return self._bar
 
     def restart_clock(self) -> None:
-        """What was done since the last line besides training does not count as training time."""
+        """Begin the measurement of time anew, after work that is not training, such as validation."""
         self._mark = time.perf_counter()
 
     def add(self, losses: dict[str, torch.Tensor], counted: torch.Tensor) -> None:
-        """Add the losses of a step. Args: `counted`: 1, or 0 for a step that was left out: it does not enter."""
+        """Add the losses of a step. Args: `counted`: 1, or 0 for a skipped step, whose losses are ignored."""
         values = {name: torch.where(counted > 0, value, 0.0) for name, value in (losses | {"finite": counted}).items()}
         if self._sums is not None:
             values = {name: self._sums[name] + value for name, value in values.items()}
         self._sums, self.summed = values, self.summed + 1
 
     def write(self, step: int, learning_rate: float, skipped: int) -> None:
-        """A line of the means since the last one; every process has to call this.
+        """Write a line with the means since the last one; every process has to call this.
 
-        Args: `step`: that are done; `skipped`: steps left out so far.
+        Args: `step`: steps done; `skipped`: steps skipped so far.
         """
         names, values = list(self._sums), list(self._sums.values())
         flat = self.accelerator.reduce(torch.cat([v.flatten() for v in values]), reduction="mean")
@@ -105,7 +105,7 @@ class TrainingLog:
                 self._bar.set_postfix(loss=f"{loss:.4g}", images=f"{record['images_per_second']:.0f}/s")
 
     def _amounts(self, step: int) -> dict[str, float]:
-        """What training has taken by a step, where that is known, and how many processes share the seconds."""
+        """Epochs and operations up to a step, where they are known, and the number of processes."""
         images = step * self.config.train_batch_size
         known = {"epochs": self.num_samples and images / self.num_samples}
         known["flops"] = self.flops_per_image and images * self.flops_per_image
@@ -114,8 +114,8 @@ class TrainingLog:
         }
 
     def report(self, step: int, values: dict[str, float], picture: Any = None, name: str = "validation") -> None:
-        """Log and print what a validation measured; log its picture (PIL), which is also written into samples/. The
-        values come last: where log.jsonl has them, all of it was done."""
+        """Log and print what a validation measured, and its picture (PIL), which is also written into samples/. The
+        values come last: if log.jsonl has them, the validation was complete."""
         if not self.is_main:
             return
         if picture is not None:
@@ -131,7 +131,7 @@ class TrainingLog:
             (print if self._bar is None else self._bar.write)(f"step {step}: {numbers_line(values)}")
 
     def median_rate(self) -> float:
-        """Images a second: the median of the log, the sessions before this one included; the first line of it, which
-        compilation is in, only where there is no other."""
+        """Images per second: the median of the whole log, earlier starts included. Its first line, which contains
+        compilation, counts only if there is no other."""
         rates = [line["images_per_second"] for line in self.folder.read_log() if "images_per_second" in line]
         return statistics.median(rates[1:] or rates)

@@ -1,5 +1,7 @@
-"""The loop of the training programs: processes, steps, resuming; what else a step takes is in the files beside.
-Why a resumed run does the same, bit for bit on a CPU, stands in runtime/reproducibility.py."""
+"""The loop of the training programs: processes, steps, resuming; the parts of a step are in the other files here.
+
+runtime/reproducibility.py explains why a resumed run does the same as one without a break, bit for bit on a CPU.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from .optimisation import Optimisation, learning_rate_at, parameter_groups
 from .run_folder import RunFolder
 
 MAX_SKIPPED_IN_A_ROW = 50  # steps with non-finite gradients before training is given up
-STOP_STEPS = 10  # several processes agree on stopping every so many steps: agreeing makes them wait for the device
+STOP_STEPS = 10  # processes agree on stopping only at every tenth step, since agreeing waits for the device
 
 
 class TrainingRun:
@@ -37,23 +39,23 @@ class TrainingRun:
                     ...
 
     Args:
-        config: of the run.
+        config: settings of the run.
         folder: the run folder, which is claimed here.
         objective: module whose `forward(**micro_batch)` returns named scalar losses; "loss" is minimised.
         model: the diffusers model inside it, which checkpoints hold as `<model_name>` and, averaged,
             `<model_name>_ema`, each loadable with from_pretrained.
-        model_name: as the pipeline calls it.
-        fingerprint: identifies the training data; a checkpoint is only resumed on the same.
-        fingerprint_of: what the parts of `fingerprint`, with "-" between them, are of, as errors call it.
-        not_saved: prefixes of state-dict keys of `objective` that are rebuilt from elsewhere, never saved.
-        groups: parameter groups where not everything is trained alike, see `Optimisation`; None is what
-            `parameter_groups` gives.
+        model_name: the pipeline's name of it.
+        fingerprint: hashes of what the run learns from, joined by "-"; a checkpoint is only resumed with the same.
+        fingerprint_of: names of the parts of `fingerprint`, for errors.
+        not_saved: prefixes of state-dict keys of `objective` to leave out: their weights come from elsewhere.
+        groups: parameter groups, see `Optimisation`; None: those of `parameter_groups`.
         flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
-        in_parts: a set of arguments, of the lists of them that micro-batches can be, does not use every parameter.
-        cuda_graphs: record the passes of a step and replay them, see `GraphedPasses`; arguments are then dictionaries
-            of tensors. Where that cannot be, why is printed, unless this is None, and the passes are made as ever.
-    Raises: ValueError: processes or precision that accelerate does not give here, a batch that cannot be divided among
-        them, a checkpoint that has another fingerprint or does not fit, or none that is not damaged.
+        in_parts: some backward passes do not reach every parameter.
+        cuda_graphs: record the passes of a step and replay them, see `GraphedPasses`; arguments must then be tensors
+            or dictionaries of them. Where that is not possible, passes run without graphs, and unless this is None
+            the reason is printed.
+    Raises: ValueError: accelerate does not provide the processes or precision that are asked for, the batch cannot be
+        divided among the processes, the checkpoint has another fingerprint or does not fit, or all are damaged.
     """
 
     def __init__(
@@ -144,8 +146,8 @@ class TrainingRun:
         return draw_for_positions(draw, self.positions(micro_step), self.config.seed, stream, self.device)
 
     def generator(self, micro_step: int, stream: int = 0) -> torch.Generator:
-        """A generator on the device for what this process draws in a micro-step where `draw` does not fit: its numbers
-        depend on how a step is divided."""
+        """A generator on the device for draws of this process in a micro-step that are not made sample by sample. Its
+        numbers depend on how a step is divided into processes and micro-steps."""
         return step_generator(self.config.seed, micro_step, self.rank, stream, self.device)
 
     def due(self, step: int, every: int) -> bool:
@@ -155,21 +157,21 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0, with a progress bar; logs and saves when due.
 
-        Raises: RuntimeError in the end, if not one step of the run counted.
+        Raises: RuntimeError at the end, if all steps were skipped.
 
-        After SIGTERM or SIGINT the step under way is finished and saved, and the program ends (SystemExit, status 0):
-        the same command resumes. Launchers may give less time than saving takes (torchrun: 30 seconds); a checkpoint
-        that a kill interrupts leaves the one before.
+        After SIGTERM or SIGINT the current step is finished and saved, and the program ends (SystemExit, status 0):
+        the same command resumes. Launchers may give less time than saving takes (torchrun: 30 seconds); if a kill
+        interrupts a checkpoint, the one before is still there.
         """
         last, config = self.config.max_train_steps, self.config
         with contextlib.closing(self.log.progress_bar()) as bar, StopRequest() as request, self._writer:
             for step in range(self.first_step, last):
                 yield step
                 bar.update()
-                pause = self.due(step, config.checkpointing_steps)
+                checkpointed = self.due(step, config.checkpointing_steps)
                 self.save_due(step)
                 if step + 1 < last and self._stop_agreed(step, request):
-                    if not pause:
+                    if not checkpointed:
                         if self.log.summed:
                             self._write_log(step)
                         self.save(step + 1)
@@ -177,40 +179,40 @@ class TrainingRun:
                     self.accelerator.print(f"stopped by a signal after step {step + 1}: the same command resumes")
                     self.end()
                     raise SystemExit(0)
-                if pause or self.due(step, config.validation_steps) or self._log_due(step):
+                if checkpointed or self.due(step, config.validation_steps) or self._log_due(step):
                     self.log.restart_clock()
         self._writer.wait()
         if self.skipped_steps >= last:
             raise RuntimeError(
-                f"not one of the {last} steps counted, their gradients were not finite: nothing was trained, and "
-                f"nothing is exported. Delete {self.folder.path} or give another output_dir, with other settings"
+                f"all {last} steps were skipped, since their gradients were not finite: nothing was trained, and "
+                f"nothing is exported. Change the settings, and delete {self.folder.path} or give another output_dir"
             )
 
     @property
     def skipped_steps(self) -> int:
-        """Steps so far, in earlier sessions too, that were left out since their gradients were not finite."""
+        """Steps skipped so far, before resuming too, because their gradients were not finite."""
         return int(self.state.skipped[1])
 
     @property
     def skipped_note(self) -> str:
-        """What the last line of a program says of `skipped_steps`: nothing where there are none."""
+        """`skipped_steps` in words, for the last line that a program prints; empty if there are none."""
         count = self.skipped_steps
-        return f"; {count} steps were left out, their gradients not being finite" if count else ""
+        return f"; {count} steps were skipped, since their gradients were not finite" if count else ""
 
     def save_due(self, step: int) -> None:
         """Save if a checkpoint is due once `step` (from 0) is done.
 
-        `steps` does so too, but after all that the program does at that step: before a validation, this keeps what
-        ends it from costing the steps before.
+        `steps` saves too, but only after everything else that the program does at that step. Call this before a
+        validation, so that a failing validation does not lose the steps before it.
         """
         if self.due(step, self.config.checkpointing_steps):
             self.save(step + 1)
 
     def validation_missed(self, name: str | None) -> bool:
-        """Whether a validation is due at the step that the run goes on after and was not made, since the process ended
-        between its checkpoint and its end; every process has to call this.
+        """Whether the resumed checkpoint was due for a validation that did not complete, because the process ended
+        during it; every process has to call this.
 
-        Args: `name`: how the names of the values begin that a validation reports; None if it makes a picture alone.
+        Args: `name`: prefix of the values that a validation reports; None if it only makes a picture.
         """
         step = self.first_step
         if step == 0 or not self.due(step - 1, self.config.validation_steps):
@@ -224,7 +226,7 @@ class TrainingRun:
         return any(gather_objects(missed))
 
     def _stop_agreed(self, step: int, request: StopRequest) -> bool:
-        """Whether a signal asked one of the processes to stop; all answer the same at the same step."""
+        """Whether a signal asked any process to stop; all processes give the same answer at the same step."""
         if self.world_size == 1:
             return request.signal is not None
         if not (self._log_due(step) or (step + 1) % STOP_STEPS == 0):
@@ -237,12 +239,12 @@ class TrainingRun:
         return step == 0 or any(self.due(step, n) for n in every)
 
     def optimise(self, step: int, micro_batches: Iterator[dict[str, Any] | list[dict[str, Any]]]) -> torch.Tensor:
-        """One optimiser step over the next `gradient_accumulation_steps` sets of arguments of the objective.
+        """One optimiser step over the next `gradient_accumulation_steps` micro-batches, the objective's arguments.
 
-        A micro-batch may be a list of sets, which are passed forwards and backwards one after the other: their losses
-        are added up, and the activations of one set only are in memory at a time. See `in_parts`.
+        A micro-batch may be a list of sets of arguments, each with its own forward and backward pass: their losses are
+        added up, and only the activations of one set are in memory at a time.
 
-        Returns: a scalar on the device, 1, or 0 if the step was left out since its gradients were not finite.
+        Returns: a scalar on the device, 1, or 0 if the step was skipped because its gradients were not finite.
         """
         means, last = {}, self.config.gradient_accumulation_steps - 1
         for k in range(last + 1):
@@ -261,7 +263,7 @@ class TrainingRun:
         return finite
 
     def _write_log(self, step: int) -> None:
-        """A line of the log. Raises: RuntimeError if too many steps in a row were left out."""
+        """Write a line of the log. Raises: RuntimeError if too many steps in a row were skipped."""
         in_a_row, skipped = (int(n) for n in self.state.skipped.tolist())
         self.log.write(step + 1, learning_rate_at(step, self.config), skipped)
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -269,14 +271,15 @@ class TrainingRun:
             before = [path.name for saved, path in self.folder.checkpoints() if saved <= step + 1 - in_a_row]
             raise RuntimeError(
                 f"the gradients of the last {in_a_row} steps up to step {step + 1} were not finite. Last checkpoint "
-                f"from before: {before[-1] if before else 'none'}. The command that resumes it may give a lower "
-                f"max_grad_norm than {self.config.max_grad_norm}"
+                f"from before: {before[-1] if before else 'none'}. The same command resumes; a lower max_grad_norm "
+                f"than {self.config.max_grad_norm} may help"
             )
 
     def _pass(self, arguments: dict[str, Any], sync: bool = True) -> dict[str, torch.Tensor]:
-        """One set of arguments forwards and backwards: its losses, detached, float32, as they count in a step.
+        """Forward and backward pass on one set of arguments.
 
-        Args: `sync`: processes are to have the sum of their gradients then.
+        Args: `sync`: reduce the gradients over the processes in this backward pass.
+        Returns: the losses, detached, float32, divided by the number of micro-steps.
         """
         count = self.config.gradient_accumulation_steps
         with contextlib.nullcontext() if sync else self.accelerator.no_sync(self.optimisation.objective):
@@ -286,7 +289,7 @@ class TrainingRun:
         return {name: value.detach().float() / count for name, value in losses.items()}
 
     def record_anew(self) -> None:
-        """Recorded passes are forgotten: the arguments that come next are of other kinds."""
+        """Drop recorded passes, because the arguments have other names or shapes from now on."""
         if self.graphed is not None:
             self.graphed = self._graphed(asked=False)
 
@@ -302,16 +305,16 @@ class TrainingRun:
         return None
 
     def summary(self) -> dict[str, float]:
-        """What results.json says of a run of any kind."""
+        """The entries of results.json that every program writes."""
         counts = {"images_per_step": self.config.train_batch_size, "seconds": self.log.seconds}
         return counts | {"images_per_second": self.log.median_rate(), "skipped_steps": self.skipped_steps}
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The model with its averaged weights, for evaluation, no gradients. Nothing is compiled meanwhile: batches of
-        other sizes than training's are not worth programs of their own.
+        """Within it the model has its averaged weights, for evaluation without gradients. Nothing is compiled, since
+        the batch sizes of evaluation would each take a compilation.
 
-        Raises: ValueError if the weights are sharded; `averaged_model` works then too.
+        Raises: ValueError if the weights are sharded: use `averaged_model` then.
         """
         if self.sharded:
             raise ValueError("the weights are sharded over the processes: this evaluation needs whole ones (no FSDP)")
@@ -326,9 +329,9 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def averaged_model(self) -> Iterator[Any]:
-        """The model with its averaged weights, whole, on every process; all of them have to enter.
+        """The model with its averaged weights, unsharded, on every process; all of them have to enter.
 
-        Under FSDP it is a copy that exists meanwhile, else the model itself.
+        Under FSDP it is a temporary copy, else the model itself.
         """
         if not self.sharded:
             with self.averaged_weights():
@@ -347,7 +350,7 @@ class TrainingRun:
             self._saved = step
 
     def end(self) -> None:
-        """Wait for the last checkpoint, close the trackers, and let another process have the run folder."""
+        """Wait for the last checkpoint, close the trackers, and unlock the run folder."""
         self._writer.wait()
         self.accelerator.end_training()
         if self.is_main:

@@ -1,4 +1,4 @@
-"""Muon with the matrices of one shape in batched products, and no wait for the device.
+"""Muon, with batched products for matrices of the same shape, and without waiting for the device.
 
 Muon: Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; the scale of its updates: arXiv:2502.16982.
 """
@@ -10,36 +10,36 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.sgd import sgd
 
-# Of matrices, in bfloat16, that share a product: 16 of XL's largest, one of which has too few tiles for a large GPU.
-# Up to three times as much is in use meanwhile, less than the second moments that Muon does without.
+# Size of a batch of bfloat16 matrices: 16 of XL's largest, since one alone has too few tiles to fill a large GPU. A
+# step uses up to three times as much memory, less than the second moments that Muon does not have.
 STACK_BYTES = 2**28
 
 
 class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon with the same settings and state; results are the same but for rounding in bfloat16.
 
-    Like torch's fused optimisers it leaves a step out, weights and momentum as they were, where the attribute
+    Like torch's fused optimisers it skips a step, leaving weights and momentum unchanged, if the attribute
     `found_inf`, a float on the device, is 1. Sharded weights (DTensor) are stepped one by one, as torch does.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        left_out = getattr(self, "found_inf", None)
+        skip = getattr(self, "found_inf", None)
         if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            return None if left_out is not None and left_out.item() else super().step(closure)
+            return None if skip is not None and skip.item() else super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             parameters, gradients, buffers = [], [], []
             self._init_group(group, parameters, gradients, buffers)
             # buffer += (1 - momentum) (gradient - buffer)
-            _descend(buffers, gradients, left_out, maximize=True, lr=1 - group["momentum"], weight_decay=1.0)
+            _descend(buffers, gradients, skip, maximize=True, lr=1 - group["momentum"], weight_decay=1.0)
             alike: dict[Any, list[tuple[torch.Tensor, ...]]] = {}
             for matrix in zip(parameters, gradients, buffers, strict=True):
                 alike.setdefault((matrix[0].shape, matrix[0].dtype, matrix[0].device), []).append(matrix)
             for (shape, *_), matrices in alike.items():
                 count = max(1, STACK_BYTES // (2 * shape.numel()))
                 for first in range(0, len(matrices), count):
-                    _step_alike(*map(list, zip(*matrices[first : first + count], strict=True)), group, left_out)
+                    _step_alike(*map(list, zip(*matrices[first : first + count], strict=True)), group, skip)
         return loss
 
 
@@ -48,7 +48,7 @@ def _step_alike(
     gradients: list[torch.Tensor],
     buffers: list[torch.Tensor],
     group: dict[str, Any],
-    left_out: torch.Tensor | None,
+    skip: torch.Tensor | None,
 ) -> None:
     """Step matrices of one shape (m, n) whose momentum is up to date."""
     first = parameters[0]
@@ -60,7 +60,7 @@ def _step_alike(
     updates = list(stack.to(first.dtype).unbind())
     scale = update_scale(first.shape, group["adjust_lr_fn"])
     # weight -= lr scale update + lr weight_decay weight
-    _descend(parameters, updates, left_out, lr=group["lr"] * scale, weight_decay=group["weight_decay"] / scale)
+    _descend(parameters, updates, skip, lr=group["lr"] * scale, weight_decay=group["weight_decay"] / scale)
 
 
 def orthogonalised(
@@ -90,19 +90,19 @@ def update_scale(shape: torch.Size, kind: str | None) -> float:
 def _descend(
     tensors: list[torch.Tensor],
     gradients: list[torch.Tensor],
-    left_out: torch.Tensor | None,
+    skip: torch.Tensor | None,
     lr: float,
     weight_decay: float,
     maximize: bool = False,
 ) -> None:
-    """tensor -= lr (gradient + weight_decay tensor), or with minus the gradient (`maximize`), and nothing where
-    `left_out` is 1: plain SGD, whose fused kernel reads that on the device and takes one pass."""
+    """tensor -= lr (gradient + weight_decay tensor), with `maximize` for minus the gradient; unchanged if `skip` is 1.
+    This is plain SGD, whose fused kernel reads `skip` on the device and makes one pass over the tensors."""
     sgd(
         tensors,
         gradients,
         [None] * len(tensors),
         fused=True,
-        found_inf=left_out,
+        found_inf=skip,
         lr=lr,
         weight_decay=weight_decay,
         maximize=maximize,

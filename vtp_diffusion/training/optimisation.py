@@ -1,4 +1,4 @@
-"""One step of the optimiser: learning rate, weight decay, clipping, steps left out, EMA of the weights."""
+"""One step of the optimiser: learning rate, weight decay, clipping, skipped steps, EMA of the weights."""
 
 import contextlib
 import math
@@ -30,7 +30,7 @@ def weight_decay_at(done: float, first: float, last: float) -> float:
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters for AdamW: matrices decay; biases, norm scales and single tokens do not.
 
-    Returns: groups with "decayed", whether `Optimisation.set_weight_decay` is meant for them.
+    Returns: groups whose "decayed" says if `Optimisation.set_weight_decay` changes them.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.squeeze().ndim >= 2]
@@ -43,7 +43,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 def muon_groups(model: nn.Module, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """As `parameter_groups` of `module`, but for the matrices inside the blocks of `model`, which are for Muon.
+    """`parameter_groups` of `module`, but the matrices inside the blocks of `model` are a group for Muon.
 
     Raises: ValueError if there are none.
     """
@@ -60,28 +60,28 @@ def muon_groups(model: nn.Module, module: nn.Module, weight_decay: float) -> lis
 
 class MuonWithAdamW(torch.optim.AdamW):
     """Muon for groups with "muon" true, AdamW for the others. Muon's updates have the root mean square of AdamW's
-    (arXiv:2502.16982), so that one learning rate is for both."""
+    (arXiv:2502.16982), so that one learning rate fits both."""
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any):
         super().__init__(groups, **settings)
         for group in self.param_groups:
             group.setdefault("muon", False)
-        theirs = [group for group in self.param_groups if group["muon"]]
+        for_muon = [group for group in self.param_groups if group["muon"]]
         self._muon = BatchedMuon(
-            [{"params": group["params"]} for group in theirs], momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            [{"params": group["params"]} for group in for_muon], momentum=0.95, adjust_lr_fn="match_rms_adamw"
         )
-        for group, muon in zip(theirs, self._muon.param_groups, strict=True):
+        for group, muon in zip(for_muon, self._muon.param_groups, strict=True):
             group.update({key: value for key, value in muon.items() if key not in group})
 
     def step(self, closure: Any = None) -> None:
-        """Both leave the step out where `found_inf`, on the device, is 1."""
+        """Both skip the step if `found_inf`, on the device, is 1."""
         everything = self.param_groups
         self.param_groups = [group for group in everything if not group["muon"]]
         try:
             super().step(closure)
         finally:
             self.param_groups = everything
-        # as they are now: `load_state_dict`, which accelerate calls too, puts others in their place
+        # at every step, since `load_state_dict`, which accelerate calls too, replaces groups and state
         self._muon.param_groups = [group for group in everything if group["muon"]]
         self._muon.state = self.state
         self._muon.found_inf = getattr(self, "found_inf", None)
@@ -122,21 +122,21 @@ class AveragedWeights:
 
 
 class Optimisation:
-    """AdamW, and averages (EMA) of the model that it trains.
+    """The optimiser, and averages (EMA) of the model that it trains.
 
     Args:
-        groups: parameter groups of AdamW. Beside its settings a group may have `lr_scale`, a factor on the learning
-            rate, `network`, a name: the gradients of a network are clipped by themselves, and `muon`, for Muon.
+        groups: parameter groups of AdamW. Besides its settings a group may have `lr_scale`, a factor on the learning
+            rate; `network`, a name: the gradients of each network are clipped separately; `muon`: true for Muon.
         accelerator: of the run; it prepares the objective and the optimiser.
-        objective: what holds the trained parameters.
-        model: the model inside it of which averages are kept, in checkpoints under `name`.
+        objective: module that holds the trained parameters.
+        model: the model inside it whose weights are averaged; checkpoints call the averages `name`.
 
     Attributes:
         objective: as accelerate prepared it, to be called.
-        optimizer: AdamW itself.
-        parameters, trained: trainable ones of the model; all that are trained.
-        average: with the decay of the configuration; `averages` holds it and those of further decays by name.
-        skipped: (2,) on the device, steps left out since their gradients were not finite: in a row, altogether.
+        optimizer: AdamW or `MuonWithAdamW`.
+        parameters, trained: the model's trainable parameters; all trainable parameters.
+        average: with `ema_decay`; `averages`: by name, this one and those of `ema_further_decays`.
+        skipped: (2,) on the device, steps skipped because of non-finite gradients: in a row, in total.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Optimisation:
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            fused=True,  # besides speed: it can be told on the device to leave a step out (see `step`)
+            fused=True,  # faster, and a flag on the device can make it skip a step (see `step`)
         )
         self.objective, self._prepared = accelerator.prepare(objective, self.optimizer)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -170,14 +170,17 @@ class Optimisation:
         self.skipped = torch.zeros(2, device=accelerator.device)
 
     def set_weight_decay(self, weight_decay: float) -> None:
-        """Of the groups that decay."""
+        """Set the weight decay of the groups that decay."""
         for group in self.optimizer.param_groups:
             if group["decayed"]:
                 group["weight_decay"] = weight_decay
 
     def step(self, learning_rate: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Clip, step, average: (gradient norms, 1 or 0). A step whose gradients are not finite is left out, for all
-        networks, and that (the 0) is decided on the device: asking it would make it wait at every step."""
+        """Clip, step, average. Returns the gradient norms, and 1, or 0 for a skipped step.
+
+        A step is skipped, for all networks, if any gradient is not finite. That is decided on the device: to read it
+        would wait for the device at every step.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self.accelerator.unscale_gradients(self._prepared)
@@ -192,8 +195,8 @@ class Optimisation:
         self._prepared.step()
         self._prepared.zero_grad(set_to_none=True)
         for average in self.averages.values():
-            # Also where the step is left out: averages, like the learning rate, go by steps, and the weights, which
-            # are as they were and finite, count for this one once more. One pass over the weights is enough so.
+            # Also after a skipped step: the weights are unchanged and finite, and count once more. A condition would
+            # take a second pass over the weights.
             average.update(self.parameters)
         self.skipped.copy_(torch.stack([(self.skipped[0] + bad) * bad, self.skipped[1] + bad]))
         return norms, 1 - bad
@@ -206,7 +209,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def laid_out_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole `value`, which every process has, on the device of `like` and sharded as it is."""
+    """The unsharded `value`, which every process has, on the device of `like` and sharded like it."""
     value = value.to(like.device)
     if not isinstance(like, DTensor):
         return value

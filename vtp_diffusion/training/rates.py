@@ -38,7 +38,7 @@ def forward_flops(module: nn.Module, *arguments: torch.Tensor) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that tensors took on the device so far; on a CPU the most that the process held."""
+    """Peak memory of tensors on the device so far; on a CPU the peak of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

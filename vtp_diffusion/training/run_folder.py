@@ -14,23 +14,22 @@ from ..runtime.disk import is_unfinished, log_lines, read_log, replacing, sync_f
 from ..runtime.processes import this_process
 from ..runtime.yaml_files import read_yaml
 
-PATIENCE = 60.0  # seconds that NFS caches a folder at most, unless mount options say otherwise
-UNFINISHED = ".unfinished-"  # what begins so was being written or deleted: nobody reads it, `claim` removes it
+PATIENCE = 60.0  # seconds; NFS caches a folder no longer, unless mount options say otherwise
+UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted: never read, and `claim` removes it
 
 
 class RunFolder:
-    """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/. What begins with
-    .unfinished- was being written or deleted; damaged-checkpoint-N/ was found so, and is left for you to look at.
+    """A folder that belongs to one configuration: config.yaml, log.jsonl, samples/ and checkpoint-N/. Names beginning
+    with .unfinished- were being written or deleted; damaged-checkpoint-N/ was found damaged, and is kept for a look.
 
-    Creating the object only looks; `claim` writes, from then on the folder is locked until `release` or the end of the
-    process (see folder_lock.py). `config.changeable_keys()` names what may differ on resuming.
+    Creating the object only reads. `claim` writes, and locks the folder until `release` or the end of the process (see
+    folder_lock.py). `config.changeable_keys()` names what may differ on resuming.
 
-    A start that failed before its first step leaves a configuration, and what was measured before training, but
-    nothing to lose: another configuration may take its place.
+    A run that failed before its first step has nothing to lose: another configuration may replace it.
 
-    Raises: ValueError: another process trains in the folder (the main process of a run looks), or it holds the run of
-        another configuration (the differing keys are named), a run that has gone on longer than this one is to, or
-        files that no run wrote.
+    Raises: ValueError: another process trains in the folder (only the main process checks that), or the folder holds a
+        run of another configuration (the differing keys are named), a run that already has more steps than
+        max_train_steps, or files that no run wrote.
     """
 
     def __init__(self, path: str | Path, config: Any):
@@ -58,13 +57,13 @@ class RunFolder:
         return (self.path / "log.jsonl").is_file() and any(record["step"] > 0 for record in self.read_log())
 
     def _differences(self) -> list[str]:
-        """A line for every key of the saved configuration that differs and may not; what was no setting yet has to be
-        at its default."""
+        """A line for every key that differs from the saved configuration and may not. A setting that is younger than
+        the saved one has to be at its default."""
         old = flatten_config(read_yaml(self.path / "config.yaml"))
         new, free = flatten_config(config_to_dict(self.config)), self.config.changeable_keys()
         for key, section, field in settings_of(self.config):
-            as_ever = key not in old and getattr(section, field.name) == field.default
-            if as_ever or "before" in field.metadata:
+            new_at_default = key not in old and getattr(section, field.name) == field.default
+            if new_at_default or "before" in field.metadata:
                 free.add(key)
         old, new = (
             {k: v for k, v in values.items() if k not in free and k.partition(".")[0] not in free}
@@ -73,7 +72,7 @@ class RunFolder:
         return setting_differences(old, new)
 
     def _keep_older_settings(self) -> None:
-        """What the run in the folder did before there was a setting for it, it goes on with: see `setting`."""
+        """A run that began before a setting existed keeps its behaviour, the value `before`: see `setting`."""
         old = flatten_config(read_yaml(self.path / "config.yaml"))
         for key, section, field in settings_of(self.config):
             if "before" not in field.metadata:
@@ -106,23 +105,23 @@ class RunFolder:
     def claim(self) -> None:
         """Create and lock the folder, write the resolved configuration, remove what interrupted writing left behind.
 
-        To be called by one process of a run. Raises: ValueError if another one was faster.
+        To be called by one process of a run. Raises: ValueError if another run was faster.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         folder_lock.acquire(self.path)
         self._check_content()  # another run may have come and gone since this one looked
-        with replacing(self.path / "config.yaml") as unfinished:  # a kill must not leave half of whose folder it is
+        with replacing(self.path / "config.yaml") as unfinished:  # a kill must not leave half a configuration
             save_config(self.config, unfinished)
         for entry in self.path.iterdir():
             if entry.name.startswith(UNFINISHED) or is_unfinished(entry):
                 entry.unlink() if entry.is_file() else shutil.rmtree(entry)
 
     def check_shared(self, patience: float = PATIENCE) -> None:
-        """For every process, once one has claimed the folder.
+        """Check that this process sees the folder that the main process has claimed.
 
         Args: `patience`: seconds that a network file system may take to show it.
-        Raises: ValueError if it is not there for this process, which runs on another machine, or holds the
-            configuration of a start that failed there.
+        Raises: ValueError if it does not: this process then runs on another machine, which has no such folder, or a
+            folder of its own with another configuration.
         """
         last = time.monotonic() + patience
         while not (self.path / "config.yaml").is_file() or self._differences():
@@ -134,7 +133,7 @@ class RunFolder:
             time.sleep(0.5)
 
     def release(self) -> None:
-        """Let another process work in the folder."""
+        """Unlock the folder."""
         folder_lock.release(self.path)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
@@ -157,16 +156,16 @@ class RunFolder:
         if limit is not None:
             for old_step, oldest in self.checkpoints()[:-limit]:
                 doomed = self.unfinished(old_step)
-                oldest.rename(doomed)  # half deleted it must not look like a checkpoint
+                oldest.rename(doomed)  # a half-deleted folder must not look like a checkpoint
                 shutil.rmtree(doomed)
 
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints after a step, which were found damaged, to damaged-checkpoint-N: so they take no
-        place among those that are kept, nor the place of one that is written again."""
+        """Rename the checkpoints after a step, which were found damaged, to damaged-checkpoint-N: they no longer count
+        among those to keep, and training can write that step again."""
         for later, path in self.checkpoints():
             if later > step:
                 aside, count = path.with_name(f"damaged-{path.name}"), 1
-                while aside.exists():  # of an earlier attempt at the step: there may be something to learn from it
+                while aside.exists():  # keeps one of an earlier attempt at the step
                     aside, count = path.with_name(f"damaged-{path.name}-{count + 1}"), count + 1
                 path.rename(aside)
 
@@ -177,11 +176,11 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """See the function."""
+        """The records of log.jsonl, see `disk.read_log`."""
         return read_log(self.path / "log.jsonl")
 
     def truncate_log(self, step: int) -> None:
-        """Forget the lines after a step: they will be written again. Raises: as `read_log`."""
+        """Delete the lines after a step: they will be written again. Raises: as `read_log`."""
         path = self.path / "log.jsonl"
         if path.is_file():
             kept = b"".join(line for line, record in log_lines(path) if record["step"] <= step)
