@@ -239,7 +239,7 @@ def test_a_folder_that_is_not_what_it_says(tmp_path):
     with pytest.raises(ValueError, match=r"holds no image files \([^)]*\)$"):
         FolderImages(tmp_path)
     (tmp_path / "of" / "classes").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds folders, of which each is a set of images here"):
+    with pytest.raises(ValueError, match="holds folders, expected the folder of one set of images"):
         FolderImages(tmp_path / "of")
     for k in range(3):
         Image.fromarray(pixels(1, k)[0]).save(tmp_path / f"{k:06d}.png")

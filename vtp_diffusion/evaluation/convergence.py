@@ -1,5 +1,5 @@
-"""How fast a run gets to a distance: E@FID-k, the epochs that training takes to an FID of at most k, and the images,
-GPU-seconds and floating-point operations beside them."""
+"""How fast a training run reaches a distance: E@FID-k, the epochs until the FID is at most k, and the same in images,
+GPU-seconds and floating-point operations."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -14,15 +14,15 @@ AMOUNTS = {"epochs": "epochs", "images": "images", "gpu_seconds": "GPU-seconds",
 
 
 def read_convergence(run_folder: str | Path) -> list[dict]:
-    """The quick distances of a training run in order, each with what training had taken until then.
+    """The quick distances of a training run in order, each with the training that it took until then.
 
-    Returns: a dictionary for every validation that measured one, with
-        step, images: of training, done by then.
-        epochs, flops: of the training images; useful ones of forward and backward passes. None where the log, of an
-            earlier version, does not say.
-        gpu_seconds: of training alone, over all processes; on a CPU those of its processes. None as above.
-        distance, floor: the value and that of real images at the same sizes, of num_images samples.
-        name, network: what the distance is called, and its feature network.
+    Returns: a dictionary for every validation that measured a distance, with
+        step, images: training steps and images so far.
+        epochs: passes over the training images so far. None if the log is of an earlier version and does not say.
+        flops: useful operations of forward and backward passes so far. None as above.
+        gpu_seconds: time of training alone, summed over all processes (also on a CPU). None as above.
+        distance, floor: the value for num_images samples, and that of real images at the same sizes.
+        name, network: name of the distance, and its feature network.
         guidance: of the samples, in words.
     Raises: ValueError: no run folder, a damaged log, or one without distances.
     """
@@ -58,7 +58,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
 
 
 def first_within(rows: Sequence[dict], distance: float) -> dict:
-    """The first of `read_convergence`'s rows whose distance is at most the given one. Raises: ValueError: none is."""
+    """The first row of `read_convergence` with at most this distance. Raises: ValueError: there is none."""
     for row in rows:
         if row["distance"] <= distance:
             return row
