@@ -12,6 +12,7 @@ weights are taken. --control adds a transformer of random weights to the first s
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -39,6 +40,7 @@ class Config(FeaturesConfig, SamplerConfig):
     steps: list[int] = setting(help="of its checkpoints", at_least=1)
     output: str = setting(help="beginning of the files of results: OUTPUT-STEP.json")
     picture: str | None = setting(None, "FILE.png for samples of the last step")
+    split: Literal["train", "validation"] = setting("train", "of the reference")
     control: bool = setting(False, "measure a transformer of random weights as well, in the first step's file")
     num_images: int = setting(2000, "images sampled", at_least=10)
     compile: bool = setting(False, "torch.compile the feature networks: takes longer than it saves")
@@ -85,7 +87,7 @@ def measure(config: Config) -> None:
     reference, results = None, {"distances": [], "scores": [], "sampling": {}}
     for step, name, pipe in measured_pipelines(config):
         if reference is None:
-            real, base, _ = open_reference(config.data, config.reference, "train", pipeline_image_size(pipe))
+            real, base, _ = open_reference(config.data, config.reference, config.split, pipeline_image_size(pipe))
             reference = record_source(config, "reference", real, base, extractors, outputs(extractors, "reference"))
             theirs = labels_by_name(pipe, [real.labels[k] for k in base], real.dataset.label_names)
             classes = pipe.transformer.config.num_classes

@@ -1,6 +1,8 @@
 """Does understanding drive generation? Tokenizers that differ in their objectives, and the same generator on each.
 
     python experiments/understanding_drives_generation/run.py --data runs/emoji.tar --gpus 0 1 --together 2
+    python experiments/understanding_drives_generation/run.py \\
+        --config experiments/understanding_drives_generation/fashion.yaml
     python experiments/understanding_drives_generation/run.py --smallest
 
 The first trains every tokenizer, measures it on held-out concepts, trains a generator on its latents and measures
@@ -9,6 +11,8 @@ the experiment. After --seconds everything has ended: what still trains is told 
 where the disk goes afterwards, nothing is begun that could not be measured in time. Results are written as they come
 to results/ in --output_dir; --bundle keeps them in one file as well. `data.py` makes the images; without --data they
 are OpenMoji alone. `table.py` reads the results.
+
+The second is the same on Fashion-MNIST, whose images `fashion.py` writes, in sizes for two CPU cores.
 
 --smallest is the smallest part on a CPU in minutes: two tokenizers at 32 pixels and a few steps. It shows that the
 chain works, and nothing about the question.
@@ -21,6 +25,7 @@ import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.openmoji import METADATA_NAME, is_held_out, openmoji_folder, read_metadata
@@ -53,10 +58,12 @@ GROUPS = (
     ("reconstruction_small", "all_small"),
     ("reconstruction_half", "all_half"),
 )
+FULL = GROUPS[0] + GROUPS[1]  # of full width, on all images
 # Estimated seconds on an H200 with one task a GPU. Steps of a tokenizer by the number of its objectives: all three
 # took 61 ms with four times the tokens, reconstruction alone some 20; of a generator: 15,000 images/s.
 # The rest of a task is starting (15), reading, measuring and encoding.
 JOINT_STEP, TOKENIZER, GENERATOR_STEP, GENERATOR, POINT = (0.023, 0.045, 0.061), 75.0, 0.017, 25.0, 15.0
+PARQUET = ("train.parquet", "test.parquet")  # what fashion.py writes
 HALF_SEED = 1  # another hash than the one that holds out
 HALF = "_half"  # names that end so are trained on half of the concepts; the held-out ones are the same
 TINY_TOKENIZER = {
@@ -96,16 +103,29 @@ class Config(MachineConfig):
         at_least=1,
         ordered=True,
     )
-    data: str | None = setting(None, "folder or FILE.tar that data.py wrote; none: OpenMoji alone, rendered")
+    data: str | None = setting(
+        None, "folder or FILE.tar that data.py wrote, or folder of fashion.py; none: OpenMoji alone, rendered"
+    )
+    tokenizer: Literal["tokenizer.yaml", "fashion_tokenizer.yaml"] = setting(
+        "tokenizer.yaml", "settings of the tokenizers, a file beside this one"
+    )
+    generator: Literal["generator.yaml", "fashion_generator.yaml"] = setting(
+        "generator.yaml", "settings of the generator, likewise"
+    )
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
     limit: int | None = setting(None, "use only so many images", at_least=100)
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
     num_images: int = setting(2000, "images sampled for a measurement", at_least=10)
+    num_reference: int | None = setting(None, "so many real images are the reference; none: all", at_least=4)
+    num_reconstructions: int | None = setting(None, "so many held-out images are reconstructed; none: all", at_least=3)
     batch_size: int = setting(250, "images sampled at once", at_least=1)
     num_inference_steps: int = setting(25, "UniPC steps; there is no guidance", at_least=1)
     probe_steps: int = setting(2000, "steps of the linear probe", at_least=1)
     networks: list[str] = setting(
         default_factory=lambda: ["vgg16", "efficientnet_lite0"], help="of the distances, beside one of random weights"
+    )
+    feature_batch_size: int | None = setting(
+        None, "images that such a network sees at once; none: as measure.py does", at_least=1
     )
     output_dir: str = setting("runs/understanding", "folder for everything that is made")
     least_seconds: float = setting(45.0, "nothing is started that has less than this left", at_least=0)
@@ -115,9 +135,14 @@ class Config(MachineConfig):
         if self.smallest:
             vars(self).update(SMALLEST)
         super().__post_init__()
-        check_names("tokenizers", self.tokenizers, TOKENIZERS)
         if self.data is not None and not Path(self.data).exists():
-            raise ValueError(f"data {self.data} is not there, expected what data.py wrote")
+            raise ValueError(f"data {self.data} is not there, expected what data.py or fashion.py wrote")
+        check_names("tokenizers", self.tokenizers, FULL if self.fashion else TOKENIZERS)
+
+    @property
+    def fashion(self) -> bool:
+        """Whether the images are Fashion-MNIST."""
+        return self.data is not None and (Path(self.data) / PARQUET[0]).is_file()
 
     @property
     def folder(self) -> Path:
@@ -129,7 +154,7 @@ SMALLEST = {
     "tokenizers": ["reconstruction", "all"], "seeds": [0], "tokenizer_steps": 60, "generator_steps": [40, 80],
     "resolution": 32,
     "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50,
-    "data": None, "networks": ["efficientnet_lite0"],
+    "data": None, "networks": ["efficientnet_lite0"], "tokenizer": "tokenizer.yaml", "generator": "generator.yaml",
 }  # fmt: skip
 
 
@@ -144,12 +169,31 @@ class Plan:
         self.config, self.folder, self.images = config, config.folder, images
         self.results, self.seeds = self.folder / "results", sorted(config.seeds)
 
-    def data(self, resolution: bool = True, half: bool = False) -> list[str]:
-        """The options that name the images; a reference of distances takes the size of what it is compared with."""
-        values = {"data.limit": self.config.limit or "none"}
-        values |= {"data.source": "openmoji", "data.resolution": self.config.resolution} if resolution else {}
+    @property
+    def source(self) -> str:
+        return "parquet" if self.config.fashion else "openmoji"
+
+    def data(self, half: bool = False) -> list[str]:
+        """The options that name the images."""
+        return options({"data.source": self.source, "data.resolution": self.config.resolution}) + self.files(half)
+
+    def files(self, half: bool = False, limit: int | None = None) -> list[str]:
+        """Where the images are, and how many of them are used."""
+        values = {"data.limit": limit or self.config.limit or "none"}
         images = self.folder / "half" if half else self.images
-        return options(values | ({"data.cache_dir": images} if images else {}))
+        if self.config.fashion:
+            train, held_out = (images / name for name in PARQUET)
+            values |= {"data.data_files": train, "data.validation_files": held_out}
+            values |= {"data.label_column": "label", "data.caption_column": "caption"}
+        elif images:
+            values |= {"data.cache_dir": images}
+        return options(values)
+
+    def reference(self) -> list[str]:
+        """Real images that samples are compared with, in the samples' size: of emoji, which are few, the training
+        images, of Fashion-MNIST held-out ones."""
+        words = ["--reference", self.source, *self.files(limit=self.config.num_reference)]
+        return words + ["--split", "validation"] * self.config.fashion
 
     @property
     def shared(self) -> float:
@@ -183,7 +227,7 @@ class Plan:
 
     def training(self, name: str) -> list[str]:
         (objectives, times, further), config = TOKENIZERS[name], self.config
-        words = ["train_vtp/train.py", "--config", str(HERE / "tokenizer.yaml"), *further]
+        words = ["train_vtp/train.py", "--config", str(HERE / config.tokenizer), *further]
         words += self.data(half=name.endswith(HALF))
         words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
         words += ["--output_dir", str(self.folder / f"tokenizer-{name}")]
@@ -194,7 +238,9 @@ class Plan:
         result, probe = (self.results / f"{kind}-{name}.json" for kind in ("reconstruction", "probe"))
         words = ["eval/reconstruction.py", "--vae", self.vae(name), *self.data(), "--output", str(result)]
         words += ["--feature_network", *self.config.networks, "--worst_cases", str(result.with_suffix(".png"))]
-        probing = ["eval/linear_probe.py", "--model", self.vae(name), *self.data(), "--data.label_column", "category"]
+        words += ["--num_images", str(self.config.num_reconstructions)] if self.config.num_reconstructions else []
+        probing = ["eval/linear_probe.py", "--model", self.vae(name), *self.data()]
+        probing += [] if self.config.fashion else ["--data.label_column", "category"]
         probing += ["--steps", str(self.config.probe_steps), "--output", str(probe)]
         probing += ["--features", str(self.folder / f"features-{name}"), "--train_batch_size", "256"]
         return [words, probing]
@@ -203,15 +249,16 @@ class Plan:
         """Train to the last step and measure there, in one process; the first seed also at the steps before."""
         config, steps, first = self.config, self.config.generator_steps, seed == self.seeds[0]
         folder, result = self.folder / f"generator-{name}-{seed}", self.results / f"generator-{name}-{seed}.json"
-        training = ["train_dit/train.py", "--config", str(HERE / "generator.yaml"), "--vae", self.vae(name)]
+        training = ["train_dit/train.py", "--config", str(HERE / config.generator), "--vae", self.vae(name)]
         training += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
         training += ["--max_train_steps", str(steps[-1]), "--checkpointing_steps", str(math.gcd(*steps))]
         training += ["--output_dir", str(folder)] + options(TINY_GENERATOR) * config.smallest
         words = [MEASURE, "--run", str(folder), "--steps", *map(str, steps if first else steps[-1:])]
-        words += ["--reference", "openmoji", *self.data(resolution=False), "--solver", "unipc"]
+        words += [*self.reference(), "--solver", "unipc"]
         words += ["--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
         words += options({"num_images": config.num_images, "num_inference_steps": config.num_inference_steps})
         words += options({"batch_size": config.batch_size, "output": result.with_suffix("")})
+        words += options({"feature_batch_size": config.feature_batch_size}) if config.feature_batch_size else []
         words += ["--control", "--picture", str(result.with_suffix(".png"))] if first else []
         points = len(steps) + 1 if first else 1  # with the control
         return Task(

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
@@ -212,11 +213,19 @@ def test_tasks_that_share_a_gpu_take_longer(understanding, tmp_path):
         assert shared.seconds == 2 * alone.seconds > 0 and alone.one_process
 
 
+def fashion_settings(folder: Path) -> dict:
+    """The settings of fashion.yaml, and a folder with the names of its images."""
+    (folder / "fashion").mkdir()
+    for part in ("train", "test"):
+        (folder / "fashion" / f"{part}.parquet").touch()
+    return yaml.safe_load((ROOT / UNDERSTANDING / "fashion.yaml").read_text()) | {"data": str(folder / "fashion")}
+
+
 def test_the_programs_take_these_words(understanding, tmp_path):
-    """Of both scales: names and values of options."""
-    for smallest in (False, True):
-        config = understanding.Config(output_dir=str(tmp_path), smallest=smallest)
-        plan = understanding.Plan(config, None)
+    """Of both scales and both sets of images: names and values of options."""
+    for settings in ({}, {"smallest": True}, fashion_settings(tmp_path)):
+        config = understanding.Config(**settings | {"output_dir": str(tmp_path)})
+        plan = understanding.Plan(config, config.data and Path(config.data))
         programs = [words for name in ("all", "reconstruction") for words in plan.tokenizer(name).programs]
         for words in [*programs, plan.generator("all", 0).programs[0]]:
             program = load(words[0])
@@ -228,10 +237,12 @@ def test_the_programs_take_these_words(understanding, tmp_path):
 def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
     found = load("docs/check_commands.py").commands(ROOT / UNDERSTANDING / "README.md")
     (tmp_path / "runs").mkdir()
-    for name in ("runs/emoji.tar", option(found[0], "--noto"), option(found[0], "--fluent")):
+    for name in ("runs/emoji.tar", "runs/fashion", option(found[0], "--noto"), option(found[0], "--fluent")):
         (tmp_path / name).touch()
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
-    assert [Path(words[1]).stem for words in found] == ["data", *["run"] * 3, "table", "run", "table"]
+    names = " ".join(Path(words[1]).stem for words in found)
+    assert names == "data run run run table run table fashion run table"
     for words in found:
         program = load(words[1])
         program.parse_config(program.Config, words[2:])
