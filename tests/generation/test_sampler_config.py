@@ -1,6 +1,5 @@
 import pytest
 
-from vtp_diffusion.evaluation.validation import ValidationConfig
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.runtime.config import parse_config
 
@@ -21,15 +20,6 @@ def test_its_guidance_as_options():
     assert config.guidance_words == " --guidance_scale 3.5 --guidance internal --guidance_interval 0.0 0.9"
     again = parse_config(SamplerConfig, config.guidance_words.split())
     assert again == config
-
-
-@pytest.mark.parametrize("given", [{"guidance": "internal"}, {"guidance_interval": (0.0, 0.9)}])
-def test_guidance_without_a_scale_is_refused(given):
-    with pytest.raises(ValueError, match="^guidance_scale is 1, which is no guidance, beside guidance.*: expected"):
-        SamplerConfig(**given)
-    with pytest.raises(ValueError, match="^validation.guidance_scale is 1, which"):
-        ValidationConfig(**given)
-    assert SamplerConfig(**given, guidance_scale=0.5).changed_guidance == given | {"guidance_scale": 0.5}
 
 
 @pytest.mark.parametrize(

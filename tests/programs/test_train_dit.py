@@ -381,7 +381,7 @@ def test_training_can_start_from_a_saved_transformer(tmp_path, made):
         (["--model.num_layers=0"], "model.num_layers is 0, expected a positive number"),
         (["--model.num_attention_heads=-2"], "model.num_attention_heads is -2, expected a positive number"),
         (["--seed=-1"], "seed is -1, expected 0 or a positive number"),
-        (["--validation.guidance=internal"], "validation.guidance_scale is 1, which is no guidance"),
+        (["--validation.guidance=internal"], "validation.guidance is 'internal', expected auto, classifier_free"),
         (["--guide.step=7"], "guide.step is 7, expected a step from 1 to 6"),
         (["--guide.step=1", "--guide.transformer=x"], "expected one of them"),
         (["--validation.distance.num_images=1"], "distance.num_images is 1"),

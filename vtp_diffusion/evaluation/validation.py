@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from ..data.image_datasets import DataConfig, open_dataset
 from ..data.images import image_grid
-from ..generation.pipeline_checks import check_call
 from ..generation.sampler_config import GuidanceConfig
 from ..generation.sampling import draw_labels, initial_noise
 from ..metrics.features import extract_features
@@ -47,7 +46,6 @@ class DistanceConfig(Settings):
 class ValidationConfig(GuidanceConfig):
     """Settings of validations, which sample with the EMA weights, each time from the same noise."""
 
-    section: ClassVar[str] = "validation."
     labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
     num_inference_steps: int = setting(50, "Euler steps", at_least=1)
     seed: int = setting(0, "of the noise; that of image k follows from seed and k", at_least=0)
@@ -70,9 +68,8 @@ def check_validation(config: ValidationConfig, pipeline: "LightningDiTPipeline")
             "validation.guidance is autoguidance, expected another kind: the guide (guide.step, guide.transformer) "
             "joins the pipeline when training has ended"
         )
-    arguments = config.num_inference_steps, config.guidance_scale, config.guidance_interval
     try:
-        check_call(pipeline, *arguments, None, 1, "latent", None, None, config.guidance)
+        config.check_pipeline(pipeline, config.num_inference_steps)
     except ValueError as error:
         raise ValueError(f"validation.{error}") from error
 

@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from ..models.latent_space import latent_statistics
 from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import exact_float32
 from .flow_matching import interpolate, sample_times, scheduler_shift, shift_times
-from .pipeline_checks import check_call, is_guided
+from .pipeline_checks import is_guided
 from .sampler_config import GuidanceConfig, SamplerConfig
 from .sampling import pipeline_identity
 from .solvers import use_solver
@@ -53,7 +53,6 @@ NOISE_STREAM = 3  # random stream of the trajectories' noise; the others are in 
 class TeacherConfig(GuidanceConfig):
     """The trained pipeline, and how it is sampled: its guidance is what the student learns."""
 
-    section: ClassVar[str] = "teacher."
     pipeline: str = setting(help="folder of a saved pipeline", may_change=True)
     num_inference_steps: int = setting(16, "steps of a trajectory", at_least=2)
     solver: Literal["pipeline", "euler", "unipc"] = setting(
@@ -127,9 +126,8 @@ def check_teacher(config: DistillationConfig, teacher: DiffusionPipeline, datase
             f"teacher.guidance_scale is {scale}, but {folder} was trained with class_dropout_prob 0 and has no "
             "prediction without a class: expected 1, or another teacher.guidance"
         )
-    arguments = given.guidance_interval, None, 1, "latent", None, None, kind
     try:
-        check_call(teacher, given.num_inference_steps, scale, *arguments)
+        given.check_pipeline(teacher, given.num_inference_steps)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be sampled as teacher.* says: {error}") from error
 

@@ -1,19 +1,19 @@
 """Options of sampling with a saved pipeline, the same in every program."""
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..runtime.config import Settings, setting
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(kw_only=True)
 class GuidanceConfig(Settings):
     """How sampling is guided."""
 
-    section: ClassVar[str] = ""  # as options name it, with its dot
     guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
     guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
         "auto", "kind of guidance; auto: by the pipeline's guidance transformer, else classifier-free"
@@ -22,13 +22,18 @@ class GuidanceConfig(Settings):
         (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.guidance_scale == 1 and self.changed_guidance:
-            given = ", ".join(f"{name} {value}" for name, value in self.changed_guidance.items())
+    def check_pipeline(self, pipe: "DiffusionPipeline", steps: int, channels: int | None = None) -> None:
+        """Check that a pipeline can be called so. Args: `steps`, `channels`: its other settings.
+
+        Raises: ValueError naming the first setting that it does not take, or a kind of guidance without a scale.
+        """
+        from .pipeline_checks import check_call
+
+        scale, kind = self.guidance_scale, self.guidance
+        check_call(pipe, steps, scale, self.guidance_interval, channels, 1, "latent", None, None, kind)
+        if scale == 1 and kind != "auto":
             raise ValueError(
-                f"{self.section}guidance_scale is 1, which is no guidance, beside {given}: expected another scale, or "
-                "nothing beside it"
+                f"guidance is {kind!r} with guidance_scale 1, which is no guidance: expected another scale, or 'auto'"
             )
 
     @property

@@ -14,7 +14,6 @@ import torch
 
 from ..data.images import Rounding, finite_to_uint8
 from ..runtime.reproducibility import exact_float32, random_stream, stream_seed
-from .pipeline_checks import check_call
 from .sampler_config import SamplerConfig
 from .solvers import solve_adaptively, use_solver
 
@@ -60,10 +59,9 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
     pipe = load_saved(DiffusionPipeline, folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     if config is not None:
-        arguments = config.guidance_scale, config.guidance_interval, config.guidance_channels
         try:  # at once: the first call may come after hours of reading real images
             use_solver(pipe, config.solver, config.time_shift)
-            check_call(pipe, config.num_inference_steps, *arguments, 1, "latent", None, None, config.guidance)
+            config.check_pipeline(pipe, config.num_inference_steps, config.guidance_channels)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
     return pipe.to(device)
