@@ -134,11 +134,11 @@ class Wanted:
 
     Attributes:
         groups: number of groups that the statistics are kept in, see `jackknife_group`; 0: no statistics.
-        kept: at most this many images, chosen at random, have their features kept; None: all.
+        max_features: at most this many images, chosen at random, have their features kept; None: all.
     """
 
     groups: int
-    kept: int | None
+    max_features: int | None
 
 
 class Record:
@@ -155,8 +155,8 @@ class Record:
     def __init__(self, dim: int, count: int, wanted: Wanted, seed: int, device: torch.device | str):
         self.groups = [GaussianStatistics(dim, device) for _ in range(wanted.groups)]
         self.kept = np.arange(count)
-        if wanted.kept is not None and wanted.kept < count:
-            self.kept = np.sort(random_stream("kept features", seed).permutation(count)[: wanted.kept])
+        if wanted.max_features is not None and wanted.max_features < count:
+            self.kept = np.sort(random_stream("kept features", seed).permutation(count)[: wanted.max_features])
         self._group = jackknife_group(count, max(wanted.groups, 1), seed)
         self._chosen = np.zeros(count, dtype=bool)
         self._chosen[self.kept] = True
