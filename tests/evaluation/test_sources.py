@@ -279,7 +279,7 @@ def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():
     images[11] = images[4]
     extractor = Extractor(Means(), "cpu")
     features = Means()(images)
-    wanted = {"means": {"features": Wanted(groups=4, kept=7)}}
+    wanted = {"means": {"features": Wanted(groups=4, max_features=7)}}
 
     def passing(batch_size):
         for start in range(0, 23, batch_size):
