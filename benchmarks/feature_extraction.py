@@ -6,25 +6,24 @@
     python benchmarks/feature_extraction.py --device cpu --num_files 8 --num_tensors 8 --size 64 --batch_size 4 \\
         --num_workers 0 --seconds 600
 
-Both sides run on the same machine and images in one process after each other, with TensorFloat-32 off ("exact" and the
-peer); "fast" is float16 inside the network. The peer runs as its `calculate_metrics` does: its
-loader of four processes, its batch size of 64. A row is one pass over the number of images that stands beside it, from
-the start of its reading processes to the last feature on the CPU; cuDNN's choice of algorithms and the compiler's work
-come before it and are rows of their own. The rows:
+Both sides run one after the other in one process, on the same images, with TensorFloat-32 off ("exact" and the peer);
+"fast" is float16 inside the network. The peer runs as in its `calculate_metrics`: a loader of four processes, batches
+of 64. A row is one pass over the given number of images, from the start of its reading processes to the last feature
+on the CPU; choosing cuDNN's algorithms and compiling come before it and have rows of their own. The rows:
 
     torch-fidelity            features and logits
     exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
     ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
     reading                   files to batches in pinned memory: no network can be faster
 
-After --seconds no other group of rows is begun, and those missing are named. Every row is printed and the JSON written
-when it is measured: what ends early keeps what it has.
+After --seconds no further group of rows is started, and the missing ones are named. Every row is printed, and the JSON
+written, as soon as it is measured.
 
-The ceiling is the rate of plain matrix products of each precision over the operations of one image. Convolutions of
-3x3 that save multiplications (Winograd's) may pass it. Weights are random unless given, which changes no speed; how
-far features lie from those computed in float64 (of 64 images) and from the peer's, in parts of their spread, and the
-FID between two sets of tensors in both modes are what the modes cost, and count with real weights only. Files beyond
-1,024 are links to the first: read and decoded anew each, but not made anew.
+The ceiling is the rate of plain matrix products in each precision divided by the operations of one image. Winograd's
+3x3 convolutions save multiplications and may exceed it. Weights are random unless given, which changes no speed. What
+the modes cost in accuracy is how far features lie from those computed in float64 (of 64 images) and from the peer's,
+relative to their spread, and the FID between two sets of tensors in both modes; that needs real weights. Files beyond
+1,024 are links to the first ones, but each is read and decoded.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/frechet_distance.py --output benchmarks/results/frechet_distance_cpu.json
     python benchmarks/frechet_distance.py --device cuda --output benchmarks/results/frechet_distance_h100.json
 
-The statistics are of features whose covariance has eigenvalues like 1/rank. Besides more samples than features, the
-distance is measured with fewer, where it takes another way, and to a reference that is compared again, which keeps its
-root. SciPy runs on the CPU whatever the device, once, since it is slow.
+The statistics are of features whose covariance has eigenvalues like 1/rank. The distance is measured with more samples
+than features, with fewer, which is computed differently, and to a reference that was compared before, whose root is
+cached. SciPy always runs on the CPU, and once, since it is slow.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What data of ImageNet's size cost beside the GPUs' work: listing, reading, shards, loading, npz, extrapolated.
+"""What data of ImageNet's size cost on disk and CPU, extrapolated: listing, reading, shards, loading, npz.
 
     python benchmarks/imagenet_rehearsal.py --output benchmarks/results/imagenet_rehearsal.json
     python benchmarks/imagenet_rehearsal.py --images 100000 --latents 200000 --folder /data/rehearsal

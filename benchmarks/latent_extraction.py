@@ -1,16 +1,16 @@
-"""Images a second that train_dit/extract_latents.py can encode at best, and decoding, against upstream's on one H100.
+"""Highest rates of encoding, as in train_dit/extract_latents.py, and of decoding, against upstream's on one H100.
 
     python benchmarks/latent_extraction.py --output benchmarks/results/latent_extraction.json
 
 Measured is what the program does with a batch once it has been read into pinned memory: uint8 images to the device,
-encoding, rounding to bfloat16, latents back. Two images of it make one sample, the second mirrored. Rows "decode" turn
-latents in pinned memory into uint8 images there. The weights are random, which decides no time. "autocast" is
---mixed_precision bf16, whose residual stream is float32 as upstream's; "bfloat16 stream" is the same with one in
-bfloat16 in the encoder; "bfloat16" rounds the weights as well. Each as it is, with its blocks compiled one by one
-(--compile), and, last of all since it takes longest, whole. `first_batch_seconds` has the compiling in it.
-`latent_error` is how far latents of random weights are from those in float32, relative to these.
-The peer's numbers hold for VTP-Large at 256 pixels, bfloat16, batches of 256, one H100; the ratios are only printed
-for that. `--size tiny` is for trying the program on a CPU.
+encoding, rounding to bfloat16, latents back. Every image is encoded twice, the second time mirrored. Rows "decode"
+turn latents in pinned memory into uint8 images there. The weights are random, which changes no time. "autocast" is
+--mixed_precision bf16, whose residual stream is float32 as upstream's; "bfloat16 stream" is the same with the
+encoder's residual stream in bfloat16; "bfloat16" has bfloat16 weights as well. Each runs eager, with blocks compiled
+one by one (--compile), and, last because it takes longest, compiled as a whole. `first_batch_seconds` includes
+compilation. `latent_error` is the difference between latents of random weights and those in float32, relative to the
+latter. The peer's numbers hold for VTP-Large at 256 pixels, bfloat16, batches of 256, one H100; the ratios are only
+printed for that. `--size tiny` is for trying the program on a CPU.
 """
 
 import argparse

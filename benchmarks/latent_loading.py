@@ -2,9 +2,9 @@
 
     python benchmarks/latent_loading.py --output benchmarks/results/latent_loading.json
 
-Two cases. Warm: all shards are in memory (the page cache). Cold: they are dropped from it before each measurement, as
-where latents are larger than memory, and every row comes from the disk; "read" is how many times the bytes of the rows
-came from it. To see one limit of memory instead, start this in a cgroup: `systemd-run --scope -p MemoryMax=3G ...`.
+Two cases. Warm: all shards are in the page cache. Cold: they are dropped from it before each measurement, as if
+latents were larger than memory, and every row comes from the disk; "read" is the bytes read from disk divided by those
+used. To limit memory instead, start this in a cgroup: `systemd-run --scope -p MemoryMax=3G ...`.
 
 Ours is what train_dit/train.py reads with: threads reading rows into the batch. The peer does what
 `ImgLatentDataset` of hustvl/LightningDiT does: it opens the shard for every sample, reads one row of one key and

@@ -8,17 +8,18 @@
     python benchmarks/mind_spread.py --reference guided --images plain --device cuda \\
         --output benchmarks/results/mind_spread_pipeline.json
 
-The reference is OpenMoji's pictures or a folder of images. They are halved at random; of one half N random images are
-the reference, of the other N are real images. --images are compared with the same N of the reference; without, they
-are the real ones of half the resolution, enlarged again: a small fault that a judge should see. A row holds, over
-repetitions of such subsets, mean and standard deviation of the distance of real images and of the others, and
+The reference is OpenMoji's pictures or a folder of images. They are split at random into two halves: N random images
+of one half are the reference, N of the other the real images. N of --images are compared with the same reference;
+without --images they are the real ones at half the resolution, enlarged again, a small fault that a metric should
+notice. A row holds, over repetitions of such subsets, mean and standard deviation of the distance of real images and
+of the others, and
 
     separation = (mean of the others - mean of real ones) / root of the mean of both variances
 
-which does not depend on the scale of a distance: the larger, the fewer images are enough. Subsets of one half share
-images, the more the larger N: deviations are too small by about the root of 1 - N / (images of the half), which is
-taken out. N is at most 3/4 of a half: 1,416 of OpenMoji's 3,778 pictures; larger ones are named. The last commands
-compare the shipped pipeline with and without guidance, of which there are as many images as are sampled.
+which does not depend on the scale of a distance: the larger it is, the fewer images are needed. Subsets of one half
+share images, more of them at larger N, which makes deviations too small by about the root of 1 - N / (images of the
+half); they are corrected for it. N is at most 3/4 of a half: 1,416 of OpenMoji's 3,778 pictures; larger N are left out
+and named. The last commands compare the shipped pipeline with and without guidance, with as many samples as wanted.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""How far the protocols that are called FID-50K are apart, on images of one pipeline under one Inception network.
+"""How much the protocols that are called FID-50K differ, on images of one pipeline and one Inception network.
 
     python benchmarks/protocols.py --pipeline weights/openmoji-128 --output benchmarks/results/protocols_cpu.json
 
-Samples are made once from drawn labels and once with as many of each class, and become uint8 in each of the ways that
-projects write; Inception's input is resized as TensorFlow 1 does, and once with centred pixels, the mistake that other
-ports make. The table has the distance of every choice and how far it is from that of protocol adm. The weights of
-Inception are random unless --weights names the file: then these are no FIDs, and say how sensitive such features are,
-not how far published numbers are apart. A port in JAX cannot be run here.
+Samples are made with random labels and with equally many of each class, and converted to uint8 in each of the ways
+that projects use; Inception's input is resized as in TensorFlow 1, and once with centred pixels, a mistake of other
+ports. The table has the distance of every choice and its difference to protocol adm. Inception's weights are random
+unless --weights names the file. With random ones these are no FIDs: they tell how sensitive such features are, not how
+far published numbers differ. A port in JAX cannot be run here.
 """
 
 import argparse

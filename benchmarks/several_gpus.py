@@ -3,22 +3,22 @@ r"""Programs on 1, 2 and 4 GPUs of one host in one job: rates, scaling, memory, 
     OMP_NUM_THREADS=8 python benchmarks/several_gpus.py --output benchmarks/results/several_gpus_h100.json
     python benchmarks/several_gpus.py --tiny true --processes 1 2 --seconds 900 --output several.json    # a CPU
 
-First a tiny run of train_dit/train.py on all GPUs, which smaller numbers of them go on with after its checkpoint. Then
-all smaller numbers side by side, each on GPUs of its own (`gpus` of a row; `beside`: what ran meanwhile, and where);
-then all GPUs on one program after the other. `--parts` are:
+First a tiny run of train_dit/train.py on all GPUs; smaller numbers of GPUs later resume it from its checkpoint. Then
+all smaller numbers side by side, each on its own GPUs (`gpus` of a row; `beside`: what ran at the same time, and
+where); then all GPUs together, one program after the other. `--parts` are:
 
 - dit: train_dit/train.py, XL/1, 128 images a GPU, by dit_training.py; on all GPUs with a profile (step_profile.py)
 - vtp: train_vtp/train.py, VTP Large, all objectives, by vtp_scaling.py; on one and on all GPUs. Options after `--` are
   for this program
 - latents: train_dit/extract_latents.py, VTP-Large, noise of 256 px; images: pipelines/generate.py, XL/1 with it
 - sharded: dit with FSDP2, on all GPUs
-- resume: see above; losses of all steps are compared with those of the run that went on
+- resume: see above; the losses after the checkpoint are compared with those of the uninterrupted run
 
-Weights are random. Of latents and images the rate is that of the shards and parts which are there after every process
-has one; `seconds_to_first` before has starting and compiling in it. `scaling` is the rate beside that of as many
-single GPUs. A row is in the file as soon as it is measured. A program that fails becomes a row with its `error`, and
-the next one starts. After --seconds everything ends. With --keep_rows rows of FILE.json that have no error stay, and
-are not measured again.
+Weights are random. The rate of latents and images is that of the shards and parts that are written after every process
+has written one; `seconds_to_first` is the time before that, with starting and compiling. `scaling` is the rate divided
+by that of as many single GPUs. A row is written as soon as it is measured. A program that fails becomes a row with its
+`error`, and the next one starts. After --seconds everything ends. With --keep_rows the rows of FILE.json without an
+error stay and are not measured again.
 """
 
 import contextlib

@@ -8,7 +8,7 @@ statistics and kept features. Images are tensors in memory, so that no disk or d
 which changes no speed. Two ratios say what the pass costs:
 
     ratio_to_slowest      images a second of all six over those of the slowest alone
-    ratio_to_one_by_one   over 1 / sum of the seconds an image of the six: above 1 is what is saved by one pass
+    ratio_to_one_by_one   the same over 1 / (sum of the six networks' seconds per image): above 1, one pass is faster
 """
 
 import argparse

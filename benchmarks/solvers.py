@@ -1,13 +1,13 @@
-r"""How few evaluations of the network are enough: every solver against the flow's end, at some numbers of evaluations.
+r"""How few evaluations of the network are enough: the error of every solver at several numbers of evaluations.
 
     python benchmarks/solvers.py --pipeline weights/openmoji-128 --num_images 8 --guidance_scale 2.5 \
         --output benchmarks/results/solvers_openmoji.json
 
-The peer is Euler's method, the pipeline's default, with the pipeline's own shift. The end is what the adaptive method
-reaches at a tolerance of 1e-5; a row has the root mean square distance of an image's latents from it, relative to
-theirs, in the median: now and then an image ends as another one, where two ways part. That is the error of solving,
-not of the images: eval/generation.py measures those, with the same --solver, --time_shift and --num_inference_steps.
-Beside the JSON a picture shows the first images of every row.
+The peer is Euler's method, the pipeline's default, with the pipeline's own shift. The exact solution is that of the
+adaptive method at a tolerance of 1e-5. A row has the relative root mean square difference of an image's latents to it,
+the median over images, because now and then an image ends as a quite different one. That is the error of solving, not
+the quality of images, which eval/generation.py measures with the same --solver, --time_shift and
+--num_inference_steps. Beside the JSON a picture shows the first images of every row.
 """
 
 import json

@@ -4,17 +4,16 @@ r"""Seconds from the start of a program to its first step of training and to its
     python benchmarks/startup.py --output startup.json --tiny true --ways "train plain" "generate fast"   # a CPU
 
 train_dit/train.py trains XL/1 on random latents, 128 images a step, and is ended as soon as its first step is in
-log.jsonl, which waits for the device: nothing is saved. pipelines/generate.py makes a picture of four images, 10
-evaluations of XL/1 and VTP-Large's decoder, random weights, and is waited for until the picture is there. Both are
-started with one process and without a launcher, `--ways` one after the other, each once. What Triton and
-torch.compile keep lies in a folder a way: empty when a way comes first, filled (`cache`) when it comes again.
+log.jsonl (which waits for the device); nothing is saved. pipelines/generate.py makes a picture of four images, 10
+evaluations of XL/1 and VTP-Large's decoder with random weights, and ends when the picture is written. Both run as one
+process without a launcher, the `--ways` one after the other, each once. Every way has its own cache folder of Triton
+and torch.compile: empty the first time, filled (`cache`) when the way is repeated.
 
-`seconds` of a row has three parts: `imports`, by Python's own clock (-X importtime), those before the progress bar;
-`building`, the rest until the bar shows, which is loading, initialising and moving to the device; and `first`, from
-there on, with kernels and compiling (`imports_in_first`: what is imported meanwhile, a part of `first`). The libraries
-of PyTorch and CUDA are read once before, so that it is not the first row alone that waits for a cold disk. `of_plain`
-is `seconds` beside the plain way of the same program. Rows are in the file as soon as they are measured, those that
-compile come last, and what runs ends with the benchmark.
+`seconds` of a row has three parts: `imports`, those before the progress bar, by Python's -X importtime; `building`,
+the rest until the bar shows, which is loading, initialising and moving to the device; and `first`, the time after
+that, with kernels and compiling (including `imports_in_first`, later imports). The libraries of PyTorch and CUDA are
+read once before, so that the first row does not wait for a cold disk. `of_plain` is `seconds` divided by those of the
+plain way of the same program. Rows are written as soon as they are measured, and those that compile come last.
 """
 
 import json

@@ -85,7 +85,7 @@ def bandwidths(device: torch.device) -> list[dict]:
 
 
 class Profile:
-    """Stands in the place of `TrainingRun.optimise` and profiles some of its calls."""
+    """Replaces `TrainingRun.optimise` and profiles some of its calls."""
 
     def __init__(self, path: Path, first: int):
         self.path, self.first, self.optimise = path, first, TrainingRun.optimise

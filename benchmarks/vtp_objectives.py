@@ -1,4 +1,4 @@
-r"""What the joint objective gives and costs: a run of it against its twin, trained for reconstruction alone.
+r"""Gain and cost of the joint objective: a run with it against its twin, trained for reconstruction alone.
 
     accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji.yaml
     accelerate launch train_vtp/train.py --config train_vtp/configs/openmoji_twin.yaml

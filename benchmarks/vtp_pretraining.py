@@ -5,12 +5,11 @@ r"""Speed and memory of one step of joint VTP pre-training: all objectives, then
 
 Large at 256 pixels, local batches 256 / 64 / 32, two global crops of 256 and eight local ones of 96 pixels. A step is:
 crops, masks, forward, backward, clipping, AdamW, the teacher. MFU counts useful operations only
-(`VTPForPreTraining.flops`) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The objectives' shares
-are of the time of forward and backward passes made alone.
+(`VTPForPreTraining.flops`, without recomputation) against 989 TFLOP/s, the dense bfloat16 peak of an H100. The shares
+of objectives are those of forward and backward passes run for each objective alone.
 
-What is recomputed counts as no useful operation. On a GPU the time of a step is also divided among its kernels: their
-sum in the step's seconds is how busy the GPU was. With --cuda_graphs the passes of a step are replayed; objectives
-alone are not.
+On a GPU the time of a step is also divided among its kernels: their sum over the step's seconds is how busy the GPU
+was. With --cuda_graphs the passes of a step are replayed, but not those of single objectives.
 """
 
 import argparse

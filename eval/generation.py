@@ -1,5 +1,5 @@
 """How far generated images are from real ones: FID, sFID, Inception score, precision, recall, density, coverage, KID;
-the same on other networks; floors, spreads, a control and near-duplicates.
+the same on other networks; with real-vs-real baselines ("floors"), spreads, a control and near-duplicates.
 
     python eval/generation.py --images weights/openmoji-128 --num_images 1000 --guidance_scale 2.5 \\
         --reference openmoji --control untrained --nearest_neighbours pairs.png --output results.json
@@ -19,33 +19,33 @@ the same on other networks; floors, spreads, a control and near-duplicates.
     python eval/generation.py reach RUN_FOLDER 20
 
 --images and --control take a folder of images, an npz (key arr_0, uint8 NHWC) or the folder of a pipeline, which is
-sampled while it is measured: image k by the seed and k, nothing is written. --save_images keeps what was sampled, to
-be measured elsewhere or again. --reference and --floor_images take an npz, or a source of `data.source`
+sampled while it is measured; image k depends only on the seed and k. Only --save_images writes the samples, to be
+measured again or elsewhere. --reference and --floor_images take an npz, or a source of `data.source`
 (a folder, openmoji, a `datasets` collection), which is cropped to the size of the generated images. An npz may hold
 the statistics of ADM's evaluator; `generation.py reference` makes such a file.
-`generation.py compare` prints the differences of two results, or refuses and says what the two do not share;
-`generation.py reach` says how much training it took to a distance (E@FID-k), from the log of train_dit/train.py.
---protocol names one of those that papers call FID-50K and fixes what it does: `evaluation/protocols.py`.
+`generation.py compare` prints the differences between two results, or the reasons why they do not compare;
+`generation.py reach` says how much training a distance took (E@FID-k), from the log of train_dit/train.py.
+--protocol measures as one of the published protocols for FID-50K does (`evaluation/protocols.py`).
 
 With inception (the weights of 2015, whose hash is checked) the numbers are those of ADM's evaluator, which papers
 quote: FID, sFID, Inception score, precision and recall. Density and coverage are those of arXiv:2002.09797, KID is the
 unbiased estimate of arXiv:1801.01401, not multiplied by 1000. On other networks (vgg16, efficientnet_lite0, and
-vtp:FOLDER, the encoder of a saved VTP) the same things carry the network's name and are no FID.
+vtp:FOLDER, the encoder of a saved VTP) the same metrics have the network's name and are no FID.
 
---feature_network fdr6 are the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/six.py`): their Fréchet
-distances, each over what validation images get, and the mean. MIND (`metrics/sliced.py`) is a distance for few images.
-Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
+--feature_network fdr6 measures on the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/six.py`): FDr6 is the
+mean of their Fréchet distances, each divided by that of validation images. MIND (`metrics/sliced.py`) is a distance
+for few images. Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
 
-Of every distance three numbers are given: to the whole reference, with its standard error; at the sizes at which real
-images can be compared with real ones; and what real images get there, the floor. The last two belong together
-(`metrics/frechet.py`). Without --floor_images the floor comes from two disjoint random parts of the reference, with
-it from real images outside it. A control (images of an untrained network) shows what no learning gets. Variants that a
-data set draws less often (skin tones) are left out of the reference; neighbours are looked for among all of it.
+Every distance is given as three numbers: to the whole reference, with its standard error; at sizes at which real
+images can be compared with real ones; and that of real images at these sizes, the floor. Compare the last two
+(`metrics/frechet.py`). The floor is measured between two disjoint random parts of the reference, or with
+--floor_images between those and the reference. A control shows the numbers of an untrained network. Variants that a
+data set draws less often (skin tones) are left out of the reference, but neighbours are also looked for among them.
 
-Features are kept, images are not: 0.7 GB for 50,000 images on inception, whatever their size, and as much again while
-neighbours are looked for; the rest does not grow with their number. Equal images are
-counted, and refused in a folder or an npz, where they come from files that are there twice. Real images that cannot
-be read (--data.skip_unreadable) are left out and counted, smaller ones are enlarged and counted.
+Features are kept in memory, images are not: 0.7 GB for 50,000 images on inception, whatever their size, and as much
+again while neighbours are looked for; no other memory grows with the number of images. Equal images are counted; in a
+folder or an npz they are an error, since some file is there twice. Real images that cannot be read
+(--data.skip_unreadable) are left out and counted, smaller ones are enlarged and counted.
 """
 
 import json
@@ -107,21 +107,21 @@ UNTRAINED = "untrained"
 
 @dataclass(kw_only=True)
 class GenerationConfig(JudgesConfig, SamplerConfig):
-    """Settings of the measurement."""
+    """Settings of this program."""
 
     images: str = setting(help="folder of images, npz, or folder of a pipeline to sample")
     control: str | None = setting(
-        None, "images or pipeline of an untrained network; untrained = the pipeline, its transformer reset"
+        None, "images or pipeline of an untrained network; untrained: the pipeline with random transformer weights"
     )
     nearest_neighbours: str | None = setting(None, "FILE.png: count near-duplicates and show the nearest pairs")
-    allow_duplicates: bool = setting(False, "measure files that hold an image twice")
-    save_images: str | None = setting(
-        None, "folder for what is sampled, generated.npz and control.npz, to measure again"
-    )
+    allow_duplicates: bool = setting(False, "measure a folder or npz even if it holds an image twice")
+    save_images: str | None = setting(None, "folder for the samples, generated.npz and control.npz, to measure again")
     num_images: int | None = setting(
-        None, "images to sample, or of those there at random; none = all there", at_least=3
+        None, "images to sample, or to choose at random from those given; none: all given images", at_least=3
     )
-    protocol: protocols.ProtocolName = setting("own", "whose FID-50K: fixes reference, network, labels and number")
+    protocol: protocols.ProtocolName = setting(
+        "own", "published protocol of FID-50K: it fixes reference, network, labels and number of images"
+    )
     labels: LabelRule | None = setting(None, "classes of sampled images; none: random, or as the protocol says")
     batch_size: int = setting(32, "images sampled at once", at_least=1)
 
@@ -134,7 +134,9 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
         if self.nearest_neighbours is not None:
             check_output(self.nearest_neighbours, ".png", "nearest_neighbours")
         if self.control == UNTRAINED and not is_pipeline(self.images):
-            raise ValueError(f"control {UNTRAINED} resets the network of a pipeline, images {self.images} is none")
+            raise ValueError(
+                f"control {UNTRAINED} resets the network of a pipeline, but images {self.images} is no pipeline"
+            )
         if self.save_images is not None and not any(is_pipeline(s) for s in (self.images, self.control or "")):
             raise ValueError(
                 f"save_images keeps what is sampled: neither {self.images} nor {self.control} is a pipeline"
@@ -145,13 +147,13 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
 
     @property
     def networks(self) -> list[str]:
-        """Those that images pass through, that of the neighbours among them."""
+        """The networks that images pass through, including the one that finds near-duplicates."""
         return list(dict.fromkeys(self.feature_network + [NEIGHBOUR_NETWORK] * (self.nearest_neighbours is not None)))
 
 
 @dataclass(kw_only=True)
 class ReferenceConfig(FeaturesConfig):
-    output: str = setting(help="FILE.npz for the statistics; of several networks one each, named after them")
+    output: str = setting(help="FILE.npz for the statistics; with several networks FILE-NETWORK.npz for each")
     resolution: int = setting(256, "side that the images are cropped to", at_least=1)
 
     def __post_init__(self) -> None:
@@ -161,7 +163,7 @@ class ReferenceConfig(FeaturesConfig):
 
     @property
     def files(self) -> dict[str, Path]:
-        """Network -> file of its statistics: the output, or of several networks one each, named after them."""
+        """Network -> file of its statistics: the output, or with several networks FILE-NETWORK.npz for each."""
         path, several = Path(self.output), len(self.feature_network) > 1
         names = {name: name.replace("/", "-").replace(":", "-") for name in self.feature_network}
         return {
@@ -203,7 +205,7 @@ def open_wanted(config: GenerationConfig, source: str) -> "ImageSource | Diffusi
 def sampled(
     config: GenerationConfig, pipe: "DiffusionPipeline", reference: DatasetImages | None, base: list[int]
 ) -> PipelineImages:
-    """The images that a pipeline will make; `base`: which images of the reference count."""
+    """The images that a pipeline will sample. `base`: indices of the reference's images without variants."""
     from vtp_diffusion.generation.fast_sampling import prepare_sampling
 
     num_classes, theirs = pipe.transformer.config.num_classes, None
@@ -233,9 +235,9 @@ def _fingerprint(source: tuple | None) -> str | None:
 
 
 def collect_images(config: GenerationConfig) -> Sources:
-    """Name -> images and the indices of those that count, in the order in which they are to be read.
+    """Name -> images and the indices of those to measure, in the order in which they are to be read.
 
-    Everything is opened and compared before a pipeline makes the first image.
+    Everything is opened and checked before a pipeline samples the first image.
     """
     wanted = {"generated": config.images} | ({"control": config.control} if config.control is not None else {})
     opened = {name: open_wanted(config, source) for name, source in wanted.items()}
@@ -267,7 +269,8 @@ def collect_images(config: GenerationConfig) -> Sources:
         raise ValueError(f"{config.reference} holds statistics only: neighbours and floors need images")
     if "floor" in real and _fingerprint(real["floor"]) == _fingerprint(real.get("reference")) is not None:
         raise ValueError(
-            f"floor_images {config.floor_images} and reference {config.reference} are the same images: expected others"
+            f"floor_images {config.floor_images} and reference {config.reference} are the same images: expected "
+            "images outside of the reference"
         )
     sources: Sources = {}
     for name, source in opened.items():
@@ -281,13 +284,13 @@ def collect_images(config: GenerationConfig) -> Sources:
             raise ValueError(f"the {name} images are {len(kept)}, expected at least {least}")
     made = {name: entry for name, entry in sources.items() if isinstance(entry[0], PipelineImages)}
     given = {name: entry for name, entry in sources.items() if name not in made}
-    return given | real | made  # what takes longest comes last: faults of files are found before
+    return given | real | made  # sampling comes last, so that faulty files are found before it
 
 
 def record_all(
     config: GenerationConfig, sources: Sources, extractors: dict[str, Extractor], wait: Callable[[], None]
 ) -> dict[str, ImageRecord]:
-    """Name -> record of every set of images; what is sampled is kept if that is wanted. `wait` for all processes."""
+    """Name -> record of every set of images; samples go to `save_images`. `wait`: waits for all processes."""
     records, neighbours = {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
     for name, (source, kept) in sources.items():
         spool = None
@@ -310,19 +313,19 @@ def record_all(
 def check_duplicates(
     config: GenerationConfig, name: str, source: ImageSource, kept: list[int], found: ImageRecord
 ) -> None:
-    """Refuse files that hold an image twice; what a pipeline repeats is its own, and only counted."""
+    """Refuse files that hold an image twice. If a pipeline samples equal images, they are only counted."""
     if found.duplicates and not config.allow_duplicates and not isinstance(source, PipelineImages):
         indices = [kept[place] for place in found.example]
         files = isinstance(source, FolderImages)
         first, second = (source.files[k].name if files else f"image {k} (counted from 0)" for k in indices)
         raise ValueError(
             f"{found.duplicates} of the {name} images equal an earlier one, the first is {second}, which equals "
-            f"{first}: N would be fewer than it says. Remove them, or say --allow_duplicates"
+            f"{first}: fewer images would be measured than N says. Remove them, or give --allow_duplicates"
         )
 
 
 def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:
-    """What identifies the images: how many, which, what made them, which rules chose them."""
+    """For result files: how many images, their hashes, the settings that made them, the rules that chose them."""
     made = {name: source.settings for name, (source, _) in sources.items() if name in MEASURED and source.settings}
     files = {"images": config.images, "control": config.control, "reference": config.reference}
     files |= {"floor_images": config.floor_images}
@@ -420,7 +423,7 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
-    asks = bool({"-h", "--help"} & set(words))  # for help, which is the same of all but `reference`
+    asks = bool({"-h", "--help"} & set(words))  # `compare` and `reach` have the help of the program itself
     if words[:1] == ["compare"] and not asks:
         print("\n".join(compare_files(words[1:])))
         return

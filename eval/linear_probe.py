@@ -1,4 +1,4 @@
-"""How well classes can be read off frozen features: linear heads and nearest neighbours, as DINOv2 measures them.
+"""How well frozen features tell classes apart: linear heads and nearest neighbours, as DINOv2 measures them.
 
     python eval/linear_probe.py --model weights/openmoji-128/vae --data.source openmoji --data.resolution 128 \\
         --data.label_column category --steps 2000 --output probe.json
@@ -8,18 +8,18 @@
 
     python eval/linear_probe.py --model runs/mine/vae --data.source FOLDER --data.resolution 256 --output probe.json
 
---model is the folder of an AutoencoderVTP, of a VTPModel or of a released checkpoint. Features of both splits are read
-once and kept in --features (beside the output unless it says otherwise); the same command again only trains.
+--model is the folder of an AutoencoderVTP, of a VTPModel or of a released checkpoint. Features of both splits are
+computed once and kept in the folder --features (by default beside the output); the same command again only trains.
 
 All heads of the grid (class tokens of the last layer or of the last --num_layers, with and without the mean patch
-token, every learning rate) are trained at once; all of them are in the JSON. The result is that of the head which is
-best on a tenth of the training images, held out from training. With --head_choice 0 it is the best one on the
-validation images, those it is reported for, as in DINOv2's and VTP's numbers.
+token, every learning rate) are trained at once; all of them are in the JSON. The reported head is the one that is best
+on a tenth of the training images, held out from training. With --head_choice 0 it is the best one on the validation
+images themselves, as in DINOv2's and VTP's numbers.
 
 Images are ADM's centre crops in both splits. With --protocol vtp they are as in VTP's and DINOv2's evaluations: the
-short side is resized to 8/7 of --data.resolution (256 for 224) and the centre cropped; heads learn from --crops random
-resized crops of every training image, half of them mirrored, whose features take so many times the room (12,500 steps
-of 1,024 images see an image of ImageNet ten times); and as in VTP's they always read the mean patch token.
+short side is resized to 8/7 of --data.resolution (256 for 224) and the centre cropped. Heads learn from --crops random
+resized crops of every training image, half of them mirrored, and the features take that many times the disk space
+(12,500 steps of 1,024 images see an image of ImageNet ten times). As in VTP's they always read the mean patch token.
 
 Variants that a data set draws less often (skin tones) are left out of both splits. k-NN votes are weighted,
 temperature 0.07, on the last class token, on the mean patch token, and on both.
@@ -62,10 +62,10 @@ class LinearProbeConfig(Settings):
         0.1, "share of training images that the head is chosen on; 0: validation images", at_least=0, below=1
     )
     num_layers: int = setting(4, "last layers whose class tokens a head may read", at_least=1)
-    learning_rates: tuple[float, ...] = setting(LEARNING_RATES, "of a batch of 256; scaled with the batch")
-    steps: int = setting(12500, "of training; 12500 is DINOv2's", at_least=1)
+    learning_rates: tuple[float, ...] = setting(LEARNING_RATES, "for a batch of 256; scaled with the batch")
+    steps: int = setting(12500, "training steps; DINOv2 takes 12500", at_least=1)
     train_batch_size: int = setting(1024, "images a step, at most the training split", at_least=1)
-    neighbours: tuple[int, ...] = setting(KNN_NEIGHBOURS, "values of k of k-NN", at_least=1)
+    neighbours: tuple[int, ...] = setting(KNN_NEIGHBOURS, "values of k for k-NN", at_least=1)
     seed: int = setting(0, "of weights and order", at_least=0)
     batch_size: int = setting(64, "images encoded at once", at_least=1)
     num_workers: int = setting(reading_processes(), "processes that read image files", at_least=0)
@@ -83,9 +83,9 @@ class LinearProbeConfig(Settings):
 
 
 def open_splits(config: LinearProbeConfig) -> dict[str, ImageDataset]:
-    """Both splits, and "crops", what heads learn from where those are not the images of "train".
+    """Both splits, and with protocol vtp "crops", random crops of the training images that heads learn from.
 
-    Raises: ValueError where there is nothing to learn, or nothing held out.
+    Raises: ValueError if there is only one class, or the splits have different classes.
     """
     crop = resized_center_crop if config.protocol == "vtp" else center_crop
     datasets = {split: open_dataset(config.data, split, crop) for split in ("train", "validation")}
@@ -96,7 +96,7 @@ def open_splits(config: LinearProbeConfig) -> dict[str, ImageDataset]:
             "of `datasets` with --data.label_column"
         )
     if datasets["validation"].label_names != names:
-        raise ValueError(f"the splits have other classes: {names[:5]} and {datasets['validation'].label_names[:5]}")
+        raise ValueError(f"the splits have different classes: {names[:5]}, {datasets['validation'].label_names[:5]}")
     if config.protocol == "vtp":
         datasets["crops"] = random_views(datasets["train"], config.crops, config.seed)
     return datasets
@@ -127,7 +127,7 @@ def neighbour_rows(config: LinearProbeConfig, train: ProbeFeatures, validation: 
 
 
 def choice_rows(config: LinearProbeConfig, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the training images that the head is chosen on, and of those that heads learn from."""
+    """Indices of the training images that the head is chosen on, and of those that heads learn from."""
     order = torch.from_numpy(random_stream("head choice", config.seed).permutation(count))
     held_out = round(config.head_choice * count)
     if (held_out == 0) != (config.head_choice == 0):

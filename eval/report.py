@@ -3,11 +3,11 @@
     python eval/report.py --results generation.json reconstruction.json probe.json \\
         --pictures "sampled=demo/generated.png" --output report.html
 
---results are files that the programs of eval/ wrote, any of them in any number, in the order they are to have. Where
-names repeat, the folder is part of them: run1/generation.json run2/generation.json.
+--results are any result files of the programs of eval/, shown in this order. Files of the same name are told apart by
+their folders: run1/generation.json run2/generation.json.
 --runs draws the quick distances of training runs against epochs, images, GPU-seconds and FLOPs.
-Generations that differ in one thing only (steps, guidance, or checkpoint-N in their path) are drawn as a curve. The
-pictures that the programs wrote are shown where they still are, and named where not. FILE.md beside the page has the
+Results of generation.py that differ in one setting only (steps, guidance, or checkpoint-N in their path) are drawn as
+a curve. Pictures that the programs wrote are shown if they still exist, else named. FILE.md beside the page has the
 table as Markdown.
 The page needs no network; the same files give the same page.
 """

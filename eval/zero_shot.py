@@ -8,10 +8,10 @@
 
     python eval/zero_shot.py --model runs/mine/vtp --data.source FOLDER --data.resolution 256 --output zero_shot.json
 
---model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet the
-names and CLIP's 80 templates are those of open_clip, and labels are ImageNet's indices; else the names are the data
-set's. A class is the average of its prompts, as in CLIP. Images are ADM's centre crops, or with --protocol vtp whole
-images squashed to 256 x 256 (--data.resolution), of which VTP's published numbers are.
+--model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet names
+and CLIP's 80 templates come from open_clip, and labels are ImageNet's indices; else the data set has the names. The
+embedding of a class is the average over its prompts, as in CLIP. Images are ADM's centre crops, or with --protocol vtp
+whole images squashed to 256 x 256 (--data.resolution), as for VTP's published numbers.
 """
 
 import math
@@ -51,7 +51,7 @@ class ZeroShotConfig(Settings):
     data: DataConfig = setting(help="images with labels")
     output: str = setting(help="FILE.json for the results")
     split: str = setting("validation", "split of the images: train, validation or all")
-    classes: Literal["imagenet", "data"] = setting("data", "whose class names")
+    classes: Literal["imagenet", "data"] = setting("data", "class names: ImageNet's, or those of the data set")
     templates: list[str] = setting(
         default_factory=list, help="prompts, {} is the name; none = CLIP's 80 for imagenet, else 'a photo of a {}.'"
     )
@@ -66,7 +66,7 @@ class ZeroShotConfig(Settings):
 
 
 def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], list[str]]:
-    """(class names, templates). Raises: ValueError for classes that are not the data set's, or of the same name."""
+    """(class names, templates). Raises: ValueError for classes that do not fit the labels, have no or equal names."""
     if config.classes == "imagenet":
         names, templates = imagenet_prompts()
         known = len(dataset.label_names)
@@ -82,7 +82,7 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
             "column of `datasets` (data.label_column)"
         )
     if not dataset.classes_named:
-        raise ValueError(f"the classes of {config.data.source} have indices and no names, which prompts are made of")
+        raise ValueError(f"the classes of {config.data.source} have indices, but prompts need names of classes")
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"classes of the same name cannot be told apart: {', '.join(twice)}")

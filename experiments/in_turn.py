@@ -1,10 +1,10 @@
-"""Several programs one after the other in one process, which imports and opens the GPU once.
+"""Run several programs one after the other in one process, which saves imports and the start of CUDA.
 
     python experiments/in_turn.py runs/ended.txt "train_dit/train.py --config tiny" "eval/generation.py --images ..."
 
-Each runs as if it were started: with its own words, and without what the one before left in memory. The first that
-fails or is stopped ends all. The file keeps which have ended: the same command again does the rest. SIGTERM stops and
-saves a training; what saves nothing goes on, and is the last.
+Each runs as if started alone: with its own arguments, and with the memory of the one before freed. If one fails or is
+stopped, the rest is not run. The file lists finished programs: the same command again runs the others. On SIGTERM a
+training saves and stops; a program that cannot save is finished, and no further one starts.
 """
 
 import gc

@@ -27,6 +27,7 @@ from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, re
 from vtp_diffusion.data.images import enlarged, from_pil, to_pil, to_uint8
 from vtp_diffusion.evaluation.sources import check_real_images, pipeline_image_size
 from vtp_diffusion.evaluation.training_images import TrainingImages
+from vtp_diffusion.generation.pipeline_checks import guidance_kinds
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
 from vtp_diffusion.generation.solvers import use_solver
@@ -86,7 +87,7 @@ class Page:
     def open(self, folder: str) -> LightningDiTPipeline:
         """The pipeline in a folder, which stays loaded until another one is asked for."""
         if folder != self.folder:
-            pipe = open_pipeline(folder, SamplerConfig(), self.config.device)
+            pipe = open_pipeline(folder, None, self.config.device)
             if not hasattr(pipe, "get_label_ids") or pipe.vae is None:
                 raise ValueError(f"{folder} holds a {type(pipe).__name__}, expected a LightningDiTPipeline with a vae")
             self.folder, self.pipe, self.scheduler = folder, pipe, pipe.scheduler
@@ -97,6 +98,13 @@ class Page:
         pipe = self.open(folder)
         known = pipe.config.id2label or {}
         return [known.get(str(index), str(index)) for index in range(pipe.transformer.config.num_classes)]
+
+    def settings(self, folder: str) -> tuple[int, float, str, list[str]]:
+        """Steps, guidance scale and solver that fit a pipeline, and the kinds of guidance it has."""
+        pipe = self.open(folder)
+        if student := pipe.transformer.config.get("student"):
+            return max(student["steps"]), 1.0, "pipeline", ["auto"]
+        return 15, 2.5, "unipc", guidance_kinds(pipe)
 
     def generate(
         self, folder: str, labels: list[str], each: int, advance: Callable | None = None, **sampler: Any
@@ -141,6 +149,7 @@ def build_page(page: Page) -> Blocks:
     """The page: inputs, what they start, and one message for wrong input."""
     gradio = require("gradio", extra="app")
     folders, names = page.config.pipeline, page.names(page.config.pipeline[0])
+    steps, scale, solver, kinds = page.settings(folders[0])
 
     def readable(function: Callable, *arguments: Any, **options: Any) -> Any:
         try:
@@ -148,15 +157,20 @@ def build_page(page: Page) -> Blocks:
         except INPUT_ERRORS as error:  # shown as HTML; other errors print their traceback
             raise gradio.Error(html.escape(str(error)), duration=None, print_exception=False) from error
 
-    def generate(folder, labels, each, seed, steps, guidance, solver, progress=gradio.Progress()):  # noqa: B008
+    def generate(folder, labels, each, seed, steps, scale, solver, kind, progress=gradio.Progress()):  # noqa: B008
         done = itertools.count(1)
         advance = lambda: progress((next(done), None), desc="network", unit="evaluations")  # noqa: E731
-        sampler = {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance, "solver": solver}
-        return readable(page.generate, folder, labels, each, advance, **sampler)
+        sampler = {"seed": seed, "num_inference_steps": steps, "guidance_scale": scale, "solver": solver}
+        return readable(page.generate, folder, labels, each, advance, **sampler, guidance=kind)
 
-    def classes_of(folder):
+    def of_pipeline(folder):
         names = readable(page.names, folder)
-        return gradio.Dropdown(choices=names, value=names[:2], **several)
+        *numbers, kinds = page.settings(folder)
+        return (
+            gradio.Dropdown(choices=names, value=names[:2], **several),
+            *numbers,
+            gradio.Dropdown(choices=kinds, value="auto"),
+        )
 
     several = {"multiselect": True, "allow_custom_value": True}  # custom: an index or a synonym
     alone = {"concurrency_id": "pipeline", "concurrency_limit": 1}  # one request at a time
@@ -167,9 +181,10 @@ def build_page(page: Page) -> Blocks:
             with gradio.Column(scale=2, min_width=300):
                 labels = gradio.Dropdown(names, value=names[:2], label="Classes", **several)
                 each = gradio.Slider(1, 16, value=4, step=1, label="Images of each class")
-                steps = gradio.Slider(1, 250, value=15, step=1, label="Steps")
-                guidance = gradio.Slider(0, 10, value=2.5, step=0.1, label="Guidance scale (1: none)")
-                solver = gradio.Dropdown(SOLVERS, value="unipc", label="Solver")
+                steps = gradio.Slider(1, 250, value=steps, step=1, label="Steps")
+                scale = gradio.Slider(0, 10, value=scale, step=0.1, label="Guidance scale (1: none)")
+                kind = gradio.Dropdown(kinds, value="auto", label="Guidance")
+                solver = gradio.Dropdown(SOLVERS, value=solver, label="Solver")
                 seed = gradio.Number(0, label="Seed", precision=0)
                 start = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=3, min_width=300):
@@ -181,10 +196,11 @@ def build_page(page: Page) -> Blocks:
                 give_back = gradio.Button("Reconstruct", variant="primary")
             with gradio.Column(scale=3, min_width=300):
                 pair = gradio.Gallery(label="Original and reconstruction", columns=2, height="auto")
-        sampling = [folder, labels, each, seed, steps, guidance, solver]
+        sampling = [folder, labels, each, seed, steps, scale, solver, kind]
         start.click(generate, sampling, [images, nearest], api_name="generate", **alone)
         give_back.click(partial(readable, page.reconstruct), [folder, picture], pair, api_name="reconstruct", **alone)
-        folder.change(classes_of, folder, labels, api_name="classes", **alone)
+        chosen = [labels, steps, scale, solver, kind]
+        folder.change(of_pipeline, folder, chosen, api_name="of_pipeline", **alone)
     return blocks
 
 

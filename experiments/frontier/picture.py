@@ -39,8 +39,8 @@ class Config(Settings):
 
 
 def sampled(pipe, labels: list[str], steps: int, **settings) -> tuple[list[Image.Image], float]:
-    """An image a label, of the noise of its place; and the seconds they took, decoded."""
-    for _ in range(2):  # the first call pays for what is made once
+    """One image per label, with the label's position as seed of its noise; and the seconds, decoding included."""
+    for _ in range(2):  # the first call also pays for one-time work
         noise = [torch.Generator().manual_seed(place) for place in range(len(labels))]
         began = time.perf_counter()
         images = pipe(labels, num_inference_steps=steps, generator=noise, **settings).images

@@ -2,11 +2,11 @@
 
     python experiments/frontier/run.py --runs velocity base_head muon_base_head --seeds 0 1 2
 
-Every run of RUNS is train_dit/train.py with base.yaml and these options. Students and their teacher stand beside: the
-pipeline in weights/openmoji-128, with the solver of its trajectories. Runs and measurements that are done are not
-repeated, and an interrupted run goes on: the same command again continues the experiment. After --seconds everything
-has ended: what still trains is told to save itself before. With --last, where the disk goes afterwards, nothing is
-begun that could not be measured in time. Results are written as they come.
+Every run of RUNS is train_dit/train.py with base.yaml and these options. Students are distilled from the pipeline in
+weights/openmoji-128, which "teacher" measures with the solver of the trajectories. The same command continues the
+experiment: finished runs and measurements are not repeated, interrupted ones are resumed. After --seconds everything
+has ended; training is told before to save. With --last, for a machine whose disk is lost afterwards, nothing is
+started that could not be measured in time. Results are written as they come.
 """
 
 import os

@@ -4,8 +4,8 @@
     python experiments/imagenet/run.py --config experiments/imagenet/rehearsal.yaml --data FOLDER \\
         --latent_statistics FILE --output_dir runs/rehearsal
 
-Every step is a program of this repository; its command is printed before it runs. The same command again goes on where
-it was interrupted, as the programs do. With --pipeline a generator that is ready is measured and nothing is trained.
+Every step is a program of this repository; its command is printed before it runs. The same command resumes an
+interrupted run. With --pipeline a given generator is measured and nothing is trained.
 """
 
 import shlex
@@ -20,7 +20,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 
 ROOT = Path(__file__).parents[2]
-Step = tuple[str, list[str]]  # program, its words
+Step = tuple[str, list[str]]  # program, its arguments
 
 
 @dataclass(kw_only=True)
@@ -36,8 +36,8 @@ class Config(Settings):
     pipeline: str | None = setting(None, "folder of a pipeline that is ready; none: train one")
     processes: int = setting(1, "GPUs", at_least=1)
     gradient_accumulation_steps: int = setting(1, "parts a training step is made in; see docs/imagenet.md", at_least=1)
-    device: str = setting("cuda", "of a single process")
-    mixed_precision: Literal["no", "bf16"] = setting("bf16", "of the extraction")
+    device: str = setting("cuda", "torch device of a single process")
+    mixed_precision: Literal["no", "bf16"] = setting("bf16", "precision of the extraction")
     num_workers: int = setting(12, "processes that read images", at_least=0)
     num_images: int = setting(50_000, "images to sample and measure", at_least=3)
     num_inference_steps: int = setting(249, "evaluations of the network an image", at_least=1)
@@ -81,7 +81,7 @@ def training_steps(config: Config, folder: Path) -> Iterator[Step]:
 
 
 def steps(config: Config) -> Iterator[Step]:
-    """Every program with its words, in their order."""
+    """Every program with its arguments, in order."""
     folder = Path(config.output_dir)
     if config.pipeline is None:
         yield from training_steps(config, folder)
@@ -99,7 +99,7 @@ def steps(config: Config) -> Iterator[Step]:
 
 
 def launch(config: Config, program: str, words: list[str]) -> None:
-    """Run a program, on every GPU where it divides its work. Raises: SystemExit with the status of one that fails."""
+    """Run a program, on all GPUs if it can use several. Raises: SystemExit with its status if it fails."""
     command = [sys.executable, str(ROOT / program), *words]
     if config.processes > 1 and program not in ("pipelines/convert.py", "eval/report.py"):
         accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(config.processes)]

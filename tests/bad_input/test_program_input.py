@@ -101,6 +101,7 @@ def test_settings_of_a_saved_pipeline(ends, folder, file, values, message):
         (("--labels", "index=x"), "unknown label 'index=x'"),
         (("--labels", "0", "--guidance", "internal"), "guidance is 'internal', expected auto, classifier_free"),
         (("--labels", "0", "--guidance", "autoguidance"), "autoguidance takes a guidance_transformer"),
+        (("--labels", "0", "--guidance", "classifier_free"), "with guidance_scale 1, which is no guidance"),
     ],
 )
 def test_options_of_generate(ends, folder, words, message):

@@ -73,7 +73,10 @@ class Three(FeatureNetwork):
         (lambda path: np.savez(path, mu=np.zeros(3)), "holds mu without sigma: expected both"),
         (lambda path: np.savez(path, sigma=np.eye(3)), "holds sigma: expected arr_0, or mu and sigma"),
         (lambda path: np.savez(path, mu=np.array([None] * 3), sigma=np.eye(3)), "entry mu: Object arrays"),
-        (lambda path: np.savez(path, mu=np.zeros(3), sigma=np.eye(3), settings=np.array("[]")), "settings is no JSON"),
+        (
+            lambda path: np.savez(path, mu=np.zeros(3), sigma=np.eye(3), settings=np.array("[]")),
+            "settings is not the JSON object",
+        ),
     ],
 )
 def test_statistics(spoil, message, tmp_path):

@@ -48,7 +48,7 @@ def test_a_difference_comes_with_the_error_of_both(compare):
         ({"labels_rule": {"generated": "balanced"}}, "the label rule is random in A, balanced in B"),
         ({"files_sha256": {"reference": "bb"}}, "SHA-256 of the reference is aa in A, bb in B"),
         ({"settings": {"feature_mode": "fast"}}, "feature_mode is exact in A, fast in B"),
-        ({"distance": "FD-VGG"}, "no distance is in both"),
+        ({"distance": "FD-VGG"}, "they have no distance in common"),
     ],
 )
 def test_other_conditions_are_named(compare, changes, message):

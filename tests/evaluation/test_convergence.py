@@ -58,8 +58,11 @@ def test_a_log_of_an_earlier_version_leaves_open_what_it_does_not_say(folder):
 def test_the_program_prints_it(folder, capsys):
     program = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "generation.py"))
     program["main"](["reach", str(folder(*LINES)), "25"])
-    expected = "FD-VGG of 8 samples, unguided, is at most 25 after 4 epochs, 200 images, 8 GPU-seconds, 2e+10 FLOPs"
+    expected = "FD-VGG of 8 samples, no guidance, is at most 25 after 4 epochs, 200 images, 8 GPU-seconds, 2e+10 FLOPs"
     assert expected in capsys.readouterr().out
+    guidance = {"guidance_scale": 3.0, "guidance": "internal", "guidance_interval": [0.0, 0.9]}
+    row = read_convergence(folder(*LINES, config=CONFIG | {"validation": CONFIG["validation"] | guidance}))[0]
+    assert row["guidance"] == "guidance of scale 3.0 (internal) at times from 0.0 to 0.9"
     with pytest.raises(ValueError, match="reach was given x, expected a run folder and a distance"):
         program["main"](["reach", "x"])
 

@@ -239,7 +239,7 @@ def test_a_folder_that_is_not_what_it_says(tmp_path):
     with pytest.raises(ValueError, match=r"holds no image files \([^)]*\)$"):
         FolderImages(tmp_path)
     (tmp_path / "of" / "classes").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds folders, of which each is a set of images here"):
+    with pytest.raises(ValueError, match="holds folders, expected the folder of one set of images"):
         FolderImages(tmp_path / "of")
     for k in range(3):
         Image.fromarray(pixels(1, k)[0]).save(tmp_path / f"{k:06d}.png")
@@ -279,7 +279,7 @@ def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():
     images[11] = images[4]
     extractor = Extractor(Means(), "cpu")
     features = Means()(images)
-    wanted = {"means": {"features": Wanted(groups=4, kept=7)}}
+    wanted = {"means": {"features": Wanted(groups=4, max_features=7)}}
 
     def passing(batch_size):
         for start in range(0, 23, batch_size):

@@ -161,8 +161,8 @@ def test_on_a_gpu_a_student_is_sped_up():
     ("given", "message"),
     [
         ({"num_inference_steps": 3}, "num_inference_steps is 3, expected one that this student learned: .1, 2, 4."),
-        ({"guidance_scale": 2.0}, "guidance_scale is 2.0, expected 1: .* guidance baked in .*2.5"),
-        ({"guidance": "internal"}, "guidance is 'internal', expected auto, classifier_free"),
+        ({"guidance_scale": 2.0}, "guidance_scale 2.0, expected neither: .* baked in .*2.5"),
+        ({"guidance": "internal"}, "guidance is 'internal' and .*, expected neither: .* baked in"),
     ],
 )
 def test_what_a_student_was_not_trained_for_is_refused(given, message):
@@ -172,7 +172,7 @@ def test_what_a_student_was_not_trained_for_is_refused(given, message):
 
 def test_other_times_and_solvers_are_refused(tmp_path):
     pipe = student_pipeline(guidance=None)
-    with pytest.raises(ValueError, match="guidance_scale is 2, expected 1: .* baked in .none"):
+    with pytest.raises(ValueError, match="guidance_scale 2, expected neither: .* baked in .none"):
         pipe([0], 4, guidance_scale=2)
     for scheduler in (FlowMatchEulerDiscreteScheduler(shift=3.0), FlowMatchHeunDiscreteScheduler(shift=2.0)):
         pipe.scheduler = scheduler
@@ -185,6 +185,7 @@ def test_other_times_and_solvers_are_refused(tmp_path):
     for changes, message in (
         ({"num_inference_steps": 50}, "num_inference_steps is 50, expected one"),
         ({"guidance_scale": 1.5}, "has its guidance baked in"),
+        ({"guidance_scale": 1.5, "guidance": "internal"}, "has its guidance baked in"),
         ({"solver": "dopri5"}, "solver is dopri5 and time_shift None, expected pipeline"),
         ({"time_shift": 0.3}, "solver is pipeline and time_shift 0.3"),
     ):

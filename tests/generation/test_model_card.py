@@ -12,6 +12,7 @@ CONFIG = SimpleNamespace(
     validation=ValidationConfig(guidance_scale=2.0),
     guide=SimpleNamespace(text="classifier-free"),
     alignment=SimpleNamespace(weight=0.0),
+    optimizer="adamw",
     max_train_steps=6,
     learning_rate=1e-3,
     lr_scheduler="cosine",
@@ -28,17 +29,20 @@ def test_names_beyond_ten_are_counted(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "12 classes: class 0, class 1, " in card and "class 9, ...." in card and "class 10" not in card
     assert '{"guidance_scale": 2.0, "num_inference_steps": 50}' in card
+    assert "\n- AdamW,\n  learning rate 0.001" in card
     assert "class dropout 0.1.\n" in card and "aligned" not in card
     assert "2 layers, 4 heads of 16, patch 1." in card and "Training images" not in card
 
 
-def test_guidance_is_that_of_the_validation(tmp_path):
+def test_guidance_and_optimizer_are_those_of_the_run(tmp_path):
     guidance = {"guidance_scale": 3.5, "guidance": "internal", "guidance_interval": (0.0, 0.9)}
-    config = SimpleNamespace(**vars(CONFIG) | {"validation": ValidationConfig(**guidance, num_inference_steps=9)})
+    settings = {"validation": ValidationConfig(**guidance, num_inference_steps=9), "optimizer": "muon"}
+    config = SimpleNamespace(**vars(CONFIG) | settings)
     config.model = SimpleNamespace(**vars(CONFIG.model), base_head_layer=1)
     write_model_card(tmp_path / "README.md", config, "AutoencoderVTP", names=["cat"], **VALUES)
     card = (tmp_path / "README.md").read_text()
     call = '{"guidance_scale": 3.5, "guidance": "internal", "guidance_interval": [0.0, 0.9], "num_inference_steps": 9}'
+    assert "\n- Muon for the matrices inside blocks, AdamW for the rest,\n  learning rate 0.001" in card
     assert f"settings = {call}\n" in card and "guidance: by the base head after block 1 (internal" in card
 
 

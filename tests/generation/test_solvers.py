@@ -66,6 +66,15 @@ def test_every_solver_ends_where_the_adaptive_one_does(solver, time_shift):
     assert relative_error(found, expected) < (2e-2 if solver == "euler" else 2e-3)
 
 
+def test_the_adaptive_solver_refuses_guidance_that_the_pipeline_lacks():
+    for given, message in (
+        ({"guidance": "autoguidance"}, "guidance is 'autoguidance', expected auto, classifier_free"),
+        ({"guidance_channels": 5}, "guidance_channels is 5, expected 1 to 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            solve_adaptively(pipeline(tiny()), [0], torch.randn(1, 4, 4, 4), guidance_scale=2.0, **given)
+
+
 def test_the_pipeline_s_own_solver_stays_and_may_be_shifted():
     pipe = pipeline(tiny(), shift=1.5)
     use_solver(pipe, "unipc")

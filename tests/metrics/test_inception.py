@@ -150,7 +150,7 @@ def test_the_program_gives_torch_fidelitys_numbers(weights, folders, tmp_path, m
     )  # fmt: skip
     assert (rows["KID"]["subset_size"], rows["KID"]["subsets"]) == (COUNT // 2, 100)
     score = scores["Inception score"]
-    assert score["images_per_split"] == 1 and "parts hold 1 images, which no score exceeds" in printed
+    assert score["images_per_split"] == 1 and "parts hold 1 images each, and no score exceeds" in printed
     assert "adm_value" not in score  # only 50,000 images have one
     assert score["value"] == pytest.approx(shuffled["inception_score_mean"], rel=1e-4)
     assert rows["KID"]["value"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)

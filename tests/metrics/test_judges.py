@@ -66,7 +66,7 @@ def test_fdr6_is_the_mean_of_six_ratios():
 def test_there_is_no_mean_over_five():
     distances = dict.fromkeys(SIX, 1.0)
     del distances["clip_l"]
-    with pytest.raises(ValueError, match="FDr6 is a mean over .*: the distances lack clip_l, and over fewer"):
+    with pytest.raises(ValueError, match="FDr6 is the mean over .*: the distances lack clip_l, expected all six"):
         fdr6(distances)
     with pytest.raises(ValueError, match="the constants lack clip_l"):
         fdr6(dict.fromkeys(SIX, 1.0), distances)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_distillation import student_pipeline
 from test_pipelines import load, pipeline_folder  # noqa: F401
 
 from vtp_diffusion.generation.sampler_config import SamplerConfig
@@ -53,6 +54,17 @@ def test_what_does_not_fit_is_one_message(page, labels, changes, message):
         page.generate(page.folder, labels, 1, **SAMPLER | changes)
 
 
+def test_the_inputs_begin_with_what_a_pipeline_can_do(app, page, pipeline_folder, tmp_path):  # noqa: F811
+    assert page.settings(str(pipeline_folder)) == (15, 2.5, "unipc", ["auto", "classifier_free"])
+    student_pipeline().save_pretrained(tmp_path)
+    of_student = app.Page(app.AppConfig(pipeline=[str(tmp_path)], device="cpu"))
+    steps, scale, solver, kinds = of_student.settings(str(tmp_path))
+    given = {"num_inference_steps": steps, "guidance_scale": scale, "solver": solver, "guidance": kinds[0]}
+    assert steps == 4 and len(of_student.generate(str(tmp_path), ["0"], 1, **given)[0]) == 1
+    with pytest.raises(ValueError, match="num_inference_steps is 15, expected one that this student learned"):
+        of_student.generate(str(tmp_path), ["0"], 1, **given | {"num_inference_steps": 15})
+
+
 def test_a_picture_comes_back_beside_its_crop(page, tmp_path):
     Image.new("RGB", (90, 70), "red").save(tmp_path / "red.png")
     (given, first), (made, second) = page.reconstruct(page.folder, str(tmp_path / "red.png"))
@@ -84,7 +96,8 @@ def test_the_page_as_a_browser_calls_it(app, page):
             caller.predict(page.folder, ["<cats>"], 2, 0, 2, 1.0, "euler", api_name="/generate")
         with pytest.raises(Exception, match="choose one first"):
             caller.predict(page.folder, None, api_name="/reconstruct")
-        classes = caller.predict(page.folder, api_name="/classes")
+        classes, steps, *_, kinds = caller.predict(page.folder, api_name="/of_pipeline")
+        assert steps == 15 and [kind for kind, _ in kinds["choices"]] == ["auto", "classifier_free"]
         assert [name for name, _ in classes["choices"]] == ["cat", "golden retriever", "bird"]
     finally:
         blocks.close()

@@ -162,7 +162,7 @@ def test_the_loss_falls_and_one_step_comes_near_to_the_teacher(tmp_path, made):
     assert left < 0.7
 
 
-def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
+def test_a_teacher_without_what_is_asked_for_is_refused(run, tmp_path, made):
     vae = make_autoencoder(tmp_path / "vae", seed=1)
     make_latents(tmp_path / "latents", vae)
     make_teacher(tmp_path / "teacher", vae)
@@ -172,11 +172,17 @@ def test_a_teacher_without_what_is_asked_for_is_refused(tmp_path, made):
     program = load_program()
     for folder, teacher, more, message in (
         (made, tmp_path / "teacher", (), "the latents were made by the autoencoder .*, the one given is"),
-        (tmp_path, "teacher", ("--teacher.guidance=internal",), "guidance is 'internal', expected auto"),
+        (
+            tmp_path,
+            "teacher",
+            ("--teacher.guidance=internal",),
+            "teacher.* guidance is 'internal', expected",
+        ),
         (tmp_path, "teacher", ("--teacher.guidance=autoguidance",), "guidance is 'autoguidance', expected auto"),
         (tmp_path, "conditional", (), "teacher.guidance_scale is 2.0, but .* class_dropout_prob 0"),
         (tmp_path, "student", (), "is a few-step student itself"),
-        (tmp_path, "none", (), "none has no model_index.json, expected a folder as save_pretrained writes it"),
+        (tmp_path, "none", (), "none has no model_index.json, expected a folder as save_pretrained writes it$"),
+        (tmp_path, run, (), f"run has no model_index.json, expected .* writes it; {run}/pipeline is one$"),
         (tmp_path, "small", (), r"works on latents \(3, 2, 2\), those in .* are \(3, 4, 4\)"),
         (tmp_path, "teacher", ("--mixed_precision=fp16",), "mixed_precision is fp16, expected bf16 or no"),
         (tmp_path, "teacher", ("--fused=true", "--compile=true"), "fused is on, but compile is on"),

@@ -340,9 +340,13 @@ def test_statistics_of_several_networks_are_refused_by_the_output_that_was_given
         evaluate("reference", "--reference", "openmoji", "--output", tmp_path / "a.json")
 
 
-def test_a_pipeline_needs_a_number_of_images_and_settings_that_suit_it(evaluate, reference, pipeline, tmp_path):
+def test_a_pipeline_needs_a_number_and_settings_that_suit_it(evaluate, reference, pipeline, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_images must say how many images to sample"):
         evaluate("--images", pipeline, "--reference", reference, "--output", tmp_path / "r.json")
-    words = ("--images", pipeline, "--reference", reference, "--num_images", 3, "--guidance_channels", 5)
+    monkeypatch.setattr("vtp_diffusion.evaluation.sources.open_reference", None)  # may take hours: is not reached
+    words = ("--images", pipeline, "--reference", reference, "--num_images", 3, "--output", tmp_path / "r.json")
     with pytest.raises(ValueError, match="guidance_channels is 5, expected 1 to 4"):
-        evaluate(*words, "--feature_network", "efficientnet_lite0", "--output", tmp_path / "r.json")
+        evaluate(*words, "--guidance_channels", 5)
+    for solver in ("pipeline", "dopri5"):
+        with pytest.raises(ValueError, match=f"{pipeline}: guidance is 'autoguidance', expected auto"):
+            evaluate(*words, "--guidance", "autoguidance", "--guidance_scale", 2, "--solver", solver)

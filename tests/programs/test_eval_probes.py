@@ -218,5 +218,5 @@ def test_prompts_are_not_made_of_indices(evaluate, made, tmp_path, monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "kind": datasets.Value("int64")})
     datasets.Dataset.from_dict({"image": images, "kind": [0, 1]}, features).to_parquet(str(tmp_path / "a.parquet"))
     more = ("--data.data_files", tmp_path / "a.parquet", "--data.label_column", "kind", "--split", "train")
-    with pytest.raises(ValueError, match="the classes of parquet have indices and no names"):
+    with pytest.raises(ValueError, match="the classes of parquet have indices, but prompts need names"):
         evaluate("zero_shot.py", "--data.source", "parquet", *more)

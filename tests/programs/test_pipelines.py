@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from golden import GOLDEN, lightning_dit_architecture
 from PIL import Image
 from safetensors.torch import load_file
+from test_distillation import student_pipeline
 
 import vtp_diffusion
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -261,6 +262,13 @@ def test_export_as_a_program(started):
     first, last = started[1]["export.py"].splitlines()
     assert first == "self-contained pipeline: exported"
     assert last.startswith("written: exported; next: python pipelines/generate.py --pipeline exported")
+
+
+def test_the_command_after_an_export_fits_a_student(tmp_path, capsys):
+    student_pipeline().save_pretrained(tmp_path / "student")
+    load("export.py").main(["--pipeline", str(tmp_path / "student"), "--output", str(tmp_path / "exported")])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("--num_images 16 --output samples.png --num_inference_steps 4")
 
 
 @pytest.mark.parametrize("program", ["convert.py", "export.py", "generate.py", "reconstruct.py"])

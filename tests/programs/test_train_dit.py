@@ -362,8 +362,15 @@ def test_training_can_start_from_a_saved_transformer(tmp_path, made):
     [
         (["--validation.labels", "unicorn"], "validation.labels .*'unicorn': .*such as cat, dog, fish"),
         (["--validation.labels", "3"], "validation.labels .* class index 3 does not exist"),
-        (["--validation.guidance=internal"], "validation.guidance is 'internal', expected auto, classifier_free"),
+        (
+            ["--validation.guidance=internal", "--validation.guidance_scale=2"],
+            "validation.guidance is 'internal', expected auto, classifier_free",
+        ),
         (["--model.patch_size=3"], "patch_size must divide sample_size"),
+        (
+            ["--validation.guidance=autoguidance", "--validation.guidance_scale=2"],
+            "guide.step.* when training has ended",
+        ),
         (["--class_dropout_prob=1.5"], "class_dropout_prob is 1.5"),
         (["--latents=/nonexistent"], "holds no latent shards"),
         (["--lerning_rate=1"], "did you mean --learning_rate"),
@@ -374,6 +381,7 @@ def test_training_can_start_from_a_saved_transformer(tmp_path, made):
         (["--model.num_layers=0"], "model.num_layers is 0, expected a positive number"),
         (["--model.num_attention_heads=-2"], "model.num_attention_heads is -2, expected a positive number"),
         (["--seed=-1"], "seed is -1, expected 0 or a positive number"),
+        (["--validation.guidance=internal"], "validation.guidance is 'internal', expected auto, classifier_free"),
         (["--guide.step=7"], "guide.step is 7, expected a step from 1 to 6"),
         (["--guide.step=1", "--guide.transformer=x"], "expected one of them"),
         (["--validation.distance.num_images=1"], "distance.num_images is 1"),

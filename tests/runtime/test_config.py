@@ -115,7 +115,7 @@ def test_option_names_may_be_written_with_dashes():
         ("output: x\nlabels: cat\n", "labels is 'cat', expected list of int or str"),
         ("output: x\nlabels: [1.5]\n", r"labels\[0\] is 1.5"),
         ("output: x\ninner: {ratios: [1]}\n", "ratios is .*, expected list of 2: float, float"),
-        ("output: x\ninner: 3\n", "inner is 3, expected Inner"),
+        ("output: x\ninner: 3\n", "inner is 3, expected a section with some of width, ratios, name"),
         ("rate: 1.0\n", "no value for output"),
         ("output: x\nrate: 1.0\nrate: 2.0\n", "'rate' is given twice"),
         ("- 1\n", "must hold a mapping"),

@@ -1,4 +1,4 @@
-"""Two results of `eval/generation.py` compared: the difference of every distance, or the reasons why there is none."""
+"""Comparing two results of `eval/generation.py`: the difference of every distance, or why they do not compare."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from ..runtime.disk import read_json
 def compare_files(paths: Sequence[str]) -> list[str]:
     """Lines that say how far the distances of two result files are apart, B - A, with their standard error.
 
-    The images of A and B are taken as independent: the variances add. Images of one seed are not, and the error is
-    then only a guide. The kernel distances are left out: their spread is one of subsets, no standard error.
+    The images of A and B are taken as independent, so their variances add. Images made with the same seed are not
+    independent, and the error is then only a guide. Kernel distances are left out: their spread is that over subsets,
+    not a standard error.
 
     Raises:
-        ValueError: not two result files of `eval/generation.py`, or two that do not compare; every reason is named.
+        ValueError: not two result files of `eval/generation.py`, or two that do not compare, with every reason.
     """
     if len(paths) != 2:
         raise ValueError(f"compare was given {len(paths)} words, expected two result files: compare A.json B.json")
@@ -33,12 +34,12 @@ def compare_files(paths: Sequence[str]) -> list[str]:
 
 
 def _compared_fdr6(first: dict, second: dict, width: int) -> list[str]:
-    """The line of FDr6, where both results have one; its six distances compare even where its constants differ."""
+    """The line of FDr6 if both results have one. With other constants only its six distances compare, not FDr6."""
     a, b = (result.get("fdr6", {}).get("generated") for result in (first, second))
     if a is None or b is None:
         return []
     if any(not math.isclose(a["constants"][name], b["constants"][name]) for name in a["constants"]):
-        return ["FDr6 does not compare: what its distances are divided by differs"]
+        return ["FDr6 does not compare: A and B divide its distances by different constants"]
     error = math.hypot(a["spread_at_most"], b["spread_at_most"])
     return [
         f"{'FDr6':{width}} {a['value']:10.4g} {b['value']:10.4g} {b['value'] - a['value']:10.4g} ± at most {error:.2g}"
@@ -46,11 +47,11 @@ def _compared_fdr6(first: dict, second: dict, width: int) -> list[str]:
 
 
 def differing_conditions(first: dict, second: dict) -> list[str]:
-    """Why the distances of two results do not compare, one sentence a condition; empty where they do.
+    """Why the distances of two results do not compare, one sentence for each condition; empty if they do.
 
-    Compared are the protocol, the image size, the label rule, the reference, the precision of features, and for every
-    network its weights and preprocessing, the number of images and the number of reference images. Distances fall with
-    the number of images (arXiv:1911.07023), and labels drawn evenly lower them, so both have to be equal.
+    The protocol, the image size, the label rule, the reference, the precision of features, and for every network its
+    weights, preprocessing, number of images and number of reference images have to be equal. The number of images and
+    the label rule because more images (arXiv:1911.07023) and labels drawn evenly lower a distance.
     """
     conditions = [_conditions(first), _conditions(second)]
     reasons = [
@@ -60,7 +61,7 @@ def differing_conditions(first: dict, second: dict) -> list[str]:
     ]
     pairs = _paired(first, second)
     if not pairs:
-        return [*reasons, "no distance is in both"]
+        return [*reasons, "they have no distance in common"]
     for name, rows in pairs.items():
         for key in ("num_images", "num_reference"):
             if rows[0][key] != rows[1][key]:
@@ -94,7 +95,7 @@ def _network(result: dict, name: str) -> dict:
 
 
 def _paired(first: dict, second: dict) -> dict[str, tuple[dict, dict]]:
-    """Name -> rows of both results, of the distances of generated images that both hold."""
+    """Distance -> its rows in both results, for generated images and the distances that both have."""
     a, b = ({r["distance"]: r for r in x["distances"] if r["images"] == "generated"} for x in (first, second))
     return {name: (row, b[name]) for name, row in a.items() if name in b}
 

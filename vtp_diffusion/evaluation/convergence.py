@@ -1,10 +1,12 @@
-"""How fast a run gets to a distance: E@FID-k, the epochs that training takes to an FID of at most k, and the images,
-GPU-seconds and floating-point operations beside them."""
+"""How fast a training run reaches a distance: E@FID-k, the epochs until the FID is at most k, and the same in images,
+GPU-seconds and floating-point operations."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from ..runtime.config import flatten_config
+from ..generation.sampler_config import GuidanceConfig
+from ..runtime.config import build_config, flatten_config
 from ..runtime.disk import read_log
 from ..runtime.yaml_files import read_yaml
 
@@ -12,16 +14,16 @@ AMOUNTS = {"epochs": "epochs", "images": "images", "gpu_seconds": "GPU-seconds",
 
 
 def read_convergence(run_folder: str | Path) -> list[dict]:
-    """The quick distances of a training run in order, each with what training had taken until then.
+    """The quick distances of a training run in order, each with the training that it took until then.
 
-    Returns: a dictionary for every validation that measured one, with
-        step, images: of training, done by then.
-        epochs, flops: of the training images; useful ones of forward and backward passes. None where the log, of an
-            earlier version, does not say.
-        gpu_seconds: of training alone, over all processes; on a CPU those of its processes. None as above.
-        distance, floor: the value and that of real images at the same sizes, of num_images samples.
-        name, network: what the distance is called, and its feature network.
-        guidance_scale: that samples were guided with; 1 is none.
+    Returns: a dictionary for every validation that measured a distance, with
+        step, images: training steps and images so far.
+        epochs: passes over the training images so far. None if the log is of an earlier version and does not say.
+        flops: useful operations of forward and backward passes so far. None as above.
+        gpu_seconds: time of training alone, summed over all processes (also on a CPU). None as above.
+        distance, floor: the value for num_images samples, and that of real images at the same sizes.
+        name, network: name of the distance, and its feature network.
+        guidance: of the samples, in words.
     Raises: ValueError: no run folder, a damaged log, or one without distances.
     """
     folder = Path(run_folder)
@@ -29,6 +31,11 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: expected the run folder of train_dit/train.py")
     config = flatten_config(read_yaml(folder / "config.yaml"))
+    names = {
+        field.name: f"validation.{field.name}" for field in fields(GuidanceConfig)
+    }  # there, or later than the run
+    given = {name: config[key] for name, key in names.items() if key in config}
+    guidance = build_config(GuidanceConfig, given, str(folder / "config.yaml"), "validation.")
     rows, taken, seconds = [], dict.fromkeys(("epochs", "flops", "gpu_seconds"), 0.0), 0.0
     for line in read_log(folder / "log.jsonl"):
         if "seconds" in line:
@@ -43,7 +50,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
                 | taken
                 | {"distance": line[name], "floor": line[f"{name}_floor"], "num_images": line[f"{name}_images"]}
                 | {"name": name, "network": config["validation.distance.network"]}
-                | {"guidance_scale": config["validation.guidance_scale"]}
+                | {"guidance": guidance.guidance_text}
             )
     if not rows:
         raise ValueError(f"{folder}/log.jsonl has no distances: expected validation.distance.num_images above 0")
@@ -51,7 +58,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
 
 
 def first_within(rows: Sequence[dict], distance: float) -> dict:
-    """The first of `read_convergence`'s rows whose distance is at most the given one. Raises: ValueError: none is."""
+    """The first row of `read_convergence` with at most this distance. Raises: ValueError: there is none."""
     for row in rows:
         if row["distance"] <= distance:
             return row
@@ -73,8 +80,7 @@ def reach_line(words: Sequence[str]) -> str:
         ) from error
     row = first_within(read_convergence(folder), distance)
     amounts = [f"{'unknown' if row[key] is None else f'{row[key]:.4g}'} {text}" for key, text in AMOUNTS.items()]
-    guided = f"guidance {row['guidance_scale']:g}" if row["guidance_scale"] != 1 else "unguided"
     return (
-        f"{row['name']} of {row['num_images']} samples, {guided}, is at most {wanted} after {', '.join(amounts)}: "
-        f"{row['distance']:.4g} at step {row['step']} (real images: {row['floor']:.4g})"
+        f"{row['name']} of {row['num_images']} samples, {row['guidance']}, is at most {wanted} after "
+        f"{', '.join(amounts)}: {row['distance']:.4g} at step {row['step']} (real images: {row['floor']:.4g})"
     )

@@ -16,21 +16,22 @@ PUBLISHED = "published for ImageNet at 256 px: 50,000 validation images, feature
 
 
 def check_floor(records: dict[str, ImageRecord]) -> None:
-    """Refuse floor images that are reference images: distances and memorisation are measured against what images
-    outside the reference get, and so many copies (pixel for pixel) would make that nothing.
+    """Refuse floor images that are also in the reference. The baseline of distances and of memorisation is what images
+    outside of the reference get; copies, pixel for pixel, would bring it towards 0.
 
-    Raises: ValueError: a share of copies as large as the quantile of memorisation.
+    Raises: ValueError: the share of copies is at least the quantile of memorisation.
     """
     floor = records["floor"].keys
     copies = int(np.isin(floor, records["reference"].keys).sum())
     if copies >= MEMORISED_QUANTILE * len(floor):
         raise ValueError(
-            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected others"
+            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected images "
+            "outside of the reference"
         )
 
 
 def check_sizes(config: JudgesConfig, counts: dict[str, int], extractors: dict[str, Extractor]) -> None:
-    """Refuse too few images before any is made or read. Raises: ValueError naming the set and what needs more.
+    """Refuse too few images before any is sampled or read. Raises: ValueError naming the set and the metric.
 
     Args: `counts`: name of a set of images -> how many.
     """
@@ -51,7 +52,8 @@ def measure_fdr6(
 ) -> dict:
     """FDr6 of every measured set of images, for result files.
 
-    Args: `distances`: rows of `Measurement`; `statistics`: of the reference where files hold them.
+    Args: `distances`: rows of `Measurement`; `statistics`: of the reference, for networks whose statistics are read
+        from files.
     """
     constants, source = PUBLISHED_CONSTANTS, PUBLISHED
     if config.computes_constants:
@@ -71,7 +73,7 @@ def measure_fdr6(
             if row["images"] == images and row["distance"] == titles.get(row["network"])
         }
         found = fdr6({name: row["value"] for name, row in rows.items()}, constants)
-        # the deviation of a mean is at most the mean of the deviations, whatever correlates
+        # however the six correlate, the deviation of their mean is at most the mean of their deviations
         spread = sum(rows[name]["spread"]["value"] / constants[name] for name in SIX) / len(SIX)
         results[images] = asdict(found) | {"spread_at_most": spread, "num_images": rows[SIX[0]]["num_images"]}
     return results

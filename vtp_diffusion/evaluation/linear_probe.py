@@ -1,8 +1,8 @@
 """Linear probe: linear classifiers on frozen features, trained on a grid of inputs and learning rates, as DINOv2 does
 (Oquab et al., arXiv:2304.07193; its public evaluation code).
 
-Features are read once and kept on disk (`probe_features.py`), those of several random crops of an image where they are
-asked for: DINOv2 sees another crop in every epoch.
+Features are computed once and kept on disk (`probe_features.py`). DINOv2 sees a new random crop of an image in every
+epoch; features of several random crops of each image stand in for that.
 """
 
 import math
@@ -26,7 +26,7 @@ LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e
 class HeadSettings:
     """One linear head: what it reads (see `ProbeFeatures.inputs`) and how fast it learns.
 
-    Attributes: `learning_rate`: of a batch of 256, as DINOv2 states it; the one used is proportional to the batch.
+    Attributes: `learning_rate`: for a batch of 256, as DINOv2 states it; it is scaled linearly with the batch.
     """
 
     layers: int
@@ -38,7 +38,7 @@ def head_grid(
     num_layers: int, learning_rates: Sequence[float] = LEARNING_RATES, patches: Sequence[bool] = (False, True)
 ) -> list[HeadSettings]:
     """DINOv2's grid: the class token of the last layer or of the last `num_layers`, with and without the mean patch
-    token, at every learning rate. VTP's grid has it always: `patches` (True,)."""
+    token, at every learning rate. VTP's heads always read the mean patch token: `patches` (True,)."""
     if not learning_rates or min(learning_rates) <= 0:
         raise ValueError(f"learning_rates are {list(learning_rates)}, expected positive numbers")
     choices = [(layers, with_mean) for layers in sorted({1, num_layers}) for with_mean in patches]
@@ -46,10 +46,10 @@ def head_grid(
 
 
 class LinearHeads:
-    """Linear classifiers on frozen features, all trained at once on the same batches, each as if it were alone.
+    """Linear classifiers on frozen features, all trained at once on the same batches, none influencing another.
 
     DINOv2's recipe: weights from N(0, 0.01), biases 0, cross-entropy, SGD with momentum 0.9 and no weight decay, the
-    learning rate falling to 0 along a cosine. Heads that read the same input are one matrix product.
+    learning rate falling to 0 along a cosine. Heads that read the same input share one matrix product.
 
     Args: `settings`: one entry a head; `num_classes`: C.
     """
@@ -71,13 +71,13 @@ class LinearHeads:
         progress: Callable[[int], Any] = lambda count: None,
         rows: torch.Tensor | None = None,
     ) -> "LinearHeads":
-        """Train all heads on the rows (None: all); epochs are shuffled, the batch is at most an epoch. `progress` is
-        called with 1."""
+        """Train all heads on these rows (None: all), shuffled in every epoch. A batch has at most as many images as
+        an epoch. `progress` is called with 1 after every step."""
         if steps < 1 or batch_size < 1:
             raise ValueError(f"steps and batch_size must be at least 1, got {steps} and {batch_size}")
         if int(features.labels.max()) >= self.num_classes:
             raise ValueError(f"labels go to {int(features.labels.max())}, the heads have {self.num_classes} classes")
-        # one for the order alone: more heads don't change what the others see
+        # the order has a generator of its own, so that the number of heads does not change it
         weights, shuffling = (
             torch.Generator().manual_seed(stream_seed(use, seed)) for use in ("probe weights", "probe order")
         )
@@ -96,7 +96,7 @@ class LinearHeads:
                 order = torch.cat([order, every[torch.randperm(len(every), generator=shuffling)]])
             rows, order = order[:batch_size].sort().values, order[batch_size:]
             labels = features.labels[rows].to(device)
-            # the sum over heads: none of them sees another's gradient
+            # a sum over heads gives each of them the gradient of its own loss
             loss = sum(
                 F.cross_entropy(scores.flatten(0, 1), labels.repeat(scores.shape[0]), reduction="sum")
                 for _, scores in self._scores(features, rows, device)

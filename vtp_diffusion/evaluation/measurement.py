@@ -43,26 +43,27 @@ FLOOR_SUBSETS = 10  # of the kernel distance, in each of the floor's repetitions
 
 @dataclass(kw_only=True)
 class JudgesConfig(FeaturesConfig):
-    """What is measured beside every network's distances and scores."""
+    """Settings of what is measured beside the distances and scores of every network."""
 
     floor_images: str | None = setting(None, "real images outside the reference: npz, folder or collection")
     metrics: list[Literal["mind", "memorisation"]] = setting(
         default_factory=list,
-        help="further ones: mind, the sliced Wasserstein distance; memorisation, images nearer to the reference than "
-        "floor_images are",
+        help="further metrics: mind, the sliced Wasserstein distance; memorisation, the share of images nearer to the "
+        "reference than floor_images are",
     )
     fdr6_constants: Literal["published", "computed"] = setting(
-        "published", "what FDr6 divides by; computed: distances of floor_images to the reference"
+        "published", "divisors of FDr6: published, or computed as the distances of floor_images to the reference"
     )
     reference_statistics: list[str] = setting(
-        default_factory=list, help="NETWORK=FILE.npz: statistics of the reference for a network, made by `reference`"
+        default_factory=list,
+        help="NETWORK=FILE.npz: statistics of the reference for a network, made by `eval/generation.py reference`",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.floor_images is not None:
             check_real_images(self.floor_images, "floor_images")
-        _ = self.statistics_files  # refuses words that are no NETWORK=FILE
+        _ = self.statistics_files  # raises ValueError for words that are no NETWORK=FILE
         if self.fdr6_constants == "computed" and not self.has_fdr6:
             missing = ", ".join(name for name in SIX if name not in self.feature_network)
             raise ValueError(f"fdr6_constants is computed, but feature_network lacks {missing}: name fdr6, all six")
@@ -84,7 +85,7 @@ class JudgesConfig(FeaturesConfig):
 
     @property
     def statistics_files(self) -> dict[str, str]:
-        """Network -> npz of the reference's statistics: of `reference_statistics`, else the reference if it is one.
+        """Network -> npz of the reference's statistics: from `reference_statistics`, else `reference` if it is an npz.
 
         Raises: ValueError: a word that is no NETWORK=FILE, or one for a network that is not measured.
         """
@@ -99,12 +100,12 @@ class JudgesConfig(FeaturesConfig):
 
 
 def wanted_outputs(network: FeatureNetwork, part: str, all_features: bool = False) -> dict[str, Wanted]:
-    """What is to be remembered of a set of images.
+    """What to record of a set of images on one network: output -> `Wanted`.
 
     Args:
-        part: "generated" or "control": everything; "reference": statistics, and features of 10,000 as in ADM's files;
-            "floor": features of 10,000; "variants": all features.
-        all_features: keep all features of the reference, for its neighbours.
+        part: the set. "generated" or "control": everything; "reference": statistics, and features of 10,000 as in
+            ADM's files; "floor": features of 10,000; "variants": all features.
+        all_features: keep all features of the reference too, to look for neighbours among them.
     """
     if part == "variants":
         return {"features": Wanted(0, None)}
@@ -121,9 +122,9 @@ def wanted_outputs(network: FeatureNetwork, part: str, all_features: bool = Fals
 def wanted_of(
     config: JudgesConfig, part: str, extractors: dict[str, Extractor], neighbours: str | None
 ) -> dict[str, dict[str, Wanted]]:
-    """Network -> output -> what is to be remembered of a set of images.
+    """What to record of a set of images: network -> output -> `Wanted`.
 
-    Args: `neighbours`: the network that near-duplicates are looked for on, if they are.
+    Args: `neighbours`: the network whose features near-duplicates are found with; None: they are not counted.
     """
     all_features = {name for name in extractors if name == neighbours or config.memorisation}
     wanted = {
@@ -143,11 +144,11 @@ class Measurement:
     Args:
         network: whose features the records hold.
         name: "generated" or "control".
-        records: "generated", "control", and where there are images, "reference" and "floor".
-        statistics: of the reference where a file holds them, output -> statistics; else those of its record count.
+        records: of "generated" and "control", and of "reference" and "floor" if there are images of them.
+        statistics: of the reference, output -> statistics, if a file holds them; else its record has them.
         seed: decides random parts.
         device: to compute on.
-    Attributes: `distances`, `kernel_distances`, `scores`: rows for result files; `not_measured`: what -> why.
+    Attributes: `distances`, `kernel_distances`, `scores`: rows for result files; `not_measured`: metric -> reason.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Measurement:
         return self.records[part].outputs[self.network.name][output]
 
     def _features(self, part: str, output: str = "features") -> torch.Tensor:
-        """(N, D) on the device; of the reference 10,000 at most."""
+        """Features (N, D) on the device; at most 10,000 of the reference."""
         features = self._record(part, output).features
         if part == "reference" and len(features) > REFERENCE_IMAGES:
             order = torch.from_numpy(random_stream("kept reference", self.seed).permutation(len(features)))
@@ -192,14 +193,14 @@ class Measurement:
         return features.to(self.device)
 
     def _reference(self, output: str) -> tuple[GaussianStatistics, int | None]:
-        """Statistics and, where it is known, of how many images."""
+        """Statistics of the reference, and their number of images (None if they come from a file)."""
         if output in self.file_statistics:
             return self.file_statistics[output], None
         statistics = self._record("reference", output).statistics
         return statistics, statistics.count
 
     def _floor(self, output: str, minimum: int = 2, **distance) -> Floor | None:
-        """None where a side of it would hold fewer images than `minimum`."""
+        """The real-vs-real baseline; None if one of its sides would have fewer images than `minimum`."""
         if "reference" not in self.records:
             return None
         features, reference = self._features(self.name, output), self._features("reference", output)
@@ -243,7 +244,7 @@ class Measurement:
         self.kernel_distances.append(row | subsets)
 
     def measure_mind(self) -> None:
-        """The sliced Wasserstein distance, among the distances: at the number of images of the smaller set."""
+        """Add the sliced Wasserstein distance to the distances, at the number of images of the smaller set."""
         title = self.network.score_name("MIND")
         if "reference" not in self.records:
             self.not_measured[title] = "the reference holds statistics but no images"

@@ -19,9 +19,10 @@ def count_near_duplicates(
     records: dict[str, ImageRecord],
     extractors: dict[str, Extractor],
 ) -> tuple[dict, Image.Image]:
-    """Shares of images that are near-duplicates of reference images, for result files, and the nearest pairs shown.
+    """Shares of images that are near-duplicates of reference images, for result files; and a picture of the nearest
+    pairs.
 
-    Args: `sources`: name -> images and the indices of those that count.
+    Args: `sources`: name -> images, and the indices of those that are measured.
     """
     extractor = extractors[NEIGHBOUR_NETWORK]
 

@@ -1,7 +1,7 @@
 """One pass of a set of images through feature networks, and the record of it that metrics are computed from.
 
-Images are never kept. Per image and network that are D float32 numbers where neighbours are looked for (400 MB for
-50,000 images of 2048 features, 200 MB for their logits), and 16 bytes of hash.
+Images are never kept. A record has D float32 numbers per image and network if all features are needed (400 MB for
+50,000 images of 2048 features, 200 MB for their logits), and 16 bytes of hash per image.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ USUAL_NETWORKS = ("vgg16", "efficientnet_lite0")
 
 @dataclass(kw_only=True)
 class ReferenceDataConfig(DataConfig):
-    """How real images are read. What goes with their source is checked where that is known, see `open_reference`."""
+    """How real images are read. `open_reference` sets source and resolution, and only then are all options checked."""
 
     source: str = setting(DataConfig.source, "not to be set: reference and floor_images decide")
     resolution: int = setting(DataConfig.resolution, "not to be set: the size of the images decides")
@@ -40,7 +40,7 @@ class ReferenceDataConfig(DataConfig):
 
 @dataclass(kw_only=True)
 class FeaturesConfig(Settings):
-    """What programs that measure distances have: a reference, feature networks, and how they run."""
+    """Settings of programs that measure distances: a reference, feature networks, and how they run."""
 
     reference: str = setting(help="real images: npz, folder, openmoji or a `datasets` collection")
     data: ReferenceDataConfig = setting(
@@ -49,8 +49,8 @@ class FeaturesConfig(Settings):
     )
     feature_network: list[str] | None = setting(
         None,
-        f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER; fdr6: six of them, for FDr6; none: "
-        f"{' and '.join(USUAL_NETWORKS)}, or as the protocol says",
+        f"one or more of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER; fdr6: the six networks of FDr6; none: "
+        f"{' and '.join(USUAL_NETWORKS)}, or the protocol's",
     )
     weights: list[str] = setting(
         default_factory=list, help="NETWORK=FILE: weights of a feature network; FILE alone where there is one network"
@@ -77,11 +77,11 @@ class FeaturesConfig(Settings):
         if not self.feature_network:
             raise ValueError(f"feature_network is empty, expected one or more of {', '.join(FEATURE_NETWORKS)}")
         self.feature_network = network_names(self.feature_network)
-        _ = self.weight_files  # refuses words that are no NETWORK=FILE, and networks that are not used
+        _ = self.weight_files  # raises ValueError for words that are no NETWORK=FILE, and for unused networks
 
     @property
     def networks(self) -> list[str]:
-        """Those that images pass through."""
+        """The networks that images pass through."""
         return self.feature_network
 
     @property
@@ -108,9 +108,9 @@ def settings_of(config: FeaturesConfig) -> dict:
 
 
 def split_rule(config: FeaturesConfig, images: ImageSource | None) -> str:
-    """How the images of the reference's split were told from the others.
+    """In words, for result files: which images of its source are the reference.
 
-    Args: `images`: those of the reference, as `open_reference` gives them.
+    Args: `images`: of the reference, as `open_reference` returns them.
     """
     if config.reference.endswith(".npz"):
         return "the file as it is"
@@ -123,22 +123,22 @@ def split_rule(config: FeaturesConfig, images: ImageSource | None) -> str:
 
 
 def batches_of_this_process(count: int, batch_size: int) -> list[range]:
-    """Places of `count` images in batches, which the processes take in turns: those of this one."""
+    """The batches of this process, as ranges of 0 to `count` - 1: process r of P takes every P-th batch."""
     rank, processes = this_process()
     return [range(k, min(k + batch_size, count)) for k in range(rank * batch_size, count, processes * batch_size)]
 
 
 @dataclass
 class Wanted:
-    """What is to be remembered of one output of a network.
+    """What to record of one output of a network.
 
     Attributes:
-        groups: into how many groups the statistics are kept, see `jackknife_group`; 0 is no statistics.
-        kept: features of how many images at most are kept, a random choice; None is all.
+        groups: number of groups that the statistics are kept in, see `jackknife_group`; 0: no statistics.
+        max_features: at most this many images, chosen at random, have their features kept; None: all.
     """
 
     groups: int
-    kept: int | None
+    max_features: int | None
 
 
 class Record:
@@ -146,27 +146,27 @@ class Record:
 
     Args:
         dim: width of the output, D.
-        count: number of images that will come.
-        wanted: what to remember.
-        seed: decides whose features are kept, and the groups.
+        count: number of images of the set.
+        wanted: what to record.
+        seed: decides which features are kept, and the groups.
         device: of the statistics.
     """
 
     def __init__(self, dim: int, count: int, wanted: Wanted, seed: int, device: torch.device | str):
         self.groups = [GaussianStatistics(dim, device) for _ in range(wanted.groups)]
         self.kept = np.arange(count)
-        if wanted.kept is not None and wanted.kept < count:
-            self.kept = np.sort(random_stream("kept features", seed).permutation(count)[: wanted.kept])
+        if wanted.max_features is not None and wanted.max_features < count:
+            self.kept = np.sort(random_stream("kept features", seed).permutation(count)[: wanted.max_features])
         self._group = jackknife_group(count, max(wanted.groups, 1), seed)
         self._chosen = np.zeros(count, dtype=bool)
         self._chosen[self.kept] = True
         self._positions: list[np.ndarray] = []
-        # One block, since thousands of small ones cost several times their size. On that device until `gather`: a copy
-        # would wait for the network after every batch.
+        # One tensor, since thousands of small ones take several times the memory. It stays on the device until
+        # `gather`: copying to the CPU would wait for the network after every batch.
         self._rows, self._filled = torch.empty(len(self.kept), dim, device=device), 0
 
     def add(self, positions: Sequence[int], rows: torch.Tensor) -> None:
-        """Rows (B, D) of the images at these places of the set."""
+        """Add the output (B, D) for the images at these positions of the set."""
         positions = np.asarray(positions)
         for k, group in enumerate(self.groups):
             members = np.flatnonzero(self._group[positions] == k)
@@ -174,16 +174,16 @@ class Record:
                 group.update(_take(rows, members))
         kept = np.flatnonzero(self._chosen[positions])
         self._positions.append(positions[kept])
-        self._rows[self._filled : self._filled + len(kept)] = _take(rows, kept)  # mps: to the CPU, as its statistics
+        self._rows[self._filled : self._filled + len(kept)] = _take(rows, kept)  # from mps this copies to the CPU
         self._filled += len(kept)
 
     def gather(self) -> None:
         """Make this the record of all processes' images, on every process."""
-        self.groups = list(map(gathered, self.groups))  # one at a time: 33 MB each of 2048 features
+        self.groups = list(map(gathered, self.groups))  # one at a time: each has 33 MB for 2048 features
         mine = np.concatenate([np.zeros(0, dtype=int), *self._positions]), self._rows[: self._filled].cpu()
         positions, rows = zip(*gather_objects(mine), strict=True)
         places, features = np.concatenate(positions), rows[0] if len(rows) == 1 else torch.cat(rows)
-        if (np.diff(places) < 0).any():  # processes take turns; one has them in order, and 400 MB need no copy
+        if (np.diff(places) < 0).any():  # with one process they are in order already: that saves a copy of 400 MB
             features = features[torch.from_numpy(np.argsort(places, kind="stable"))]
         self._positions, self._rows = [self.kept], features
 
@@ -194,7 +194,7 @@ class Record:
 
     @property
     def statistics(self) -> GaussianStatistics:
-        """Of all images."""
+        """Statistics of all images."""
         return GaussianStatistics.merged(self.groups)
 
 
@@ -207,14 +207,14 @@ def gathered(statistics: GaussianStatistics) -> GaussianStatistics:
 
 @dataclass
 class ImageRecord:
-    """Everything remembered of a set of images.
+    """Everything recorded of a set of images.
 
     Attributes:
         outputs: network -> output -> record.
         duplicates: number of images that equal an earlier one, pixel for pixel.
-        example: places of one such pair, or None.
-        sha256: of the hashes of all images in order: what identifies the set.
-        keys: (count,) the first 8 bytes of every image's hash, which tell images apart.
+        example: positions of one such pair, or None.
+        sha256: hash of the hashes of all images in order, which identifies the set.
+        keys: (count,) the first 8 bytes of every image's hash, to find images that two sets share.
     """
 
     outputs: dict[str, dict[str, Record]]
@@ -234,11 +234,11 @@ def record_images(
     """Pass a set of images through all networks once.
 
     Args:
-        batches: places in the set, uint8 images (B, 3, H, W) and their hashes, of this process; those of all processes
-            are the set.
+        batches: of this process: (positions in the set, uint8 images (B, 3, H, W), their hashes). Together the
+            processes read the whole set.
         count: size of the set.
-        wanted: network -> output -> what to remember.
-        seed: decides whose features are kept.
+        wanted: network -> output -> what to record.
+        seed: decides which features are kept.
     Raises: ValueError: features that are not finite.
     """
     outputs = {
@@ -251,7 +251,7 @@ def record_images(
     hashes: dict[int, bytes] = {}
     for positions, images, digests in batches:
         hashes.update(zip(positions, digests, strict=True))
-        shared: dict = {}  # the batch on the device, and resized: once for all networks
+        shared: dict = {}  # all networks share the batch, copied to the device and resized
         for name, records in outputs.items():
             found = extractors[name](images, shared)
             for output, record in records.items():
@@ -269,12 +269,12 @@ def record_images(
 
 
 def statistics_device(extractor: Extractor) -> torch.device:
-    """Where statistics of a network's features are computed: where the network runs, if that knows float64."""
+    """The device for statistics of features: that of the network, but the CPU for mps, which has no float64."""
     return torch.device("cpu") if extractor.device.type == "mps" else extractor.device
 
 
 def _take(rows: torch.Tensor, places: np.ndarray) -> torch.Tensor:
-    """Rows at the places, without waiting for the device to have computed them."""
+    """The rows at these places, without a synchronisation of the device."""
     return rows[to_device(torch.from_numpy(places), rows.device)]
 
 
@@ -295,14 +295,14 @@ def record_source(
     wanted: dict[str, dict[str, Wanted]],
     spool: ImageSpool | None = None,
 ) -> ImageRecord:
-    """Pass a set of images through networks once, every process its batches of them.
+    """Pass a set of images through networks once; the processes share its batches.
 
     Args:
-        name: what the progress bar calls it.
-        source, kept: images, and the indices of those that count.
+        name: of the set, for the progress bar.
+        source, kept: images, and the indices of those that are measured.
         extractors: network -> extractor.
-        wanted: network -> output -> what to remember; a network that is not in it sees nothing.
-        spool: where the images are written to on the way.
+        wanted: network -> output -> what to record; networks that are missing in it are not run.
+        spool: the images are also written to it.
     """
     rank, step = this_process()[0], config.feature_batch_size
     places = batches_of_this_process(len(kept), step)

@@ -12,7 +12,7 @@ def _title(row: dict, protocol: str) -> str:
 
 
 def print_results(results: dict) -> None:
-    """Print what `eval/generation.py` writes: one line a distance, a score and a fault."""
+    """Print what `eval/generation.py` writes: a line for every distance, score and fault of the images."""
     protocol = results["protocol"]["name"]
     print(f"\nprotocol {protocol}" + ": " * (len(results["protocol"]) > 1), end="")
     print(", ".join(f"{key} {value}" for key, value in results["protocol"].items() if key != "name"))
@@ -40,14 +40,14 @@ def print_results(results: dict) -> None:
         print(f"{row['score']:26} {row['images']:10} {row['num_images']:7} {row['value']:10.4f}{spread}")
         if row.get("images_per_split", SMALL_SPLIT) < SMALL_SPLIT:
             print(
-                f"  its {row['splits']} parts hold {row['images_per_split']} images, which no score exceeds: "
-                "compare it at this size only (papers': 5,000)"
+                f"  its {row['splits']} parts hold {row['images_per_split']} images each, and no score exceeds that "
+                "number: compare it only with scores of parts of this size (papers: 5,000)"
             )
         if "adm_value" in row:
             print(f"  in the order of the files, as ADM's evaluator takes them: {row['adm_value']:.4f}")
     _print_judges(results)
     if results["settings"]["feature_mode"] != "exact":
-        print("features were computed in float16: numbers for a table beside others come from --feature_mode exact")
+        print("features were computed in float16: for numbers to publish use --feature_mode exact")
     for row in results["not_measured"]:
         print(f"not measured: {row['what']} of {row['images']} on {row['network']}: {row['why']}")
     for name, number in results["duplicates"].items():
@@ -58,7 +58,7 @@ def print_results(results: dict) -> None:
     for name in ("reference", "floor"):
         if hashes.get(name) == hashes["generated"]:
             print(
-                f"the generated images are those of the {name}, pixel for pixel: the numbers say nothing of new images"
+                f"the generated images are those of the {name}, pixel for pixel: the numbers say nothing about a model"
             )
     for name, modes in results["converted"].items():
         print(f"{name}: converted to 8-bit RGB: {', '.join(f'{n} of mode {mode}' for mode, n in modes.items())}")
@@ -96,4 +96,4 @@ def print_faults(skipped: dict[str, list[str]], enlarged: dict[str, int]) -> Non
             print(f"{name}: images that cannot be read, left out: {len(keys)} (the first is {keys[0]})")
     for name, count in enlarged.items():
         if count:
-            print(f"{name}: images that are smaller than what is measured, and were enlarged: {count}")
+            print(f"{name}: images that are smaller than the measured size and were enlarged: {count}")

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder for a whole data set, read once and kept on disk."""
+"""Features of a frozen encoder for a whole data set, computed once and kept on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..runtime.reproducibility import stream_seed
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
 
-KEY_NAME = "key.json"  # written last: with it a folder is complete
+KEY_NAME = "key.json"  # written last: a folder that has it is complete
 ARRAYS = ("class_tokens", "patch_means", "rows")
 
 
@@ -34,10 +34,10 @@ class ProbeFeatures:
     """Features of N images.
 
     Attributes:
-        class_tokens: (N, L, D) float32, of the last L layers, shallow to deep, each normed.
+        class_tokens: (N, L, D) float32, of the last L layers, shallow to deep, each after the final norm.
         patch_means: (N, D) float32, the last layer's patch tokens, averaged over positions.
         labels: (N,) int64.
-        weights: (N,) how often the data set draws an image, less for variants of others; None = all alike.
+        weights: (N,) sampling weights of the data set, smaller for variants of other images; None = all equal.
     """
 
     class_tokens: np.ndarray
@@ -49,7 +49,7 @@ class ProbeFeatures:
         return len(self.labels)
 
     def without_variants(self) -> ProbeFeatures:
-        """Those of images that are no variants of others (OpenMoji's skin tones), as in the reference of distances."""
+        """Without images that are variants of others (OpenMoji's skin tones), as in the reference of distances."""
         if self.weights is None or bool((self.weights == self.weights.max()).all()):
             return self
         kept = self.weights == self.weights.max()
@@ -57,8 +57,8 @@ class ProbeFeatures:
         return ProbeFeatures(*arrays, self.labels[kept], self.weights[kept])
 
     def inputs(self, layers: int, patches: bool, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """What DINOv2 gives a linear head: the class tokens of the last `layers` layers, one after the other, and
-        with `patches` the mean patch token of the last layer behind them. (n, layers·D [+ D]) float32."""
+        """DINOv2's input (n, layers·D [+ D]) of a linear head, float32: the class tokens of the last `layers` layers,
+        concatenated, followed by the mean patch token of the last layer if `patches`."""
         if not 1 <= layers <= self.class_tokens.shape[1]:
             raise ValueError(f"layers is {layers}, the features have the last {self.class_tokens.shape[1]}")
         rows = rows.numpy() if isinstance(rows, torch.Tensor) else rows
@@ -78,14 +78,14 @@ def cached_features(
     progress: Callable[[int], Any] = lambda count: None,
     num_workers: int = 0,
 ) -> ProbeFeatures:
-    """The features in a folder, mapped into memory; when it does not exist, they are read from the images first.
+    """The features in a folder, memory-mapped; if the folder does not exist, they are computed first.
 
-    Images that cannot be read are left out where the data set allows it. Labels are the data set's, so that one folder
-    serves several ways of labelling the same images.
+    Images that cannot be read are left out if the data set allows it. Labels are taken from the data set, not from the
+    folder, so that one folder serves several labellings of the same images.
 
     Args:
-        folder: of one data set and one model; N·(num_layers + 1)·D·4 bytes.
-        num_layers: last layers whose class tokens are kept.
+        folder: for one data set and one model; it takes N·(num_layers + 1)·D·4 bytes.
+        num_layers: number of last layers whose class tokens are kept.
         progress: called with the number of images just read.
         num_workers: processes that read images.
     Raises: ValueError: the folder holds features of another model or of other images, or something else.
@@ -107,8 +107,8 @@ def cached_features(
 
 
 def random_views(dataset: ImageDataset, views: int, seed: int) -> ImageDataset:
-    """Random resized crops of every image, half of them mirrored, as DINOv2 and VTP train probes on: N·views items,
-    all of an image behind each other; view v of image i depends on (seed, i, v)."""
+    """Random resized crops of every image, half of them mirrored, as DINOv2 and VTP train probes on. The N·views items
+    are ordered by image; view v of image i depends only on (seed, i, v)."""
 
     def repeated(values: Sequence) -> list:
         return [value for value in values for _ in range(views)]
@@ -128,7 +128,7 @@ def random_views(dataset: ImageDataset, views: int, seed: int) -> ImageDataset:
 
 
 class _RandomCrop:
-    """Reads (reference, image, view) as a crop; an object, since it travels to worker processes."""
+    """Reads (reference, image, view) as a crop; a class, because worker processes need to pickle it."""
 
     def __init__(self, read: Callable[[Any], Image.Image], size: int, seed: int):
         self.read, self.size, self.seed = read, size, seed
@@ -147,7 +147,7 @@ class _RandomCrop:
 
 
 class _ReadableImages(Dataset):
-    """Batches of a data set by their indices, without images that cannot be read."""
+    """A data set whose items are batches, given by their indices, without images that cannot be read."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
@@ -155,7 +155,7 @@ class _ReadableImages(Dataset):
     def __getitem__(self, indices: range) -> tuple[list[int], torch.Tensor]:
         """Indices of the readable images and their pixels, uint8 (B, 3, H, W)."""
         pairs = zip(indices, self.dataset.__getitems__(list(indices)), strict=True)
-        # in the place of an image that cannot be read comes another one, which has a row of its own
+        # the data set replaces an unreadable image by another one, which has its own row: drop the replacement
         read = [(index, item["image"]) for index, item in pairs if item["key"] == self.dataset.keys[index]]
         pixels = torch.stack([image for _, image in read]) if read else torch.empty(0, dtype=torch.uint8)
         return [index for index, _ in read], pixels

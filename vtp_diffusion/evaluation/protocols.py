@@ -6,9 +6,9 @@ in the reference, in the classes of the images and in how pixels become uint8, a
 - adm: the evaluator of guided-diffusion (arXiv:2105.05233). DiT, SiT and LightningDiT round as here and draw labels;
   ADM's own sampler truncates 127.5 (x + 1).
 - torch-fidelity: that package with ADM's mean and covariance, as MAR (arXiv:2406.11838) calls it.
-- jit: torch-fidelity with statistics of JiT's own (arXiv:2511.13720). iMF's release for PyTorch uses it too.
-- imf: iMF's release for JAX (arXiv:2512.02012), a port of Inception that follows PyTorch's resize, with statistics of
-  its own. The port itself is not run here: our Inception stands in for it. That it draws labels is not checked.
+- jit: torch-fidelity with JiT's own statistics (arXiv:2511.13720). iMF's release for PyTorch uses them too.
+- imf: iMF's release for JAX (arXiv:2512.02012): its own port of Inception, which follows PyTorch's resize, and its own
+  statistics. The port is not run here: our Inception takes its place. Whether iMF draws labels was not checked.
 """
 
 from collections.abc import Collection
@@ -27,11 +27,11 @@ class Protocol:
     """What a protocol fixes, beside Inception in float32.
 
     Attributes:
-        reference: what its authors call the file of its statistics.
-        holds, lacks: arrays that tell this file from those of others.
-        labels: classes of sampled images; "balanced" is 50 a class of ImageNet.
+        reference: the authors' name of the file with reference statistics.
+        holds, lacks: arrays that this file has and has not, to tell it from those of other protocols.
+        labels: classes of sampled images; "balanced" is 50 for each class of ImageNet.
         rounding: of sampled pixels, see `to_uint8`.
-        num_images: that are measured.
+        num_images: number of samples to measure.
     """
 
     reference: str
@@ -53,9 +53,9 @@ PROTOCOLS = {
 
 
 def follow_protocol(config: Any) -> None:
-    """Give a configuration of `eval/generation.py` what its published protocol fixes.
+    """Set the options of a configuration of `eval/generation.py` that its published protocol fixes.
 
-    Raises: ValueError: an option that contradicts the protocol, named.
+    Raises: ValueError naming an option that contradicts the protocol.
     """
     protocol = PROTOCOLS[config.protocol]
     fixed = {"feature_network": ["inception"], "feature_mode": "exact"}
@@ -80,8 +80,8 @@ def _words(value: Any) -> str:
 
 
 def check_reference(path: str, arrays: Collection[str], protocol: str) -> None:
-    """Raises: ValueError if a file of statistics with these arrays is not the protocol's. adm_in256_stats.npz and
-    jit_in256_stats.npz hold arrays of the same names: only their hashes, in the results, tell them apart."""
+    """Raises: ValueError if a file of statistics with these arrays is not that of the protocol. adm_in256_stats.npz
+    and jit_in256_stats.npz have the same arrays: only their hashes, in result files, tell them apart."""
     if protocol == OWN:
         if "ref_mu" in arrays:
             raise ValueError(f"{path} holds ref_mu, as files of iMF do: expected mu and sigma, or --protocol imf")
@@ -95,7 +95,7 @@ def check_reference(path: str, arrays: Collection[str], protocol: str) -> None:
 
 
 def check_samples(name: str, settings: dict, protocol: str) -> None:
-    """Raises: ValueError if images say that they were made with labels or a rounding unlike the protocol's."""
+    """Raises: ValueError if the settings of images have other labels or another rounding than the protocol."""
     for key in ("labels", "rounding"):
         wanted = getattr(PROTOCOLS[protocol], key)
         if settings.get(key, wanted) != wanted:
@@ -106,12 +106,12 @@ def check_samples(name: str, settings: dict, protocol: str) -> None:
 
 
 def rounding_of(protocol: str) -> dict[str, Rounding]:
-    """The argument of sampling that a protocol fixes; nothing without one."""
+    """Keyword argument of `sample_numbers` that a protocol fixes; empty without a protocol."""
     return {} if protocol == OWN else {"rounding": PROTOCOLS[protocol].rounding}
 
 
 def describe_protocol(protocol: str, settings: dict | None) -> dict:
-    """What result files say of a published one. Args: `settings`: what made the images, where that is known."""
+    """A published protocol for result files. Args: `settings`: of the sampler, if they are known."""
     fixed = PROTOCOLS[protocol]
     made = settings or {}
     found = {key: made.get(key, "unknown (images were given as files)") for key in ("labels", "rounding")}

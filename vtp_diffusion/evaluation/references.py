@@ -1,8 +1,9 @@
 """Reference statistics in the format of ADM's evaluator.
 
-Arrays `mu, sigma` are of the features of FID, `mu_s, sigma_s` of those of sFID, over all images; `arr_0` holds up to
-10,000 of the images, for precision and recall. A file written here also says, in `settings`, what it is of; ADM's own
-files, which don't, are of Inception. `protocols.py` says whose files there are; iMF's are called `ref_mu, ref_sigma`.
+Arrays `mu, sigma` are mean and covariance of the features of FID, `mu_s, sigma_s` of those of sFID, over all images;
+`arr_0` holds up to 10,000 of the images, for precision and recall. A file written here also names its network and
+images, in `settings`; files without it, such as ADM's own, are of Inception. iMF's arrays are called `ref_mu,
+ref_sigma`. `protocols.py` lists the published files.
 """
 
 import json
@@ -24,21 +25,20 @@ KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 def _made_with(path: str | Path, file: dict[str, np.ndarray]) -> dict:
-    """The network that a file says its statistics are of; ADM's, which say nothing, are of Inception."""
+    """The network that a file of statistics names; a file without `settings`, such as ADM's, is of Inception."""
     try:
         settings = json.loads(str(file.get("settings", "{}")))
         return {"name": "inception"} | settings.get("network", {})
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: settings is no JSON object of ours: {error}") from error
+        raise ValueError(f"{path}: settings is not the JSON object that `reference` writes: {error}") from error
 
 
 def read_statistics(
     path: str | Path, network: FeatureNetwork, device: torch.device | str = "cpu", protocol: str = OWN
 ) -> dict[str, GaussianStatistics]:
-    """Statistics of a file, output of the network -> statistics; empty if the file holds images only.
+    """The statistics in a file: output of the network -> statistics; empty if the file holds images only.
 
-    Raises: ValueError: no npz; statistics of another protocol or network, or of another dimension than it has; half of
-        them.
+    Raises: ValueError: no npz; statistics of another protocol, network or dimension; a mean without its covariance.
     """
     file = open_npz(path)
     check_reference(str(path), file, protocol)
@@ -76,9 +76,10 @@ def read_statistics(
 def reference_statistics(
     config: JudgesConfig, extractors: dict[str, Extractor], protocol: str
 ) -> dict[str, dict[str, GaussianStatistics]]:
-    """Network -> output -> statistics, of every network that a file holds some of; with a protocol they are its own.
+    """Network -> output -> statistics of the reference, for every network that has a file; the files must be those of
+    the protocol.
 
-    Raises: ValueError: what `read_statistics` raises, or a file of `reference_statistics` that holds images only.
+    Raises: ValueError: as `read_statistics`, or a file of `reference_statistics` that holds images only.
     """
     found = {}
     for name, file in config.statistics_files.items():
@@ -98,11 +99,12 @@ def write_statistics(
     indices: list[int],
     settings: dict,
 ) -> None:
-    """Write what `read_statistics` reads, and the images whose features the record keeps.
+    """Write a file for `read_statistics`: statistics, and the images whose features the record keeps.
 
     Args:
-        record, source, indices: of the images.
-        settings: beside the network, what the file is of; it goes into the file as JSON.
+        record: of the images.
+        source, indices: the images, and the indices of those that were measured.
+        settings: where the images come from; the network is added, and both go into the file as JSON.
     """
     records = record.outputs[network.name]
     arrays = {"settings": np.array(json.dumps(settings | {"network": network.describe(), "images": record.sha256}))}

@@ -1,4 +1,4 @@
-"""Result files of eval/ and the rows of a table that they give."""
+"""Result files of eval/, and the rows of the report's tables that are made from them."""
 
 import contextlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# What a complete file of each evaluation holds; eval/generation.py says what it is by its keys alone.
+# Keys of a complete file of each evaluation. Files of eval/generation.py are recognised by their keys alone.
 REQUIRED = {
     "generation": ("settings", "distances", "scores", "counts", "labels_rule"),
     "reconstruction": ("settings", "num_images", "psnr", "ssim", "lpips", "distances"),
@@ -15,7 +15,7 @@ REQUIRED = {
     "zero_shot": ("settings", "top1", "top5", "chance", "num_images", "num_classes"),
 }
 LARGEST = 1e300
-NOT_MEASURED = "not measured"  # in the place of a value
+NOT_MEASURED = "not measured"  # stands in place of a value
 UP, DOWN = "↑", "↓"  # more is better, less is better
 DISTANCES, SCORES, COPIES = "distance to real images", "fidelity and coverage", "copies"
 RECONSTRUCTION, FEATURES = "reconstruction", "what the features know"
@@ -23,7 +23,7 @@ RECONSTRUCTION, FEATURES = "reconstruction", "what the features know"
 
 @dataclass
 class Result:
-    """A result file that was read: its name on the page, which evaluation it is, and what it holds."""
+    """A result file that was read: its name on the page, its evaluation (a key of REQUIRED), and its contents."""
 
     name: str
     evaluation: str
@@ -31,15 +31,15 @@ class Result:
     folder: Path
 
     def recorded_settings(self) -> str:
-        """What decides the numbers, as JSON."""
+        """The settings that decide the numbers, as JSON."""
         keys = ("settings", "versions", "sampling", "networks", "files_sha256")
         return json.dumps({key: self.values[key] for key in keys if key in self.values}, indent=2)
 
 
 @dataclass
 class Row:
-    """One line of a group's table, all texts. `best` is the best possible: what real images or a perfect model get;
-    `chance` is what no learning gets: guessing, or the control. `better` is an arrow, empty where neither way is."""
+    """One line of a group's table, all texts. `best`: the best possible, what real images or a perfect model get.
+    `chance`: what guessing or the untrained control gets. `better`: an arrow towards better values, or empty."""
 
     group: str
     what: str
@@ -53,10 +53,10 @@ class Row:
 
 
 def result_names(files: Sequence[str | Path]) -> list[str]:
-    """What each result file is called on the page: its name without .json, where several have the same with as many
-    of the folders above it as tell them apart: run1/generation and run2/generation.
+    """The name of each result file on the page: without .json, and with as many of its folders as are needed to tell
+    files of the same name apart (run1/generation and run2/generation).
 
-    Raises: ValueError: a file that is there twice.
+    Raises: ValueError: a file is given twice.
     """
     parts = [Path(file).with_suffix("").parts for file in files]
     names = [part[-1] for part in parts]
@@ -72,8 +72,8 @@ def result_names(files: Sequence[str | Path]) -> list[str]:
 def read_result(path: str | Path, name: str | None = None) -> Result:
     """A result file of eval/.
 
-    Args: `name`: what it is called on the page; None is the file's.
-    Raises: ValueError: it cannot be read, is of no known evaluation, or is incomplete: named, with what is missing.
+    Args: `name`: its name on the page; None: the name of the file.
+    Raises: ValueError: it cannot be read, is of no known evaluation, or lacks keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -94,7 +94,7 @@ def read_result(path: str | Path, name: str | None = None) -> Result:
 
 
 def _parse_number(text: str) -> int | float:
-    """Raises: ValueError for what no program of eval/ writes and no chart could show."""
+    """Raises: ValueError for numbers that cannot be drawn in a chart: infinite, NaN or too large."""
     value = float(text)
     if not abs(value) <= LARGEST:
         raise ValueError(f"{text[:20]} is no number that can be shown")
@@ -103,7 +103,7 @@ def _parse_number(text: str) -> int | float:
 
 @contextlib.contextmanager
 def reading(result: Result) -> Iterator[None]:
-    """Within it a result is read. Raises: ValueError naming it, if values are missing or of other types."""
+    """Context in which a result is read. Raises: ValueError naming it if values are missing or of other types."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -124,7 +124,7 @@ def _share(value: float) -> str:
 
 
 def _caveats(result: Result, images: str, against_reference: bool = True) -> list[str]:
-    """What keeps numbers of these images, or of them against the reference, out of a table beside others."""
+    """Reasons why numbers of these images (measured against the reference or not) do not compare with others."""
     found, hashes = [], result.values.get("images_sha256", {})
     if result.values["settings"].get("feature_mode", "exact") != "exact":
         found.append("features in float16")
@@ -145,7 +145,7 @@ def _caveats(result: Result, images: str, against_reference: bool = True) -> lis
 
 
 def _parts(row: dict[str, Any]) -> list[str]:
-    """How an Inception score was taken, on which its value depends."""
+    """How the images were split for an Inception score, whose value depends on it."""
     if "images_per_split" not in row:
         return []
     found = [f"{row['splits']} parts of {row['images_per_split']} images, {row['order']}"]
@@ -163,7 +163,7 @@ def _with_spread(row: dict[str, Any]) -> str:
 
 
 def _distance_row(result: Result, row: dict[str, Any], control: dict[str, Any] | None) -> Row:
-    """At equal sizes wherever real images were measured at them, for only that pair is a comparison."""
+    """The row of a distance: the pair at equal sizes, which alone compares with real images, if there is one."""
     floor, spread = row["floor"], row["spread"]
     labels = f"labels {result.values['labels_rule'].get(row['images'], 'unknown')}"
     caveats = _caveats(result, row["images"])
@@ -186,7 +186,7 @@ def _distance_row(result: Result, row: dict[str, Any], control: dict[str, Any] |
 
 
 def _with_controls(rows: Sequence[dict[str, Any]], kind: str) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """The rows, each with that of the control; a control's row that belongs to none stands by itself."""
+    """Pairs of a row and the control's row of the same kind; control rows without a partner come last, alone."""
     controls = {(row[kind], row["network"]): row for row in rows if row["images"] == "control"}
     found = [(row, controls.get((row[kind], row["network"]))) for row in rows if row["images"] != "control"]
     used = [id(control) for _, control in found]
@@ -244,7 +244,7 @@ def _judges_rows(result: Result) -> Iterable[Row]:
 
 
 def _add_control(result: Result, details: str, row: dict[str, Any], meaning: str) -> str:
-    """Details of a row beside whose value the control's stands, with what is to be known of the control's images."""
+    """Details of a row that shows the control's value too, with the caveats of the control's images added."""
     own = set(_caveats(result, row["images"], "num_reference" in row))
     more = [fault for fault in _caveats(result, "control", "num_reference" in row) if fault not in own]
     return "; ".join(filter(None, [details, meaning, *more]))
@@ -314,7 +314,7 @@ ROWS = {
 def table_rows(results: Sequence[Result]) -> list[Row]:
     """All numbers, in the order of the files.
 
-    Raises: ValueError: a file whose numbers are not all there, or which holds none, named.
+    Raises: ValueError naming a file whose numbers are incomplete or missing.
     """
     rows = []
     for result in results:

@@ -1,6 +1,6 @@
 """A page of several results: HTML that needs no network, with tables, curves and pictures, and a Markdown table.
 
-Nothing depends on when or where it is made: the same files give the same bytes.
+The same files always give the same bytes: the page has no dates and no absolute paths.
 """
 
 import base64
@@ -36,7 +36,7 @@ Picture = tuple[str, Path | None]  # caption, and the file where there is one
 
 @dataclass
 class Chart:
-    """Values against something; points are (x, value, floor or None, name)."""
+    """A line chart of a distance; points are (x, value, floor or None, name of the result)."""
 
     title: str
     axis: str
@@ -45,15 +45,15 @@ class Chart:
 
 
 def _sampling(result: Result) -> dict[str, Any]:
-    """What made the images: the settings that came with them, else (of older files) the program's own."""
+    """Settings that the images were sampled with: those recorded with them, else (in older files) the program's."""
     made = result.values.get("sampling", {}).get("generated")
     names = ("num_inference_steps", "guidance_scale", "guidance_interval", "guidance_channels", "seed", "labels")
     made = made or {name: result.values["settings"].get(name) for name in names}
-    return {name: value for name, value in made.items() if value is not None}  # none and not said are the same
+    return {name: value for name, value in made.items() if value is not None}  # None means the same as a missing key
 
 
 def _add_points(groups: dict[tuple, list], result: Result) -> None:
-    """The distances of a result, under everything that points of one curve share."""
+    """Add the distances of a result to `groups`, whose keys are everything that the points of a curve share."""
     made = _sampling(result)
     step = re.search(r"(?:checkpoint|step)[-_](\d+)", result.values["settings"].get("images", ""))
     places = [(axis, made.get(key), {k: v for k, v in made.items() if k != key}) for key, axis in AXES.items()]
@@ -71,8 +71,8 @@ def _add_points(groups: dict[tuple, list], result: Result) -> None:
 
 
 def find_charts(results: Sequence[Result]) -> list[Chart]:
-    """Distances against whatever single thing the files differ in: sampling steps, guidance, or training step (read
-    from checkpoint-N or step-N in the path of the images). What differs in more is not drawn together."""
+    """Distances against the one setting that the files differ in: sampling steps, guidance scale, or training step
+    (read from checkpoint-N or step-N in the path of the images). Files that differ in more are not drawn together."""
     groups: dict[tuple, list] = {}
     for result in results:
         if result.evaluation == "generation":
@@ -93,9 +93,9 @@ def find_charts(results: Sequence[Result]) -> list[Chart]:
 
 
 def convergence_charts(name: str, rows: Sequence[dict[str, Any]]) -> list[Chart]:
-    """Quick distances of a training run against what it had taken until then, one chart an amount.
+    """Quick distances of a training run against each of `AMOUNTS`, such as epochs or GPU-seconds, one chart each.
 
-    Args: `rows` are those of `read_convergence`; an amount that is not known of every row is not drawn.
+    Args: `rows`: of `read_convergence`. An amount that some rows lack is not drawn.
     """
     charts = []
     for key, axis in AMOUNTS.items():
@@ -107,7 +107,7 @@ def convergence_charts(name: str, rows: Sequence[dict[str, Any]]) -> list[Chart]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers that lie between, about five of them."""
+    """About five round numbers between `low` and `high`."""
     power = math.floor(math.log10((high - low) / 5))
     step = next(base * 10.0**power for base in (1, 2, 5, 10) if (high - low) / (base * 10.0**power) <= 5)
     first = -(-low // step)
@@ -129,7 +129,7 @@ def chart_svg(chart: Chart) -> Markup:
     x_ticks: list[tuple[str, float]] = []
     for x in sorted(set(xs)):
         left, text = place(x, 0)[0], f"{x:.4g}" if x >= 1e6 else f"{x:g}"
-        if not x_ticks or left - x_ticks[-1][1] >= 10 + 8 * len(text):  # else labels would touch; points stay
+        if not x_ticks or left - x_ticks[-1][1] >= 10 + 8 * len(text):  # leave out labels that would touch
             x_ticks.append((text, left))
     values = [(x, value) for x, value, *_ in chart.points]
     lines = {"floor": floors, "line": values}
@@ -161,9 +161,8 @@ def data_uri(image: Image.Image) -> str:
 
 
 def find_pictures(results: Sequence[Result]) -> list[Picture]:
-    """(caption, file) of the pictures that the programs wrote beside their results, samples first. A recorded picture
-    is looked for beside the result file, then where the program wrote it; one that is at neither place has no file,
-    and its caption says so."""
+    """(caption, file) of the pictures that the programs wrote, samples first. A picture is looked for beside the
+    result file, then where the program wrote it. If it is missing, its file is None and its caption says so."""
     titles = {"generation": "nearest real images, below each generated one", "reconstruction": "worst cases"}
     pictures = []
     for result in sorted(results, key=lambda result: result.evaluation != "generation"):
@@ -190,12 +189,12 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text in one line in which nothing is markup: no link, picture, HTML, emphasis or column."""
+    """Text in one line with all Markdown escaped: links, pictures, HTML, emphasis and columns."""
     return re.sub(r"[\\`*\[\]<>|#~&$]|(?<!\w)_|_(?!\w)|(?<=:)//|(?<=www)\.", r"\\\g<0>", " ".join(text.split()))
 
 
 def _table_heads(rows: Sequence[Row]) -> tuple[dict[str, str], str]:
-    """Columns in which anything stands, and the details where all rows have the same: those stand below, once."""
+    """Columns that are not empty; and the details if all rows have the same, to be shown once below the table."""
     heads = {key: head for key, head in HEADS.items() if any(getattr(row, key) for row in rows)}
     if len(rows) == 1 or len({row.details for row in rows}) > 1:
         return heads, ""
@@ -206,7 +205,7 @@ def html_page(
     title: str, rows: Sequence[Row], charts: Sequence[Chart], given: Sequence[Picture], recorded: Sequence[Picture],
     results: Sequence[Result],
 ) -> str:  # fmt: skip
-    """The page: pictures that were given, a summary of one number of each kind, all numbers, curves, other pictures.
+    """The page: given pictures, a summary with the first number of each group, all numbers, charts, other pictures.
 
     Raises: UnreadableImageError naming a picture that cannot be read."""
     first = {(row.name, row.group): row for row in reversed(rows) if row.group != NOT_MEASURED}

@@ -1,4 +1,4 @@
-"""Where evaluated images come from: a folder, an npz, a data set, or a pipeline, sampled when they are read."""
+"""Sources of images to evaluate: a folder, an npz, a data set, or a pipeline that samples them when they are read."""
 
 import copy
 import hashlib
@@ -32,7 +32,7 @@ HASH_BYTES = 16
 class ImageSource(Protocol):
     """Images of one size by index.
 
-    Attributes: `size`: height and width; `settings`: what made them, or None.
+    Attributes: `size`: height and width; `settings`: those of the sampler that made them, or None.
     """
 
     size: tuple[int, int]
@@ -51,11 +51,11 @@ class FolderImages:
     Files that are not 8-bit RGB are converted by `data.image_files.as_rgb`; `converted` counts them by mode, RGB of 16
     bits as "RGB;16".
 
-    A folder that `pipelines/generate.py` wrote says in settings.json how many images it is to hold. The main process
-    looks into it and tells the others.
+    Only the main process lists the folder and tells the others. `pipelines/generate.py` writes the number of images
+    into settings.json, which is checked.
 
-    Raises: ValueError: no image files; folders of images beside them; one that cannot be read, has another size or a
-        mode without an 8-bit meaning, named; fewer or more images than the folder's settings say.
+    Raises: ValueError: no image files; folders of images beside them; an image that cannot be read, has another size
+        or a mode that has no 8-bit equivalent; another number of images than settings.json says.
     """
 
     def __init__(self, folder: str | Path):
@@ -67,15 +67,15 @@ class FolderImages:
         folder, files = self.folder, list_images(self.folder)
         folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         if not files:
-            hint = ": it holds folders, of which each is a set of images here" if folders else ""
+            hint = ": it holds folders, expected the folder of one set of images" if folders else ""
             raise ValueError(f"{folder} holds no image files (of a format that Pillow reads){hint}")
         for inner in folders:
             if images := list_images(inner):
                 raise ValueError(
                     f"{folder} holds {len(files)} images and, beside them, a folder of images, {inner.name} "
-                    f"({len(images)} of them), which would not be measured: expected one folder for one set"
+                    f"({len(images)} of them), which would not be measured: expected all images in one folder"
                 )
-        # headers only, all of them now: an error after hours of work would be no use
+        # check all headers now, not after hours of work
         with ThreadPoolExecutor(16) as pool:
             headers = list(pool.map(read_header, files))
         size = headers[0][:2]
@@ -91,7 +91,7 @@ class FolderImages:
         if count != len(files):
             raise ValueError(
                 f"{folder} holds {len(files)} images, its settings.json says {count}: "
-                "it is incomplete (run the same pipelines/generate.py again) or holds images of something else"
+                "it is incomplete (run the same pipelines/generate.py again) or holds other images too"
             )
         return files, size, dict(Counter(mode for *_, mode in headers if mode != "RGB")), settings
 
@@ -122,16 +122,16 @@ class DatasetImages:
         return torch.stack([item["image"] for item in self.dataset.__getitems__(list(indices))])
 
     def count_enlarged(self, indices: Sequence[int]) -> int:
-        """How many of these images are smaller in their files than they are measured, by what any process has read of
-        them; all of them must ask. Enlarged ones are blurred, which a distance to sharp ones sees."""
-        found = gather_objects(self.dataset.enlarged[list(indices)])  # what is in memory every process has read
+        """How many of these images were enlarged because their files are smaller than the measured size. That blurs
+        them, which a distance to sharp images notices. Counts what all processes have read: all must call this."""
+        found = gather_objects(self.dataset.enlarged[list(indices)])  # several processes may have read the same image
         return int(torch.stack(found).any(0).sum())
 
 
 def open_measured(config: DataConfig, split: str, crop: Crop = center_crop, or_all: bool = False) -> DatasetImages:
-    """A data set whose images are counted: those that cannot be read, where that is allowed, are left out before
-    anything is chosen or measured, and `dataset.skipped` holds their keys. Every process has to call this. Raises what
-    `open_dataset` raises."""
+    """A data set to measure. With `skip_unreadable` images that cannot be read are left out before anything is chosen
+    or measured, and `dataset.skipped` holds their keys. All processes must call this. Raises what `open_dataset`
+    raises."""
     dataset = open_dataset(config, split, crop, or_all)
     return DatasetImages(_without_unreadable(dataset) if config.skip_unreadable else dataset)
 
@@ -139,9 +139,9 @@ def open_measured(config: DataConfig, split: str, crop: Crop = center_crop, or_a
 def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
     """The images that can be read, each under its own index.
 
-    Training replaces an unreadable image by its neighbour, which would be measured twice here. Which ones those are is
-    only known once all were decoded, by every process its part: unless the data set is in memory, this takes as long
-    as reading it.
+    Training replaces an unreadable image by its neighbour, which would be measured twice here. To find the unreadable
+    ones all images are decoded, and the processes share the work: this takes as long as reading the data set, unless
+    it is in memory.
     """
     rank, processes = this_process()
     part = range(rank, len(dataset), processes)
@@ -153,14 +153,14 @@ def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
     shown = tqdm(found, total=len(part), desc="checking images", leave=False, disable=rank > 0)
     good = gather_objects([index for index, readable in zip(part, shown, strict=True) if readable])
     measured = copy.copy(dataset)
-    measured.skip_unreadable = False  # one that is damaged from now on is named, not replaced
+    measured.skip_unreadable = False  # an image that becomes unreadable later is an error
     measured.keep_readable(sorted(itertools.chain.from_iterable(good)))
     return measured
 
 
 class PipelineImages:
-    """Images of a class-conditional pipeline, sampled when they are read; image k follows from the seed and k,
-    whatever is read with it.
+    """Images of a class-conditional pipeline, sampled when they are read. The noise of image k depends only on the
+    seed and k, not on the images of its batch.
 
     Args:
         labels: class of each image.
@@ -206,8 +206,8 @@ def check_real_images(source: str, option: str) -> None:
 def open_reference(
     data: DataConfig, source: str, split: str, size: tuple[int, int]
 ) -> tuple[ImageSource, list[int], list[int]] | None:
-    """Real images of the given height and width, and the indices of those that are no variants of others and of those
-    that are. None if the source holds statistics only.
+    """Real images of the given height and width, the indices of base images, and those of variants (OpenMoji's skin
+    tones). None if the source holds statistics only.
 
     Args: `source`: an npz, a folder, openmoji, or a `datasets` collection; `data`: how it is read.
     """
@@ -221,7 +221,7 @@ def open_reference(
     if size[0] != size[1]:
         raise ValueError(f"the generated images are {size}: a data set can only be cropped to squares")
     data = DataConfig(**vars(data) | {"source": source, "resolution": size[0]})
-    # a folder without splits is what it is; all of it is its train split
+    # a folder without splits is used whole, also as the validation split
     images = open_measured(data, split, or_all=split == "validation")
     weights = images.dataset.weights
     is_base = weights == weights.max()
@@ -234,8 +234,8 @@ def chosen_images(num_images: int | None, count: int, seed: int, found: str) -> 
 
     A subset is random because folders are sorted by class: the first images would be those of the first classes.
 
-    Args: `found`: in words, how many images of what there are.
-    Raises: ValueError: more are wanted than there are.
+    Args: `found`: text for the error: which images there are and how many.
+    Raises: ValueError: `num_images` is larger than `count`.
     """
     wanted = count if num_images is None else num_images
     if wanted > count:
@@ -246,19 +246,19 @@ def chosen_images(num_images: int | None, count: int, seed: int, found: str) -> 
 
 
 def subset_rule(chosen: Sequence[int], count: int, seed: int) -> str:
-    """How `chosen_images` chose, in the words of result files."""
+    """How `chosen_images` chose, in words for result files."""
     return "all" if len(chosen) == count else f"a random subset of {count}, seed {seed}"
 
 
 def image_faults(sources: dict[str, tuple[ImageSource, Sequence[int]]]) -> dict[str, dict]:
-    """Unreadable and enlarged images of every source that is a data set, once all processes have read their part; all
-    of them must ask.
+    """Unreadable and enlarged images of every source that is a data set, after all processes have read their part. All
+    processes must call this.
 
-    Images that are smaller than they are measured are no error: a model of 32 px may well have learned from 28.
+    Images smaller than the measured size are no error: a model of 32 px may well have been trained on images of 28.
 
-    Args: `sources`: name -> images, and the indices of those that count.
-    Returns: "skipped": name -> keys of those that cannot be read and are left out; "enlarged": name -> how many are
-        smaller.
+    Args: `sources`: name -> images, and the indices of those that are measured.
+    Returns: "skipped": name -> keys of images that cannot be read and are left out; "enlarged": name -> number of
+        images that were enlarged.
     """
     datasets = {name: source for name, source in sources.items() if isinstance(source[0], DatasetImages)}
     return {
@@ -268,7 +268,7 @@ def image_faults(sources: dict[str, tuple[ImageSource, Sequence[int]]]) -> dict[
 
 
 def fault_lines(skipped: list[str], enlarged: int, resolution: int) -> Iterator[str]:
-    """What a program that measures one data set prints of its unreadable and enlarged images."""
+    """Lines about unreadable and enlarged images, for programs that measure one data set."""
     if skipped:
         yield f"{len(skipped)} more cannot be read and are left out, the first is {skipped[0]}"
     if enlarged:
@@ -277,7 +277,7 @@ def fault_lines(skipped: list[str], enlarged: int, resolution: int) -> Iterator[
 
 def image_hashes(images: torch.Tensor) -> list[bytes]:
     """A hash of the pixels of each uint8 image (B, 3, H, W); equal for equal images of one size."""
-    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # as images from files and pipelines lie in memory
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # no copy: images are in this layout already
     return [hashlib.blake2b(image.data, digest_size=HASH_BYTES).digest() for image in pixels]
 
 
@@ -306,9 +306,9 @@ def read_batches(
     """Images of the given indices, `batch_size` at a time, uint8 (B, 3, H, W).
 
     Args:
-        num_workers: processes that read ahead; a pipeline samples its images in this one.
-        pin_memory: into memory that is copied to a GPU while other work goes on.
-        hashed: give (images, their hashes).
+        num_workers: processes that read ahead; a pipeline always samples in this process.
+        pin_memory: read into pinned memory, for asynchronous copies to a GPU.
+        hashed: return (images, their hashes) for every batch.
     """
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     workers = 0 if isinstance(source, PipelineImages) else min(num_workers, len(batches))

@@ -1,4 +1,4 @@
-"""What a generator learned from, searched for the image nearest to each generated one."""
+"""Search among a generator's training images for the one nearest to each generated image."""
 
 import math
 
@@ -18,9 +18,9 @@ class TrainingImages:
     """The training images of a reference and their features, which are computed once.
 
     Args:
-        reference: as of `open_reference`.
+        reference: npz, folder, openmoji or a `datasets` collection, see `open_reference`.
         size: height and width of the images.
-        network: of the features, as `feature_network` takes it.
+        network: name of a feature network, see `feature_network`.
     Raises: ValueError if the reference has no images of this size.
     """
 

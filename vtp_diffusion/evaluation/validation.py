@@ -9,7 +9,6 @@ from PIL import Image
 
 from ..data.image_datasets import DataConfig, open_dataset
 from ..data.images import image_grid
-from ..generation.pipeline_checks import check_call
 from ..generation.sampler_config import GuidanceConfig
 from ..generation.sampling import draw_labels, initial_noise
 from ..metrics.features import extract_features
@@ -27,13 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class DistanceConfig(Settings):
-    """Settings of the quick distance: too few images for a number to publish, enough to see where training goes."""
+    """Settings of the quick distance: too few images for a number to publish, enough to follow training."""
 
-    num_images: int = setting(0, "samples of random classes; 0 is no distance", at_least=0)
+    num_images: int = setting(0, "samples, of random classes; 0: no distance is measured", at_least=0)
     network: str = setting("vgg16", f"feature network: one of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER")
-    weights: str | None = setting(
-        None, "file of its weights; none: the installed package, or the cache they are downloaded to"
-    )
+    weights: str | None = setting(None, "file of its weights; none: from the installed package or the download cache")
     reference: DataConfig = setting(
         default_factory=DataConfig, help="real images; their resolution is that of the samples"
     )
@@ -47,7 +44,7 @@ class DistanceConfig(Settings):
 
 @dataclass(kw_only=True)
 class ValidationConfig(GuidanceConfig):
-    """Settings of a validation, which samples with the EMA weights and from the same noise each time."""
+    """Settings of validations, which sample with the EMA weights, each time from the same noise."""
 
     labels: list[int | str] = setting(default_factory=list, help="class indices or names, one image each")
     num_inference_steps: int = setting(50, "Euler steps", at_least=1)
@@ -61,14 +58,18 @@ class ValidationConfig(GuidanceConfig):
 
 
 def check_validation(config: ValidationConfig, pipeline: "LightningDiTPipeline") -> None:
-    """Raises: ValueError: labels that are no classes of the pipeline, or a kind of guidance that it does not have."""
+    """Raises: ValueError: labels that are no classes of the pipeline, or guidance that it does not support."""
     try:
         pipeline.get_label_ids(config.labels or [0])
-    except ValueError as error:  # most often a configuration's labels beside other images
+    except ValueError as error:  # most often labels of a configuration that was written for other images
         raise ValueError(f"validation.labels are not classes of these images: {error}") from error
-    arguments = config.num_inference_steps, config.guidance_scale, config.guidance_interval
+    if config.guidance == "autoguidance":
+        raise ValueError(
+            "validation.guidance is autoguidance, expected another kind: the guide (guide.step, guide.transformer) "
+            "joins the pipeline when training has ended"
+        )
     try:
-        check_call(pipeline, *arguments, None, 1, "latent", None, None, config.guidance)
+        config.check_pipeline(pipeline, config.num_inference_steps)
     except ValueError as error:
         raise ValueError(f"validation.{error}") from error
 
@@ -83,11 +84,11 @@ def sample_grid(config: ValidationConfig, pipeline: "LightningDiTPipeline", devi
 
 
 class QuickDistance:
-    """Fréchet distance of N samples to N real images, and of N other real images to the same: the floor.
+    """Fréchet distance of N samples to N real images, and the floor: that of N other real images to the same N.
 
-    Both have the same bias, which at such sizes is large, so that they compare with each other and with nothing else.
-    The real images are 2 N random ones of the reference, without variants; samples and features are shared between
-    the processes and do not depend on how many there are.
+    Both have the same bias, which is large at such sizes, so they may be compared with each other but with no other
+    number. The real images are 2 N random ones of the reference, without variants. The processes share the work, and
+    the result does not depend on their number.
 
     Raises:
         ValueError: a reference of fewer than 2 N images, more processes than images, or an unknown feature network.
@@ -114,19 +115,19 @@ class QuickDistance:
         self._reference_features: torch.Tensor | None = None
 
     def measure(self, pipeline: "LightningDiTPipeline", device: torch.device, **sampler: float) -> dict[str, float]:
-        """The distance under its name, its floor and the number of images; every process has to call this."""
+        """The distance under its name, its floor and the number of images. All processes must call this."""
         count, classes = self.config.num_images, pipeline.transformer.config.num_classes
         labels = draw_labels("random", count, classes, self.seed)
         samples = PipelineImages(pipeline, labels, self.seed, self.config.batch_size, **sampler)
         generated = self._features(samples, range(count), device)
         if self._reference_features is None:
             self._reference_features = self._features(self.reference, self.chosen, device)
-        self.network.cpu()  # training needs the room
+        self.network.cpu()  # training needs the GPU memory
         floor, name = floor_of_halves(generated, self._reference_features, self.seed), self.network.distance_name
         return {name: floor.generated, f"{name}_floor": floor.real, f"{name}_images": floor.sizes[0]}
 
     def _features(self, source: ImageSource, indices: Sequence[int], device: torch.device) -> torch.Tensor:
-        """(N, D), on every process; each takes every P-th image."""
+        """Features (N, D) on every process; each of the P processes computes those of every P-th image."""
         rank, processes = this_process()
         mine = list(indices)[rank::processes]
         parts = gather_objects(
@@ -152,7 +153,7 @@ def report_validation(
     distance: QuickDistance | None,
     step: int,
 ) -> None:
-    """Report a quick distance and a sample grid of a pipeline that has the EMA weights; every process has to call."""
+    """Report the quick distance and a sample grid of a pipeline with the EMA weights. All processes must call this."""
     values = {} if distance is None else distance.measure(pipeline, run.device, **config.sampler)
     draw = run.is_main and config.labels
     run.report(step, values, sample_grid(config, pipeline, run.device) if draw else None)
@@ -161,10 +162,10 @@ def report_validation(
 def validated_steps(
     run: "TrainingRun", distance: QuickDistance | None, validate: Callable[[int], None]
 ) -> Iterator[int]:
-    """The steps of a run that trains a generator, with its validations in between, if they report anything.
+    """The steps of a run that trains a generator, with validations in between, if they report anything.
 
-    Args: `validate`: is given the number of steps done, after those where a validation is due, and before the first
-        step where an interruption left one out.
+    Args: `validate`: called with the number of steps done, whenever a validation is due; also before the first step
+        if the interrupted run missed its last one.
     """
     config = run.config
     watched = bool(config.validation.labels) or distance is not None

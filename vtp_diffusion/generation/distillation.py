@@ -29,7 +29,7 @@ from ..models.latent_space import latent_statistics
 from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import exact_float32
 from .flow_matching import interpolate, sample_times, scheduler_shift, shift_times
-from .pipeline_checks import check_call, is_guided
+from .pipeline_checks import is_guided
 from .sampler_config import GuidanceConfig, SamplerConfig
 from .sampling import pipeline_identity
 from .solvers import use_solver
@@ -126,8 +126,10 @@ def check_teacher(config: DistillationConfig, teacher: DiffusionPipeline, datase
             f"teacher.guidance_scale is {scale}, but {folder} was trained with class_dropout_prob 0 and has no "
             "prediction without a class: expected 1, or another teacher.guidance"
         )
-    arguments = given.guidance_interval, None, 1, "latent", None, None, kind
-    check_call(teacher, given.num_inference_steps, scale, *arguments)
+    try:
+        given.check_pipeline(teacher, given.num_inference_steps)
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be sampled as teacher.* says: {error}") from error
 
 
 def prepare_teacher(config: TeacherConfig, teacher: DiffusionPipeline) -> torch.Tensor:

@@ -59,7 +59,8 @@ images = pipeline(class_labels=[0], **settings).images
   model.attention_head_dim }}, patch {{ model.patch_size }}.
 - {{ data }}; {{ max_train_steps }} steps of {{ batch }} latents,
   {{ speed }}.
-- AdamW, learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
+- {{ "Muon for the matrices inside blocks, AdamW for the rest" if optimizer == "muon" else "AdamW" }},
+  learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
 - Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}
 {%- if alignment.weight %}; {{ alignment.text }}{% endif %}.
 - Sampling with time shift {{ shift }}; guidance:

@@ -94,28 +94,32 @@ def check_scheduler(scheduler) -> None:
         )
 
 
+def guidance_kinds(pipe) -> list[str]:
+    """The values of `guidance` that a pipeline takes."""
+    kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
+    return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None)
+
+
 def check_call(pipe, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind) -> None:
     """Raises: ValueError naming the first argument of a call that does not fit."""
     if pipe.transformer is None or pipe.scheduler is None:
         raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
     check_scheduler(pipe.scheduler)  # a pipeline's scheduler may be replaced
     config, known = pipe.transformer.config, pipe._callback_tensor_inputs
+    if config.get("student") is not None:
+        check_student(config.student, pipe.scheduler, steps, scale, kind)
     pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
-    types = OUTPUT_TYPES if pipe.vae is not None else ("latent",)
-    no_vae = "" if pipe.vae is not None else ": this pipeline has no vae"
-    kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
-    kinds += ["internal"] * (config.get("base_head_layer") is not None)
+    types, no_vae = (OUTPUT_TYPES, "") if pipe.vae is not None else (("latent",), ": this pipeline has no vae")
+    kinds, least = guidance_kinds(pipe), int(kind == "internal")
     inputs = isinstance(tensor_inputs, list | tuple) and all(name in known for name in tensor_inputs)
     for name, value, fits, expected in (
         ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
         ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
-        ("guidance_scale", scale, is_number(scale), "0 or a positive number"),
+        ("guidance_scale", scale, is_number(scale, least), f"{least} or more with guidance {kind!r}"),
         (
             "guidance", kind, isinstance(kind, str) and kind in kinds,
-            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a transformer with a "
-            "base_head_layer",
+            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a base_head_layer",
         ),
-        ("guidance_scale", scale, kind != "internal" or scale >= 1, "1 or more with internal guidance"),
         (
             "guidance_interval", interval,
             pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
@@ -137,27 +141,28 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     ):  # fmt: skip
         if not fits:
             raise ValueError(f"{name} is {value!r}, expected {expected}")
-    if config.get("student") is not None:
-        check_student(config.student, pipe.scheduler, steps, scale)
     free = kind == "classifier_free" or (kind == "auto" and pipe.guidance_transformer is None)
     if scale != 1 and free and config.class_dropout_prob == 0:
         warnings.warn(
             f"guidance_scale is {scale}, but with class_dropout_prob 0 no unconditional class was trained: expect "
             "meaningless pictures, or give guidance_scale 1 or a guidance_transformer",
-            stacklevel=4,
+            stacklevel=1,  # one place, for a warning shown once
         )
 
 
-def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float) -> None:
+def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float, kind: str) -> None:
     """Raises: ValueError if a few-step student is asked for what it was not trained for.
 
     Args: `student`: that entry of the transformer's configuration.
     """
     if steps not in student["steps"]:
         raise ValueError(f"num_inference_steps is {steps}, expected one that this student learned: {student['steps']}")
-    if scale != 1:
+    if scale != 1 or kind != "auto":
         baked = student["guidance"] or "none"
-        raise ValueError(f"guidance_scale is {scale}, expected 1: this student has its guidance baked in ({baked})")
+        raise ValueError(
+            f"guidance is {kind!r} and guidance_scale {scale}, expected neither: this student has its guidance baked "
+            f"in ({baked})"
+        )
     config, euler = scheduler.config, type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:
         raise ValueError(

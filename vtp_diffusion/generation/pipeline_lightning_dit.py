@@ -92,11 +92,7 @@ class LightningDiTPipeline(DiffusionPipeline):
                     self._shared_names.setdefault(name, [self.labels[name]]).append(int(index))
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """Write `model_index.json`, the last step of `save_pretrained`.
-
-        A pipeline that was loaded from a self-contained folder is saved as one, since diffusers itself would name a
-        module that only exists in its cache.
-        """
+        """Write `model_index.json`, the last step of `save_pretrained`, and a self-contained pipeline's code."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         if self.exported_source is not None:
             write_self_contained(save_directory, self.exported_source)

@@ -7,6 +7,7 @@ from ..runtime.config import Settings, setting
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(kw_only=True)
@@ -20,6 +21,20 @@ class GuidanceConfig(Settings):
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0), "times between which guidance is on, 0 is noise, 1 is data", at_least=0, at_most=1, ordered=True
     )
+
+    def check_pipeline(self, pipe: "DiffusionPipeline", steps: int, channels: int | None = None) -> None:
+        """Check that a pipeline can be called so. Args: `steps`, `channels`: its other settings.
+
+        Raises: ValueError naming the first setting that it does not take, or a kind of guidance without a scale.
+        """
+        from .pipeline_checks import check_call
+
+        scale, kind = self.guidance_scale, self.guidance
+        check_call(pipe, steps, scale, self.guidance_interval, channels, 1, "latent", None, None, kind)
+        if scale == 1 and kind != "auto":
+            raise ValueError(
+                f"guidance is {kind!r} with guidance_scale 1, which is no guidance: expected another scale, or 'auto'"
+            )
 
     @property
     def guidance_arguments(self) -> dict[str, Any]:
@@ -38,6 +53,15 @@ class GuidanceConfig(Settings):
         """`changed_guidance` as options of a program."""
         listed = {k: v if isinstance(v, tuple) else (v,) for k, v in self.changed_guidance.items()}
         return "".join(f" --{name} {' '.join(map(str, values))}" for name, values in listed.items())
+
+    @property
+    def guidance_text(self) -> str:
+        """The same in words."""
+        if self.guidance_scale == 1:
+            return "no guidance"
+        kind = "" if self.guidance == "auto" else f" ({self.guidance})"
+        times = "" if self.guidance_interval == (0, 1) else " at times from {} to {}".format(*self.guidance_interval)
+        return f"guidance of scale {self.guidance_scale}{kind}{times}"
 
 
 @dataclass(kw_only=True)

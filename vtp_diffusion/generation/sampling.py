@@ -14,7 +14,6 @@ import torch
 
 from ..data.images import Rounding, finite_to_uint8
 from ..runtime.reproducibility import exact_float32, random_stream, stream_seed
-from .pipeline_checks import check_student
 from .sampler_config import SamplerConfig
 from .solvers import solve_adaptively, use_solver
 
@@ -45,18 +44,26 @@ def draw_labels(
     return np.asarray(reference)[generator.integers(0, len(reference), count)].tolist()
 
 
-def open_pipeline(folder: str, config: SamplerConfig, device: torch.device | str) -> DiffusionPipeline:
+def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.device | str) -> DiffusionPipeline:
     """The pipeline of a folder on a device, in the precision and with the solver of a configuration, without progress
-    bars. Raises: ValueError naming a folder that cannot be loaded, or what a few-step student was not trained for."""
+    bars.
+
+    Args: `config`: how it will be called; None if that is not known yet.
+    Raises: ValueError naming a folder that cannot be loaded, or what of the configuration the pipeline cannot do.
+    """
     from diffusers import DiffusionPipeline
 
     from ..models.loading import load_saved
 
-    pipe = load_saved(DiffusionPipeline, folder, dtype=config.torch_dtype(torch.device(device)))
+    dtype = (config or SamplerConfig()).torch_dtype(torch.device(device))
+    pipe = load_saved(DiffusionPipeline, folder, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
-    use_solver(pipe, config.solver, config.time_shift)
-    if student := pipe.transformer.config.get("student"):  # checked here, long before the pipeline is first called
-        check_student(student, pipe.scheduler, config.num_inference_steps, config.guidance_scale)
+    if config is not None:
+        try:  # at once: the first call may come after hours of reading real images
+            use_solver(pipe, config.solver, config.time_shift)
+            config.check_pipeline(pipe, config.num_inference_steps, config.guidance_channels)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
     return pipe.to(device)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..runtime.optional_packages import require
 from .flow_matching import scheduler_shift
-from .pipeline_checks import is_guided
+from .pipeline_checks import check_call, is_guided
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -75,8 +75,9 @@ def solve_adaptively(
 
     Args: `latents`: the noise; `tolerance`: relative error of a step, beside an absolute one of 1e-6; the rest as of
         `LightningDiTPipeline.__call__`.
-    Raises: ImportError without torchdiffeq.
+    Raises: ImportError without torchdiffeq. ValueError on guidance that the pipeline does not have.
     """
+    check_call(pipe, 1, guidance_scale, guidance_interval, guidance_channels, 1, "latent", None, None, guidance)
     odeint = require("torchdiffeq", "solvers").odeint
     ids = torch.tensor(labels, device=latents.device)
 

@@ -15,7 +15,7 @@ def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int = 1) -> fl
     Args:
         scores: (N, C), any real numbers.
         labels: (N,) int64 from 0 to C - 1.
-        k: of a problem with fewer than k classes every answer is right: 1.0.
+        k: with fewer than k classes every answer counts as right, and the result is 1.0.
     Raises: ValueError: shapes that do not fit, no rows, or scores that are not finite.
     """
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or len(labels) == 0:
@@ -80,7 +80,7 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """Top-1 accuracy of weighted k-nearest-neighbour classification, for every k.
 
-    Args: as of `knn_scores`; `labels` are the queries' (N,).
+    Args: as for `knn_scores`; `labels`: (N,) of the queries.
     """
     num_classes = int(max(bank_labels.max(), labels.max())) + 1
     scores = knn_scores(bank, bank_labels, queries, neighbours, num_classes, temperature)

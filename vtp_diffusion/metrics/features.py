@@ -17,13 +17,14 @@ class FeatureNetwork(nn.Module):
     """A frozen network that turns uint8 images (B, 3, H, W) into float32 features (B, D).
 
     Attributes:
-        name: as `feature_network` takes it.
+        name: the one that `feature_network` accepts.
         distance_name: what a Fréchet distance of its features is called. Only Inception's is an FID.
         dim: number of features D.
-        output_dims: widths of what `outputs` gives; "features" is among them.
+        output_dims: width of each entry of `outputs`, "features" included.
         preprocessing: what happens to the pixels first, in words.
         file: where the weights came from.
-        resize_rule: what `resized` does, in words; networks of one rule share its result. None: the network resizes.
+        resize_rule: what `resized` does, in words; networks with the same rule share one resized batch. None: the
+            network resizes by itself.
         memory_format: layout of activations, which an `Extractor` chooses.
     """
 
@@ -36,7 +37,7 @@ class FeatureNetwork(nn.Module):
     resize_rule: str | None = None
 
     def resized(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images (B, 3, H, W) as the network takes them, where it has a resize_rule."""
+        """Images (B, 3, side, side) at the network's input size, if it has a resize_rule."""
         return images
 
     @property
@@ -53,7 +54,7 @@ class FeatureNetwork(nn.Module):
         return "KID" if self.distance_name == "FID" else self.distance_name.replace("FD", "KD", 1)
 
     def score_name(self, score: str) -> str:
-        """Precision, recall, density and coverage are those of Inception's features unless their name says else."""
+        """A score's name in results: as it is on Inception's features, followed by the network on any other."""
         return score if self.name == "inception" else f"{score} ({self.distance_name.removeprefix('FD-')})"
 
     def weights_sha256(self) -> str:
@@ -76,13 +77,13 @@ class Extractor:
     """A feature network ready to run on a device.
 
     Args:
-        network: is moved there, its weights to the layout.
+        network: is moved to the device, and its weights to the memory layout that is fastest there.
         mode: "exact" computes with the precision of float32; "fast" computes convolutions and products in float16
-            (resizing, averages over positions and all statistics stay float32 or better). What that does to an FID is
-            what `benchmarks/feature_extraction.py` prints. float16 and not bfloat16, because its rounding is 8 times
-            finer; features that overflow it are an error, as all that are not finite are.
-        compile: `torch.compile` the network. Smaller batches are then filled up, so that it is compiled once.
-        batch_size: what to fill up to.
+            (resizing, averages over positions and all statistics stay float32 or better).
+            `benchmarks/feature_extraction.py` prints how far that moves an FID. float16 rather than bfloat16, because
+            it rounds 8 times finer; features that overflow are refused by the statistics.
+        compile: `torch.compile` the network. Smaller batches are then padded, so that it is compiled only once.
+        batch_size: the size that batches are padded to.
     Raises: ValueError: an unknown mode; a compiled network without batch_size.
     """
 
@@ -97,22 +98,23 @@ class Extractor:
         if mode not in ("exact", "fast"):
             raise ValueError(f"feature mode {mode!r} is unknown; known: exact, fast")
         if compile and batch_size is None:
-            raise ValueError("a compiled network needs the batch_size that smaller batches are filled up to")
+            raise ValueError("a compiled network needs the batch_size that smaller batches are padded to")
         self.network, self.device, self.mode = network, torch.device(device), mode
-        # cuDNN's convolutions in float32 without TensorFloat-32 are faster in contiguous memory, all others are not
+        # channels_last is faster, except for cuDNN's convolutions in float32 without TensorFloat-32
         channels_last = mode == "fast" or self.device.type != "cuda"
         network.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         network.to(self.device, memory_format=network.memory_format)
         self.batch_size = batch_size if compile else None
-        # else the compiler chooses a layout of its own
+        # otherwise the compiler would choose the memory layout itself
         options = None if channels_last else {"layout_optimization": False}
         self._compiled = torch.compile(network.outputs, dynamic=False, options=options) if compile else None
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, shared: dict | None = None) -> dict[str, torch.Tensor]:
-        """uint8 images (B, 3, H, W), anywhere, to the network's outputs (B, D_name), float32 on the device.
+        """The network's outputs (B, D_name), float32 on its device, for uint8 images (B, 3, H, W) on any device.
 
-        Args: `shared`: holds, between networks, this batch on the device and resized: one dictionary a batch.
+        Args: `shared`: cache of this batch, copied to the device and resized. Several networks that see the same
+            batch are given the same dictionary.
         """
         count, shared = len(images), {} if shared is None else shared
         placed = self.device, self.batch_size, self.network.memory_format
@@ -121,7 +123,7 @@ class Extractor:
         if (rule := self.network.resize_rule) is not None and (*placed, rule) not in shared:
             shared[*placed, rule] = self.network.resized(shared[placed])
         images = shared[placed] if rule is None else shared[*placed, rule]
-        # one layout whatever the source's and the filling's: another one would be compiled anew
+        # always the same memory layout: another one would be compiled again
         images = images.contiguous(memory_format=self.network.memory_format)
         fast = torch.autocast(self.device.type, dtype=torch.float16, enabled=self.mode == "fast")
         outputs = self._compiled or self.network.outputs
@@ -129,7 +131,7 @@ class Extractor:
             return {name: output[:count].float() for name, output in outputs(images).items()}
 
     def _placed(self, images: torch.Tensor) -> torch.Tensor:
-        """The batch on the device, filled up to the size that the network is compiled for."""
+        """The batch on the device, padded to the size that the network is compiled for."""
         images = images.to(self.device, non_blocking=True)
         if self.batch_size is not None and (missing := self.batch_size - len(images)) > 0:
             images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
@@ -139,7 +141,7 @@ class Extractor:
 def extract_features(
     network: FeatureNetwork, batches: Iterable[torch.Tensor], device: torch.device | str
 ) -> torch.Tensor:
-    """Features (N, D) float32 on the CPU of uint8 image batches (B, 3, H, W). TensorFloat-32 is off meanwhile.
+    """Features (N, D), float32 on the CPU, of uint8 image batches (B, 3, H, W), computed without TensorFloat-32.
 
     Raises: ValueError: no images.
     """

@@ -15,10 +15,10 @@ class GaussianStatistics:
     """Mean and covariance of features that arrive in batches, in float64.
 
     Features are kept until there are as many as dimensions; then they become a D x D matrix, and memory no longer
-    grows. Below that they are the smaller and the more exact form: a covariance of fewer samples than dimensions is
-    singular, and `frechet_distance` never makes it. Parts are merged by the pairwise update of Chan, Golub and LeVeque
-    (1979), which does not cancel when the mean is large beside the spread. The covariance is divided by N - 1, as in
-    the FID implementations of TTUR and ADM.
+    grows. Fewer features take less memory than the matrix and are more exact: their covariance would be singular, and
+    `frechet_distance` does without it. Parts are merged by the pairwise update of Chan, Golub and LeVeque (1979),
+    which does not cancel when the mean is large beside the spread. The covariance is divided by N - 1, as in the FID
+    implementations of TTUR and ADM.
 
     Args:
         dim: number of features, D.
@@ -27,7 +27,7 @@ class GaussianStatistics:
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         self.dim, self.device = dim, torch.device(device)
-        self._rows: list[torch.Tensor] = []  # those that are not in the moments yet
+        self._rows: list[torch.Tensor] = []  # features that are not in the moments yet
         self._waiting = 0
         self._moments: tuple[int, torch.Tensor, torch.Tensor] | None = None  # count, mean (D,), scatter (D, D)
         self._root: torch.Tensor | None = None
@@ -48,7 +48,7 @@ class GaussianStatistics:
     ) -> "GaussianStatistics":
         """Statistics from a mean (D,) and a covariance (D, D), as files hold them.
 
-        Args: `count`: of how many samples; only merging needs it.
+        Args: `count`: number of samples; only merging needs it.
         Raises: ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric, or
             variances below 0.
         """
@@ -88,8 +88,8 @@ class GaussianStatistics:
     def update(self, features: torch.Tensor) -> None:
         """Adds a batch (B, D).
 
-        Raises: ValueError: another width, now; values that are not finite, when the batch is counted in: to look at
-            each batch would make the host wait for the device each time.
+        Raises: ValueError: a different width, at once. Values that are not finite raise it only when the statistics
+            are computed: checking every batch would make the host wait for the device.
         """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"features {tuple(features.shape)} given, expected (B, {self.dim})")
@@ -152,7 +152,7 @@ class GaussianStatistics:
         return scatter / (count - 1)
 
     def _complete(self) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Count, mean and scatter of everything; nothing that is kept changes form."""
+        """Count, mean and scatter matrix of all samples; the stored rows stay rows."""
         if self._moments is not None and not self._waiting:
             return self._moments
         whole = GaussianStatistics(self.dim, self.device)
@@ -177,10 +177,10 @@ class GaussianStatistics:
 
     @property
     def root(self) -> torch.Tensor:
-        """R (D, D) with covariance R R^T, kept: the Cholesky factor, or the symmetric root of a singular covariance.
+        """R (D, D) with covariance = R R^T, cached: the Cholesky factor, or from eigenvectors if it is singular.
 
-        Eigenvalues of about ±1e-16 of the largest are rounding noise where 0 is meant; their roots, 1e-8 each, would
-        add up over thousands of dimensions. They are set to zero, by the threshold of `torch.linalg.matrix_rank`.
+        Zero eigenvalues come out as rounding noise, about ±1e-16 of the largest. Their roots, 1e-8 each, would add up
+        over thousands of dimensions, so they are set to zero, with the threshold of `torch.linalg.matrix_rank`.
         """
         if self._root is None:
             covariance = self.covariance
@@ -195,8 +195,8 @@ class GaussianStatistics:
 def _sum_of_roots(product: torch.Tensor, scale: torch.Tensor) -> float:
     """Sum of the square roots of the eigenvalues of a symmetric product of covariances, without its rounding noise.
 
-    Args: `scale`: product of the Frobenius norms of the covariances. The product's own largest eigenvalue is noise
-        itself where the ranges of the two are orthogonal.
+    Args: `scale`: product of the Frobenius norms of the two covariances; eigenvalues that are tiny beside it are
+        noise. The largest eigenvalue cannot be the scale: it is noise itself if their ranges are orthogonal.
     """
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     noise = eigenvalues <= 4 * torch.finfo(torch.float64).eps * scale
@@ -208,11 +208,11 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
     .. math:: |\mu_a - \mu_b|^2 + \mathrm{tr}(S_a + S_b) - 2\,\mathrm{tr}\,(S_a^{1/2} S_b S_a^{1/2})^{1/2}
 
-    The usual `sqrtm(S_a S_b)` is unstable when there are fewer samples than features. Here all matrices are symmetric,
-    so that eigenvalues are real: with S_a = R R^T those of R^T S_b R. With S = F^T F of few samples they are those of
-    the small F_a S_b F_a^T, and of two such the roots are the singular values of F_a F_b^T. R is kept by `a`: what is
-    compared several times comes first. What a number says depends on the network the features come from: only with the
-    Inception weights of 2015 is it an FID.
+    The usual `sqrtm(S_a S_b)` is unstable when there are fewer samples than features. Here the last trace is a sum of
+    square roots of eigenvalues of symmetric matrices, which are real: with S_a = R R^T those of R^T S_b R. With fewer
+    samples than features S_a = F_a^T F_a, and the small F_a S_b F_a^T has the same ones; if both sets are that small,
+    the roots are the singular values of F_a F_b^T. `a` caches R: pass what is compared several times first. Only with
+    features of the Inception weights of 2015 is the result an FID.
 
     Raises: ValueError: statistics of different dimensions, or of fewer than 2 samples.
     """
@@ -240,11 +240,11 @@ def _factor_and_trace(statistics: GaussianStatistics) -> tuple[torch.Tensor | No
 
 
 def jackknife_group(count: int, groups: int, seed: int) -> np.ndarray:
-    """(count,) the group of every image for `jackknife_deviation`: equally large ones, at random.
+    """The group (count,) of every image for `jackknife_deviation`: random groups of equal size.
 
-    In turn they would follow balanced labels, image k being of class k mod C: a group would hold some of the classes
-    only, and leaving it out would change what is measured. That gave 2.1 times (1000 classes, 5,000 images) to 12.5
-    times (10 classes) the true spread.
+    Groups of every G-th image would go wrong with balanced labels, where image k has class k mod C: a group would hold
+    some of the classes only, and leaving it out would change what is measured. That gave 2.1 times (1000 classes,
+    5,000 images) to 12.5 times (10 classes) the true spread.
     """
     return random_stream("jackknife groups", seed).permutation(count) % groups
 
@@ -252,22 +252,23 @@ def jackknife_group(count: int, groups: int, seed: int) -> np.ndarray:
 def jackknife_deviation(
     groups: Sequence[GaussianStatistics], reference: GaussianStatistics | Sequence[GaussianStatistics]
 ) -> float:
-    """Standard error of the distance of all groups' samples to a reference: how much it depends on which images were
-    drawn, the reference being what it is. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11) of
-    random groups, see `jackknife_group`. It is conservative: about 1.25 times the true spread where labels are random,
-    more where they are balanced, since random groups do not share what equal numbers of every class save.
+    """Standard error of the distance between the samples of all groups and a fixed reference: how much it depends on
+    which samples were drawn. Delete-one-group jackknife (Efron and Tibshirani, 1993, chapter 11) with random groups,
+    see `jackknife_group`. It is conservative: about 1.25 times the true spread with random labels, more with balanced
+    ones, since random groups do not have the lower variance of equal numbers of every class.
 
-    A reference in groups is one of pairs: its group k belongs to group k, and both are left out together.
+    A reference given in groups is paired with the samples: group k of both is left out together.
 
-    A bootstrap would draw images twice, which moves a Fréchet distance upwards by itself.
+    It is no bootstrap, since that draws images twice, which by itself raises a Fréchet distance.
 
-    Raises: ValueError: fewer than 2 groups, other groups of the reference, or 1 sample where a group is left out.
+    Raises: ValueError: fewer than 2 groups, pairs of unequal sizes, or only 1 sample left without one of the groups.
     """
     paired = not isinstance(reference, GaussianStatistics)
     if len(groups) < 2:
         raise ValueError(f"a jackknife needs at least 2 groups, got {len(groups)}")
     if paired and [group.count for group in groups] != [group.count for group in reference]:
-        raise ValueError(f"pairs need groups of equal sizes, got {len(groups)} and {len(reference)} others")
+        sizes = [[group.count for group in side] for side in (groups, reference)]
+        raise ValueError(f"paired groups must have equal sizes, got {sizes[0]} and {sizes[1]}")
     without = [
         frechet_distance(_merged_without(reference, k) if paired else reference, _merged_without(groups, k))
         for k in range(len(groups))
@@ -281,16 +282,16 @@ def _merged_without(groups: Sequence[GaussianStatistics], left_out: int) -> Gaus
 
 @dataclass
 class Floor:
-    """A distance at a sample size at which real images can be compared with real images.
+    """A distance of generated images, and the real-vs-real baseline at the same numbers of images.
 
     A Fréchet distance of finitely many samples is biased upwards, the more the fewer they are (Chong and Forsyth,
-    arXiv:1911.07023), so that a distance says something only beside what real images get *at the same sizes*.
+    arXiv:1911.07023), so a distance only has a meaning beside that of real images *at the same sizes*.
 
     Attributes:
         kind: "halves" or "held-out", see `floor_of_halves` and `floor_of_images`.
-        sizes: numbers of images on the two sides, of `real` and of `generated` alike.
-        real, real_deviation: real against real, mean and standard deviation over repetitions; None where every
-            repetition takes the same images, whose deviation would be rounding noise.
+        sizes: numbers of images on the two sides, the same for `real` and `generated`.
+        real, real_deviation: real against real, mean and standard deviation over repetitions; None if all repetitions
+            use the same images, since their deviation would be rounding noise.
         generated, generated_deviation: generated against real, likewise.
     """
 
@@ -306,7 +307,8 @@ class Floor:
 def _floor(
     kind: str, sizes: tuple[int, int], distances: Iterable[tuple[float, float]], whole: tuple[bool, bool]
 ) -> Floor:
-    """`distances`: real and generated, of every repetition; `whole`: which of them had the same images in all."""
+    """`distances`: (real, generated) of every repetition; `whole`: whether all repetitions used the same real images,
+    and the same generated ones."""
     values, sides = list(distances), []
     for side, always in zip(zip(*values, strict=True), whole, strict=True):
         sides += [float(np.mean(side)), None if always else float(np.std(side))]
@@ -321,12 +323,13 @@ def floor_of_halves(
     prepare: Callable = GaussianStatistics.of,
     distance: Callable = frechet_distance,
 ) -> Floor:
-    """Floor from the reference alone: disjoint random parts A and B of it, of n = min(N_generated, N_reference // 2).
+    """Floor from the reference alone: two disjoint random parts A and B of it, with
+    n = min(N_generated, N_reference // 2) images each.
 
-    `real` is the distance of A and B, `generated` that of n random generated images and the same B: both have n
-    samples on either side, hence the same bias. Neither compares with the distance to the whole reference, which has
-    more. `generated` below `real` means that generated images lie closer to the reference than other real images do:
-    copies of it do, good new samples don't.
+    `real` is the distance between A and B, `generated` that between n random generated images and the same B: both
+    have n samples on either side, hence the same bias. Neither may be compared with the distance to the whole
+    reference, which has more samples. `generated` below `real` means that generated images lie closer to the reference
+    than other real images do: that happens with copies, not with good new samples.
 
     Args:
         generated, reference: features (N, D).
@@ -359,8 +362,8 @@ def floor_of_images(
 
     `real` is the distance of n held-out images to the reference: what a sampler of new images from the same
     distribution would get. `generated` is that of n random generated images to the same reference. The smaller of the
-    two sets is used whole, and has no deviation.
-    Arguments as of `floor_of_halves`.
+    two sets is used whole and therefore has no deviation.
+    Arguments as for `floor_of_halves`.
     """
     n = min(len(generated), len(held_out))
     if n < 2:

@@ -28,7 +28,7 @@ SPATIAL_CHANNELS = 7  # Nash et al., arXiv:2103.03841: as many as give about 204
 
 def resize_like_tensorflow1(images: torch.Tensor, side: int = SIDE) -> torch.Tensor:
     """Bilinear resize as TensorFlow 1 does it: no antialiasing, and output pixel i lies at input i·size/side, so that
-    the picture moves by a fraction of a pixel. Bit for bit torch-fidelity's, which interpolates every row twice.
+    the picture moves by a fraction of a pixel. Bit for bit what torch-fidelity computes with twice the work.
 
     Args: `images`: float (B, C, H, W).
     Returns: (B, C, side, side).
@@ -50,13 +50,13 @@ def flatten_spatial(activation: torch.Tensor) -> torch.Tensor:
     """sFID's features (B, 2023) of the activation of `mixed_6/conv` (B, 192, 17, 17).
 
     The first 7 channels, flattened as TensorFlow stores them: height, width, channel. Reference statistics are in this
-    order; another one gives the right distance between two sets of its own and a wrong one to any file.
+    order. In another order distances between two sets of images would be right, but those to a file wrong.
     """
     return activation[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
 class InceptionFeatures(FeatureNetwork):
-    """Inception as torch-fidelity converted it, from one forward pass: pool_3 (2048 features, the only FID), the
+    """torch-fidelity's Inception with three outputs of one forward pass: pool_3 (2048 features, those of the FID), the
     spatial features of sFID (2023) and the 1008 logits without bias of the Inception score.
 
     Args: `file`: its state dict. `feature_network` checks the hash, this class doesn't: tests use random weights.
@@ -105,7 +105,7 @@ class InceptionFeatures(FeatureNetwork):
 
 
 def _fold_batch_norm(block: nn.Module) -> None:
-    """Make the batch norm of a convolution part of its weights, in float64: a third of the memory traffic is gone."""
+    """Fold a batch norm into the convolution before it, in float64: that saves a third of the memory traffic."""
     conv, norm = block.conv, block.bn
     weight, bias = fuse_conv_bn_weights(
         conv.weight.double(), None, norm.running_mean.double(), norm.running_var.double(), norm.eps,
@@ -116,7 +116,7 @@ def _fold_batch_norm(block: nn.Module) -> None:
 
 
 def open_inception(source: str | Path | None) -> InceptionFeatures:
-    """Inception from its file; None = where torch-fidelity's own download leaves it.
+    """Inception from its file; None = the place where torch-fidelity stores its own download.
 
     Raises: ValueError: no file there (says where it belongs), or one with another SHA-256: that would give no FID.
     """
@@ -145,7 +145,7 @@ def save_random_inception(path: str | Path, seed: int) -> Path:
 
     class Unloaded(module.FeatureExtractorInceptionV3):
         def load_state_dict(self, state_dict):
-            """The constructor's, of nothing."""
+            """Called by the constructor with the empty file; the random weights stay."""
 
     empty = io.BytesIO()
     torch.save({}, empty)

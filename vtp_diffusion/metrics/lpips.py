@@ -1,4 +1,4 @@
-"""Losses of the pixel decoder that are not one line: LPIPS."""
+"""LPIPS, a learned perceptual distance: a loss of the pixel decoder, and a metric of reconstructions."""
 
 from pathlib import Path
 
@@ -45,9 +45,9 @@ class LPIPS(nn.Module):
         """Distances (B,) float32 between images x and y, both (B, 3, H, W) in [-1, 1]."""
         if x.shape != y.shape:
             raise ValueError(f"x of shape {tuple(x.shape)} and y of shape {tuple(y.shape)} given, expected equal ones")
-        # One layout whatever the images come in: tensor cores want the channels last.
+        # Tensor cores are faster with channels_last, whatever layout the images have.
         x, y = (images.contiguous(memory_format=torch.channels_last) for images in (x, y))
-        # Two passes, not one of twice the batch: the side without gradient keeps no activations.
+        # Two passes instead of one of twice the batch: originals need no gradient, so their activations are not kept.
         distance = x.new_zeros(x.shape[0], dtype=torch.float32)
         for i, (a, b) in enumerate(zip(self.trunk(x), self.trunk(y), strict=True)):
             difference = (_unit(a.float()) - _unit(b.float())).square()  # (B, C_i, H_i, W_i)

@@ -25,7 +25,7 @@ VTP_PREFIX = "vtp:"
 
 
 def _resize(images: torch.Tensor, side: int = INPUT_SIDE) -> torch.Tensor:
-    # One input size whatever the images' own, so that distances of models of different resolutions can be compared.
+    # One input size for images of every size, so that distances of models of different resolutions can be compared.
     return functional.interpolate(images.float(), (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
@@ -113,7 +113,7 @@ class EfficientNetLite0Features(FeatureNetwork):
         return self.model.blocks(hidden).float().mean((2, 3))  # (B, 320)
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """ImageNet logits (B, 1000): they show that the weights sit where they belong."""
+        """ImageNet logits (B, 1000), to check that every layer was loaded with its own weights."""
         return self.model(self._normalise(images))
 
 
@@ -140,7 +140,7 @@ class VTPFeatures(FeatureNetwork):
         self.preprocessing = f"bilinear, antialiased, to {self.side}x{self.side}, float32, not rounded; in [-1, 1]"
 
     def weights_sha256(self) -> str:
-        """SHA-256 of the hashes of all files of weights, which may be several."""
+        """SHA-256 of the hashes of all weight files: a saved model may have several."""
         files = sorted(self.file.glob("*.safetensors"))
         return hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
 
@@ -188,18 +188,18 @@ def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetw
     name = network_name(name)
     if name.startswith(VTP_PREFIX):
         if weights is not None:
-            raise ValueError(f"{name} names its own weights, {weights} given beside it")
+            raise ValueError(f"{name} names its own weights, but weights {weights} are given too: leave them out")
         return VTPFeatures(name.removeprefix(VTP_PREFIX))
     return FEATURE_NETWORKS[name](weights)
 
 
 def weight_files(entries: Iterable[str], networks: Iterable[str], beside: Iterable[str] = ()) -> dict[str, str]:
-    """Feature network -> weights, of the words "NETWORK=FILE" that evaluation programs take.
+    """Feature network -> file of its weights, from the words NETWORK=FILE of the option `weights`.
 
     Args:
-        networks: those that are measured. Where there is one only, a word may be FILE alone.
-        beside: those that are used too.
-    Raises: ValueError: a word that is neither, or one for a network that is unknown or not used.
+        networks: networks that are measured. If it is only one, a word may be FILE alone.
+        beside: further networks that are used.
+    Raises: ValueError: a word of another form, or for a network that is unknown or not used.
     """
     files, networks = {}, [network_name(name) for name in networks]
     used = list(dict.fromkeys([*networks, *beside]))

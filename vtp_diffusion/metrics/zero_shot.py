@@ -1,5 +1,5 @@
-"""Zero-shot classification as CLIP does it (Radford et al., arXiv:2103.00020, section 3.1): an image belongs to the
-class whose prompts its feature is nearest to."""
+"""Zero-shot classification as CLIP does it (Radford et al., arXiv:2103.00020, section 3.1): an image gets the class
+whose prompts are nearest to its feature."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATES = ("a photo of a {}.",)  # CLIP's for classes that have none of their 
 def imagenet_prompts() -> tuple[list[str], list[str]]:
     """The 1000 class names of ImageNet, in the order of its labels, and CLIP's 80 templates, all from open_clip.
 
-    Two names are there twice (missile, sunglasses): their classes cannot be told apart, by CLIP neither.
+    Two names occur twice (missile, sunglasses): no model can tell their classes apart by name.
     """
     metadata = require("open_clip.zero_shot_metadata", "eval")
     templates = [template("{}") for template in metadata.OPENAI_IMAGENET_TEMPLATES]
@@ -47,7 +47,7 @@ def check_templates(name: str, templates: Sequence[str]) -> None:
 def class_embeddings(
     model: VTPModel, names: Sequence[str], templates: Sequence[str], tokenize: Tokenize, batch_size: int = 256
 ) -> torch.Tensor:
-    """One embedding of length 1 a class (C, E), float32: the mean of its prompts' normalised features, normalised.
+    """One embedding of length 1 per class (C, E), float32: the mean of its prompts' normalised features, normalised.
 
     Args:
         names: of the classes.

@@ -411,12 +411,11 @@ def _latent_statistics(mean, std, channels: int) -> tuple[list[float] | None, li
 
 def _block_out_channels(given: list[int] | None, patch_size: int, width: int) -> list[int] | None:
     """A list of log2(patch_size) + 1 entries, or None if the patch size is not a power of two."""
-    if patch_size & (patch_size - 1):
-        expected = None
-    else:
-        expected = [width] * patch_size.bit_length()
-    if given is not None and (expected is None or len(given) != len(expected)):
+    expected = None if patch_size & (patch_size - 1) else [width] * patch_size.bit_length()
+    if given is None:
+        return expected
+    if expected is None or len(given) != len(expected):
         raise ValueError(
             f"block_out_channels={given}: pipelines read 2 ** (length - 1) from it, expected patch_size={patch_size}."
         )
-    return list(given) if given is not None else expected
+    return list(given)

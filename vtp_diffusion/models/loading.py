@@ -12,10 +12,17 @@ LARGEST_SETTING = 2**31  # in a config.json; a larger number is a mistake and co
 FAULTS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, SafetensorError)
 
 
+def inner_folder(folder: str | Path, file: str) -> str:
+    """The end of a message about a folder without `file`: where it is, if the folder is that of a run."""
+    inner = (Path(folder) / name for name in ("pipeline", "vae"))
+    return "".join(f"; {place} is one" for place in inner if (place / file).is_file())
+
+
 def load_saved(loader: Any, folder: str | Path, **options) -> Any:
     """`loader.from_pretrained(folder, **options)`. Raises: ValueError naming the folder; OSError."""
     if not (Path(folder) / loader.config_name).is_file():  # diffusers would ask the Hub for it
-        raise ValueError(f"{folder} has no {loader.config_name}, expected a folder as save_pretrained writes it")
+        hint = inner_folder(folder, loader.config_name)
+        raise ValueError(f"{folder} has no {loader.config_name}, expected a folder as save_pretrained writes it{hint}")
     try:
         return loader.from_pretrained(folder, **options)
     except FAULTS as error:
@@ -35,7 +42,10 @@ def load_autoencoder(folder: str | Path) -> Any:
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder} is not the folder of a diffusers autoencoder: it has no config.json")
+        raise ValueError(
+            f"{folder} is not the folder of a diffusers autoencoder: it has no config.json. train_vtp/train.py and "
+            f"pipelines/convert.py make one{inner_folder(folder, 'config.json')}"
+        )
     for name, value in read_json(file).items():
         if isinstance(value, int) and abs(value) > LARGEST_SETTING:
             raise ValueError(f"{file}: {name} is {str(value)[:40]}, expected at most {LARGEST_SETTING}")

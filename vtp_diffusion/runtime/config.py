@@ -116,6 +116,8 @@ def _describe(annotation: Any) -> str:
         if arguments[-1] is Ellipsis:
             return f"list of {_describe(arguments[0])}"
         return "list of " + str(len(arguments)) + ": " + ", ".join(_describe(a) for a in arguments)
+    if dataclasses.is_dataclass(annotation):
+        return "a section with some of " + ", ".join(f.name for f in dataclasses.fields(annotation))
     return getattr(annotation, "__name__", str(annotation))
 
 
