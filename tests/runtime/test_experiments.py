@@ -166,7 +166,8 @@ def test_a_task_copies_its_result_and_names_what_failed(tmp_path):
     with pytest.raises(RuntimeError, match="failed, .*log has all of its output:\n(.*\n)*boom"):
         run_program([script(tmp_path, "raise SystemExit('boom')")], 0, tmp_path / "log", soon())
     with pytest.raises(RuntimeError, match="empty ended without"):
-        run_task(Task("empty", tmp_path / "empty.json", ()), 0, tmp_path, soon())
+        copies = ((tmp_path / "nothing", tmp_path / "empty.json"),)
+        run_task(Task("empty", tmp_path / "empty.json", (), copies=copies), 0, tmp_path, soon())
 
 
 def test_a_bundle_holds_the_finished_files_and_the_logs(tmp_path):

@@ -211,8 +211,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     The usual `sqrtm(S_a S_b)` is unstable when there are fewer samples than features. Here the last trace is a sum of
     square roots of eigenvalues of symmetric matrices, which are real: with S_a = R R^T those of R^T S_b R. With fewer
     samples than features S_a = F_a^T F_a, and the small F_a S_b F_a^T has the same ones; if both sets are that small,
-    the roots are the singular values of F_a F_b^T. `a` caches R: pass what is compared several times first. Only with
-    features of the Inception weights of 2015 is the result an FID.
+    S_b = F_b^T F_b is not formed. `a` caches R: pass what is compared several times first. Only with features of the
+    Inception weights of 2015 is the result an FID.
 
     Raises: ValueError: statistics of different dimensions, or of fewer than 2 samples.
     """
@@ -220,12 +220,15 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         raise ValueError(f"statistics of {a.dim} and of {b.dim} features cannot be compared")
     shift = (a.mean - b.mean.to(a.device)).square().sum().item()
     (factor_a, trace_a), (factor_b, trace_b) = _factor_and_trace(a), _factor_and_trace(b)
-    if factor_a is not None and factor_b is not None:
-        overlap = torch.linalg.svdvals(factor_a @ factor_b.T.to(a.device)).sum().item()
-    elif factor_a is None and factor_b is None:
+    if factor_a is None and factor_b is None:
         covariance = b.covariance.to(a.device)
         scale = torch.linalg.matrix_norm(a.covariance) * torch.linalg.matrix_norm(covariance)
         overlap = _sum_of_roots(a.root.T @ covariance @ a.root, scale)
+    elif factor_a is not None and factor_b is not None:
+        small, large = sorted((factor_a, factor_b.to(a.device)), key=len)
+        scale = torch.linalg.matrix_norm(small @ small.T) * torch.linalg.matrix_norm(large @ large.T)
+        product = small @ large.T
+        overlap = _sum_of_roots(product @ product.T, scale)
     else:
         factor, covariance = (factor_a, b.covariance) if factor_b is None else (factor_b, a.covariance)
         covariance = covariance.to(factor.device)

@@ -67,8 +67,8 @@ class Task:
         result: file that exists once the task is done.
         programs: the command line of each, run one after the other; each must be safe to run again.
         needs: names of tasks that must be done before.
-        copies: (source, destination) of files to copy at the end from run folders, which are too large to keep. If
-            the task did not finish, those of the files that exist are copied, but not the result.
+        copies: (source, destination) of files to copy at the end, if they exist, from run folders, which are too
+            large to keep. If the task did not finish, the result is not copied.
         saves: the programs save a checkpoint when stopped. Those that do not would lose their work, and may run up to
             the deadline.
         seconds: estimated time of the task and of later ones without which its work is lost. A task that saves nothing
@@ -147,7 +147,7 @@ def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
             raise
     finally:
         for file, place in task.copies:
-            if ended or (file.is_file() and place != task.result):
+            if file.is_file() and (ended or place != task.result):
                 with replacing(place) as unfinished:
                     shutil.copyfile(file, unfinished)
     if not task.done:
