@@ -37,7 +37,6 @@ from typing import Literal
 import torch
 from launching import (
     ROOT,
-    check_known,
     device_name,
     end_by_exception,
     program_environment,
@@ -54,6 +53,7 @@ from vtp_diffusion.data.latent_shards import write_metadata, write_shard
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output, read_json, write_results
+from vtp_diffusion.runtime.experiments import check_names
 
 PROGRAM = ROOT / "train_dit" / "train.py"
 PROFILED = ROOT / "benchmarks" / "step_profile.py"  # the same program, some of its steps profiled
@@ -111,7 +111,7 @@ class BenchmarkConfig:
             )
         if torch.cuda.is_available() and max(self.processes) > torch.cuda.device_count():
             raise ValueError(f"processes is {self.processes}, but there are {torch.cuda.device_count()} GPUs")
-        check_known("ways", self.ways, WAYS)
+        check_names("ways", self.ways, WAYS)
         if not self.speed and not self.resume_check and not self.same_losses:
             raise ValueError("speed, resume_check and same_losses are false, expected one of them")
         if "fsdp" in self.strategies and not torch.cuda.is_available():

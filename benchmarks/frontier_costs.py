@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from dit_training import make_data
-from launching import ROOT, check_known, device_name, program_environment, read_log, run_to_its_end, torchrun
+from launching import ROOT, device_name, program_environment, read_log, run_to_its_end, torchrun
 from sampling import TINY, TINY_VAE, milliseconds
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -30,6 +30,7 @@ from vtp_diffusion.models.transformer_lightning_dit import LIGHTNING_DIT_SIZES
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
+from vtp_diffusion.runtime.experiments import check_names
 from vtp_diffusion.training.optimisation import MuonWithAdamW, muon_groups, parameter_groups
 
 WEAK = {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64}  # B/1, for autoguidance
@@ -56,7 +57,7 @@ class BenchmarkConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        check_known("parts", self.parts, PARTS)
+        check_names("parts", self.parts, PARTS)
         check_output(self.output)
 
 

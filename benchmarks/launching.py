@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -64,12 +64,6 @@ def read_log(run: Path) -> list[dict]:
 
 def steps_logged(run: Path) -> int:
     return max((line["step"] for line in read_log(run)), default=0)
-
-
-def check_known(option: str, given: list[str], known: Iterable[str]) -> None:
-    """Raises: ValueError for names that an option does not know."""
-    if unknown := set(given) - set(known):
-        raise ValueError(f"{option} has {', '.join(sorted(unknown))}; known: {', '.join(known)}")
 
 
 def run_to_its_end(command: list, environment: dict[str, str]) -> None:

@@ -28,6 +28,7 @@ from vtp_diffusion.generation.fast_sampling import speed_up
 from vtp_diffusion.models.transformer_lightning_dit import LIGHTNING_DIT_SIZES
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
+from vtp_diffusion.runtime.experiments import check_names
 
 EVALUATIONS = 249
 # img/s on one H100 of the upstream sampler, 249 evaluations, batch 125: float32 with TF32, its blocks compiled
@@ -63,11 +64,8 @@ class BenchmarkConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output)
-        for name, known in (
-            (name, known) for names, known in ((self.ways, WAYS), (self.programs, PROGRAMS)) for name in names
-        ):
-            if name not in known:
-                raise ValueError(f"{name!r} is unknown; known: {'; '.join(known)}")
+        check_names("ways", self.ways, WAYS)
+        check_names("programs", self.programs, PROGRAMS)
 
 
 def make_pipeline(tiny: bool) -> LightningDiTPipeline:

@@ -41,11 +41,12 @@ import psutil
 import sampling
 import torch
 import vtp_scaling
-from launching import ROOT, check_known, device_name, end_by_exception, program_environment, run_and_look, torchrun
+from launching import ROOT, device_name, end_by_exception, program_environment, run_and_look, torchrun
 from PIL import Image
 
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, read_json, write_results
+from vtp_diffusion.runtime.experiments import check_names
 
 PARTS = ("resume", "dit", "vtp", "latents", "images", "sharded")
 RESUME_STEPS = 12
@@ -68,7 +69,7 @@ class BenchmarkConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output)
-        check_known("parts", self.parts, PARTS)
+        check_names("parts", self.parts, PARTS)
         if len(self.processes) < 2 or self.processes[0] != 1 or sorted(set(self.processes)) != self.processes:
             raise ValueError(f"processes is {self.processes}, expected rising numbers from 1 on, two or more")
         if sum(self.processes[:-1]) > self.processes[-1]:

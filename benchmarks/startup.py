@@ -33,7 +33,6 @@ import torch
 from launching import (
     LOOK_SECONDS,
     ROOT,
-    check_known,
     device_name,
     end_by_exception,
     environment_alone,
@@ -45,6 +44,7 @@ from launching import (
 
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
+from vtp_diffusion.runtime.experiments import check_names
 
 # name -> program, its options
 WAYS = {
@@ -71,7 +71,7 @@ class BenchmarkConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output)
-        check_known("ways", self.ways, WAYS)
+        check_names("ways", self.ways, WAYS)
 
 
 def import_seconds(text: str) -> float:

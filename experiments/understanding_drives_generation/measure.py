@@ -7,10 +7,13 @@ Writes OUTPUT-STEP.json for every step, with the distances and scores of eval/ge
 first 64 samples of the last step. Every generator draws the same labels, as frequent as in the reference, from the
 same noise, so that a place in the picture is the same for all. The step is that of a checkpoint, whose averaged
 weights are taken. --control adds a transformer of random weights to the first step.
+
+"distances" are to real images and contain what the decoder loses. "distances_to_reconstructions" are to the same
+images after the generator's own autoencoder: they tell how well the latents are generated.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,10 +22,11 @@ from PIL import Image
 
 from vtp_diffusion.evaluation.measurement import Measurement, wanted_outputs
 from vtp_diffusion.evaluation.one_pass import FeaturesConfig, open_networks, record_source, statistics_device
-from vtp_diffusion.evaluation.sources import PipelineImages, open_reference, pipeline_image_size
+from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, open_reference, pipeline_image_size
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import draw_labels, labels_by_name, open_pipeline
+from vtp_diffusion.models.latent_space import reconstruct
 from vtp_diffusion.models.loading import load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
@@ -30,6 +34,7 @@ from vtp_diffusion.runtime.disk import check_output, write_picture, write_result
 from vtp_diffusion.runtime.reproducibility import stream_seed
 
 SIDE, COLUMNS, ROWS = 48, 16, 4  # pixels of an image in the picture, images
+DECODED = "_to_reconstructions"  # ending of what is measured against the reference after the autoencoder
 
 
 @dataclass(kw_only=True)
@@ -72,6 +77,22 @@ def measured_pipelines(config: Config) -> Iterator[tuple[int, str, object]]:
         yield step, "generated", pipe
 
 
+class Reconstructions:
+    """Images after an autoencoder, as an `ImageSource`. Args: `real`: the images; `vae`: the autoencoder."""
+
+    settings = None
+
+    def __init__(self, real: DatasetImages, vae: torch.nn.Module):
+        self.real, self.vae, self.size = real, vae, real.size
+
+    def __len__(self) -> int:
+        return len(self.real)
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        images = self.real.read(indices).to(self.vae.device)
+        return reconstruct(self.vae, images).cpu()
+
+
 def samples_picture(source: PipelineImages) -> Image.Image:
     """The first samples, made smaller."""
     picture = Image.new("RGB", (SIDE * COLUMNS, SIDE * ROWS), "white")
@@ -82,13 +103,27 @@ def samples_picture(source: PipelineImages) -> Image.Image:
     return picture
 
 
+def measured(config: Config, extractors: dict, name: str, images, reference) -> dict[str, list]:
+    """Distances and scores of images against a reference, both as `record_source` returns them."""
+    found: dict[str, list] = {"distances": [], "scores": []}
+    for extractor in extractors.values():
+        records, device = {"reference": reference, name: images}, statistics_device(extractor)
+        rows = Measurement(extractor.network, name, records, {}, config.seed, device).run()
+        found["distances"] += rows.distances
+        found["scores"] += rows.scores
+    return found
+
+
 def measure(config: Config) -> None:
     extractors = open_networks(config, config.feature_network)
-    reference, results = None, {"distances": [], "scores": [], "sampling": {}}
+    references, results = {}, {"sampling": {}}
     for step, name, pipe in measured_pipelines(config):
-        if reference is None:
+        if not references:
             real, base, _ = open_reference(config.data, config.reference, config.split, pipeline_image_size(pipe))
-            reference = record_source(config, "reference", real, base, extractors, outputs(extractors, "reference"))
+            wanted, here = outputs(extractors, "reference"), replace(config, num_workers=0)  # it needs the autoencoder
+            references[""] = record_source(config, "reference", real, base, extractors, wanted)
+            decoded = Reconstructions(real, pipe.vae)
+            references[DECODED] = record_source(here, "reconstructions", decoded, base, extractors, wanted)
             theirs = labels_by_name(pipe, [real.labels[k] for k in base], real.dataset.label_names)
             classes = pipe.transformer.config.num_classes
             labels = draw_labels("reference", config.num_images, classes, config.seed, theirs)
@@ -97,18 +132,16 @@ def measure(config: Config) -> None:
         everyone = list(range(len(source)))
         record = record_source(config, name, source, everyone, extractors, outputs(extractors, name))
         results["sampling"][name] = source.settings | {"labels": "reference"}
-        for extractor in extractors.values():
-            records, device = {"reference": reference, name: record}, statistics_device(extractor)
-            measured = Measurement(extractor.network, name, records, {}, config.seed, device).run()
-            results["distances"] += measured.distances
-            results["scores"] += measured.scores
+        for ending, reference in references.items():
+            for kind, rows in measured(config, extractors, name, record, reference).items():
+                results[kind + ending] = results.get(kind + ending, []) + rows
         if name == "generated":
             results |= {"step": step, "networks": [e.network.describe() for e in extractors.values()]}
             results |= {"num_reference": len(base), "fingerprint": real.dataset.fingerprint}
             write_results(f"{config.output}-{step}.json", "generation", config, results)
             found = (f"{row['distance']} {row['value']:.3f}" for row in results["distances"] if row["images"] == name)
             print(f"step {step}: {', '.join(found)}")
-            results = {"distances": [], "scores": [], "sampling": {}}
+            results = {"sampling": {}}
     if config.picture is not None:
         write_picture(Path(config.picture), samples_picture(source))
 

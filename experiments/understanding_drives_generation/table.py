@@ -67,6 +67,7 @@ SCALES = {
     "width of the encoder": {192: "_small", 384: ""},
     "share of the training concepts, %": {50: "_half", 100: ""},
 }
+DECODED = " to reconstructions"  # ending of what is measured against real images after the same autoencoder
 RANDOM = "FD-VTP-192"  # on the encoder of random weights
 RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is no finding about content."
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
@@ -106,14 +107,16 @@ def read_tokenizer(folder: Path, name: str) -> dict:
 def read_generator(file: Path) -> dict[str, dict]:
     """Distance or score -> generated, and where there are some control and real, of one measurement."""
     results, found = read_json(file), {}
-    for row in results["distances"]:
-        entry = found.setdefault(row["distance"], {})
-        entry[row["images"]] = row["floor"]["generated"] if row.get("floor") else row["value"]
-        if row.get("floor"):
-            entry["real"] = row["floor"]["real"]
-    for row in results["scores"]:
-        if row["score"].startswith(("precision", "recall")):
-            found.setdefault(row["score"], {})[row["images"]] = row["value"]
+    for part, ending in (("distances", ""), ("distances_to_reconstructions", DECODED)):
+        for row in results.get(part, []):
+            entry = found.setdefault(row["distance"] + ending, {})
+            entry[row["images"]] = row["floor"]["generated"] if row.get("floor") else row["value"]
+            if row.get("floor"):
+                entry["real"] = row["floor"]["real"]
+    for part, ending in (("scores", ""), ("scores_to_reconstructions", DECODED)):
+        for row in results.get(part, []):
+            if row["score"].startswith(("precision", "recall")):
+                found.setdefault(row["score"] + ending, {})[row["images"]] = row["value"]
     return found
 
 
@@ -358,7 +361,7 @@ def samples_picture(folder: Path) -> Image.Image | None:
             pen.text((6, y + side // 2), STYLES[name].label, "black", font, anchor="lm")
             y += side
         y += gap
-    return picture.quantize(64, dither=Image.Dither.NONE)
+    return picture.quantize(16, dither=Image.Dither.NONE)
 
 
 def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:

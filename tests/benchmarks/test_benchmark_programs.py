@@ -74,7 +74,7 @@ def test_a_way_that_comes_again_finds_what_it_compiled(tmp_path, load, monkeypat
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        ("startup", ["--ways", "train warm"], "ways has train warm; known: train fused, train plain"),
+        ("startup", ["--ways", "train warm"], "ways are train warm, expected some of train fused, train plain"),
         ("extraction_program", ["--images", "12000"], "images is 12000 .* expected a multiple of 8192"),
         ("extraction_program", ["--batch_size", "100"], "batch_size 100, .* a divisor of 4096"),
     ],

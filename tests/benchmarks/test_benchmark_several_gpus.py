@@ -95,7 +95,7 @@ def test_a_phase_ends_when_the_time_is_over_and_what_it_started_too(tmp_path, lo
     [
         (["--processes", "2", "4"], r"processes is \[2, 4\], expected rising numbers from 1 on"),
         (["--processes", "1", "2", "3", "4"], "don't fit side by side into the last"),
-        (["--parts", "dit", "fid"], "parts has fid; known: resume, dit"),
+        (["--parts", "dit", "fid"], "parts are fid, expected some of resume, dit"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, load, words, message):

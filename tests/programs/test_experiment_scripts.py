@@ -300,6 +300,8 @@ def test_a_generator_and_its_control_are_measured_against_one_reference(tmp_path
     rows = {step: {r["images"]: r["value"] for r in found["distances"]} for step, found in ((1, first), (2, last))}
     assert sorted(rows[1]) == ["control", "generated"] and list(rows[2]) == ["generated"]
     assert len({*rows[1].values(), *rows[2].values()}) == 3, "three networks"
+    decoded = {r["images"]: r["value"] for r in first["distances_to_reconstructions"]}
+    assert sorted(decoded) == ["control", "generated"] and decoded["generated"] != rows[1]["generated"]
     assert first["sampling"]["generated"]["weights"] != last["sampling"]["generated"]["weights"]
     assert first["sampling"]["generated"]["labels"] == "reference" and (tmp_path / "g.png").is_file()
     table = load(f"{UNDERSTANDING}/table.py")

@@ -66,12 +66,6 @@ class TeacherConfig(GuidanceConfig):
     def sampler(self) -> SamplerConfig:
         return SamplerConfig(**{name: value for name, value in vars(self).items() if name != "pipeline"})
 
-    @property
-    def guidance_settings(self) -> dict[str, Any] | None:
-        """The guidance that the student learns, as arguments of the pipeline's call; None without guidance."""
-        names = ("guidance_scale", "guidance", "guidance_interval")
-        return None if self.guidance_scale == 1 else {name: getattr(self, name) for name in names}
-
 
 @dataclass(kw_only=True)
 class DistillationConfig(Settings):
@@ -165,7 +159,8 @@ def teacher_fingerprint(teacher: DiffusionPipeline) -> str:
 
 def build_student(config: DistillationConfig, teacher: DiffusionPipeline) -> LightningDiTTransformer2DModel:
     """A copy of the teacher's network with a second time input, which has no effect until it is trained."""
-    network, guidance = teacher.transformer, config.teacher.guidance_settings
+    network, given = teacher.transformer, config.teacher
+    guidance = None if given.guidance_scale == 1 else given.guidance_arguments | {"guidance": given.guidance}
     student = {"steps": sorted(set(config.student_steps)), "shift": teacher_shift(teacher), "guidance": guidance}
     settings = {name: value for name, value in network.config.items() if not name.startswith("_")}
     settings |= {"student": student, "base_head_layer": None, "class_dropout_prob": 0.0}
@@ -237,7 +232,7 @@ def integrate(teacher: DiffusionPipeline, config: TeacherConfig, labels: list[in
         latents=noise,
         output_type="latent",
         callback_on_step_end=keep,
-        **(config.guidance_settings or {}),
+        **config.guidance_arguments,
     )
     return torch.stack(points)
 

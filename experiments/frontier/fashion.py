@@ -1,0 +1,86 @@
+"""Optimisers, learning rates, prediction of the data and alignment on Fashion-MNIST, on a CPU.
+
+    python experiments/frontier/fashion.py --runs adamw_1e-3 muon_1e-3 --seeds 0 1 2 --together 2
+
+The tokenizers and their latents are those of experiments/understanding_drives_generation/run.py with fashion.yaml, the
+generator and its measurement too: FD-EffLite0, precision and recall of 1,000 samples against 2,000 test images. Done
+runs are not repeated; the same command goes on with the rest. `table.py` reads the results.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtp_diffusion.runtime.cli import run
+from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names
+
+UNDERSTANDING = Path(__file__).resolve().parents[1] / "understanding_drives_generation"
+MEASURE = "experiments/understanding_drives_generation/measure.py"
+STEPS = 1500
+RATES = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
+# name -> tokenizer, options of train_dit/train.py
+RUNS = {
+    f"{optimizer}_{rate}": ("reconstruction_long", ["--optimizer", optimizer, "--learning_rate", rate])
+    for optimizer in ("adamw", "muon")
+    for rate in RATES
+}
+RUNS |= {
+    f"data_{rate}": ("reconstruction_long", ["--model.prediction", "data", "--learning_rate", rate]) for rate in RATES
+}
+# on the tokenizer that understands most; the images are encoded in every step, which stored latents are not
+RUNS |= {f"all_{rate}": ("all", ["--learning_rate", rate]) for rate in RATES}
+RUNS |= {f"aligned_{rate}": ("all", ["--alignment.weight", "0.5", "--learning_rate", rate]) for rate in RATES}
+
+
+@dataclass(kw_only=True)
+class Config(MachineConfig):
+    """Settings of this program."""
+
+    runs: list[str] = setting(default_factory=lambda: ["adamw_1e-3"], help=f"of {', '.join(RUNS)}")
+    seeds: list[int] = setting(default_factory=lambda: [0], help="of training", at_least=0)
+    tokenizers: str = setting("runs/understanding-fashion", "output_dir of the experiment that trained the tokenizers")
+    data: str = setting("runs/fashion", "folder that fashion.py of that experiment wrote")
+    output_dir: str = setting("runs/frontier-fashion", "folder for everything that is made")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_names("runs", self.runs, RUNS)
+        for name in {RUNS[name][0] for name in self.runs}:
+            if not (Path(self.tokenizers) / f"latents-{name}" / "latents.json").is_file():
+                raise ValueError(f"{self.tokenizers} has no latents-{name}: first run that experiment")
+
+
+def measured_run(config: Config, name: str, seed: int) -> Task:
+    """One run, and its measurement into results/RUN-SEED-STEP.json."""
+    (tokenizer, options), source = RUNS[name], Path(config.tokenizers)
+    output, result = (Path(config.output_dir) / part / f"{name}-{seed}" for part in ("runs", "results"))
+    files = ["--data.data_files", os.path.join(config.data, "train.parquet"), "--data.label_column", "label"]
+    files += ["--data.validation_files", os.path.join(config.data, "test.parquet"), "--data.caption_column", "caption"]
+    words = ["train_dit/train.py", "--config", str(UNDERSTANDING / "fashion_generator.yaml"), *options]
+    words += ["--vae", str(source / f"tokenizer-{tokenizer}" / "vae"), "--seed", str(seed)]
+    if name.startswith("aligned"):
+        words += ["--latents", "none", "--data.source", "parquet", "--data.resolution", "32", *files]
+    else:
+        words += ["--latents", str(source / f"latents-{tokenizer}")]
+    words += ["--max_train_steps", str(STEPS), "--output_dir", str(output)]
+    measure = [MEASURE, "--run", str(output), "--steps", str(STEPS), "--output", str(result), "--reference", "parquet"]
+    measure += [*files, "--data.limit", "2000", "--split", "validation", "--feature_network", "efficientnet_lite0"]
+    measure += ["--solver", "unipc", "--num_inference_steps", "12", "--num_images", "1000", "--batch_size", "250"]
+    measure += ["--feature_batch_size", "8"]
+    done = result.with_name(f"{result.name}-{STEPS}.json")
+    return Task(f"{name}-{seed}", done, (words, measure), one_process=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(Config, argv, __doc__)
+    deadline, folder = time.monotonic() + config.seconds, Path(config.output_dir)
+    for part in ("runs", "results"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    tasks = [measured_run(config, name, seed) for seed in sorted(config.seeds) for name in config.runs]
+    carry_out(config, tasks, folder / "results", folder, deadline)
+
+
+if __name__ == "__main__":
+    run(main)
