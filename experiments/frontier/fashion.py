@@ -3,8 +3,8 @@
     python experiments/frontier/fashion.py --runs adamw_1e-3 muon_1e-3 --seeds 0 1 2 --together 2
 
 The tokenizers and their latents are those of experiments/understanding_drives_generation/run.py with fashion.yaml, the
-generator and its measurement too: FD-EffLite0, precision and recall of 1,000 samples against 2,000 test images. Done
-runs are not repeated; the same command goes on with the rest. `table.py` reads the results.
+generator and its measurement too: FD-EffLite0 at equal sizes, precision and recall of 1,000 samples against test
+images. Done runs are not repeated; the same command goes on with the rest, and writes all results into --table.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.disk import read_json, write_json
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names
 
 UNDERSTANDING = Path(__file__).resolve().parents[1] / "understanding_drives_generation"
@@ -43,6 +44,7 @@ class Config(MachineConfig):
     tokenizers: str = setting("runs/understanding-fashion", "output_dir of the experiment that trained the tokenizers")
     data: str = setting("runs/fashion", "folder that fashion.py of that experiment wrote")
     output_dir: str = setting("runs/frontier-fashion", "folder for everything that is made")
+    table: str = setting("experiments/frontier/results/fashion_cpu.json", "file of all results, for table.py")
 
     def __post_init__(self):
         super().__post_init__()
@@ -73,13 +75,28 @@ def measured_run(config: Config, name: str, seed: int) -> Task:
     return Task(f"{name}-{seed}", done, (words, measure), one_process=True)
 
 
+def tabulated(results: Path) -> dict[str, dict]:
+    """Run -> seed -> what was measured."""
+    table: dict[str, dict] = {}
+    for file in sorted(results.glob(f"*-{STEPS}.json")):
+        found, (name, seed) = read_json(file), file.stem.removesuffix(f"-{STEPS}").rsplit("-", 1)
+        row = found["distances"][0]
+        values = {row["distance"]: row["floor"]["generated"], "real against real": row["floor"]["real"]}
+        values |= {score["score"].split()[0]: score["value"] for score in found["scores"]}
+        table.setdefault(name, {})[seed] = values
+    return table
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     deadline, folder = time.monotonic() + config.seconds, Path(config.output_dir)
     for part in ("runs", "results"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     tasks = [measured_run(config, name, seed) for seed in sorted(config.seeds) for name in config.runs]
-    carry_out(config, tasks, folder / "results", folder, deadline)
+    try:
+        carry_out(config, tasks, folder / "results", folder, deadline)
+    finally:
+        write_json(Path(config.table), tabulated(folder / "results"))
 
 
 if __name__ == "__main__":

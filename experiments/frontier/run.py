@@ -32,8 +32,11 @@ RUNS = {
     "data": DATA,
     "base_head": HEAD,
     "muon_base_head": MUON + HEAD,
-    "base_head_2e-3": [*HEAD, "--learning_rate", "2e-3"],
     "base_head_5e-4": [*HEAD, "--learning_rate", "5e-4"],
+    "base_head_2e-3": [*HEAD, "--learning_rate", "2e-3"],
+    "base_head_4e-3": [*HEAD, "--learning_rate", "4e-3"],
+    "muon_base_head_2e-3": [*MUON, *HEAD, "--learning_rate", "2e-3"],
+    "muon_base_head_4e-3": [*MUON, *HEAD, "--learning_rate", "4e-3"],
     "online": ONLINE,
     "aligned": [*ONLINE, "--alignment.weight", "0.5"],
 }
@@ -44,7 +47,7 @@ STUDENTS = {"student": [], "student_trajectories": ["--trajectory_steps", "4000"
 TEACHER = "teacher"  # the shipped pipeline itself, with the solver of the trajectories
 KNOWN = [*RUNS, *STUDENTS, TEACHER]
 # Estimated seconds on an H200 with one task a GPU: a step of training, start and measurement.
-STEP, STUDENT_STEP, MEASURED = 0.018, 0.08, 90.0
+STEP, STUDENT_STEP, MEASURED = 0.018, 0.055, 90.0
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""The tables of this experiment's page, from the results of run.py.
+"""The tables of this experiment's page, from the results of run.py and fashion.py.
 
     python experiments/frontier/table.py --results experiments/frontier/results
 
@@ -15,6 +15,7 @@ from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import read_json
 
 MEASURES = {"FD-EffLite0": 1, "FD-VGG": 2, "precision": 3, "recall": 3}  # and decimals
+FASHION = "fashion_cpu.json"  # written by fashion.py
 
 
 @dataclass(kw_only=True)
@@ -58,8 +59,23 @@ def table(folder: Path) -> str:
     return "\n".join([*lines, "", f"Real against real at the pair's sizes: FD-EffLite0 {mean(real):.1f}."])
 
 
+def fashion_table(runs: dict[str, dict[str, dict]]) -> str:
+    """Markdown of what fashion.py wrote."""
+    names = ["Fashion-MNIST", "seeds", *(name for name in MEASURES if name != "FD-VGG")]
+    lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+    for name, seeds in runs.items():
+        rows = list(seeds.values())
+        cells = [over_seeds([row[m] for row in rows], MEASURES[m]) for m in names[2:]]
+        lines.append("| " + " | ".join([name, str(len(rows)), *cells]) + " |")
+    real = [row["real against real"] for seeds in runs.values() for row in seeds.values()]
+    return "\n".join([*lines, "", f"Real against real at equal sizes: FD-EffLite0 {mean(real):.1f}."])
+
+
 def main(argv: list[str] | None = None) -> None:
-    print(table(Path(parse_config(Config, argv, __doc__).results)))
+    folder = Path(parse_config(Config, argv, __doc__).results)
+    print(table(folder))
+    if (folder / FASHION).is_file():
+        print(f"\n{fashion_table(read_json(folder / FASHION))}")
 
 
 if __name__ == "__main__":

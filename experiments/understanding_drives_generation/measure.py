@@ -26,8 +26,8 @@ from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, open
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import draw_labels, labels_by_name, open_pipeline
-from vtp_diffusion.models.latent_space import reconstruct
-from vtp_diffusion.models.loading import load_saved
+from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
+from vtp_diffusion.models.loading import load_autoencoder, load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_picture, write_results
@@ -43,6 +43,7 @@ class Config(FeaturesConfig, SamplerConfig):
 
     run: str = setting(help="run folder of train_dit/train.py")
     steps: list[int] = setting(help="of its checkpoints", at_least=1)
+    vae: str | None = setting(None, "autoencoder that decodes instead of the run's; their latents must be the same")
     output: str = setting(help="beginning of the files of results: OUTPUT-STEP.json")
     picture: str | None = setting(None, "FILE.png for samples of the last step")
     split: Literal["train", "validation"] = setting("train", "of the reference")
@@ -67,6 +68,11 @@ class Config(FeaturesConfig, SamplerConfig):
 def measured_pipelines(config: Config) -> Iterator[tuple[int, str, object]]:
     """Step, "generated" or "control", and the pipeline with the transformer that is to be measured."""
     pipe = open_pipeline(str(Path(config.run) / "pipeline"), config, config.device)
+    if config.vae is not None:
+        own, given = autoencoder_identity(pipe.vae, decoder=False), load_autoencoder(config.vae)
+        if autoencoder_identity(given, decoder=False) != own:
+            raise ValueError(f"vae {config.vae} makes other latents than the autoencoder of {config.run}")
+        pipe.register_modules(vae=given.to(device=config.device, dtype=pipe.dtype))
     kind = type(pipe.transformer)
     for place, step in enumerate(sorted(config.steps)):
         if config.control and place == 0:

@@ -64,6 +64,7 @@ FULL = GROUPS[0] + GROUPS[1]  # of full width, on all images
 # The rest of a task is starting (15), reading, measuring and encoding.
 JOINT_STEP, TOKENIZER, GENERATOR_STEP, GENERATOR, POINT = (0.023, 0.045, 0.061), 75.0, 0.017, 25.0, 15.0
 PARQUET = ("train.parquet", "test.parquet")  # what fashion.py writes
+DECODER = "_decoder"  # ending of what is measured with a decoder that was trained further
 HALF_SEED = 1  # another hash than the one that holds out
 HALF = "_half"  # names that end so are trained on half of the concepts; the held-out ones are the same
 TINY_TOKENIZER = {
@@ -111,6 +112,9 @@ class Config(MachineConfig):
     )
     generator: Literal["generator.yaml", "fashion_generator.yaml"] = setting(
         "generator.yaml", "settings of the generator, likewise"
+    )
+    decoder: Literal["fashion_decoder.yaml"] | None = setting(
+        None, "settings of a second stage, which trains the pixel decoders alone, likewise; none: there is none"
     )
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
     limit: int | None = setting(None, "use only so many images", at_least=100)
@@ -200,8 +204,8 @@ class Plan:
         """Tasks on a GPU at a time: each takes so many times longer."""
         return len(self.config.gpus) * self.config.together / len(set(self.config.gpus))
 
-    def vae(self, name: str) -> str:
-        return str(self.folder / f"tokenizer-{name}" / "vae")
+    def vae(self, name: str, stage: str = "tokenizer") -> str:
+        return str(self.folder / f"{stage}-{name}" / "vae")
 
     def tokenizer(self, name: str) -> Task:
         """Train it, measure it and encode the images for its generators, in one process."""
@@ -236,14 +240,45 @@ class Plan:
     def measurements(self, name: str) -> list[list[str]]:
         """Reconstruction, with LPIPS on the network that was not trained on, and the linear probe."""
         result, probe = (self.results / f"{kind}-{name}.json" for kind in ("reconstruction", "probe"))
-        words = ["eval/reconstruction.py", "--vae", self.vae(name), *self.data(), "--output", str(result)]
-        words += ["--feature_network", *self.config.networks, "--worst_cases", str(result.with_suffix(".png"))]
-        words += ["--num_images", str(self.config.num_reconstructions)] if self.config.num_reconstructions else []
+        words = self.reconstruction(self.vae(name), result)
         probing = ["eval/linear_probe.py", "--model", self.vae(name), *self.data()]
         probing += [] if self.config.fashion else ["--data.label_column", "category"]
         probing += ["--steps", str(self.config.probe_steps), "--output", str(probe)]
         probing += ["--features", str(self.folder / f"features-{name}"), "--train_batch_size", "256"]
         return [words, probing]
+
+    def reconstruction(self, vae: str, result: Path) -> list[str]:
+        words = ["eval/reconstruction.py", "--vae", vae, *self.data(), "--output", str(result)]
+        words += ["--feature_network", *self.config.networks, "--worst_cases", str(result.with_suffix(".png"))]
+        count = self.config.num_reconstructions
+        return words + (["--num_images", str(count)] if count else [])
+
+    def second_stage(self, name: str) -> Task:
+        """Train a tokenizer's decoder further and measure its reconstructions, in one process."""
+        folder, result = self.folder / f"decoder-{name}", self.results / f"reconstruction-{name}{DECODER}.json"
+        words = ["train_vtp/finetune_decoder.py", "--config", str(HERE / self.config.decoder)]
+        words += ["--vae", self.vae(name), *self.data(), "--output_dir", str(folder)]
+        programs = words, self.reconstruction(self.vae(name, "decoder"), result)
+        return Task(folder.name, result, programs, needs=(f"tokenizer-{name}",), one_process=True)
+
+    def redecoded(self, name: str, seed: int) -> Task:
+        """Measure a generator with that decoder, whose latents are the same."""
+        result = self.results / f"generator-{name}{DECODER}-{seed}.json"
+        words = self.measurement(name, seed, result, self.config.generator_steps[-1:])
+        words += ["--vae", self.vae(name, "decoder")]
+        words += ["--picture", str(result.with_suffix(".png"))] if seed == self.seeds[0] else []
+        done = result.with_name(f"{result.stem}-{self.config.generator_steps[-1]}.json")
+        return Task(result.stem, done, (words,), (f"decoder-{name}", f"generator-{name}-{seed}"), saves=False)
+
+    def measurement(self, name: str, seed: int, result: Path, steps: list[int]) -> list[str]:
+        config, run = self.config, self.folder / f"generator-{name}-{seed}"
+        words = [MEASURE, "--run", str(run), "--steps", *map(str, steps), *self.reference(), "--solver", "unipc"]
+        words += ["--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
+        words += options({"num_images": config.num_images, "num_inference_steps": config.num_inference_steps})
+        words += options({"batch_size": config.batch_size, "output": result.with_suffix("")})
+        return words + (
+            options({"feature_batch_size": config.feature_batch_size}) if config.feature_batch_size else []
+        )
 
     def generator(self, name: str, seed: int) -> Task:
         """Train to the last step and measure there, in one process; the first seed also at the steps before."""
@@ -253,12 +288,7 @@ class Plan:
         training += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
         training += ["--max_train_steps", str(steps[-1]), "--checkpointing_steps", str(math.gcd(*steps))]
         training += ["--output_dir", str(folder)] + options(TINY_GENERATOR) * config.smallest
-        words = [MEASURE, "--run", str(folder), "--steps", *map(str, steps if first else steps[-1:])]
-        words += [*self.reference(), "--solver", "unipc"]
-        words += ["--feature_network", *config.networks, f"vtp:{self.folder / 'random'}"]
-        words += options({"num_images": config.num_images, "num_inference_steps": config.num_inference_steps})
-        words += options({"batch_size": config.batch_size, "output": result.with_suffix("")})
-        words += options({"feature_batch_size": config.feature_batch_size}) if config.feature_batch_size else []
+        words = self.measurement(name, seed, result, steps if first else steps[-1:])
         words += ["--control", "--picture", str(result.with_suffix(".png"))] if first else []
         points = len(steps) + 1 if first else 1  # with the control
         return Task(
@@ -287,7 +317,11 @@ class Plan:
         wanted = {need for task in generators if not task.done for need in task.needs}
         tokenizers = [self.tokenizer(name) for name in longest]
         # one whose generators are measured is not trained again, also where its run folder is gone
-        return [task for task in tokenizers if task.done or task.name in wanted] + generators
+        tasks = [task for task in tokenizers if task.done or task.name in wanted] + generators
+        if self.config.decoder is not None:
+            tasks += [self.second_stage(name) for name in names]
+            tasks += [self.redecoded(name, seed) for seed in seeds for name in names]
+        return tasks
 
 
 def open_data(config: Config, folder: Path) -> Path | None:

@@ -61,6 +61,10 @@ STYLES = {
     "reconstruction_half": Style("reconstruction, half the data", "#0072B2", "circle", "7 4"),
     "all_half": Style("all three, half the data", "#D55E00", "square", "7 4"),
 }
+DECODER = "_decoder"  # ending of the names of those with a decoder that was trained further
+STYLES |= {
+    f"{name}{DECODER}": Style(f"{style.label}, second stage", style.colour, "") for name, style in STYLES.items()
+}
 MAIN = list(STYLES)[:5]  # in the first figure and the picture of samples; the others are in the second figure
 # axis -> value -> ending of the tokenizer's name
 SCALES = {
@@ -71,6 +75,7 @@ DECODED = " to reconstructions"  # ending of what is measured against real image
 RANDOM = "FD-VTP-192"  # on the encoder of random weights
 RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is no finding about content."
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
+TITLES |= {f"{RANDOM}{DECODED}": "the control, to reconstructions"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
 LABEL, SAMPLE_ROWS = 204, 4  # pixels beside the samples for names; rows of the pictures of measure.py
 
@@ -138,7 +143,8 @@ def read_generators(folder: Path, name: str) -> dict[str, dict[int, dict]]:
 
 def collect(folder: Path) -> dict[str, dict]:
     """Tokenizer -> what is known of it. Raises: ValueError for a folder without results."""
-    names = [name for name in STYLES if (folder / f"tokenizer-{name}.json").is_file()]
+    kinds = ("tokenizer", "reconstruction")  # a decoder alone has the second
+    names = [name for name in STYLES if any((folder / f"{kind}-{name}.json").is_file() for kind in kinds)]
     if not names:
         raise ValueError(f"{folder} holds no tokenizer-NAME.json, expected the results folder of run.py")
     return {n: {"tokenizer": read_tokenizer(folder, n), "generators": read_generators(folder, n)} for n in names}
@@ -297,7 +303,9 @@ def figure(panels: list[Panel], columns: int, legend: list[Style], note: str) ->
 def distances(table: dict[str, dict]) -> list[str]:
     """Those that are measured, that of the random network last."""
     found = dict.fromkeys(measure for row in table.values() for measure in row["generators"])
-    return sorted((measure for measure in found if measure.startswith("FD-")), key=lambda name: name == RANDOM)
+    return sorted(
+        (measure for measure in found if measure.startswith("FD-")), key=lambda name: name.startswith(RANDOM)
+    )
 
 
 def training_panels(table: dict[str, dict]) -> list[Panel]:
@@ -329,7 +337,7 @@ def scaling_panels(table: dict[str, dict]) -> list[Panel]:
                 points = [(x, points[step]["mean"]) for x, points in found.items() if points and step in points]
                 if len(points) == len(values):
                     curves.append(Curve(STYLES[base], points))
-            if curves and measure != RANDOM:
+            if curves and not measure.startswith(RANDOM):
                 panels.append(Panel(f"{measure} at step {step:,}", label, "distance", curves))
     return panels
 

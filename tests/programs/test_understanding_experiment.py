@@ -1,0 +1,352 @@
+"""experiments/understanding_drives_generation: what run.py would run, measurements, and tables."""
+
+import importlib.util
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+import yaml
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.data.openmoji import is_held_out, read_attribution
+
+ROOT = Path(__file__).parents[2]
+UNDERSTANDING = "experiments/understanding_drives_generation"
+KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"
+
+
+def load(program: str):
+    spec = importlib.util.spec_from_file_location(program.replace("/", "_").removesuffix(".py"), ROOT / program)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def understanding():
+    return load(f"{UNDERSTANDING}/run.py")
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
+    plan = understanding.Plan(understanding.Config(output_dir=str(tmp_path)), tmp_path / "images")
+    tasks = {task.name: task for task in plan.tasks()}
+    base, joint, long = (tasks[f"tokenizer-{n}"].programs[0] for n in ("reconstruction", "all", "reconstruction_long"))
+    assert set(joint) - set(base) == {"contrastive", "self_supervision", str(tmp_path / "tokenizer-all")}
+    assert int(option(long, "--max_train_steps")) == 4 * int(option(base, "--max_train_steps")) == 8_000
+    assert option(base, "--data.cache_dir") == str(tmp_path / "images")
+
+
+def test_what_the_headline_needs_comes_first(understanding, tmp_path):
+    config = understanding.Config(output_dir=str(tmp_path), seeds=[1, 0], generator_steps=[20, 50])
+    names = [task.name for task in understanding.Plan(config, None).tasks()]
+    # a tokenizer and its generator each, of the first three with a second seed
+    assert len(set(names)) == len(names) == 3 * 3 + (len(config.tokenizers) - 3) * 2
+    assert names[:2] == ["tokenizer-reconstruction_long", "tokenizer-all"]
+    headline = names[: names.index("tokenizer-contrastive")]
+    assert len(headline) == 9 and headline[-1] == "generator-reconstruction_long-1"
+    assert headline.index("generator-reconstruction_long-0") < headline.index("generator-reconstruction-1")
+    starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half")]
+    assert starts == [9, 13, 17]
+
+
+def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understanding, tmp_path):
+    config = understanding.Config(output_dir=str(tmp_path), tokenizers=["all", "contrastive"], seeds=[0])
+    plan = understanding.Plan(config, None)
+    plan.results.mkdir()
+    plan.generator("all", 0).result.touch()
+    left = [task.name for task in plan.tasks() if not task.done]
+    assert left == ["tokenizer-contrastive", "generator-contrastive-0"]
+
+
+def test_a_generator_is_measured_at_every_step_by_one_program(understanding, tmp_path):
+    config = understanding.Config(output_dir=str(tmp_path), seeds=[0, 1], generator_steps=[20, 50])
+    first, other = (understanding.Plan(config, None).generator("all", seed) for seed in (0, 1))
+    assert first.needs == other.needs == ("tokenizer-all",)
+    training, measuring = first.programs
+    assert option(training, "--max_train_steps") == "50"
+    assert option(training, "--checkpointing_steps") == "10", "a checkpoint at both"
+    program = load(understanding.MEASURE)
+    for step in (10, 20, 50):
+        (tmp_path / "generator-all-0" / f"checkpoint-{step}" / "transformer_ema").mkdir(parents=True)
+    given = program.parse_config(program.Config, measuring[1:])
+    assert given.steps == [20, 50] and given.control and given.solver == "unipc"
+    assert f"vtp:{tmp_path / 'random'}" in given.feature_network
+    assert first.result == Path(f"{given.output}-50.json") == tmp_path / "results" / "generator-all-0-50.json"
+    with pytest.raises(ValueError, match="generator-all-1 has no checkpoint of step 50: expected some of its"):
+        program.parse_config(program.Config, other.programs[1][1:])
+    assert "--control" not in other.programs[1] and other.seconds < first.seconds
+
+
+def test_generators_are_measured_again_with_decoders_that_were_trained_further(understanding, tmp_path):
+    settings = fashion_settings(tmp_path) | {"output_dir": str(tmp_path), "tokenizers": ["all"], "seeds": [0, 1]}
+    plan = understanding.Plan(understanding.Config(**settings), Path(settings["data"]))
+    tasks = {task.name: task for task in plan.chain(["all"], [0, 1])}
+    decoder, again = tasks["decoder-all"], tasks["generator-all_decoder-1"]
+    assert decoder.needs == ("tokenizer-all",) and again.needs == ("decoder-all", "generator-all-1")
+    words = again.programs[0]
+    assert option(words, "--run") == f"{tmp_path}/generator-all-1", "the same generator"
+    assert option(words, "--vae") == f"{option(decoder.programs[0], '--output_dir')}/vae"
+    assert "--picture" in tasks["generator-all_decoder-0"].programs[0] and "--picture" not in words
+
+
+def test_tasks_that_share_a_gpu_take_longer(understanding, tmp_path):
+    plans = [
+        understanding.Plan(understanding.Config(output_dir=str(tmp_path), gpus=[0, 1], together=k), None)
+        for k in (1, 2)
+    ]
+    for alone, shared in zip(*(plan.tasks() for plan in plans), strict=True):
+        assert shared.seconds == 2 * alone.seconds > 0 and alone.one_process
+
+
+def fashion_settings(folder: Path) -> dict:
+    """The settings of fashion.yaml, and a folder with the names of its images."""
+    (folder / "fashion").mkdir()
+    for part in ("train", "test"):
+        (folder / "fashion" / f"{part}.parquet").touch()
+    return yaml.safe_load((ROOT / UNDERSTANDING / "fashion.yaml").read_text()) | {"data": str(folder / "fashion")}
+
+
+def test_the_programs_take_these_words(understanding, tmp_path):
+    """Of both scales and both sets of images: names and values of options."""
+    for settings in ({}, {"smallest": True}, fashion_settings(tmp_path)):
+        config = understanding.Config(**settings | {"output_dir": str(tmp_path)})
+        plan = understanding.Plan(config, config.data and Path(config.data))
+        programs = [words for name in ("all", "reconstruction") for words in plan.tokenizer(name).programs]
+        programs += plan.second_stage("all").programs if config.decoder else ()
+        for words in [*programs, plan.generator("all", 0).programs[0]]:
+            program = load(words[0])
+            kind = next(k for k in KINDS if hasattr(program, k))
+            given = program.parse_config(getattr(program, kind), words[1:])
+            assert getattr(given, "output_dir", None) or given.output.startswith(str(plan.results))
+
+
+def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
+    found = load("docs/check_commands.py").commands(ROOT / UNDERSTANDING / "README.md")
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/emoji.tar", "runs/fashion", option(found[0], "--noto"), option(found[0], "--fluent")):
+        (tmp_path / name).touch()
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    names = " ".join(Path(words[1]).stem for words in found)
+    assert names == "data run run run table run table fashion run table"
+    for words in found:
+        program = load(words[1])
+        program.parse_config(program.Config, words[2:])
+
+
+def test_smallest_is_small_whatever_else_is_said(understanding):
+    config = understanding.Config(smallest=True, num_images=5000)
+    assert (config.num_images, config.tokenizers) == (100, ["reconstruction", "all"])
+    assert config.folder == Path("runs/understanding-smallest") != understanding.Config().folder
+    with pytest.raises(ValueError, match="tokenizers are none, expected some of reconstruction"):
+        understanding.Config(tokenizers=["none"])
+    with pytest.raises(ValueError, match="data nowhere is not there"):
+        understanding.Config(data="nowhere")
+
+
+def test_the_first_samples_are_the_picture():
+    program = load(f"{UNDERSTANDING}/measure.py")
+
+    class Samples:
+        def __len__(self):
+            return 70
+
+        def read(self, numbers):
+            return torch.stack([torch.full((3, 8, 8), number, dtype=torch.uint8) for number in numbers])
+
+    picture = program.samples_picture(Samples())
+    assert picture.size == (16 * 48, 4 * 48)
+    assert [picture.getpixel((x, y))[0] for x, y in ((10, 10), (60, 10), (760, 190))] == [0, 1, 63]
+
+
+def test_a_generator_and_its_control_are_measured_against_one_reference(tmp_path):
+    program, run = load(f"{UNDERSTANDING}/measure.py"), tmp_path / "run"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 1, "num_attention_heads": 1}
+    both = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in sizes.items()}
+    vae = AutoencoderVTP(sample_size=16, patch_size=8, latent_channels=4, **both)
+    kinds = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16, "num_classes": 2}
+    names = {0: "a", 1: "b"}
+    for step in (1, 2):
+        dit = LightningDiTTransformer2DModel(sample_size=2, patch_size=1, in_channels=4, **kinds)
+        dit.save_pretrained(run / f"checkpoint-{step}" / "transformer_ema")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    LightningDiTPipeline(vae=vae, transformer=dit, scheduler=scheduler, id2label=names).save_pretrained(
+        run / "pipeline"
+    )
+    vae.save_pretrained(tmp_path / "random")
+    for k in range(20):
+        (tmp_path / "images" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "images" / "ab"[k % 2] / f"{k}.png")
+    words = f"--run {run} --steps 1 2 --reference {tmp_path}/images --feature_network vtp:{tmp_path}/random --control"
+    words += f" --num_images 12 --num_inference_steps 1 --output {tmp_path}/g --picture {tmp_path}/g.png --device cpu"
+    program.main(words.split())
+    first, last = (json.loads((tmp_path / f"g-{step}.json").read_text()) for step in (1, 2))
+    rows = {step: {r["images"]: r["value"] for r in found["distances"]} for step, found in ((1, first), (2, last))}
+    assert sorted(rows[1]) == ["control", "generated"] and list(rows[2]) == ["generated"]
+    assert len({*rows[1].values(), *rows[2].values()}) == 3, "three networks"
+    decoded = {r["images"]: r["value"] for r in first["distances_to_reconstructions"]}
+    assert sorted(decoded) == ["control", "generated"] and decoded["generated"] != rows[1]["generated"]
+    assert first["sampling"]["generated"]["weights"] != last["sampling"]["generated"]["weights"]
+    assert first["sampling"]["generated"]["labels"] == "reference" and (tmp_path / "g.png").is_file()
+    table = load(f"{UNDERSTANDING}/table.py")
+    for title in ("FD-VTP-32", "FD-VTP-32 to reconstructions"):
+        assert set(table.read_generator(tmp_path / "g-1.json")[title]) == {"generated", "control", "real"}
+    with torch.no_grad():
+        vae.decoder.proj_out.weight.mul_(0.5)
+    vae.save_pretrained(tmp_path / "decoder")
+    program.main([*words.replace("/g ", "/h ").split(), "--vae", str(tmp_path / "decoder")])
+    assert json.loads((tmp_path / "h-2.json").read_text())["distances"][0]["value"] != rows[2]["generated"]
+    with torch.no_grad():
+        next(vae.encoder.parameters()).add_(0.5)
+    vae.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="other makes other latents than the autoencoder of"):
+        program.main([*words.split(), "--vae", str(tmp_path / "other")])
+
+
+def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_path):
+    bases = [f"{code:X}" for code in range(0x1F300, 0x1F300 + 400)]
+    folder = tmp_path / "images" / "openmoji-17.0.0-8"
+    folder.mkdir(parents=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({"base": base}) + "\n" for base in bases))
+    config = understanding.Config(output_dir=str(tmp_path), resolution=8, tokenizers=["all_half"])
+    understanding.write_half(config, tmp_path / "images", tmp_path / "half")
+    kept = {row["base"] for row in understanding.read_metadata(tmp_path / "half" / folder.name)}
+    held_out = {base for base in bases if is_held_out(base, 0.1, 0)}
+    assert held_out < kept and abs(len(kept - held_out) / len(set(bases) - held_out) - 0.5) < 0.1
+    tasks = understanding.Plan(config, tmp_path / "images").tasks()
+    folders = [option(words, "--data.cache_dir") for words in tasks[0].programs]
+    assert folders == [str(tmp_path / "half")] + [str(tmp_path / "images")] * 3, "measured and encoded are all"
+
+
+def test_images_come_from_the_archive_once(understanding, tmp_path):
+    (tmp_path / "x").write_text("x")
+    with tarfile.open(tmp_path / "emoji.tar", "w") as archive:
+        archive.add(tmp_path / "x", "openmoji/x")
+    config = understanding.Config(data=str(tmp_path / "emoji.tar"), output_dir=str(tmp_path))
+    images = understanding.open_data(config, tmp_path)
+    assert (images / "openmoji" / "x").read_text() == "x"
+    (images / "openmoji" / "x").write_text("kept")
+    assert (understanding.open_data(config, tmp_path) / "openmoji" / "x").read_text() == "kept"
+    assert understanding.open_data(understanding.Config(data=str(images)), tmp_path) == images
+
+
+def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
+    program = load(f"{UNDERSTANDING}/data.py")
+    rendered = tmp_path / "rendered"
+    (rendered / "images").mkdir(parents=True)
+    row = {"file_name": "images/2764.webp", "key": "2764", "base": "2764", "caption": "red heart", "skin_tone": False}
+    (rendered / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    Image.new("RGB", (8, 8)).save(rendered / "images" / "2764.webp")
+    monkeypatch.setattr(program, "openmoji_folder", lambda resolution: rendered)
+    picture = io.BytesIO()
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(picture, "PNG")
+    for package, names in (
+        ("noto", ["img/google/64/2764-fe0f.png"]),
+        ("fluent", ["assets/2764.webp", "assets/1.webp"]),
+    ):
+        with tarfile.open(tmp_path / f"{package}.tgz", "w:gz") as archive:
+            for name in names:
+                member = tarfile.TarInfo(f"package/{name}")
+                member.size = len(picture.getvalue())
+                archive.addfile(member, io.BytesIO(picture.getvalue()))
+    words = [f"--{name}={tmp_path}/{name}.tgz" for name in ("noto", "fluent")]
+    words += [f"--output={tmp_path}/out", "--resolution=8", f"--archive={tmp_path}/emoji.tar"]
+    program.main(words)
+    folder = next((tmp_path / "out").iterdir())
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert {row["base"] for row in rows} == {"2764"} and len({row["caption"] for row in rows}) == len(rows) == 3
+    image = Image.open(folder / rows[2]["file_name"])
+    assert image.size == (8, 8) and image.getpixel((4, 4)) == (255, 255, 255), "transparency is white"
+    attribution = read_attribution(8, tmp_path / "out")  # what latents and model cards say
+    assert all(name in attribution for name in ("CC BY-SA 4.0", "Apache License 2.0", "MIT License"))
+    with pytest.raises(ValueError, match="is there already"):
+        program.main(words)
+
+
+def write_generator(folder, name, seed, step, value):
+    row = {"distance": "FD-VGG", "images": "generated", "value": 9.0, "floor": {"generated": value, "real": 1.0}}
+    scores = [{"score": "recall (VGG)", "images": "generated", "value": 0.25}]
+    results = {"distances": [row], "scores": scores}
+    (folder / f"generator-{name}-{seed}-{step}.json").write_text(json.dumps(results))
+
+
+def write_tokenizer(folder, name, **reconstruction):
+    nearest = [{"features": "both", "neighbours": 20, "top1": 0.1}]
+    nearest += [{"features": "class token", "neighbours": k, "top1": k / 100} for k in (10, 20)]
+    (folder / f"tokenizer-{name}.json").write_text(json.dumps({"held_out": {"recall_at_1": 0.5}}))
+    (folder / f"probe-{name}.json").write_text(json.dumps({"neighbours": nearest}))
+    (folder / f"reconstruction-{name}.json").write_text(json.dumps(reconstruction))
+
+
+def elements(file: Path, tag: str) -> list[ElementTree.Element]:
+    return ElementTree.parse(file).findall(f".//{{http://www.w3.org/2000/svg}}{tag}")
+
+
+def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
+    program = load(f"{UNDERSTANDING}/table.py")
+    write_tokenizer(tmp_path, "all", distances={"FD-EffLite0": 5.0})
+    for seed, value in ((0, 2.0), (1, 4.0)):
+        write_generator(tmp_path, "all", seed, 20, value)
+    program.main([f"--results={tmp_path}", f"--output={tmp_path}/out/table.json"])
+    found = json.loads((tmp_path / "out" / "table.json").read_text())["tokenizers"]["all"]
+    names = "20-NN", "retrieval@1", "FD-EffLite0 of reconstructions", "PSNR"
+    assert [found["tokenizer"][name] for name in names] == [0.2, 0.5, 5.0, None]
+    assert found["generators"]["FD-VGG"]["20"]["mean"] == 3.0
+    written = (tmp_path / "out" / "table.md").read_text()
+    assert "| all three objectives | 3 ± 1.414 | 0.25 ± 0 |\n| real against real images | 1 | – |" in written
+    assert len(elements(tmp_path / "out" / "table.svg", "circle")) == 2, "a seed each"
+    words = [element.text for element in elements(tmp_path / "out" / "table.svg", "text")]
+    assert {"FD-VGG (LPIPS trains on it)", "training steps of the generator", "real against real images", "20"} < set(
+        words
+    )
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["table.json", "table.md", "table.svg"]
+    with pytest.raises(ValueError, match="holds no tokenizer-NAME.json"):
+        program.main([f"--results={tmp_path}/out", f"--output={tmp_path}/out/table.json"])
+
+
+def test_scaling_is_drawn_where_both_ends_are_measured(tmp_path):
+    program = load(f"{UNDERSTANDING}/table.py")
+    for place, name in enumerate(("reconstruction", "reconstruction_small", "all", "all_half")):
+        write_tokenizer(tmp_path, name, psnr=20.0 + place)
+        write_generator(tmp_path, name, 0, 20, 10.0 + place)
+    write_generator(tmp_path, "all", 0, 40, 1.0)  # not measured of the others: no common step
+    table = program.collect(tmp_path)
+    panels = program.scaling_panels(table)
+    assert [(panel.x_label, [curve.points for curve in panel.curves]) for panel in panels] == [
+        ("width of the encoder", [[(192, 11.0), (384, 10.0)]]),
+        ("share of the training concepts, %", [[(50, 13.0), (100, 12.0)]]),
+    ]
+    assert panels[0].title == "FD-VGG at step 20"
+    program.write_figures(table, tmp_path, tmp_path / "table.json")
+    words = {element.text for element in elements(tmp_path / "table-tokenizers.svg", "text")}
+    assert {"reconstruction", "all three objectives"} < words and "all three, half the data" not in words
+
+
+def test_samples_of_all_generators_stand_row_by_row(tmp_path):
+    program = load(f"{UNDERSTANDING}/table.py")
+    assert program.samples_picture(tmp_path) is None
+    for name, step, colour in (("all", 90, "red"), ("all", 100, "lime"), ("reconstruction", 100, "blue")):
+        Image.new("RGB", (768, 192), colour).save(tmp_path / f"generator-{name}-0-{step}.png")
+    picture = program.samples_picture(tmp_path).convert("RGB")
+    assert picture.size == (program.LABEL + 768, 4 * 2 * 48 + 3 * 12)
+    assert [picture.getpixel((900, y)) for y in (24, 72, 102)] == [(0, 0, 255), (0, 255, 0), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (3.9, 17.2), (95.0, 1300.0), (0.448, 0.452), (2.0, 2.0)])
+def test_axes_have_round_numbers(low, high):
+    found = load(f"{UNDERSTANDING}/table.py").ticks(low, high)
+    assert len(found) in range(3, 9) or low == high
+    assert all(low - 1e-9 <= value <= high + 1e-9 and len(f"{value:g}") <= 5 for value in found)
