@@ -8,7 +8,8 @@ Writes the tables as JSON and Markdown, and beside them, as far as they are meas
     table.svg             every distance against the steps of the generator, a line a tokenizer
     table-scaling.svg     distances against the width of the encoder and the share of the training concepts
     table-tokenizers.svg  what the encoder understands (k-NN) against what the decoder reconstructs (PSNR)
-    table-samples.png     the same 64 samples of every generator, a row a tokenizer
+    table-samples.png     the same 64 samples of every generator, a row a tokenizer; with decoders that were trained
+                          further in table-samples_decoder.png
 
 What is not measured yet is left out of figures and a dash in the tables.
 """
@@ -351,11 +352,13 @@ def tokenizer_panel(table: dict[str, dict]) -> Panel | None:
     return Panel("The tokenizers", *labels, curves, logarithmic=False) if curves else None
 
 
-def samples_picture(folder: Path) -> Image.Image | None:
-    """The pictures of measure.py row by row: a row of samples of every tokenizer, then the next one."""
-    files = {
-        name: sorted(folder.glob(f"generator-{name}-*.png"), key=lambda f: int(f.stem.split("-")[-1])) for name in MAIN
-    }
+def samples_picture(folder: Path, ending: str = "") -> Image.Image | None:
+    """The pictures of measure.py row by row: a row of samples of every tokenizer, then the next one.
+
+    Args: `ending`: of the tokenizers' names.
+    """
+    found = {name: folder.glob(f"generator-{name}{ending}-*.png") for name in MAIN}
+    files = {name: sorted(paths, key=lambda f: int(f.stem.split("-")[-1])) for name, paths in found.items()}
     strips = {name: Image.open(found[-1]) for name, found in files.items() if found}
     if not strips:
         return None
@@ -390,9 +393,9 @@ def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
         styles = [curve.style for curve in panel.curves]
         drawn = figure([panel], 1, styles, "Up and right is better.")
         write_text(output.with_name(f"{output.stem}-tokenizers.svg"), drawn)
-    picture = samples_picture(results)
-    if picture is not None:
-        write_picture(output.with_name(f"{output.stem}-samples.png"), picture)
+    for ending in ("", DECODER):
+        if (picture := samples_picture(results, ending)) is not None:
+            write_picture(output.with_name(f"{output.stem}-samples{ending}.png"), picture)
 
 
 def main(argv: list[str] | None = None) -> None:
