@@ -1,6 +1,7 @@
 """The scripts of experiments/: what they would run, and their tables, without starting a program."""
 
 import importlib.util
+import json
 import signal
 import sys
 from pathlib import Path
@@ -112,6 +113,34 @@ def test_the_programs_take_the_words_of_every_run(tmp_path):
         if file in programs
     ]
     assert len(taken) == 1 + 2 * 2 * (len(program.RUNS) + len(program.STUDENTS)) + 1, "reference, runs, teacher"
+
+
+def test_the_programs_take_the_words_of_every_run_on_fashion_mnist(tmp_path):
+    program, train = load("experiments/frontier/fashion.py"), load("train_dit/train.py")
+    with pytest.raises(ValueError, match="has no latents-reconstruction_long: first run that experiment"):
+        program.Config(runs=["muon_1e-3"], tokenizers=str(tmp_path))
+    for name in ("all", "reconstruction_long"):
+        (tmp_path / f"latents-{name}").mkdir()
+        (tmp_path / f"latents-{name}" / "latents.json").touch()
+    config = program.Config(runs=list(program.RUNS), tokenizers=str(tmp_path), output_dir=str(tmp_path))
+    for name in config.runs:
+        words = program.measured_run(config, name, 0).programs[0]
+        given = train.parse_config(train.Config, words[1:])
+        kind, rate = name.split("_")
+        assert given.learning_rate == float(rate) and (given.optimizer == "muon") == (kind == "muon")
+        assert (given.model.prediction == "data") == (kind == "data") and given.seed == 0
+        assert (given.latents is None) == (given.alignment.weight > 0) == (kind == "aligned")
+
+
+def test_the_table_of_fashion_mnist_has_means_over_seeds(tmp_path):
+    program, table = load("experiments/frontier/fashion.py"), load("experiments/frontier/table.py")
+    for seed, value in ((0, 90.0), (1, 94.0)):
+        row = {"distance": "FD-EffLite0", "value": 1.0, "floor": {"generated": value, "real": 17.6}}
+        scores = [{"score": f"{kind} (EffLite0)", "value": 0.5} for kind in ("precision", "recall")]
+        file = tmp_path / f"muon_4e-3-{seed}-1500.json"
+        file.write_text(json.dumps({"distances": [row], "scores": scores}))
+    printed = table.fashion_table(program.tabulated(tmp_path))
+    assert "| muon_4e-3 | 2 | 92.0 ± 2.8 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in printed and "17.6" in printed
 
 
 @pytest.mark.parametrize("smallest", [False, True])
