@@ -82,7 +82,8 @@ def tabulated(results: Path) -> dict[str, dict]:
         found, (name, seed) = read_json(file), file.stem.removesuffix(f"-{STEPS}").rsplit("-", 1)
         row = found["distances"][0]
         values = {row["distance"]: row["floor"]["generated"], "real against real": row["floor"]["real"]}
-        values |= {score["score"].split()[0]: score["value"] for score in found["scores"]}
+        scores = [(*score["score"].split(), score["value"]) for score in found["scores"]]  # "recall (EffLite0)"
+        values |= {kind: value for kind, network, value in scores if network == "(EffLite0)"}
         table.setdefault(name, {})[seed] = values
     return table
 

@@ -137,6 +137,7 @@ def test_the_table_of_fashion_mnist_has_means_over_seeds(tmp_path):
     for seed, value in ((0, 90.0), (1, 94.0)):
         row = {"distance": "FD-EffLite0", "value": 1.0, "floor": {"generated": value, "real": 17.6}}
         scores = [{"score": f"{kind} (EffLite0)", "value": 0.5} for kind in ("precision", "recall")]
+        scores += [{"score": "recall (VTP-192)", "value": 0.9}]  # of another network
         file = tmp_path / f"muon_4e-3-{seed}-1500.json"
         file.write_text(json.dumps({"distances": [row], "scores": scores}))
     printed = table.fashion_table(program.tabulated(tmp_path))
