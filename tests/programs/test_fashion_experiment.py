@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_experiment_scripts import UNDERSTANDING, fashion_settings, load, option, understanding  # noqa: F401
+from test_understanding_experiment import UNDERSTANDING, fashion_settings, load, option, understanding  # noqa: F401
 
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 
