@@ -195,8 +195,8 @@ class GaussianStatistics:
 def _sum_of_roots(product: torch.Tensor, scale: torch.Tensor) -> float:
     """Sum of the square roots of the eigenvalues of a symmetric product of covariances, without its rounding noise.
 
-    Args: `scale`: product of the Frobenius norms of the two covariances; eigenvalues that are tiny beside it are
-        noise. The largest eigenvalue cannot be the scale: it is noise itself if their ranges are orthogonal.
+    Args: `scale`: eigenvalues that are tiny beside it are noise. Where the covariances themselves are multiplied it is
+        the product of their Frobenius norms: the largest eigenvalue is noise itself if their ranges are orthogonal.
     """
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
     noise = eigenvalues <= 4 * torch.finfo(torch.float64).eps * scale
@@ -226,9 +226,9 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         overlap = _sum_of_roots(a.root.T @ covariance @ a.root, scale)
     elif factor_a is not None and factor_b is not None:
         small, large = sorted((factor_a, factor_b.to(a.device)), key=len)
-        scale = torch.linalg.matrix_norm(small @ small.T) * torch.linalg.matrix_norm(large @ large.T)
         product = small @ large.T
-        overlap = _sum_of_roots(product @ product.T, scale)
+        # rounding in `product` itself has roots of 1e-16 beside the traces: only its square has noise worth removing
+        overlap = _sum_of_roots(product @ product.T, product.square().sum())
     else:
         factor, covariance = (factor_a, b.covariance) if factor_b is None else (factor_b, a.covariance)
         covariance = covariance.to(factor.device)
