@@ -15,24 +15,29 @@ from pathlib import Path
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import read_json, write_json
-from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
+from vtp_diffusion.runtime.yaml_files import read_yaml
 
 UNDERSTANDING = Path(__file__).resolve().parents[1] / "understanding_drives_generation"
 MEASURE = "experiments/understanding_drives_generation/measure.py"
-STEPS = 1500
+SETTINGS = read_yaml(UNDERSTANDING / "fashion.yaml")
+STEPS = SETTINGS["generator_steps"][-1]
 RATES = ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")
-# name -> tokenizer, options of train_dit/train.py
+# kind of run -> tokenizer, options of train_dit/train.py
+KINDS = {
+    "adamw": ("reconstruction_long", []),
+    "muon": ("reconstruction_long", ["--optimizer", "muon"]),
+    "data": ("reconstruction_long", ["--model.prediction", "data"]),
+    # on the tokenizer that understands most; aligned encodes the images in every step, since stored latents have no
+    # features
+    "all": ("all", []),
+    "aligned": ("all", ["--alignment.weight", "0.5"]),
+}
 RUNS = {
-    f"{optimizer}_{rate}": ("reconstruction_long", ["--optimizer", optimizer, "--learning_rate", rate])
-    for optimizer in ("adamw", "muon")
+    f"{kind}_{rate}": (tokenizer, [*changed, "--learning_rate", rate])
+    for kind, (tokenizer, changed) in KINDS.items()
     for rate in RATES
 }
-RUNS |= {
-    f"data_{rate}": ("reconstruction_long", ["--model.prediction", "data", "--learning_rate", rate]) for rate in RATES
-}
-# on the tokenizer that understands most; the images are encoded in every step, which stored latents are not
-RUNS |= {f"all_{rate}": ("all", ["--learning_rate", rate]) for rate in RATES}
-RUNS |= {f"aligned_{rate}": ("all", ["--alignment.weight", "0.5", "--learning_rate", rate]) for rate in RATES}
 
 
 @dataclass(kw_only=True)
@@ -56,21 +61,23 @@ class Config(MachineConfig):
 
 def measured_run(config: Config, name: str, seed: int) -> Task:
     """One run, and its measurement into results/RUN-SEED-STEP.json."""
-    (tokenizer, options), source = RUNS[name], Path(config.tokenizers)
+    (tokenizer, changed), source = RUNS[name], Path(config.tokenizers)
     output, result = (Path(config.output_dir) / part / f"{name}-{seed}" for part in ("runs", "results"))
     files = ["--data.data_files", os.path.join(config.data, "train.parquet"), "--data.label_column", "label"]
     files += ["--data.validation_files", os.path.join(config.data, "test.parquet"), "--data.caption_column", "caption"]
-    words = ["train_dit/train.py", "--config", str(UNDERSTANDING / "fashion_generator.yaml"), *options]
+    words = ["train_dit/train.py", "--config", str(UNDERSTANDING / SETTINGS["generator"]), *changed]
     words += ["--vae", str(source / f"tokenizer-{tokenizer}" / "vae"), "--seed", str(seed)]
     if name.startswith("aligned"):
-        words += ["--latents", "none", "--data.source", "parquet", "--data.resolution", "32", *files]
+        images = {"data.source": "parquet", "data.resolution": SETTINGS["resolution"]}
+        words += ["--latents", "none", *options(images), *files]
     else:
         words += ["--latents", str(source / f"latents-{tokenizer}")]
     words += ["--max_train_steps", str(STEPS), "--output_dir", str(output)]
     measure = [MEASURE, "--run", str(output), "--steps", str(STEPS), "--output", str(result), "--reference", "parquet"]
-    measure += [*files, "--data.limit", "2000", "--split", "validation", "--feature_network", "efficientnet_lite0"]
-    measure += ["--solver", "unipc", "--num_inference_steps", "12", "--num_images", "1000", "--batch_size", "250"]
-    measure += ["--feature_batch_size", "8"]
+    measure += [*files, "--split", "validation", "--data.limit", str(SETTINGS["num_reference"]), "--solver", "unipc"]
+    measure += ["--feature_network", *SETTINGS["networks"]]
+    same = ("num_images", "num_inference_steps", "feature_batch_size")
+    measure += options({name: SETTINGS[name] for name in same} | {"batch_size": 250})
     done = result.with_name(f"{result.name}-{STEPS}.json")
     return Task(f"{name}-{seed}", done, (words, measure), one_process=True)
 

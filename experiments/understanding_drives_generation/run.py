@@ -159,6 +159,7 @@ SMALLEST = {
     "resolution": 32,
     "limit": 600, "copies": 2, "num_images": 100, "batch_size": 50, "num_inference_steps": 8, "probe_steps": 50,
     "data": None, "networks": ["efficientnet_lite0"], "tokenizer": "tokenizer.yaml", "generator": "generator.yaml",
+    "decoder": None,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ Writes the tables as JSON and Markdown, and beside them, as far as they are meas
 What is not measured yet is left out of figures and a dash in the tables.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, floor, log10
 from pathlib import Path
 from statistics import mean, stdev
@@ -63,9 +63,7 @@ STYLES = {
     "all_half": Style("all three, half the data", "#D55E00", "square", "7 4"),
 }
 DECODER = "_decoder"  # ending of the names of those with a decoder that was trained further
-STYLES |= {
-    f"{name}{DECODER}": Style(f"{style.label}, second stage", style.colour, "") for name, style in STYLES.items()
-}
+STYLES |= {f"{name}{DECODER}": replace(s, label=f"{s.label}, second stage") for name, s in STYLES.items()}
 MAIN = list(STYLES)[:5]  # in the first figure and the picture of samples; the others are in the second figure
 # axis -> value -> ending of the tokenizer's name
 SCALES = {

@@ -1,28 +1,12 @@
 """The scripts of experiments/: what they would run, and their tables, without starting a program."""
 
-import importlib.util
 import json
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[2]
-UNDERSTANDING = "experiments/understanding_drives_generation"
-KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"
-
-
-def load(program: str):
-    spec = importlib.util.spec_from_file_location(program.replace("/", "_").removesuffix(".py"), ROOT / program)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def option(words: list[str], name: str) -> str:
-    return words[words.index(name) + 1]
+from experiment_programs import KINDS, ROOT, load
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_understanding_experiment import UNDERSTANDING, fashion_settings, load, option, understanding  # noqa: F401
+from experiment_programs import UNDERSTANDING, fashion_settings, load, option
 
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 
 
-def test_fashion_is_never_trained_on_what_it_is_measured_on(understanding, tmp_path):  # noqa: F811
+def test_fashion_is_never_trained_on_what_it_is_measured_on(understanding, tmp_path):
     settings = fashion_settings(tmp_path) | {"output_dir": str(tmp_path)}
     plan = understanding.Plan(understanding.Config(**settings), tmp_path / "fashion")
     program, (training, measuring) = load(understanding.MEASURE), plan.generator("all", 0).programs

@@ -1,22 +1,12 @@
 """The script of experiments/imagenet, rehearsed with tiny weights and 200 images; every program in this process."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from experiment_programs import ROOT, load
 from PIL import Image
-
-ROOT = Path(__file__).parents[2]
-
-
-def load(program: str):
-    spec = importlib.util.spec_from_file_location(program.replace("/", "_").removesuffix(".py"), ROOT / program)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

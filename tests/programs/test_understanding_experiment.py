@@ -1,41 +1,19 @@
 """experiments/understanding_drives_generation: what run.py would run, measurements, and tables."""
 
-import importlib.util
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
-import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler
+from experiment_programs import KINDS, ROOT, UNDERSTANDING, fashion_settings, load, option
 from PIL import Image
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
 from vtp_diffusion.data.openmoji import is_held_out, read_attribution
-
-ROOT = Path(__file__).parents[2]
-UNDERSTANDING = "experiments/understanding_drives_generation"
-KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"
-
-
-def load(program: str):
-    spec = importlib.util.spec_from_file_location(program.replace("/", "_").removesuffix(".py"), ROOT / program)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def understanding():
-    return load(f"{UNDERSTANDING}/run.py")
-
-
-def option(words: list[str], name: str) -> str:
-    return words[words.index(name) + 1]
 
 
 def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
@@ -109,14 +87,6 @@ def test_tasks_that_share_a_gpu_take_longer(understanding, tmp_path):
         assert shared.seconds == 2 * alone.seconds > 0 and alone.one_process
 
 
-def fashion_settings(folder: Path) -> dict:
-    """The settings of fashion.yaml, and a folder with the names of its images."""
-    (folder / "fashion").mkdir()
-    for part in ("train", "test"):
-        (folder / "fashion" / f"{part}.parquet").touch()
-    return yaml.safe_load((ROOT / UNDERSTANDING / "fashion.yaml").read_text()) | {"data": str(folder / "fashion")}
-
-
 def test_the_programs_take_these_words(understanding, tmp_path):
     """Of both scales and both sets of images: names and values of options."""
     for settings in ({}, {"smallest": True}, fashion_settings(tmp_path)):
@@ -146,8 +116,8 @@ def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
 
 
 def test_smallest_is_small_whatever_else_is_said(understanding):
-    config = understanding.Config(smallest=True, num_images=5000)
-    assert (config.num_images, config.tokenizers) == (100, ["reconstruction", "all"])
+    config = understanding.Config(smallest=True, num_images=5000, decoder="fashion_decoder.yaml")
+    assert (config.num_images, config.tokenizers, config.decoder) == (100, ["reconstruction", "all"], None)
     assert config.folder == Path("runs/understanding-smallest") != understanding.Config().folder
     with pytest.raises(ValueError, match="tokenizers are none, expected some of reconstruction"):
         understanding.Config(tokenizers=["none"])
