@@ -4,7 +4,7 @@
 
 The tokenizers and their latents are those of experiments/understanding_drives_generation/run.py with fashion.yaml, the
 generator and its measurement too: FD-EffLite0 at equal sizes, precision and recall of 1,000 samples against test
-images. Done runs are not repeated; the same command goes on with the rest, and writes all results into --table.
+images. Done runs are not repeated; the same command goes on with the rest, and adds all results to --table.
 """
 
 import os
@@ -32,6 +32,9 @@ KINDS = {
     # features
     "all": ("all", []),
     "aligned": ("all", ["--alignment.weight", "0.5"]),
+    # 4 tokens of 128 channels, as many as the network is wide
+    "wide": ("all", ["--model.patch_size", "2"]),
+    "wide_data": ("all", ["--model.patch_size", "2", "--model.prediction", "data"]),
 }
 RUNS = {
     f"{kind}_{rate}": (tokenizer, [*changed, "--learning_rate", rate])
@@ -82,9 +85,8 @@ def measured_run(config: Config, name: str, seed: int) -> Task:
     return Task(f"{name}-{seed}", done, (words, measure), one_process=True)
 
 
-def tabulated(results: Path) -> dict[str, dict]:
-    """Run -> seed -> what was measured."""
-    table: dict[str, dict] = {}
+def tabulated(results: Path, table: dict[str, dict]) -> dict[str, dict]:
+    """Run -> seed -> what was measured; `table`: what is known already."""
     for file in sorted(results.glob(f"*-{STEPS}.json")):
         found, (name, seed) = read_json(file), file.stem.removesuffix(f"-{STEPS}").rsplit("-", 1)
         row = found["distances"][0]
@@ -104,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         carry_out(config, tasks, folder / "results", folder, deadline)
     finally:
-        write_json(Path(config.table), tabulated(folder / "results"))
+        table = Path(config.table)
+        write_json(table, tabulated(folder / "results", read_json(table) if table.is_file() else {}))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ from vtp_diffusion.metrics.scores import precision_recall
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import replacing, write_json
+from vtp_diffusion.runtime.experiments import check_names
 
 NETWORKS = {"vgg16": "FD-VGG", "efficientnet_lite0": "FD-EffLite0"}
 CHOSEN_BY = "efficientnet_lite0"
+KINDS = ("none", "classifier_free", "interval", "autoguidance", "internal")
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,7 @@ class Config(Settings):
         super().__post_init__()
         if self.pipeline is not None and self.output is None:
             raise ValueError("output is none, expected a file for the results")
+        check_names("kinds", self.kinds, KINDS)
 
 
 def guidance_settings(pipe) -> dict[str, list[dict]]:

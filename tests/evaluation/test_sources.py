@@ -321,6 +321,22 @@ def test_a_compiled_network_sees_batches_of_one_size_and_layout():
         Extractor(Means(), "cpu", mode="faster")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_pads_a_last_batch_instead_of_timing_another_shape():
+    seen = []
+
+    class Watched(Means):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    images = torch.from_numpy(pixels(5)).permute(0, 3, 1, 2)
+    extractor = Extractor(Watched(), "cuda")
+    found = [extractor(batch)["features"].cpu() for batch in images.split(2)]
+    assert seen == [2, 2, 2]
+    torch.testing.assert_close(torch.cat(found), Means()(images))
+
+
 def test_the_encoder_of_a_vtp_as_a_feature_network(tmp_path):
     torch.manual_seed(0)
     sides = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in

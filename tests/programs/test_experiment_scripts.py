@@ -61,6 +61,15 @@ def test_frontier_prepares_once_and_other_seeds_wait_for_the_first(tmp_path):
     assert all(task.done for task in program.plan(config, tmp_path / "made"))
 
 
+def test_frontier_measures_the_kinds_of_guidance_that_it_is_asked_for(tmp_path):
+    program = load("experiments/frontier/run.py")
+    config = program.Config(runs=["velocity", "student"], kinds=["none", "internal"], results=str(tmp_path))
+    trained, student = (program.measured_run(config, tmp_path, name, 0).programs[1] for name in config.runs)
+    assert trained[trained.index("--kinds") :][:3] == ["--kinds", "none", "internal"] and "--kinds" not in student
+    with pytest.raises(ValueError, match="kinds are inner, expected some of none, classifier_free"):
+        program.Config(kinds=["inner"])
+
+
 def test_frontier_begins_a_training_only_if_it_can_be_measured_too(tmp_path):
     program = load("experiments/frontier/run.py")
     *_, trained, measured = program.plan(
@@ -110,9 +119,9 @@ def test_the_programs_take_the_words_of_every_run_on_fashion_mnist(tmp_path):
     for name in config.runs:
         words = program.measured_run(config, name, 0).programs[0]
         given = train.parse_config(train.Config, words[1:])
-        kind, rate = name.split("_")
+        kind, rate = name.rsplit("_", 1)
         assert given.learning_rate == float(rate) and (given.optimizer == "muon") == (kind == "muon")
-        assert (given.model.prediction == "data") == (kind == "data") and given.seed == 0
+        assert (given.model.prediction == "data") == kind.endswith("data") and given.seed == 0
         assert (given.latents is None) == (given.alignment.weight > 0) == (kind == "aligned")
 
 
@@ -124,7 +133,10 @@ def test_the_table_of_fashion_mnist_has_means_over_seeds(tmp_path):
         scores += [{"score": "recall (VTP-192)", "value": 0.9}]  # of another network
         file = tmp_path / f"muon_4e-3-{seed}-1500.json"
         file.write_text(json.dumps({"distances": [row], "scores": scores}))
-    printed = table.fashion_table(program.tabulated(tmp_path))
+    known = {"muon_4e-3": {"0": {}}, "adamw_4e-3": {"2": row["floor"]}}  # measured again, and elsewhere
+    found = program.tabulated(tmp_path, known)
+    assert found.pop("adamw_4e-3") == {"2": row["floor"]}
+    printed = table.fashion_table(found)
     assert "| muon_4e-3 | 2 | 92.0 ± 2.8 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in printed and "17.6" in printed
 
 

@@ -68,16 +68,17 @@ def draw_for_positions(
 
 
 @contextlib.contextmanager
-def exact_float32(benchmark: bool = False) -> Iterator[None]:
+def exact_float32(benchmark: int | None = None) -> Iterator[None]:
     """Context without TensorFloat-32, whatever the process has set: torch allows it for convolutions by default.
 
-    Args: `benchmark`: let cuDNN time its algorithms for every new shape.
+    Args: `benchmark`: let cuDNN time so many of its algorithms for every new shape, those that it expects most of.
     """
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        limit = torch.backends.cudnn.benchmark_limit  # kept: `flags` would reset it to PyTorch's default
-        with torch.backends.cudnn.flags(enabled=True, benchmark=benchmark, benchmark_limit=limit, allow_tf32=False):
+        limit = benchmark or torch.backends.cudnn.benchmark_limit  # `flags` would set PyTorch's default
+        timed = benchmark is not None
+        with torch.backends.cudnn.flags(enabled=True, benchmark=timed, benchmark_limit=limit, allow_tf32=False):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul
