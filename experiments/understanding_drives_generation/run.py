@@ -37,28 +37,30 @@ from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, ch
 HERE = Path(__file__).resolve().parent
 MEASURE = "experiments/understanding_drives_generation/measure.py"
 ALL = ("contrastive", "self_supervision", "reconstruction")
-SMALL = ["--model.encoder_hidden_size", "192", "--model.encoder_num_attention_heads", "3"]
-# name -> objectives, how many times the steps, further options
-TOKENIZERS: dict[str, tuple[tuple[str, ...], int, list[str]]] = {
-    "reconstruction": (("reconstruction",), 1, []),
-    "all": (ALL, 1, []),
-    "reconstruction_long": (("reconstruction",), 4, []),
-    "contrastive": (("contrastive", "reconstruction"), 1, []),
-    "self_supervision": (("self_supervision", "reconstruction"), 1, []),
-    "reconstruction_small": (("reconstruction",), 1, SMALL),
-    "all_small": (ALL, 1, SMALL),
-    "reconstruction_half": (("reconstruction",), 1, []),
-    "all_half": (ALL, 1, []),
+# name -> objectives, how many times the steps
+TOKENIZERS: dict[str, tuple[tuple[str, ...], int]] = {
+    "reconstruction": (("reconstruction",), 1),
+    "all": (ALL, 1),
+    "reconstruction_long": (("reconstruction",), 4),
+    "contrastive": (("contrastive", "reconstruction"), 1),
+    "self_supervision": (("self_supervision", "reconstruction"), 1),
+    "reconstruction_small": (("reconstruction",), 1),
+    "all_small": (ALL, 1),
+    "reconstruction_half": (("reconstruction",), 1),
+    "all_half": (ALL, 1),
+    "all_long": (ALL, 4),
 }
-HEADLINE = ("reconstruction", "all", "reconstruction_long")  # with several seeds
+SMALL = "_small"  # names that end so have half the encoder's width: settings of the tokenizers -> width
+SMALL_WIDTH = {"tokenizer.yaml": 192, "fashion_tokenizer.yaml": 48}
+HEADLINE = ("reconstruction", "all", "reconstruction_long")
 # All of a group comes before the next: what time ends is the last one.
 GROUPS = (
     HEADLINE,
     ("contrastive", "self_supervision"),
     ("reconstruction_small", "all_small"),
     ("reconstruction_half", "all_half"),
+    ("all_long",),
 )
-FULL = GROUPS[0] + GROUPS[1]  # of full width, on all images
 # Estimated seconds on an H200 with one task a GPU. Steps of a tokenizer by the number of its objectives: all three
 # took 61 ms with four times the tokens, reconstruction alone some 20; of a generator: 15,000 images/s.
 # The rest of a task is starting (15), reading, measuring and encoding.
@@ -92,8 +94,11 @@ class Config(MachineConfig):
     tokenizers: list[str] = setting(default_factory=lambda: list(TOKENIZERS), help=f"of {', '.join(TOKENIZERS)}")
     seeds: list[int] = setting(
         default_factory=lambda: [0, 1, 2],
-        help=f"of the generators on {', '.join(HEADLINE)}; others take the smallest alone",
+        help="of the generators on the tokenizers named by --several; others take the smallest alone",
         at_least=0,
+    )
+    several: list[str] = setting(
+        default_factory=lambda: list(HEADLINE), help="tokenizers whose generators have all seeds"
     )
     tokenizer_steps: int = setting(
         2000, "steps of a tokenizer; reconstruction_long takes four times as many", at_least=1
@@ -141,7 +146,9 @@ class Config(MachineConfig):
         super().__post_init__()
         if self.data is not None and not Path(self.data).exists():
             raise ValueError(f"data {self.data} is not there, expected what data.py or fashion.py wrote")
-        check_names("tokenizers", self.tokenizers, FULL if self.fashion else TOKENIZERS)
+        known = [name for name in TOKENIZERS if not (self.fashion and name.endswith(HALF))]
+        for option in ("tokenizers", "several"):
+            check_names(option, getattr(self, option), known)
 
     @property
     def fashion(self) -> bool:
@@ -210,7 +217,7 @@ class Plan:
 
     def tokenizer(self, name: str) -> Task:
         """Train it, measure it and encode the images for its generators, in one process."""
-        (objectives, times, _), config, latents = TOKENIZERS[name], self.config, self.folder / f"latents-{name}"
+        (objectives, times), config, latents = TOKENIZERS[name], self.config, self.folder / f"latents-{name}"
         encoding = [
             "train_dit/extract_latents.py",
             "--vae",
@@ -231,8 +238,11 @@ class Plan:
         )
 
     def training(self, name: str) -> list[str]:
-        (objectives, times, further), config = TOKENIZERS[name], self.config
-        words = ["train_vtp/train.py", "--config", str(HERE / config.tokenizer), *further]
+        (objectives, times), config = TOKENIZERS[name], self.config
+        words = ["train_vtp/train.py", "--config", str(HERE / config.tokenizer)]
+        if name.endswith(SMALL):
+            width = SMALL_WIDTH[config.tokenizer]
+            words += options({"model.encoder_hidden_size": width, "model.encoder_num_attention_heads": 3})
         words += self.data(half=name.endswith(HALF))
         words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
         words += ["--output_dir", str(self.folder / f"tokenizer-{name}")]
@@ -306,22 +316,26 @@ class Plan:
         """In the order in which they are started, of one of the `GROUPS` after the other."""
         names, tasks = self.config.tokenizers, []
         for group in GROUPS:
-            tasks += self.chain(
-                [name for name in names if name in group], self.seeds if group is HEADLINE else self.seeds[:1]
-            )
+            tasks += self.chain([name for name in names if name in group])
         return tasks
 
-    def chain(self, names: list[str], seeds: list[int]) -> list[Task]:
+    def chain(self, names: list[str]) -> list[Task]:
         """All tasks of some tokenizers: the longest first, further seeds of the generators last."""
+        runs = [
+            (name, seed)
+            for seed in self.seeds
+            for name in names
+            if seed == self.seeds[0] or name in self.config.several
+        ]
         longest = sorted(names, key=lambda name: (-TOKENIZERS[name][1], -len(TOKENIZERS[name][0])))
-        generators = [self.generator(name, seed) for seed in seeds for name in names]
+        generators = [self.generator(*run) for run in runs]
         wanted = {need for task in generators if not task.done for need in task.needs}
         tokenizers = [self.tokenizer(name) for name in longest]
         # one whose generators are measured is not trained again, also where its run folder is gone
         tasks = [task for task in tokenizers if task.done or task.name in wanted] + generators
         if self.config.decoder is not None:
             tasks += [self.second_stage(name) for name in names]
-            tasks += [self.redecoded(name, seed) for seed in seeds for name in names]
+            tasks += [self.redecoded(*run) for run in runs]
         return tasks
 
 

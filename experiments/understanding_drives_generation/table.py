@@ -6,7 +6,7 @@
 Writes the tables as JSON and Markdown, and beside them, as far as they are measured:
 
     table.svg             every distance against the steps of the generator, a line a tokenizer
-    table-scaling.svg     distances against the width of the encoder and the share of the training concepts
+    table-scaling.svg     distances against the width of the encoder, the share of the training concepts and the steps
     table-tokenizers.svg  what the encoder understands (k-NN) against what the decoder reconstructs (PSNR)
     table-samples.png     the same 64 samples of every generator, a row a tokenizer; with decoders that were trained
                           further in table-samples_decoder.png
@@ -15,6 +15,7 @@ What is not measured yet is left out of figures and a dash in the tables.
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import ceil, floor, log10
 from pathlib import Path
 from statistics import mean, stdev
@@ -57,6 +58,7 @@ STYLES = {
     "contrastive": Style("+ contrastive", "#009E73", "diamond", "2 3"),
     "self_supervision": Style("+ self-supervision", "#CC79A7", "triangle", "10 3 2 3"),
     "all": Style("all three objectives", "#D55E00", "square"),
+    "all_long": Style("all three, 4 times longer", "#E69F00", "square", "7 4"),
     "reconstruction_small": Style("reconstruction, half the width", "#0072B2", "circle", "2 3"),
     "all_small": Style("all three, half the width", "#D55E00", "square", "2 3"),
     "reconstruction_half": Style("reconstruction, half the data", "#0072B2", "circle", "7 4"),
@@ -64,11 +66,12 @@ STYLES = {
 }
 DECODER = "_decoder"  # ending of the names of those with a decoder that was trained further
 STYLES |= {f"{name}{DECODER}": replace(s, label=f"{s.label}, second stage") for name, s in STYLES.items()}
-MAIN = list(STYLES)[:5]  # in the first figure and the picture of samples; the others are in the second figure
+MAIN = list(STYLES)[:6]  # in the first figure and the picture of samples; the others are in the second figure
 # axis -> value -> ending of the tokenizer's name
 SCALES = {
-    "width of the encoder": {192: "_small", 384: ""},
+    "width of the encoder, %": {50: "_small", 100: ""},
     "share of the training concepts, %": {50: "_half", 100: ""},
+    "steps of the tokenizer, times": {1: "", 4: "_long"},
 }
 DECODED = " to reconstructions"  # ending of what is measured against real images after the same autoencoder
 RANDOM = "FD-VTP-192"  # on the encoder of random weights
@@ -85,10 +88,22 @@ class Config(Settings):
 
     results: str = setting(help="folder with the results of run.py")
     output: str = setting(help="FILE.json for the tables; .md, .svg and .png go beside it")
+    known: str | None = setting(None, "tables of earlier results, for what --results does not have")
 
     def __post_init__(self):
         super().__post_init__()
         check_output(self.output)
+
+
+def read_known(file: str) -> dict[str, dict]:
+    """The tables that were written into a file. Raises: ValueError for another file."""
+    table = read_json(Path(file)).get("tokenizers", {})
+    if not table:
+        raise ValueError(f"{file} holds no tokenizers, expected the JSON of an earlier table")
+    for row in table.values():  # JSON has no numbers as keys
+        for measure, points in row["generators"].items():
+            row["generators"][measure] = {int(step): point for step, point in points.items()}
+    return table
 
 
 def looked_up(values: dict, path: tuple[str, ...]):
@@ -325,19 +340,21 @@ def training_panels(table: dict[str, dict]) -> list[Panel]:
 
 
 def scaling_panels(table: dict[str, dict]) -> list[Panel]:
-    """Distances at the last common step against the width of the encoder and the share of the data; reconstruction
-    alone and all three objectives."""
+    """Distances at the last common step against each of the `SCALES`: reconstruction alone, and all objectives."""
     panels, step = [], last_common_step(table)
     for label, values in SCALES.items():
-        for measure in distances(table):
+        for measure, stage in product(distances(table), ("", DECODER)):
             curves = []
             for base in ("reconstruction", "all"):
-                found = {x: table.get(base + end, {}).get("generators", {}).get(measure) for x, end in values.items()}
-                points = [(x, points[step]["mean"]) for x, points in found.items() if points and step in points]
-                if len(points) == len(values):
-                    curves.append(Curve(STYLES[base], points))
+                found = {x: table.get(f"{base}{end}{stage}", {}).get("generators", {}) for x, end in values.items()}
+                points = [found[x].get(measure, {}).get(step) for x in values]
+                if all(points):
+                    dots = [(x, v) for x, p in zip(values, points, strict=True) for v in p["seeds"].values()]
+                    line = [(x, p["mean"]) for x, p in zip(values, points, strict=True)]
+                    curves.append(Curve(STYLES[base], line, dots))
             if curves and not measure.startswith(RANDOM):
-                panels.append(Panel(f"{measure} at step {step:,}", label, "distance", curves))
+                title = f"{measure}, second stage" if stage else measure
+                panels.append(Panel(title, label, f"distance at step {step:,}", curves))
     return panels
 
 
@@ -384,7 +401,7 @@ def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
         write_text(output.with_suffix(".svg"), figure(panels, 3, styles, note))
     panels = scaling_panels(table)
     if panels:
-        styles, note = [STYLES["reconstruction"], STYLES["all"]], "Lower is better. Means over seeds."
+        styles, note = [STYLES["reconstruction"], STYLES["all"]], "Lower is better. Small circles are seeds."
         write_text(output.with_name(f"{output.stem}-scaling.svg"), figure(panels, 2, styles, note))
     panel = tokenizer_panel(table)
     if panel is not None:
@@ -399,7 +416,9 @@ def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     results, output = Path(config.results), Path(config.output)
-    table = collect(results)
+    known = read_known(config.known) if config.known else {}
+    found = known | collect(results)
+    table = {name: found[name] for name in STYLES if name in found}
     write_json(output, {"tokenizers": table})
     tables = markdown(table)
     write_text(output.with_suffix(".md"), tables)

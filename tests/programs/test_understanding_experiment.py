@@ -34,8 +34,21 @@ def test_what_the_headline_needs_comes_first(understanding, tmp_path):
     headline = names[: names.index("tokenizer-contrastive")]
     assert len(headline) == 9 and headline[-1] == "generator-reconstruction_long-1"
     assert headline.index("generator-reconstruction_long-0") < headline.index("generator-reconstruction-1")
-    starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half")]
-    assert starts == [9, 13, 17]
+    starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half", "all_long")]
+    assert starts == [9, 13, 17, 21]
+    few = understanding.Plan(understanding.Config(output_dir=str(tmp_path), several=["contrastive"]), None).tasks()
+    assert {"generator-contrastive-2", "generator-all-0"} < {task.name for task in few}
+    assert "generator-all-1" not in {task.name for task in few}
+
+
+@pytest.mark.parametrize("settings", ["tokenizer.yaml", "fashion_tokenizer.yaml"])
+def test_a_small_tokenizer_has_half_the_width(understanding, tmp_path, settings):
+    config = understanding.Config(output_dir=str(tmp_path), tokenizer=settings)
+    program, whole = load("train_vtp/train.py"), understanding.HERE / settings
+    words = understanding.Plan(config, None).training("all_small")
+    given = program.parse_config(program.Config, words[1:]).model
+    usual = program.parse_config(program.Config, ["--config", str(whole), "--data.source", "openmoji"]).model
+    assert 2 * given.encoder_hidden_size == usual.encoder_hidden_size
 
 
 def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understanding, tmp_path):
@@ -69,7 +82,7 @@ def test_a_generator_is_measured_at_every_step_by_one_program(understanding, tmp
 def test_generators_are_measured_again_with_decoders_that_were_trained_further(understanding, tmp_path):
     settings = fashion_settings(tmp_path) | {"output_dir": str(tmp_path), "tokenizers": ["all"], "seeds": [0, 1]}
     plan = understanding.Plan(understanding.Config(**settings), Path(settings["data"]))
-    tasks = {task.name: task for task in plan.chain(["all"], [0, 1])}
+    tasks = {task.name: task for task in plan.chain(["all"])}
     decoder, again = tasks["decoder-all"], tasks["generator-all_decoder-1"]
     assert decoder.needs == ("tokenizer-all",) and again.needs == ("decoder-all", "generator-all-1")
     words = again.programs[0]
@@ -296,13 +309,30 @@ def test_scaling_is_drawn_where_both_ends_are_measured(tmp_path):
     table = program.collect(tmp_path)
     panels = program.scaling_panels(table)
     assert [(panel.x_label, [curve.points for curve in panel.curves]) for panel in panels] == [
-        ("width of the encoder", [[(192, 11.0), (384, 10.0)]]),
+        ("width of the encoder, %", [[(50, 11.0), (100, 10.0)]]),
         ("share of the training concepts, %", [[(50, 13.0), (100, 12.0)]]),
     ]
-    assert panels[0].title == "FD-VGG at step 20"
+    assert (panels[0].title, panels[0].y_label) == ("FD-VGG", "distance at step 20")
     program.write_figures(table, tmp_path, tmp_path / "table.json")
     words = {element.text for element in elements(tmp_path / "table-tokenizers.svg", "text")}
     assert {"reconstruction", "all three objectives"} < words and "all three, half the data" not in words
+
+
+def test_a_table_goes_on_from_what_is_known(tmp_path):
+    program = load(f"{UNDERSTANDING}/table.py")
+    for folder, name, distance in (("old", "all", 12.0), ("old", "contrastive", 9.0), ("new", "all", 10.0)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        write_tokenizer(tmp_path / folder, name, psnr=20.0)
+        write_generator(tmp_path / folder, name, 0, 20, distance)
+    files = {folder: tmp_path / f"{folder}.json" for folder in ("old", "new")}
+    program.main([f"--results={tmp_path}/old", f"--output={files['old']}"])
+    program.main([f"--results={tmp_path}/new", f"--output={files['new']}", f"--known={files['old']}"])
+    table = program.read_known(files["new"])
+    found = {name: row["generators"]["FD-VGG"][20]["mean"] for name, row in table.items()}
+    assert list(found.items()) == [("contrastive", 9.0), ("all", 10.0)]
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="other.json holds no tokenizers"):
+        program.read_known(tmp_path / "other.json")
 
 
 def test_samples_of_all_generators_stand_row_by_row(tmp_path):
