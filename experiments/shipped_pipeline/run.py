@@ -26,8 +26,8 @@ TOKENIZER = """train_vtp/train.py --config openmoji --compile false --validation
     --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
     --self_supervision.prototypes 1024"""
 DECODER = "train_vtp/finetune_decoder.py --config finetune_decoder_openmoji --report_to none"
-GENERATOR = """train_dit/train.py --config openmoji --compile false --optimizer muon --model.base_head_layer 3
-    --report_to none"""
+GENERATOR = """train_dit/train.py --config openmoji --compile false --optimizer muon --learning_rate 2e-3
+    --model.base_head_layer 3 --report_to none"""
 ENCODING = "train_dit/extract_latents.py --copies 12 --augmentation.shift 4 --augmentation.scale 0.05"
 PROBE = "eval/linear_probe.py --data.label_column category --steps 1000 --train_batch_size 256"
 MEASURE = "experiments/frontier/measure.py"
