@@ -56,7 +56,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from vtp_diffusion.data.npz import ImageSpool, NpzImages
 from vtp_diffusion.evaluation import protocols
@@ -89,7 +88,7 @@ from vtp_diffusion.evaluation.sources import (
 )
 from vtp_diffusion.generation.cost import COST, sampling_cost
 from vtp_diffusion.generation.sampler_config import SamplerConfig
-from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline
+from vtp_diffusion.generation.sampling import LabelRule, draw_labels, labels_by_name, open_pipeline, reset_networks
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import NEIGHBOUR_NETWORK
 from vtp_diffusion.runtime.cli import run
@@ -97,7 +96,6 @@ from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
 from vtp_diffusion.runtime.programs import print_end, print_end_of_evaluation
-from vtp_diffusion.runtime.reproducibility import stream_seed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -185,14 +183,12 @@ def open_images(source: str) -> ImageSource:
 
 
 def load_pipeline(config: GenerationConfig, folder: str, reset: bool = False) -> "DiffusionPipeline":
-    """The pipeline of a folder; `reset` gives its transformer the random weights it is constructed with."""
+    """The pipeline of a folder; `reset`: with random weights."""
     pipe = open_pipeline(folder, config, config.device)
     if pipe.vae is None:
         raise ValueError(f"{folder} has no autoencoder: it makes latents, and images are compared here")
     if reset:
-        torch.manual_seed(stream_seed("untrained weights", config.seed))
-        untrained = type(pipe.transformer).from_config(pipe.transformer.config)
-        pipe.transformer = untrained.eval().to(config.device, pipe.dtype)
+        reset_networks(pipe, config.seed)
     return pipe
 
 

@@ -25,13 +25,12 @@ from vtp_diffusion.evaluation.one_pass import FeaturesConfig, open_networks, rec
 from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, open_reference, pipeline_image_size
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
-from vtp_diffusion.generation.sampling import draw_labels, labels_by_name, open_pipeline
+from vtp_diffusion.generation.sampling import draw_labels, labels_by_name, open_pipeline, reset_networks
 from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
 from vtp_diffusion.models.loading import load_autoencoder, load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_picture, write_results
-from vtp_diffusion.runtime.reproducibility import stream_seed
 
 SIDE, COLUMNS, ROWS = 48, 16, 4  # pixels of an image in the picture, images
 DECODED = "_to_reconstructions"  # ending of what is measured against the reference after the autoencoder
@@ -76,8 +75,7 @@ def measured_pipelines(config: Config) -> Iterator[tuple[int, str, object]]:
     kind = type(pipe.transformer)
     for place, step in enumerate(sorted(config.steps)):
         if config.control and place == 0:
-            torch.manual_seed(stream_seed("untrained weights", config.seed))
-            pipe.transformer = kind.from_config(pipe.transformer.config).eval().to(config.device, pipe.dtype)
+            reset_networks(pipe, config.seed)
             yield step, "control", pipe
         pipe.transformer = load_saved(kind, config.transformer(step), dtype=pipe.dtype).eval().to(config.device)
         yield step, "generated", pipe

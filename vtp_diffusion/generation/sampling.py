@@ -67,6 +67,14 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
     return pipe.to(device)
 
 
+def reset_networks(pipe: DiffusionPipeline, seed: int) -> None:
+    """Give a pipeline's transformer, and the one that guides it, the random weights they are constructed with."""
+    torch.manual_seed(stream_seed("untrained weights", seed))
+    for name in ("transformer", "guidance_transformer"):
+        if (network := getattr(pipe, name)) is not None:
+            network.load_state_dict(type(network).from_config(network.config).state_dict())
+
+
 def labels_by_name(pipe: DiffusionPipeline, labels: Sequence[int], names: Sequence[str]) -> list[int]:
     """Labels of a data set -> class indices of a pipeline: matched by name if both have names, since one number may
     mean two classes.
