@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from PIL import Image
@@ -28,7 +28,7 @@ from vtp_diffusion.data.images import enlarged, from_pil, to_pil, to_uint8
 from vtp_diffusion.evaluation.sources import check_real_images, pipeline_image_size
 from vtp_diffusion.evaluation.training_images import TrainingImages
 from vtp_diffusion.generation.pipeline_checks import guidance_kinds
-from vtp_diffusion.generation.sampler_config import SamplerConfig
+from vtp_diffusion.generation.sampler_config import SamplerConfig, Solver
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
 from vtp_diffusion.generation.solvers import use_solver
 from vtp_diffusion.metrics.pixels import psnr
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 Pictures = list[tuple[Image.Image, str]]  # with captions
 MOST_IMAGES = 64  # of one request
-SOLVERS = ("pipeline", "euler", "heun", "unipc", "dpm++", "dopri5")
 # captions in several lines instead of cut; two columns on phones
 STYLE = """.caption-label {white-space: normal !important; overflow-wrap: anywhere}
 @media (max-width: 700px) {.grid-container {grid-template-columns: repeat(2, 1fr) !important}}"""
@@ -184,7 +183,7 @@ def build_page(page: Page) -> Blocks:
                 steps = gradio.Slider(1, 250, value=steps, step=1, label="Steps")
                 scale = gradio.Slider(0, 10, value=scale, step=0.1, label="Guidance scale (1: none)")
                 kind = gradio.Dropdown(kinds, value="auto", label="Guidance")
-                solver = gradio.Dropdown(SOLVERS, value=solver, label="Solver")
+                solver = gradio.Dropdown(get_args(Solver), value=solver, label="Solver")
                 seed = gradio.Number(0, label="Seed", precision=0)
                 start = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=3, min_width=300):

@@ -302,6 +302,6 @@ def test_what_a_network_cannot_do_is_refused_by_name():
     with pytest.raises(ValueError, match="FasterCache does not fit LightningDiT: expected FirstBlockCache"):
         pipeline.transformer.enable_cache(FasterCacheConfig())
     with pytest.raises(NotImplementedError, match="AutoencoderVTP has no tiling.*use enable_slicing"):
-        pipeline.enable_vae_tiling()
-    pipeline.enable_vae_slicing()
+        pipeline.vae.enable_tiling()
+    pipeline.vae.enable_slicing()
     assert pipeline.vae.use_slicing

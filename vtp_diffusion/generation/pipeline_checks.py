@@ -13,7 +13,7 @@ MANY = 1_000_000
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
 # These integrate the flow only with the settings that `check_scheduler` expects.
-SOLVERS = (
+SOLVER_CLASSES = (
     "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler", "SASolverScheduler",
 )  # fmt: skip
@@ -86,10 +86,10 @@ def check_scheduler(scheduler) -> None:
         given = config.get(other, shift) if name in config.get("_use_default_values", ()) else shift
         if not is_number(shift, low=1e-9) or given != shift:
             faults.append(f"{name}={shift}" + (f", where it was made from {other}={given}" if given != shift else ""))
-    if faults or classes.isdisjoint(FLOW_SCHEDULERS + SOLVERS):
+    if faults or classes.isdisjoint(FLOW_SCHEDULERS + SOLVER_CLASSES):
         raise ValueError(
             f"scheduler is {type(scheduler).__name__} ({', '.join(faults)}), which does not follow the flow: expected "
-            f"{', '.join(FLOW_SCHEDULERS)}, or one of {', '.join(SOLVERS)} with use_flow_sigmas=True, "
+            f"{', '.join(FLOW_SCHEDULERS)}, or one of {', '.join(SOLVER_CLASSES)} with use_flow_sigmas=True, "
             "prediction_type='flow_prediction' and flow_shift (from_config does not take it over from shift)"
         )
 

@@ -45,7 +45,7 @@ class LightningDiTPipeline(DiffusionPipeline):
     Args:
         vae: `AutoencoderVTP` or another diffusers autoencoder; None when only latents are wanted.
         transformer: the velocity network.
-        scheduler: one of `FLOW_SCHEDULERS`, or of `SOLVERS` with use_flow_sigmas=True, prediction_type=
+        scheduler: one of `FLOW_SCHEDULERS`, or of `SOLVER_CLASSES` with use_flow_sigmas=True, prediction_type=
             "flow_prediction" and flow_shift. Upstream's time shift s is `FlowMatchEulerDiscreteScheduler(shift=1/s)`.
         guidance_transformer: optional weaker network for autoguidance (Karras et al., arXiv:2406.02507): its
             conditional prediction takes the place of the unconditional one.
@@ -103,21 +103,9 @@ class LightningDiTPipeline(DiffusionPipeline):
         names = {} if self.config.id2label is None else {"id2label": dict(self.config.id2label)}
         return super().components | names
 
-    def enable_vae_slicing(self) -> None:
-        """Decode one image at a time."""
-        self.vae.enable_slicing()
-
-    def enable_vae_tiling(self) -> None:
-        """Decode in tiles, if the autoencoder can."""
-        self.vae.enable_tiling()
-
     @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale != 1.0
 
     @property
     def num_timesteps(self) -> int:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+Solver = Literal["pipeline", "euler", "heun", "unipc", "dpm++", "dopri5"]
+
 
 @dataclass(kw_only=True)
 class GuidanceConfig(Settings):
@@ -74,7 +76,7 @@ class SamplerConfig(GuidanceConfig):
     num_inference_steps: int = setting(
         50, "steps of the solver, each one evaluation of the network (heun: two)", at_least=1
     )
-    solver: Literal["pipeline", "euler", "heun", "unipc", "dpm++", "dopri5"] = setting(
+    solver: Solver = setting(
         "pipeline", "solver; pipeline: the pipeline's scheduler; dopri5: adaptive, ignores num_inference_steps"
     )
     time_shift: float | None = setting(None, "shift s of the sampling times; none: the pipeline's", above=0)
