@@ -21,9 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..models.conversion import read_safetensors
 from ..runtime.optional_packages import require
-from ..runtime.tensor_files import read_torch
+from ..runtime.tensor_files import read_safetensors, read_torch
 from .features import FeatureNetwork
 
 TIMM_FILE = "model.safetensors"  # what timm's repositories on the Hub call their weights

@@ -19,9 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.conversion import read_safetensors
 from ..runtime.optional_packages import MissingExtraError, install_hint, require
-from ..runtime.tensor_files import read_torch
+from ..runtime.tensor_files import read_safetensors, read_torch
 
 # Indices of the convolutions in torchvision's `features`; LPIPS has one head behind each of five activations.
 CONVOLUTIONS = {"vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alex": (0, 3, 6, 8, 10)}

@@ -1,12 +1,9 @@
 """Released state dicts -> ours, strictly: every key must be renamed, and every shape must match."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 StateDict = dict[str, torch.Tensor]
 # Released name -> our names; a tensor with several names is split into equal parts of its rows, in this order.
@@ -64,11 +61,3 @@ def load_strict(model: torch.nn.Module, state: Mapping[str, torch.Tensor], sourc
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}.")
     model.load_state_dict(dict(state), strict=True, assign=True)
     return model
-
-
-def read_safetensors(path: str | Path) -> StateDict:
-    """Tensors of a safetensors file. Raises: ValueError with its path if it is truncated or another kind of file."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error

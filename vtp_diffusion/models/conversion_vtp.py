@@ -9,7 +9,8 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from ..runtime.disk import read_json
-from .conversion import RenameTable, StateDict, read_safetensors, rename_strictly, with_kinds
+from ..runtime.tensor_files import read_safetensors
+from .conversion import RenameTable, StateDict, rename_strictly, with_kinds
 from .vtp_blocks import ROTARY_DTYPES, rotary_periods
 
 # Released tokenizers, whose names may be given without the owner.

@@ -1,4 +1,4 @@
-"""Reading PyTorch files that may be damaged or foreign: no code in them runs, and errors name the file."""
+"""Reading files of tensors that may be damaged or foreign: no code in them runs, and errors name the file."""
 
 import pickle
 import struct
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 # what torch's restricted reader raises for damaged files, and for pickles of anything but tensors and plain values
 TORCH_FILE_ERRORS = (
@@ -30,3 +32,11 @@ def read_torch(path: str | Path, mmap: bool = False) -> Any:
             f"{path} cannot be read as a PyTorch file of tensors: it is damaged, or holds other objects, which are "
             f"not loaded ({type(error).__name__}: {reason})"
         ) from error
+
+
+def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file. Raises: ValueError with its path if it is truncated or another kind of file."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error

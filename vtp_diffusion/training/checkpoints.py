@@ -29,10 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.conversion import read_safetensors
 from ..runtime.disk import file_sha256, read_json, sync, writing
 from ..runtime.processes import from_main, this_process, wait_for_everyone
-from ..runtime.tensor_files import read_torch
+from ..runtime.tensor_files import read_safetensors, read_torch
 from .optimisation import AveragedWeights, laid_out_like, whole
 from .run_folder import UNFINISHED, RunFolder
 
