@@ -167,7 +167,7 @@ def head_rows(config: LinearProbeConfig, features: dict[str, ProbeFeatures], num
 def main() -> None:
     check_alone("eval/linear_probe.py")
     config = parse_config(LinearProbeConfig, description=__doc__)
-    from vtp_diffusion.models.vtp_model import load_encoder
+    from vtp_diffusion.models.loading import load_encoder
 
     model = load_encoder(config.model).requires_grad_(False)
     if config.num_layers > (layers := model.config.encoder_num_layers):

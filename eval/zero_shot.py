@@ -92,7 +92,8 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
 def main() -> None:
     check_alone("eval/zero_shot.py")
     config = parse_config(ZeroShotConfig, description=__doc__)
-    from vtp_diffusion.models.vtp_model import VTPModel, load_vtp
+    from vtp_diffusion import VTPModel
+    from vtp_diffusion.models.loading import load_vtp
 
     model = load_vtp(config.model)
     if not isinstance(model, VTPModel):

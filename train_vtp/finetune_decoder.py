@@ -27,14 +27,9 @@ from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.streaming import check_streaming, open_splits
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.models.latent_space import autoencoder_identity
-from vtp_diffusion.pretraining.adversarial import (
-    AdversarialConfig,
-    AdversarialDecoding,
-    collapse_signs,
-    find_autoencoder,
-    harmful,
-    has_fallen,
-)
+from vtp_diffusion.models.loading import find_autoencoder, load_saved
+from vtp_diffusion.pretraining.adversarial import AdversarialConfig, AdversarialDecoding
+from vtp_diffusion.pretraining.collapse import collapse_signs, harmful, has_fallen
 from vtp_diffusion.pretraining.discriminators import smallest_image
 from vtp_diffusion.pretraining.inputs import count_left_out, training_batches
 from vtp_diffusion.pretraining.joint import MicroBatch
@@ -211,7 +206,6 @@ def main(argv: list[str] | None = None) -> None:
         )
     folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
     from vtp_diffusion import AutoencoderVTP
-    from vtp_diffusion.models.loading import load_saved
 
     autoencoder, reference = (load_saved(AutoencoderVTP, source).eval() for _ in range(2))
     if config.data.resolution % autoencoder.spatial_compression_ratio:

@@ -14,8 +14,8 @@ from vtp_diffusion.models import conversion_vtp
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
 from vtp_diffusion.models.conversion import load_strict
 from vtp_diffusion.models.conversion_vtp import convert_vtp_config, convert_vtp_state_dict
+from vtp_diffusion.models.loading import load_vtp
 from vtp_diffusion.models.vtp_blocks import rotary_periods
-from vtp_diffusion.models.vtp_model import load_vtp
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 RELEASED = GOLDEN / "vtp_released"

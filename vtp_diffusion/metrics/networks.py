@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from ..data.images import from_uint8
+from ..models.loading import load_encoder
 from ..runtime.disk import file_sha256
 from ..runtime.optional_packages import require
 from ..runtime.tensor_files import read_torch
@@ -129,8 +130,6 @@ class VTPFeatures(FeatureNetwork):
 
     def __init__(self, folder: str | Path):
         super().__init__()
-        from ..models.vtp_model import load_encoder  # brings diffusers, which other networks do without
-
         folder = Path(folder)
         self.autoencoder = load_encoder(folder)
         self.requires_grad_(False).eval()

@@ -14,7 +14,6 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..runtime.disk import read_json
 from .autoencoder_vtp import AutoencoderVTP
 from .strict_loading import StrictLoadingMixin
 from .vtp_blocks import VTPAttention, initialise_weights
@@ -213,32 +212,3 @@ class VTPTextBlock(nn.Module):
         """Tokens (B, L, D) -> tokens (B, L, D)."""
         hidden_states = hidden_states + self.attn(self.norm1(hidden_states))
         return hidden_states + self.fc2(F.gelu(self.fc1(self.norm2(hidden_states))))
-
-
-def load_vtp(folder: str | Path) -> AutoencoderVTP | VTPModel:
-    """A saved `AutoencoderVTP` or `VTPModel`, or the `VTPModel` of a released checkpoint, in eval mode.
-
-    Args:
-        folder: folder of a saved model, or what `VTPModel.from_released` takes.
-
-    Raises:
-        ValueError: the folder holds something else, or weights that do not fit.
-    """
-    file = Path(folder) / "config.json"
-    if not Path(folder).exists():
-        return VTPModel.from_released(str(folder))
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no model: expected the folder of an AutoencoderVTP or VTPModel, config.json")
-    name = read_json(file).get("_class_name")
-    if name is None:
-        return VTPModel.from_released(str(folder))
-    saved_classes = {"AutoencoderVTP": AutoencoderVTP, "VTPModel": VTPModel}
-    if name not in saved_classes:
-        raise ValueError(f"{folder} holds a {name}, expected {' or '.join(saved_classes)}")
-    return saved_classes[name].from_pretrained(folder).eval()
-
-
-def load_encoder(folder: str | Path) -> AutoencoderVTP:
-    """The autoencoder of the model that `load_vtp` loads."""
-    model = load_vtp(folder)
-    return model.autoencoder if isinstance(model, VTPModel) else model

@@ -6,17 +6,15 @@ neither discriminator nor weights: those here, the hinge loss and the adaptive w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..models.loading import find_autoencoder as find_autoencoder  # benchmarks take it from here
 from ..runtime.config import Settings, setting
-from ..runtime.disk import read_json
 from ..training.config import TrainingConfig
 from ..training.optimisation import parameter_groups
 from .discriminators import FeatureDiscriminator, PatchDiscriminator
@@ -29,14 +27,6 @@ if TYPE_CHECKING:
 ADAPTIVE_EPSILON = 1e-6  # delta of VQGAN's equation 7
 ADAPTIVE_LIMIT = 1e4  # largest adaptive weight, as in VQGAN's code
 LECAM_DECAY = 0.99  # of the averaged logits; arXiv:2104.03310
-
-# Signs of collapse; the numbers are ours.
-COLLAPSE_LINES = 3  # lines of the log in a row
-COLLAPSE_ACCURACY = 0.99  # the discriminator is (almost) never wrong: nothing to learn from it
-COLLAPSE_GUESSING = 0.01  # or its accuracy is within this distance of one half
-COLLAPSE_WEIGHT = ADAPTIVE_LIMIT / 10  # adaptive weight: the discriminator's gradient at the decoder vanishes
-COLLAPSE_PSNR = 3.0  # dB lost since before training
-GUESSES, PSNR_FALLS = "discriminator guesses", "PSNR falls"
 
 Losses = dict[str, torch.Tensor]
 
@@ -208,68 +198,3 @@ class AdversarialDecoding(nn.Module):
         real, fake = real.detach(), fake.detach()
         accuracy = 0.5 * ((real > 0).float().mean() + (fake < 0).float().mean())
         return judged | {"accuracy": accuracy, "real": real.mean(), "fake": fake.mean()}
-
-
-def find_autoencoder(folder: str | Path) -> Path:
-    """The folder of an AutoencoderVTP: `folder` itself, or vae/ in it if it is a run folder of the first stage.
-
-    Raises: ValueError: it is neither, or the first stage has not finished.
-    """
-    folder = Path(folder)
-    for path in (folder, folder / "vae"):
-        config = path / "config.json"
-        if config.is_file():
-            name = read_json(config).get("_class_name")
-            if name != "AutoencoderVTP":
-                raise ValueError(f"{path} holds a {name}, expected an AutoencoderVTP")
-            return path
-    if any(folder.glob("checkpoint-*")):
-        raise ValueError(f"{folder} holds checkpoints but no vae/: the same command that began that run finishes it")
-    raise ValueError(f"{folder} holds neither config.json nor vae/: expected an autoencoder or a run of train_vtp")
-
-
-def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) -> list[dict[str, Any]]:
-    """Signs that the GAN collapses, from the lines of a run's log; each is listed where it begins.
-
-    Over `COLLAPSE_LINES` lines in a row, after `start_step`: an accuracy of the discriminator of at least 0.99
-    ("discriminator wins"), or within 0.01 of one half ("discriminator guesses"), or a mean adaptive weight of 1000 or
-    more ("adaptive weight explodes"). In any validation: a PSNR 3 dB below the first ("PSNR falls").
-
-    Args:
-        log: lines of log.jsonl in order.
-        start_step: `AdversarialConfig.start_step`.
-        psnr: name of the PSNR in the log; its first value is that before training.
-    Returns: {"step", "sign", "value"}, in the order of the steps.
-    """
-    rules = {
-        "discriminator wins": ("discriminator/accuracy", lambda value: value >= COLLAPSE_ACCURACY),
-        GUESSES: ("discriminator/accuracy", lambda value: abs(value - 0.5) <= COLLAPSE_GUESSING),
-        "adaptive weight explodes": ("adaptive_weight", lambda value: value >= COLLAPSE_WEIGHT),
-    }
-    streaks, signs, before, fallen = dict.fromkeys(rules, 0), [], None, False
-    for line in log:
-        if psnr in line:
-            before = line[psnr] if before is None else before
-            was_fallen, fallen = fallen, not line[psnr] > before - COLLAPSE_PSNR  # also where it is NaN
-            if fallen and not was_fallen:
-                signs.append({"step": line["step"], "sign": PSNR_FALLS, "value": line[psnr]})
-        if line["step"] <= start_step:
-            continue
-        for sign, (name, holds) in rules.items():
-            if line.get(name) is not None:  # None: every step of the line was skipped
-                streaks[sign] = streaks[sign] + 1 if holds(line[name]) else 0
-                if streaks[sign] == COLLAPSE_LINES:
-                    signs.append({"step": line["step"], "sign": sign, "value": line[name]})
-    return signs
-
-
-def harmful(signs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The signs after which decoders got worse: all but a discriminator that guesses, as it does at first, and which
-    only teaches nothing."""
-    return [sign for sign in signs if sign["sign"] != GUESSES]
-
-
-def has_fallen(log: Iterable[dict[str, Any]], psnr: str) -> bool:
-    """Whether the last validation has a PSNR 3 dB below the first, or NaN."""
-    values = [line[psnr] for line in log if psnr in line]
-    return bool(values) and not values[-1] > values[0] - COLLAPSE_PSNR
