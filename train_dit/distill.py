@@ -83,8 +83,7 @@ def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset) -> 
     from vtp_diffusion.generation.latent_inputs import stored_latents
 
     def batches(micro_steps: range) -> Iterator[dict]:
-        sampler = run.batch_sampler(len(dataset), dataset.weights)
-        sampler.start_step, sampler.num_steps = micro_steps.start, len(micro_steps)
+        sampler = run.batch_sampler(len(dataset), dataset.weights, micro_steps)
         common = config.random_flip, run.device, config.keep_on_device, config.dataloader_num_workers
         return stored_latents(dataset, sampler, *common)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vtp_diffusion.data.batches import StepBatchSampler, fits_on_device, gathered_batches, read_batches
-from vtp_diffusion.runtime.reproducibility import draw_for_positions, step_generator
+from vtp_diffusion.runtime.reproducibility import draw_for_positions, step_generator, step_positions
 
 CPU = torch.device("cpu")
 
@@ -85,6 +85,11 @@ def test_what_is_drawn_for_a_sample_depends_on_its_position_only():
     assert len(whole["times"].unique()) == 60
     assert not torch.equal(draw_for_positions(draw, range(5), seed=2)["times"], whole["times"][:5])
     assert not torch.equal(draw_for_positions(draw, range(5), seed=1, stream=1)["times"], whole["times"][:5])
+
+
+def test_a_run_counts_its_samples_micro_step_by_micro_step_and_rank_by_rank():
+    found = [k for step in range(3) for rank in range(2) for k in step_positions(step, rank, 2, 4)]
+    assert found == list(range(24))
 
 
 def test_generators_differ_in_every_key_and_repeat():

@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_training import (
+    NUM_SAMPLES,
     Objective,
     assert_identical,
     everything,
@@ -104,6 +105,14 @@ def test_other_data_are_refused_on_resuming(tmp_path):
     train(config, fingerprint="cats")
     with pytest.raises(ValueError, match="fingerprint cats.*dogs"):
         train(config, fingerprint="dogs")
+
+
+def test_a_sampler_of_some_micro_steps_reads_what_the_run_s_own_does_there(tmp_path):
+    run = make_run(tiny_config(tmp_path, gradient_accumulation_steps=2))
+    whole, part = run.batch_sampler(NUM_SAMPLES), run.batch_sampler(NUM_SAMPLES, micro_steps=range(3, 7))
+    assert len(part) == 4 and list(part) == list(whole)[3:7]
+    assert [whole.positions(k) for k in range(12)] == [run.positions(k) for k in range(12)]
+    assert list(run.batch_sampler(NUM_SAMPLES, micro_steps=range(12, 12))) == []
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ..runtime.config import Settings, setting
+from ..runtime.reproducibility import step_positions
 from .images import from_uint8, to_device
 
 # A data set up to these sizes is held on the device unless the configuration says otherwise. Models, activations and
@@ -97,8 +98,7 @@ class StepBatchSampler:
 
     def positions(self, step: int) -> range:
         """Positions in the run of this process's samples at a micro-step, for `draw_for_positions`."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        return range(first, first + self.batch_size)
+        return step_positions(step, self.rank, self.world_size, self.batch_size)
 
     def batch(self, step: int) -> list[int]:
         """The indices of this process at a micro-step."""

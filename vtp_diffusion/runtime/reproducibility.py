@@ -45,6 +45,14 @@ def step_generator(
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
+def step_positions(micro_step: int, rank: int, world_size: int, batch_size: int) -> range:
+    """Positions in a run of the `batch_size` samples of a process in a micro-step, for `draw_for_positions`: those of
+    a micro-step follow each other rank by rank. The order of the data and everything drawn for a sample depend on it.
+    """
+    first = (micro_step * world_size + rank) * batch_size
+    return range(first, first + batch_size)
+
+
 def draw_for_positions(
     draw: Callable[[int, torch.Generator], dict[str, torch.Tensor]],
     positions: range,
@@ -58,7 +66,7 @@ def draw_for_positions(
 
     Args:
         draw: (count, generator) -> named tensors (count, ...).
-        positions: of the samples: step x images per step + index in the step.
+        positions: of the samples, as `step_positions` gives them.
     Returns: named tensors (len(positions), ...).
     """
     blocks = range(positions.start // RANDOM_BLOCK, -(-positions.stop // RANDOM_BLOCK))

@@ -12,7 +12,12 @@ from torch import nn
 
 from ..data.batches import StepBatchSampler
 from ..runtime.processes import gather_objects
-from ..runtime.reproducibility import draw_for_positions, step_generator, use_deterministic_algorithms
+from ..runtime.reproducibility import (
+    draw_for_positions,
+    step_generator,
+    step_positions,
+    use_deterministic_algorithms,
+)
 from .accelerator import StopRequest, is_sharded, make_accelerator
 from .checkpoints import CheckpointWriter, TrainingState, averaged_state, resume
 from .config import TrainingConfig
@@ -114,9 +119,14 @@ class TrainingRun:
         k = self.config.gradient_accumulation_steps
         return range(self.first_step * k, self.config.max_train_steps * k)
 
-    def batch_sampler(self, num_samples: int, weights: torch.Tensor | None = None) -> StepBatchSampler:
-        """The indices this process reads, one list for each of `micro_steps`: see StepBatchSampler."""
-        todo, accumulation = self.micro_steps, self.config.gradient_accumulation_steps
+    def batch_sampler(
+        self, num_samples: int, weights: torch.Tensor | None = None, micro_steps: range | None = None
+    ) -> StepBatchSampler:
+        """The indices this process reads, one list for each micro-step: see StepBatchSampler.
+
+        Args: `micro_steps`: some of the run's, one after the other; None: `self.micro_steps`, all still to do.
+        """
+        todo = self.micro_steps if micro_steps is None else micro_steps
         self.log.num_samples = num_samples
         return StepBatchSampler(
             num_samples,
@@ -127,13 +137,12 @@ class TrainingRun:
             self.rank,
             self.world_size,
             weights,
-            accumulation,
+            self.config.gradient_accumulation_steps,
         )
 
     def positions(self, micro_step: int) -> range:
         """Positions in the run of the samples of this process in a micro-step; `draw` is keyed by them."""
-        first = (micro_step * self.world_size + self.rank) * self.micro_batch_size
-        return range(first, first + self.micro_batch_size)
+        return step_positions(micro_step, self.rank, self.world_size, self.micro_batch_size)
 
     def draw(
         self, micro_step: int, draw: Callable[[int, torch.Generator], dict[str, torch.Tensor]], stream: int = 0
