@@ -24,14 +24,13 @@ from safetensors.torch import save_file
 
 from vtp_diffusion.data.batches import AugmentationConfig, plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig
-from vtp_diffusion.data.streaming import check_streaming, open_splits
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.models.loading import find_autoencoder, load_saved
 from vtp_diffusion.pretraining.adversarial import AdversarialConfig, AdversarialDecoding
 from vtp_diffusion.pretraining.collapse import collapse_signs, harmful, has_fallen
 from vtp_diffusion.pretraining.discriminators import smallest_image
-from vtp_diffusion.pretraining.inputs import count_left_out, training_batches
+from vtp_diffusion.pretraining.inputs import Splits, check_streaming, count_left_out, open_splits, training_batches
 from vtp_diffusion.pretraining.joint import MicroBatch
 from vtp_diffusion.pretraining.reconstruction import (
     ReconstructionConfig,
@@ -115,19 +114,19 @@ def measure(autoencoder: "AutoencoderVTP", dataset, config: Config, perceptual) 
     return evaluate_reconstruction(autoencoder, batches, perceptual)
 
 
-def psnr_name(datasets: dict) -> str:
+def psnr_name(splits: Splits) -> str:
     """Name in the log of the PSNR that shows a collapse."""
-    return f"{list(datasets)[-1]}_psnr"
+    return f"{splits.validated[0]}_psnr"
 
 
-def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perceptual, step: int) -> None:
+def validate(run: TrainingRun, config: Config, autoencoder, splits: Splits, perceptual, step: int) -> None:
     """Report PSNR and LPIPS on held-out images, a grid of originals above reconstructions, and signs of collapse. As
     long as there are no harmful ones, the decoder is saved."""
-    name, dataset = list(datasets.items())[-1]
+    name, dataset = splits.validated
     measured = measure(autoencoder, dataset, config, perceptual)
     values = {f"{name}_{key}": value for key, value in measured.items()}
     log = [*(run.folder.read_log() if step > 0 else []), {"step": step} | values]
-    signs = collapse_signs(log, config.adversarial.start_step, psnr_name(datasets))
+    signs = collapse_signs(log, config.adversarial.start_step, psnr_name(splits))
     for sign in signs:
         if sign["step"] > step - config.validation_steps:  # the others were printed before
             print(f"sign of collapse at step {sign['step']}: {sign['sign']} ({sign['value']:.4g})")
@@ -137,9 +136,9 @@ def validate(run: TrainingRun, config: Config, autoencoder, datasets: dict, perc
     run.report(step, values, reconstruction_grid(autoencoder, dataset, config.validation_images))
 
 
-def collapsed(run: TrainingRun, config: Config, datasets: dict) -> bool:
+def collapsed(run: TrainingRun, config: Config, splits: Splits) -> bool:
     """Whether the run should end, by the last validation; the same on every process."""
-    fallen = run.is_main and has_fallen(run.folder.read_log(), psnr_name(datasets))
+    fallen = run.is_main and has_fallen(run.folder.read_log(), psnr_name(splits))
     return config.stop_on_collapse and any(gather_objects(fallen))
 
 
@@ -154,7 +153,7 @@ def sound_decoder(run: TrainingRun, reference: "AutoencoderVTP") -> "tuple[Autoe
 
 
 def finish(
-    run: TrainingRun, config: Config, autoencoder, step: int, reference, datasets: dict, perceptual, left_out: dict
+    run: TrainingRun, config: Config, autoencoder, step: int, reference, splits: Splits, perceptual, left_out: dict
 ) -> dict:
     """Write vae/ and results.json, for which the given autoencoder is measured in the same way.
 
@@ -163,7 +162,7 @@ def finish(
     autoencoder.save_pretrained(run.folder.path / "vae")
     log = run.folder.read_log()
     results = {"steps": step, "steps_trained": log[-1]["step"]} | run.summary()
-    for name, dataset in datasets.items():
+    for name, dataset in splits.measured.items():
         models = {"before": reference.to(run.device), "after": autoencoder}
         results[name] = {key: measure(model, dataset, config, perceptual) for key, model in models.items()}
         results[name] |= {"images": min(len(dataset), config.evaluation_images or len(dataset))}
@@ -173,12 +172,55 @@ def finish(
         for key, old in reference.state_dict().items()
         if not key.startswith("decoder.")
     )
-    results["collapse"] = collapse_signs(log, config.adversarial.start_step, psnr_name(datasets))
+    results["collapse"] = collapse_signs(log, config.adversarial.start_step, psnr_name(splits))
     results["left_out"] = left_out
     results["autoencoder_before"] = autoencoder_identity(reference)
     results["configuration"] = config_to_dict(config)
     write_json(run.folder.path / "results.json", results)
     return results
+
+
+def open_autoencoder(config: Config) -> "tuple[AutoencoderVTP, AutoencoderVTP]":
+    """The autoencoder to fine-tune, and the given one, which stays as it is.
+
+    Raises: ValueError: there is none that can be loaded, or the resolution of the data does not suit it.
+    """
+    from vtp_diffusion import AutoencoderVTP
+
+    source = find_autoencoder(config.vae)
+    autoencoder, reference = (load_saved(AutoencoderVTP, source).eval() for _ in range(2))
+    if config.data.resolution % autoencoder.spatial_compression_ratio:
+        raise ValueError(
+            f"data.resolution is {config.data.resolution}, expected a multiple of the patch size of {source}, "
+            f"{autoencoder.spatial_compression_ratio}"
+        )
+    if config.gradient_checkpointing:
+        autoencoder.enable_gradient_checkpointing()
+    return autoencoder, reference
+
+
+def start_run(
+    config: Config, folder: RunFolder, autoencoder: "AutoencoderVTP", perceptual, fingerprint: str
+) -> TrainingRun:
+    """The run, new or resumed; its networks are compiled if the configuration says so."""
+    if config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)
+    reconstruction = ReconstructionObjective(config.reconstruction, perceptual)
+    objective = AdversarialDecoding(autoencoder, reconstruction, config.adversarial)
+    if config.compile:
+        compile_networks(autoencoder, perceptual, encoder=config.adversarial.discriminator == "patch")
+    return TrainingRun(
+        config,
+        folder,
+        objective,
+        autoencoder,
+        "vae",
+        fingerprint,
+        not_saved=("reconstruction.perceptual.",),
+        groups=objective.parameter_groups(config),
+        fingerprint_of=("data", "autoencoder weights"),
+    )
 
 
 def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -> None:
@@ -204,71 +246,42 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(
             "FSDP was asked for, expected none: the decoder and its discriminator are trained with whole weights only"
         )
-    folder, source = RunFolder(config.output_dir, config), find_autoencoder(config.vae)
-    from vtp_diffusion import AutoencoderVTP
-
-    autoencoder, reference = (load_saved(AutoencoderVTP, source).eval() for _ in range(2))
-    if config.data.resolution % autoencoder.spatial_compression_ratio:
-        raise ValueError(
-            f"data.resolution is {config.data.resolution}, expected a multiple of the patch size of {source}, "
-            f"{autoencoder.spatial_compression_ratio}"
-        )
-    if config.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
-    settings = config.reconstruction
-    perceptual = LPIPS("vgg", settings.lpips_trunk) if settings.lpips > 0 else None
-    training, datasets = open_splits(config.data, config.evaluation_images, config.train_batch_size)
-    fingerprint = f"{training.fingerprint}-{autoencoder_identity(reference)['weights']}"
-
-    if config.mixed_precision != "no":
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(config.seed)
-    reconstruction = ReconstructionObjective(settings, perceptual)
-    objective = AdversarialDecoding(autoencoder, reconstruction, config.adversarial)
-    if config.compile:
-        compile_networks(autoencoder, perceptual, encoder=config.adversarial.discriminator == "patch")
-    frozen = ("reconstruction.perceptual.",)
-    groups = objective.parameter_groups(config)
-    run = TrainingRun(
-        config,
-        folder,
-        objective,
-        autoencoder,
-        "vae",
-        fingerprint,
-        not_saved=frozen,
-        groups=groups,
-        fingerprint_of=("data", "autoencoder weights"),
-    )
-    if run.first_step == 0 or run.validation_missed(psnr_name(datasets)):
+    folder = RunFolder(config.output_dir, config)
+    autoencoder, reference = open_autoencoder(config)
+    trunk = config.reconstruction.lpips_trunk
+    perceptual = LPIPS("vgg", trunk) if config.reconstruction.lpips > 0 else None
+    splits = open_splits(config.data, config.evaluation_images, config.train_batch_size)
+    fingerprint = f"{splits.training.fingerprint}-{autoencoder_identity(reference)['weights']}"
+    run = start_run(config, folder, autoencoder, perceptual, fingerprint)
+    if run.first_step == 0 or run.validation_missed(psnr_name(splits)):
         if run.is_main:
             with run.averaged_weights():  # at step 0 the initial ones
-                validate(run, config, autoencoder, datasets, perceptual, run.first_step)
-    batches = training_batches(run, training)
-    inputs = training_inputs(run, config, objective, batches)
-    fallen = collapsed(run, config, datasets)
+                validate(run, config, autoencoder, splits, perceptual, run.first_step)
+    batches = training_batches(run, splits.training)
+    inputs = training_inputs(run, config, run.bare, batches)
+    fallen = collapsed(run, config, splits)
     for step in () if fallen else run.steps():
         run.optimise(step, inputs)
         if run.due(step, config.validation_steps):
             run.save_due(step)
             if run.is_main:
                 with run.averaged_weights():
-                    validate(run, config, autoencoder, datasets, perceptual, step + 1)
-            if fallen := collapsed(run, config, datasets):
+                    validate(run, config, autoencoder, splits, perceptual, step + 1)
+            if fallen := collapsed(run, config, splits):
                 run.save(step + 1)  # so that the same command ends in the same way
                 break
-    left_out = count_left_out(run, training, batches)
+    left_out = count_left_out(run, splits.training, batches)
     if run.is_main:
         with run.averaged_weights():
             trained, of_step = autoencoder, config.max_train_steps
             if fallen:
                 trained, of_step = sound_decoder(run, reference)
                 print(f"PSNR has fallen, training ends: vae/ gets the decoder of step {of_step}, before the signs")
-            results = finish(run, config, trained, of_step, reference, datasets, perceptual, left_out)
-        for name in datasets:
+            results = finish(run, config, trained, of_step, reference, splits, perceptual, left_out)
+        for name in splits.measured:
             changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
             print(f"{name}: {', '.join(changes)}")
-        print_written(config, run, "validation" if "held_out" in datasets else "train")
+        print_written(config, run, "train" if splits.held_out is None else "validation")
     run.end()
 
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from vtp_diffusion.data.batches import AugmentationConfig, plain_batches
-from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
-from vtp_diffusion.data.streaming import StreamingImages, check_streaming, first_batches, open_splits
+from vtp_diffusion.data.image_datasets import DataConfig
+from vtp_diffusion.data.streaming import first_batches
 from vtp_diffusion.metrics.zero_shot import TEMPLATES, check_templates
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.feature_evaluation import evaluate_alignment, evaluate_features, unmeasured
-from vtp_diffusion.pretraining.inputs import count_left_out, training_batches
+from vtp_diffusion.pretraining.inputs import Splits, check_streaming, count_left_out, open_splits, training_batches
 from vtp_diffusion.pretraining.joint import (
     MicroBatch,
     VTPForPreTraining,
@@ -47,7 +47,7 @@ from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.loop import TrainingRun
-from vtp_diffusion.training.optimisation import weight_decay_at
+from vtp_diffusion.training.optimisation import cosine_at
 from vtp_diffusion.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -192,14 +192,34 @@ def check_data(config: Config, dataset) -> None:
         raise ValueError(f"{data.source} has no captions, {some}which the contrastive objective needs: {hint}")
 
 
-def announce(config: Config, datasets: dict) -> None:
+def announce(config: Config, splits: Splits) -> None:
     """Print what the data lack, before anything is trained on them."""
-    for name, dataset in datasets.items():
+    for name, dataset in splits.measured.items():
         if skipped := dataset.skipped:
             first = ", ".join(skipped[:NAMED]) + ", ..." * (len(skipped) > NAMED)
             print(f"{name}: unreadable images, left out: {len(skipped)} ({first})")
-    for sentence in unmeasured(datasets, "contrastive" in config.objectives):
+    for sentence in unmeasured(splits, "contrastive" in config.objectives):
         print(sentence)
+
+
+def start_run(config: Config, folder: RunFolder, splits: Splits, objective: VTPForPreTraining, model) -> TrainingRun:
+    """The run, new or resumed, of an objective that is compiled if the configuration says so."""
+    if config.mixed_precision != "no":
+        torch.set_float32_matmul_precision("high")
+    if config.compile:
+        compile_parts(objective, config.compile_stacks)
+    return TrainingRun(
+        config,
+        folder,
+        objective,
+        model,
+        "vtp" if hasattr(model, "autoencoder") else "vae",
+        splits.training.fingerprint,
+        not_saved=("objectives.reconstruction.perceptual.",),
+        flops_per_image=sum(objective.flops(config.data.resolution).values()),
+        in_parts=len(config.objectives) > 1,
+        cuda_graphs=config.cuda_graphs,
+    )
 
 
 def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraining, batches) -> Iterator[list[dict]]:
@@ -209,38 +229,38 @@ def training_inputs(run: TrainingRun, config: Config, objective: VTPForPreTraini
         yield objective.one_by_one(inputs)
 
 
-def measure(config: Config, model: "AutoencoderVTP | VTPModel", datasets: dict, name: str, perceptual) -> dict:
+def measure(config: Config, model: "AutoencoderVTP | VTPModel", splits: Splits, name: str, perceptual) -> dict:
     """Measures of a split: those of the features, and those of the objectives that are trained."""
-    autoencoder, dataset = getattr(model, "autoencoder", model), datasets[name]
+    autoencoder, dataset = getattr(model, "autoencoder", model), splits.measured[name]
     values, limit = {}, config.evaluation_images
     if "reconstruction" in config.objectives:
         batches = plain_batches(dataset, autoencoder.device, limit=limit)
         values |= evaluate_reconstruction(autoencoder, batches, perceptual)
-    others = datasets["train"] if name != "train" else None
+    others = splits.train if name != "train" else None
     values |= evaluate_features(autoencoder, dataset, others, limit)
     if "contrastive" in config.objectives:
         values |= evaluate_alignment(model, dataset, config.zero_shot_templates, limit)
     return values
 
 
-def validate(run: TrainingRun, config: Config, model, datasets: dict, perceptual, step: int, counts: dict) -> None:
+def validate(run: TrainingRun, config: Config, model, splits: Splits, perceptual, step: int, counts: dict) -> None:
     """Report the measures on held-out images and `counts`, with a grid of originals above their reconstructions."""
-    name, dataset = list(datasets.items())[-1]
-    values = {f"{name}_{key}": value for key, value in measure(config, model, datasets, name, perceptual).items()}
+    name, dataset = splits.validated
+    values = {f"{name}_{key}": value for key, value in measure(config, model, splits, name, perceptual).items()}
     picture = None
     if "reconstruction" in config.objectives:
         picture = reconstruction_grid(getattr(model, "autoencoder", model), dataset, config.validation_images)
     run.report(step, values | counts, picture)
 
 
-def latent_statistics(run: TrainingRun, config: Config, autoencoder, training: ImageDataset | StreamingImages) -> dict:
+def latent_statistics(run: TrainingRun, config: Config, autoencoder, splits: Splits) -> dict:
     """Mean and standard deviation of each latent channel over training images and their mirror images, and the number
     of images."""
     limit, counts = config.latent_statistics_images, []
     if config.data.streaming:
-        batches = first_batches(training, limit or STREAM_STATISTICS, run.device, config.dataloader_num_workers)
+        batches = first_batches(splits.training, limit or STREAM_STATISTICS, run.device, config.dataloader_num_workers)
     else:
-        batches = plain_batches(training, run.device, limit)
+        batches = plain_batches(splits.training, run.device, limit)
 
     def both_ways():
         for images in batches:
@@ -252,13 +272,13 @@ def latent_statistics(run: TrainingRun, config: Config, autoencoder, training: I
     return {"latents_mean": mean, "latents_std": std, "latent_statistics_images": sum(counts)}
 
 
-def finish(run: TrainingRun, config: Config, model, training, datasets: dict, perceptual, left_out: dict) -> dict:
+def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, left_out: dict) -> dict:
     """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
     autoencoder = getattr(model, "autoencoder", model)
     results = {"steps": config.max_train_steps} | run.summary()
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
-    for name, dataset in datasets.items():
-        measured = measure(config, model, datasets, name, perceptual)
+    for name, dataset in splits.measured.items():
+        measured = measure(config, model, splits, name, perceptual)
         images = min(len(dataset), config.evaluation_images or len(dataset))
         results[name] = measured | {"images": images, "data": dataset.fingerprint}
         results[name]["without_caption"] = sum(not (caption or "").strip() for caption in dataset.captions)
@@ -266,7 +286,7 @@ def finish(run: TrainingRun, config: Config, model, training, datasets: dict, pe
             skipped = dataset.skipped
             results[name] |= {"unreadable": len(skipped), "first_unreadable": skipped[:NAMED]}
     if "reconstruction" in config.objectives:
-        results |= latent_statistics(run, config, autoencoder, training)
+        results |= latent_statistics(run, config, autoencoder, splits)
         autoencoder.register_to_config(**{name: results[name] for name in ("latents_mean", "latents_std")})
     autoencoder.save_pretrained(run.folder.path / "vae")
     if model is not autoencoder:
@@ -294,49 +314,34 @@ def main(argv: list[str] | None = None) -> None:
         )
     config.check_shares(this_process()[1])  # before anything is written to the folder
     folder = RunFolder(config.output_dir, config)
-    training, datasets = open_splits(config.data, config.evaluation_images, config.train_batch_size)
+    splits = open_splits(config.data, config.evaluation_images, config.train_batch_size)
     if this_process()[0] == 0:  # only the main process measures, and holds the images of a stream to measure
-        check_data(config, datasets["train"])
+        check_data(config, splits.train)
     torch.manual_seed(config.seed)
     objective, model = build(config)
-    if config.mixed_precision != "no":
-        torch.set_float32_matmul_precision("high")
-    if config.compile:
-        compile_parts(objective, config.compile_stacks)
-    run = TrainingRun(
-        config,
-        folder,
-        objective,
-        model,
-        "vtp" if hasattr(model, "autoencoder") else "vae",
-        training.fingerprint,
-        not_saved=("objectives.reconstruction.perceptual.",),
-        flops_per_image=sum(objective.flops(config.data.resolution).values()),
-        in_parts=len(config.objectives) > 1,
-        cuda_graphs=config.cuda_graphs,
-    )
+    run = start_run(config, folder, splits, objective, model)
     if run.is_main:
-        announce(config, datasets)
+        announce(config, splits)
     perceptual = getattr(dict(objective.objectives).get("reconstruction"), "perceptual", None)
     length = config.text.text_context_length if "contrastive" in config.objectives else None
-    batches = training_batches(run, training, length)
+    batches = training_batches(run, splits.training, length)
     inputs = training_inputs(run, config, objective, batches)
 
     def report(step: int, validation_due: bool) -> None:
-        left_out = count_left_out(run, training, batches)
+        left_out = count_left_out(run, splits.training, batches)
         counts = {f"left_out/{reason}": float(count) for reason, count in left_out.items() if count}
         if run.is_main and validation_due:
             with run.averaged_weights():
-                validate(run, config, model, datasets, perceptual, step, counts)
+                validate(run, config, model, splits, perceptual, step, counts)
         else:
             run.report(step, counts)
 
-    if run.validation_missed(f"{list(datasets)[-1]}_"):
+    if run.validation_missed(f"{splits.validated[0]}_"):
         report(run.first_step, validation_due=True)
     for step in run.steps():
         done = step / config.max_train_steps
         if config.adam_weight_decay_end is not None:
-            decay = weight_decay_at(done, config.adam_weight_decay, config.adam_weight_decay_end)
+            decay = cosine_at(done, config.adam_weight_decay, config.adam_weight_decay_end)
             run.optimisation.set_weight_decay(decay)
         counted = run.optimise(step, inputs)
         objective.after_step(done, counted)
@@ -345,11 +350,11 @@ def main(argv: list[str] | None = None) -> None:
             run.save_due(step)
         if validation_due or run.due(step, config.checkpointing_steps):
             report(step + 1, validation_due)
-    left_out = count_left_out(run, training, batches)
+    left_out = count_left_out(run, splits.training, batches)
     if run.is_main:
         with run.averaged_weights():
-            results = finish(run, config, model, training, datasets, perceptual, left_out)
-        for name in datasets:
+            results = finish(run, config, model, splits, perceptual, left_out)
+        for name in splits.measured:
             print(f"{name}: {numbers_line(results[name])}")
         print_written(config, run)
     run.end()

@@ -9,7 +9,6 @@ from PIL import Image
 from vtp_diffusion.data import image_datasets
 from vtp_diffusion.data.folders import read_layout
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.data.streaming import open_splits
 
 
 def make(folder, names):
@@ -86,7 +85,7 @@ def test_names_are_equal_however_their_accents_are_stored(tmp_path):
 def test_a_folder_without_splits_has_nothing_held_out(tmp_path, monkeypatch):
     config, looks = DataConfig(source=str(make(tmp_path, ["a/0.png", "a/1.png"])), resolution=1), []
     monkeypatch.setattr(image_datasets, "read_layout", lambda folder: looks.append(folder) or read_layout(folder))
-    assert open_splits(config, None, 1)[1].keys() == {"train"}
+    assert open_dataset(config, "train").whole
     assert len(open_dataset(config, "validation", or_all=True)) == 2
     assert looks == [str(tmp_path)] * 2, "once for each data set"
     assert len(open_dataset(config, "all")) == 2

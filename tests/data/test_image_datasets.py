@@ -21,7 +21,7 @@ from vtp_diffusion.data.image_files import (
     read_image,
 )
 from vtp_diffusion.data.shard_files import check_source
-from vtp_diffusion.data.streaming import StreamingImages, open_splits
+from vtp_diffusion.data.streaming import StreamingImages
 
 
 def picture(seed, size=(40, 30)):
@@ -104,7 +104,7 @@ def test_splits_of_a_folder(tmp_path):
 
 def test_held_out_images_have_the_class_numbers_of_the_training_images(tmp_path):
     names = ["train/a/0.png", "train/b/1.png", "validation/b/2.png", "validation/c/3.png"]
-    held_out = open_splits(folder_config(make_folder(tmp_path, names)), None, 2)[1]["held_out"]
+    held_out = open_dataset(folder_config(make_folder(tmp_path, names)), "validation")
     assert held_out.label_names == ["a", "b", "c"] and [item["label"] for item in held_out] == [1, 2]
 
 

@@ -26,7 +26,6 @@ from vtp_diffusion.data.streaming import (
     StreamPosition,
     _Rows,
     first_batches,
-    open_splits,
 )
 
 SIZES = (5, 3, 4)  # samples a shard, unequal on purpose
@@ -264,26 +263,6 @@ def test_the_first_images_one_by_one_are_an_epoch_or_less(tmp_path, offline, wor
         greys = to_uint8(read).flatten(1).float()
         assert len(greys) == min(count, 12) == len(greys[:, 0].unique()) and (greys == greys[:, :1]).all()
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trained_on(tmp_path, offline):
-    folder = write_shards(offline, tmp_path / "shards")
-    plain = config(folder, data_files=str(folder / "[01].parquet"))
-    training, measured = open_splits(replace(plain, validation_files=str(folder / "2.parquet")), 100, 4)
-    assert sorted(measured["held_out"].captions) == [f"text {n}" for n in (10, 11, 8, 9)]
-    assert sorted(captions(training, 8)) == sorted(measured["train"].captions) == everything(8)
-    alone, measured = open_splits(plain, 100, 4)
-    assert alone.fingerprint == training.fingerprint and measured.keys() == {"train"}
-
-
-def test_only_the_main_process_holds_what_of_a_stream_is_measured_and_its_pixels_alone(tmp_path, offline, monkeypatch):
-    folder = write_shards(offline, tmp_path / "shards")
-    main = open_splits(config(folder), 6, 4)[1]["train"]
-    assert torch.equal(main[2]["image"], StreamingImages(config(folder)).take(3)[2]["image"])
-    assert len(main) == 6 and list(main.references) == list(range(6)), "no second copy as pictures"
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert len(open_splits(config(folder), 6, 4)[1]["train"]) == 1
 
 
 # --- bad input ---

@@ -1,6 +1,7 @@
-"""Streams of a run that is resumed by other numbers of processes or workers."""
+"""What is trained on and what is measured, and streams of a run that is resumed by other numbers of processes."""
 
 import io
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,13 +10,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_streaming import captions, config, everything, write_shards
 
 from vtp_diffusion.data.batches import collate_images
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.streaming import StreamingImages
-from vtp_diffusion.pretraining.inputs import stream_batches
+from vtp_diffusion.pretraining.feature_evaluation import unmeasured
+from vtp_diffusion.pretraining.inputs import open_splits, stream_batches
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def datasets(monkeypatch, tmp_path):
+    module = pytest.importorskip("datasets")
+    monkeypatch.setattr(module.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return module
 
 
 def collate(items):
@@ -47,9 +57,46 @@ def run_of(processes, first_step, state):
     )  # fmt: skip
 
 
-def test_other_numbers_go_on_at_the_start_of_the_next_epoch_if_asked(tmp_path, monkeypatch, capsys):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_without_held_out_images_those_trained_on_are_measured_and_that_is_said(tmp_path):
+    for split, count in (("train", 3), ("validation", 2)):
+        for k in range(count):
+            for kind in "ab":
+                (tmp_path / split / kind).mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / split / kind / f"{k}.png")
+    splits = open_splits(DataConfig(source=str(tmp_path), resolution=8), None, 6)
+    assert {name: len(images) for name, images in splits.measured.items()} == {"train": 6, "held_out": 4}
+    assert splits.train is splits.training and splits.validated == ("held_out", splits.held_out)
+    assert unmeasured(splits, contrastive=True) == []
+    alone = open_splits(DataConfig(source=str(tmp_path / "train"), resolution=8), None, 6)
+    assert alone.measured == {"train": alone.training} and alone.validated == ("train", alone.training)
+    assert "training images are measured, and no k-NN accuracy" in unmeasured(alone, contrastive=True)[0]
+    with pytest.raises(ValueError, match="has 6 training images, expected at least train_batch_size, 7"):
+        open_splits(DataConfig(source=str(tmp_path), resolution=8), None, 7)
+
+
+def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trained_on(tmp_path, datasets):
+    folder = write_shards(datasets, tmp_path / "shards")
+    plain = config(folder, data_files=str(folder / "[01].parquet"))
+    splits = open_splits(replace(plain, validation_files=str(folder / "2.parquet")), 100, 4)
+    assert sorted(splits.held_out.captions) == [f"text {n}" for n in (10, 11, 8, 9)]
+    assert sorted(captions(splits.training, 8)) == sorted(splits.train.captions) == everything(8)
+    alone = open_splits(plain, 100, 4)
+    assert alone.training.fingerprint == splits.training.fingerprint and alone.held_out is None
+
+
+def test_only_the_main_process_holds_what_of_a_stream_is_measured_and_its_pixels_alone(
+    tmp_path, datasets, monkeypatch
+):
+    folder = write_shards(datasets, tmp_path / "shards")
+    main = open_splits(config(folder), 6, 4).train
+    assert torch.equal(main[2]["image"], StreamingImages(config(folder)).take(3)[2]["image"])
+    assert len(main) == 6 and list(main.references) == list(range(6)), "no second copy as pictures"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(open_splits(config(folder), 6, 4).train) == 1
+
+
+def test_other_numbers_go_on_at_the_start_of_the_next_epoch_if_asked(tmp_path, datasets, capsys):
     strict, restarting = images(datasets, tmp_path), images(datasets, tmp_path, stream_restart=True)
     begun = stream_batches(run_of(1, 0, None), strict, collate, 0)
     straight = [batch["key"] for batch in islice(begun, 1)]

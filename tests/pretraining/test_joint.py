@@ -33,7 +33,7 @@ from vtp_diffusion.pretraining.joint import (
 from vtp_diffusion.pretraining.reconstruction import ReconstructionObjective, ReconstructionPartConfig
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.config import parse_config
-from vtp_diffusion.training.optimisation import weight_decay_at
+from vtp_diffusion.training.optimisation import cosine_at
 
 TINY = {
     f"{part}_{key}": value
@@ -181,7 +181,7 @@ def test_retrieval_accepts_every_image_of_the_same_caption():
 
 
 def test_weight_decay_follows_a_cosine():
-    assert [weight_decay_at(d, 0.04, 0.4) for d in (0.0, 0.5, 1.0)] == pytest.approx([0.04, 0.22, 0.4])
+    assert [cosine_at(d, 0.04, 0.4) for d in (0.0, 0.5, 1.0)] == pytest.approx([0.04, 0.22, 0.4])
 
 
 def arguments(output, *more):

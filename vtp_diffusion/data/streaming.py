@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +23,10 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..runtime.optional_packages import require
-from ..runtime.processes import this_process
+from ..runtime.processes import local_processes
 from ..runtime.reproducibility import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
-from .image_datasets import DataConfig, ImageDataset, check_caption, check_label, open_dataset
+from .image_datasets import DataConfig, ImageDataset, check_caption, check_label
 from .image_files import UnreadableImageError, center_crop, decode_image
 from .images import from_uint8
 from .shard_files import check_columns, collection_builder, split_files
@@ -214,40 +213,6 @@ class _FirstEpoch(IterableDataset):
         return (item["image"] for item in items)
 
 
-def check_streaming(config: Any) -> None:
-    """Raises: ValueError for settings of a training program that do not work with `data.streaming`."""
-    if config.data.streaming and config.evaluation_images is None:
-        raise ValueError("evaluation_images is none with data.streaming, expected the number of images to measure")
-    if config.data.streaming and config.keep_on_device:
-        raise ValueError("keep_on_device is true with data.streaming, expected none or false: a stream has no end")
-
-
-def open_splits(
-    config: DataConfig, evaluation_images: int | None, batch_size: int
-) -> tuple[ImageDataset | StreamingImages, dict[str, ImageDataset]]:
-    """Images for training, and images for evaluation by name: "train" and, if there is such a split, "held_out".
-
-    Args:
-        evaluation_images: for a stream, images of each split that the main process evaluates; the others take one.
-        batch_size: images per step, over all processes.
-    Raises: ValueError: fewer training images than a step takes. For a stream this shows only while reading.
-    """
-    if config.streaming:
-        training, count = StreamingImages(config), evaluation_images if this_process()[0] == 0 else 1
-        measured = {"train": training.take(count)}
-        if training.has_validation:
-            measured["held_out"] = StreamingImages(config, "validation").take(count)
-        return training, measured
-    training = open_dataset(config, "train")
-    if len(training) < batch_size:
-        raise ValueError(
-            f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
-            "a batch would hold an image twice"
-        )
-    held_out = {} if training.whole else {"held_out": open_dataset(config, "validation")}
-    return training, {"train": training} | held_out
-
-
 def _permutation(use: str, position: StreamPosition, count: int, *keys: int) -> np.ndarray:
     random = random_stream(use, *keys) if position.named_streams else np.random.default_rng(keys)
     return random.permutation(count)
@@ -313,7 +278,7 @@ class _Rows:
 
 def block_bytes(config: DataConfig, workers: int) -> int:
     """One stream's share of `shuffle_gib`, with `workers` streams in each process of this node."""
-    return max(1, int(config.shuffle_gib * 2**30) // (workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, int(config.shuffle_gib * 2**30) // (workers * local_processes()))
 
 
 class StreamBatches:

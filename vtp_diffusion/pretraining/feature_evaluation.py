@@ -16,6 +16,7 @@ from ..metrics.zero_shot import class_embeddings, spoken_names
 if TYPE_CHECKING:
     from ..models.autoencoder_vtp import AutoencoderVTP
     from ..models.vtp_model import VTPModel
+    from .inputs import Splits
 
 MEASURED_IMAGES = 10_000  # of a split at most, spread evenly over it: all similarities are in memory at once
 NEIGHBOURS = 20  # of k-NN: DINOv2's
@@ -122,21 +123,18 @@ def evaluate_alignment(
     return values
 
 
-def unmeasured(datasets: dict[str, Any], contrastive: bool) -> list[str]:
+def unmeasured(splits: Splits, contrastive: bool) -> list[str]:
     """What cannot be measured during training, a sentence each, to be printed before it.
 
-    Args:
-        datasets: "train" and, where there are any, "held_out" images.
-        contrastive: whether captions are trained on.
+    Args: `contrastive`: whether captions are trained on.
     """
-    measured, missing = datasets.get("held_out"), []
-    if measured is None:
-        measured = datasets["train"]
+    (_, measured), missing = splits.validated, []
+    if splits.held_out is None:
         missing.append(
             "no held-out images: training images are measured, and no k-NN accuracy. A folder has held-out ones in "
             "validation/, shards in data.validation_files"
         )
-    accuracies = [*(["k-NN"] if "held_out" in datasets else []), *(["zero-shot"] if contrastive else [])]
+    accuracies = [*([] if splits.held_out is None else ["k-NN"]), *(["zero-shot"] if contrastive else [])]
     if len(measured.label_names) < 2 and accuracies:
         missing.append(f"the images have one class: no {' and no '.join(accuracies)} accuracy")
     elif contrastive and not measured.classes_named:

@@ -1,8 +1,8 @@
-"""The batches that pre-training reads, of a data set or a stream, and how many samples were left out of them."""
+"""The images that pre-training reads and measures, of a data set or a stream, their batches, and how many samples were
+left out of them."""
 
-import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,64 @@ from ..data.batches import (
     read_batches,
 )
 from ..data.captions import tokenize_captions
-from ..data.image_datasets import ImageDataset
+from ..data.image_datasets import DataConfig, ImageDataset, open_dataset
 from ..data.streaming import Collate, StreamBatches, StreamingImages, StreamPosition, block_bytes
-from ..runtime.processes import gather_objects
+from ..runtime.processes import gather_objects, local_processes, this_process
 from ..training.loop import TrainingRun
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a training program.
+
+    Attributes:
+        training: images that are trained on.
+        train: those of them that are measured: `training` itself, or the first ones of a stream.
+        held_out: images that are measured only; None if the source has none.
+    """
+
+    training: ImageDataset | StreamingImages
+    train: ImageDataset
+    held_out: ImageDataset | None
+
+    @property
+    def measured(self) -> dict[str, ImageDataset]:
+        """The splits that are measured after training, by the names that logs and results have for them."""
+        return {"train": self.train} | ({} if self.held_out is None else {"held_out": self.held_out})
+
+    @property
+    def validated(self) -> tuple[str, ImageDataset]:
+        """Name and images of the split that is measured during training too: the held-out images if there are any."""
+        return ("train", self.train) if self.held_out is None else ("held_out", self.held_out)
+
+
+def check_streaming(config: Any) -> None:
+    """Raises: ValueError for settings of a training program that do not work with `data.streaming`."""
+    if config.data.streaming and config.evaluation_images is None:
+        raise ValueError("evaluation_images is none with data.streaming, expected the number of images to measure")
+    if config.data.streaming and config.keep_on_device:
+        raise ValueError("keep_on_device is true with data.streaming, expected none or false: a stream has no end")
+
+
+def open_splits(config: DataConfig, evaluation_images: int | None, batch_size: int) -> Splits:
+    """Images for training and for evaluation.
+
+    Args:
+        evaluation_images: for a stream, images of each split that the main process evaluates; the others take one.
+        batch_size: images per step, over all processes.
+    Raises: ValueError: fewer training images than a step takes. For a stream this shows only while reading.
+    """
+    if config.streaming:
+        training, count = StreamingImages(config), evaluation_images if this_process()[0] == 0 else 1
+        held_out = StreamingImages(config, "validation").take(count) if training.has_validation else None
+        return Splits(training, training.take(count), held_out)
+    training = open_dataset(config, "train")
+    if len(training) < batch_size:
+        raise ValueError(
+            f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
+            "a batch would hold an image twice"
+        )
+    return Splits(training, training, None if training.whole else open_dataset(config, "validation"))
 
 
 def collate_captioned(items: list[dict], context_length: int) -> Columns:
@@ -58,7 +112,7 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
     """
     state, workers = run.state.resumed_data_state, max(1, num_workers)
     if run.is_main:
-        buffered, local = images.config.shuffle_buffer, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        buffered, local = images.config.shuffle_buffer, local_processes()
         print(
             f"streams hold up to {buffered * workers * local:,} encoded samples on each node: data.shuffle_buffer, "
             f"{buffered:,}, in each of {workers * local} workers, and no more than data.shuffle_gib, "

@@ -7,7 +7,6 @@ what is left out of DINOv2.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +19,7 @@ from torch import nn
 from ..data.images import to_device
 from ..runtime.config import Settings, setting
 from ..runtime.reproducibility import random_stream
+from ..training.optimisation import cosine_at
 from .crops import MIN_MASK_GRID, CropConfig, block_mask, draw_crops, make_crops, recolour_views
 from .flops import encoder_flops, linear_parameters
 from .joint import CROPS, MicroBatch, Objective, draw_kept, gather_rows, num_processes, process_index, total
@@ -91,8 +91,7 @@ class SelfSupervisionConfig(Settings):
 
     def momentum_at(self, done: float) -> float:
         """The teacher's momentum after a share of training: a cosine from the first value to the last."""
-        first, last = self.teacher_momentum
-        return last - (last - first) * (math.cos(math.pi * done) + 1) / 2
+        return cosine_at(done, *self.teacher_momentum)
 
     def temperature_at(self, done: float) -> float:
         """The teacher's temperature after a share of training: linear up to the end of the warm-up, then constant."""

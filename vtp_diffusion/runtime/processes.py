@@ -60,7 +60,7 @@ def reading_processes(limit: int = 32) -> int:
     """Number of workers that should read images for this process: its share of the CPUs it may run on, less one for
     itself. At least 1 and at most `limit`, since each takes some 30 ms to start."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(limit, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    return max(1, min(limit, cpus // local_processes() - 1))
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -106,6 +106,11 @@ def this_process() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_processes() -> int:
+    """Number of processes on this node, as the launcher's environment variable says; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def wait_for_everyone() -> None:

@@ -22,8 +22,8 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * factor[config.lr_scheduler]
 
 
-def weight_decay_at(done: float, first: float, last: float) -> float:
-    """Weight decay after a share of training, along a cosine from the first value to the last (DINO)."""
+def cosine_at(done: float, first: float, last: float) -> float:
+    """A setting after a share of training, along a cosine from the first value to the last (DINO)."""
     return last - (last - first) * (math.cos(math.pi * done) + 1) / 2
 
 
