@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.generation import export
 from vtp_diffusion.generation.export import export_pipeline, self_contained_source
 
 
@@ -197,7 +198,20 @@ def write_package(folder: Path, **files: str) -> Path:
     return folder
 
 
-def test_files_become_one_in_the_order_of_dependence(tmp_path):
+@pytest.fixture
+def nothing_left_out(monkeypatch):
+    """Of a package that a test writes."""
+    monkeypatch.setattr(export, "LEFT_OUT", ())
+
+
+def test_a_method_left_out_that_no_file_defines_is_named(monkeypatch):
+    stale = ("AutoencoderVTP.encode_rough", "VTPBlocks._update_kept")
+    monkeypatch.setattr(export, "LEFT_OUT", (*export.LEFT_OUT, *stale))
+    with pytest.raises(ValueError, match="LEFT_OUT names AutoencoderVTP.encode_rough, VTPBlocks._update_kept, exp"):
+        self_contained_source()
+
+
+def test_files_become_one_in_the_order_of_dependence(tmp_path, nothing_left_out):
     package = write_package(
         tmp_path,
         autoencoder_vtp=(
@@ -242,6 +256,6 @@ def test_files_become_one_in_the_order_of_dependence(tmp_path):
         ({"autoencoder_vtp": 'TEXT = """\nfrom .a import b\n"""\n'}, "from .a import b"),
     ],
 )
-def test_what_cannot_become_one_file_is_refused(tmp_path, files, message):
+def test_what_cannot_become_one_file_is_refused(tmp_path, nothing_left_out, files, message):
     with pytest.raises(ValueError, match=message):
         self_contained_source(write_package(tmp_path, **files))

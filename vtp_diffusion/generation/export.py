@@ -148,12 +148,14 @@ def self_contained_source(package: Path | None = None) -> str:
 
     Args: `package`: folder of the package's files, by default this one.
     Raises: ValueError if two files give one name different meanings, or import each other in a way that one file
-        can't hold.
+        can't hold, or if none defines a method of `LEFT_OUT`.
     """
     package = package or Path(__file__).parents[1]
     modules: dict[str, _Module] = {}
     for name in ROOT_MODULES:
         _collect(name, package, modules, importing=())
+    if stale := sorted(set(LEFT_OUT).difference(*(module.left_out for module in modules.values()))):
+        raise ValueError(f"LEFT_OUT names {', '.join(stale)}, expected methods that the exported files define")
     imports = _bound_imports(modules.values())
     statements = _distinct_statements(modules.values())
     if both := sorted(imports.keys() & {name for node in statements for name in _defined_names(node)}):
@@ -208,9 +210,12 @@ class _Module:
         self.statements = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
 
     def _leave_out(self) -> None:
+        self.left_out: set[str] = set()  # of `LEFT_OUT`: what this file defines
         for owner in self.tree.body:
             for node in list(owner.body) if isinstance(owner, ast.ClassDef) else ():
-                if f"{owner.name}.{getattr(node, 'name', None)}" in LEFT_OUT:
+                name = f"{owner.name}.{getattr(node, 'name', None)}"
+                if name in LEFT_OUT:
+                    self.left_out.add(name)
                     owner.body.remove(node)
                     self._blank(node)
 

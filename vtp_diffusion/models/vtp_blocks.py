@@ -185,6 +185,7 @@ class VTPBlock(nn.Module):
         return hidden_states + branch(norm(hidden_states))
 
     def _update_kept(self, hidden_states, norm: nn.Module, branch: Callable, kept: torch.Tensor) -> torch.Tensor:
+        # a method of its own, as is `_causal_mask`, so that generation/export.py can leave it out
         return residual_update(hidden_states, lambda x: branch(norm(x)), kept)
 
 
