@@ -64,6 +64,7 @@ class TeacherConfig(GuidanceConfig):
 
     @property
     def sampler(self) -> SamplerConfig:
+        """These settings as every program that samples has them: for `prepare_sampling` and the precision."""
         return SamplerConfig(**{name: value for name, value in vars(self).items() if name != "pipeline"})
 
 

@@ -65,6 +65,7 @@ def draw_flips(sampler: StepBatchSampler, step: int, random_flip: bool) -> np.nd
 
 
 def micro_steps(sampler: StepBatchSampler) -> range:
+    """The micro-steps that iterating over a sampler gives, which `draw_flips` and `StepBatchSampler.batch` take."""
     return range(sampler.start_step, sampler.start_step + len(sampler))
 
 

@@ -133,8 +133,8 @@ def sample_numbers(
         labels: of all images; image k has labels[k].
         on_step: called after every evaluation of the network.
         rounding: as of `to_uint8`.
-        settings: of the sampler: num_inference_steps, guidance_scale, guidance_interval, guidance_channels; solver
-            "dopri5" and its tolerance.
+        settings: of the sampler, as `SamplerConfig.sampler` gives them: num_inference_steps, guidance,
+            guidance_scale, guidance_interval, guidance_channels; solver "dopri5" and its tolerance.
     Raises: ValueError: settings that the pipeline refuses, one without an autoencoder, or images that are not finite.
     """
     if pipe.vae is None:

@@ -80,6 +80,7 @@ def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def check_pair(x: torch.Tensor, y: torch.Tensor, minimum: int) -> None:
+    """Raises: ValueError unless two sets of features are finite, (N, D) and (M, D), with `minimum` rows or more."""
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < minimum:
         raise ValueError(
             f"features {tuple(x.shape)} and {tuple(y.shape)} given, expected (N, D) and (M, D), {minimum} rows or more"

@@ -7,7 +7,7 @@ processes nor on whether the weights were sharded:
     <model>/, <model>_ema/     diffusers folders, which from_pretrained loads
     <model>_ema_<decay>/       the same for every further decay of the averages
     objective.safetensors      trained parameters outside the model, and buffers
-    optimizer.pt               name of a parameter -> its moments; the state of the loss scaler
+    optimizer.pt               name of a parameter -> its state in the optimiser; the state of the loss scaler
     random_state_<rank>.pt     of each process
     data_state_<rank>.json     position of each process in the data, if they are read as a stream
     state.json                 step, data, counters
@@ -134,7 +134,7 @@ class TrainingState:
         averages: name -> averages of the model's parameters.
         objective: the trained module, which contains the model.
         not_saved: prefixes of state-dict keys of `objective` to leave out: their weights come from elsewhere.
-        optimizer, scaler: AdamW, and the loss scaler of fp16.
+        optimizer, scaler: AdamW or `MuonWithAdamW`, and the loss scaler of fp16.
         fingerprint: hashes of what the run learns from, joined by "-"; `fingerprint_of` names them in errors.
         skipped: (2,) steps skipped, in a row and in total.
         step, seconds: steps done, and the time training them took.
@@ -172,8 +172,8 @@ class TrainingState:
         return {name: p for name, p in self.objective.named_parameters() if id(p) in trained}
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Name of a parameter -> AdamW's moments, unsharded, on the CPU of the main process; every process has to call
-        this."""
+        """Name of a parameter -> its moments of AdamW or momentum of Muon, unsharded, on the CPU of the main process;
+        every process has to call this."""
         state, trained = self.optimizer.state, self.trained_by_name().items()
         return {name: _copies({key: whole(value) for key, value in state[p].items()}) for name, p in trained}
 

@@ -102,6 +102,8 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, parameters: list[nn.Parameter]) -> None:
+        """Average in the weights of one more step. Args: `parameters`: in the order in which the constructor took
+        them."""
         self.step += 1
         weight = 1 - self.decay
         if self.bias_correction:
@@ -125,8 +127,9 @@ class Optimisation:
     """The optimiser, and averages (EMA) of the model that it trains.
 
     Args:
-        groups: parameter groups of AdamW. Besides its settings a group may have `lr_scale`, a factor on the learning
-            rate; `network`, a name: the gradients of each network are clipped separately; `muon`: true for Muon.
+        groups: parameter groups of AdamW, or of Muon where `muon` is true. Besides settings of AdamW a group may have
+            `lr_scale`, a factor on the learning rate; `network`, a name: the gradients of each network are clipped
+            separately.
         accelerator: of the run; it prepares the objective and the optimiser.
         objective: module that holds the trained parameters.
         model: the model inside it whose weights are averaged; checkpoints call the averages `name`.
