@@ -32,7 +32,7 @@ import torch
 from launching import ROOT, program_environment
 
 from vtp_diffusion.data.image_datasets import DataConfig
-from vtp_diffusion.pretraining.adversarial import find_autoencoder
+from vtp_diffusion.models.loading import find_autoencoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.disk import check_output, write_json

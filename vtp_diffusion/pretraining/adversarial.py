@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..models.loading import find_autoencoder as find_autoencoder  # benchmarks take it from here
 from ..runtime.config import Settings, setting
 from ..training.config import TrainingConfig
 from ..training.optimisation import parameter_groups
