@@ -1,6 +1,7 @@
 """eval/linear_probe.py and eval/zero_shot.py, run as a user runs them, on images whose classes are colours."""
 
 import json
+import pickle
 import runpy
 import shutil
 import sys
@@ -117,6 +118,7 @@ def test_crops_of_the_probe_are_torchvisions(made):
     folder = made / "images" / "train"
     dataset = open_dataset(DataConfig(source=str(folder), resolution=8))
     views, k = random_views(dataset, 3, seed=5), 7
+    views.read = pickle.loads(pickle.dumps(views.read))  # as for a worker process that is not forked
     change = transforms.Compose(
         [
             transforms.RandomResizedCrop(8, interpolation=transforms.InterpolationMode.BICUBIC),

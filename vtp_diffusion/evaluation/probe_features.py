@@ -132,11 +132,10 @@ class _RandomCrop:
 
     def __init__(self, read: Callable[[Any], Image.Image], size: int, seed: int):
         self.read, self.size, self.seed = read, size, seed
-        self.transforms = require("torchvision.transforms", "train")
 
     def __call__(self, sample: tuple[Any, int, int]) -> Image.Image:
         reference, *place = sample
-        image, crop = self.read(reference), self.transforms.RandomResizedCrop
+        image, crop = self.read(reference), require("torchvision.transforms", "train").RandomResizedCrop
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU
             torch.default_generator.manual_seed(stream_seed("probe crops", self.seed, *place))
             top, left, height, width = crop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
