@@ -140,6 +140,14 @@ def test_what_keeps_a_number_out_of_a_table_stands_beside_it(files):
     assert [x for x, *_ in chart.points] == [2.5, 4.0], "no curve has points of two precisions"
 
 
+def test_rows_come_in_the_order_of_the_file(files):
+    names = ["generated", "control", *"abcd"]  # which a set shuffles from run to run
+    row = {"value": 2.0, "spread_at_most": 0.1, "num_images": 1000, "distances": {}, "constants": {}}
+    fdr6 = {"constants_from": "paper"} | {name: row for name in names}
+    rows = [row.what for row in table_rows([read_result_of(generation(1.0, 30.0) | {"fdr6": fdr6})])]
+    assert [what for what in rows if "FDr6" in what] == ["FDr6", *(f"FDr6 of the {name}" for name in names[1:])]
+
+
 def test_the_control_is_the_chance_beside_the_value(files, tmp_path, monkeypatch):
     values = generation(2.5, 12.0)
     control = copy.deepcopy(values["distances"][0]) | {"images": "control", "value": 200.0}

@@ -111,6 +111,7 @@ def test_good_samples_copies_and_an_untrained_network(evaluate, reference, pipel
     assert results["settings"]["labels"] == "random" and results["settings"]["num_inference_steps"] == 2
     found = results["near_duplicates"]
     assert found["generated"]["near_duplicates"] >= 3 and found["control"]["near_duplicates"] == 0
+    assert list(found)[3:] == ["generated", "floor", "control", "reference"], "the order of a set changes"
     with Image.open(pairs) as picture:
         assert picture.width > 8 * 32
 

@@ -37,7 +37,9 @@ def count_near_duplicates(
     calibration = reference.read([base[k] for k in chosen])
     threshold = near_duplicate_threshold(calibration, features["reference"][chosen], extract, config.seed)
     result = {"network": NEIGHBOUR_NETWORK, "threshold": threshold, "calibration_images": len(chosen)}
-    for name in features.keys() - {"reference", "variants"}:
+    for name in features:  # not over a set, whose order would change from run to run
+        if name in ("reference", "variants"):
+            continue
         distances, indices = nearest_neighbours(features[name], keys)
         close = int((distances < threshold).sum())
         result[name] = {"near_duplicates": close, "num_images": len(distances), "share": close / len(distances)}

@@ -227,8 +227,9 @@ def _generation_rows(result: Result) -> Iterable[Row]:
 
 def _judges_rows(result: Result) -> Iterable[Row]:
     found = result.values.get("fdr6", {})
-    for images in found.keys() - {"constants_from"}:
-        row = found[images]
+    for images, row in found.items():
+        if images == "constants_from":
+            continue
         six = (f"{n} {_number(d)} / {_number(row['constants'][n])}" for n, d in row["distances"].items())
         value = f"{_number(row['value'])} ± at most {_number(row['spread_at_most'], 2)}"
         what = "FDr6" + ("" if images == "generated" else f" of the {images}")
