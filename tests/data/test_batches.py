@@ -10,7 +10,14 @@ import torch
 from torch.utils.data import Dataset
 from torch.utils.data import _utils as loader_settings
 
-from vtp_diffusion.data.batches import ReusedMemory, collate_images, read_ahead, read_batches, training_loader
+from vtp_diffusion.data.batches import (
+    ReusedMemory,
+    collate_images,
+    read_ahead,
+    read_batches,
+    spread_evenly,
+    training_loader,
+)
 
 CPU = torch.device("cpu")
 
@@ -91,3 +98,11 @@ def test_memory_is_used_again_once_no_tensor_nor_view_is_left():
     del row
     again = [memory.take((6,), torch.float32) for _ in range(2)]
     assert place in [tensor.data_ptr() for tensor in again] and second.eq(2).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "expected"),
+    [(10, 3, [0, 3, 6]), (7, 4, [0, 1, 3, 5]), (3, 3, [0, 1, 2]), (3, 5, [0, 1, 2]), (3, None, [0, 1, 2]), (0, 2, [])],
+)
+def test_a_limit_is_spread_evenly(count, limit, expected):
+    assert spread_evenly(range(count), limit) == expected

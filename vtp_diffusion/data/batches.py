@@ -30,7 +30,7 @@ READ_AHEAD = 2  # batches per thread
 NUM_DRAWS = 9  # uniform random numbers per image for `augment_images`
 
 Columns = dict[str, torch.Tensor]
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job, Result, Value = TypeVar("Job"), TypeVar("Result"), TypeVar("Value")
 
 
 class StepBatchSampler:
@@ -252,6 +252,12 @@ def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image
     return {name: make.get(name, list)(column) for name, column in values.items()}
 
 
+def spread_evenly(values: Sequence[Value], limit: int | None) -> list[Value]:
+    """At most `limit` of the values (None: all), in order and spread evenly over them, the first one included."""
+    count = len(values) if limit is None else min(limit, len(values))
+    return [values[k * len(values) // count] for k in range(count)]
+
+
 def all_images(dataset: Dataset) -> torch.Tensor:
     """Every image of an `ImageDataset`, (N, 3, R, R) uint8."""
     indices = range(len(dataset))
@@ -263,9 +269,8 @@ def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = No
 
     Args: `limit`: largest number of images, spread over the whole set.
     """
-    count = len(dataset) if limit is None else min(limit, len(dataset))
-    chosen = [k * len(dataset) // count for k in range(count)]
-    for start in range(0, count, PLAIN_BATCH):
+    chosen = spread_evenly(range(len(dataset)), limit)
+    for start in range(0, len(chosen), PLAIN_BATCH):
         items = dataset.__getitems__(chosen[start : start + PLAIN_BATCH])
         yield from_uint8(collate_images(items)["image"].to(device))
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from ..runtime.config import Settings, setting
 from ..runtime.optional_packages import require
 from ..runtime.processes import from_main, this_process
+from .batches import spread_evenly
 from .folders import content_hashes, read_layout, sorted_names
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
 from .openmoji import is_held_out, openmoji_folder, read_metadata
@@ -294,7 +295,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     rows = [row for row in rows if is_held_out(row["base"], config.holdout, config.holdout_seed) in wanted]
     if not rows:
         raise ValueError(f"holdout is {config.holdout}, which leaves no images in OpenMoji's {split} split")
-    rows = _limited(rows, config.limit)
+    rows = spread_evenly(rows, config.limit)
     return ImageDataset(
         references=[folder / row["file_name"] for row in rows],
         read=read_image,
@@ -314,7 +315,7 @@ def _open_folder(config: DataConfig, split: str, or_all: bool) -> ImageDataset:
         """Classes, keys, labels, fingerprint, and whether there is no held-out split."""
         layout = read_layout(config.source)
         part = "all" if or_all and not layout.has(split) else split
-        pairs = _limited(layout.of_split(part), config.limit)
+        pairs = spread_evenly(layout.of_split(part), config.limit)
         _say(layout.describe())
         paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
         keys = [path.relative_to(layout.folder).as_posix() for path in paths]
@@ -345,7 +346,7 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
     check_columns(config, table.column_names)
     if len(table) == 0:
         raise ValueError(f"{config.source}: the {split} split holds no images")
-    rows = _limited(list(range(len(table))), config.limit)
+    rows = spread_evenly(range(len(table)), config.limit)
     chosen = table if len(rows) == len(table) else table.select(rows)
     labels, names, named = _collection_labels(chosen, collection, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
@@ -420,12 +421,6 @@ class _CollectionReader:
     def __call__(self, row: int) -> Image.Image:
         value, name = self.table[row][self.config.image_column], f"image {row} of {self.config.source}"
         return decode_image(value, name, self.config.exif_orientation, self.config.max_pixels)
-
-
-def _limited(rows: list, limit: int | None) -> list:
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[k * len(rows) // limit] for k in range(limit)]
 
 
 def _fingerprint(source: str, resolution: int, keys: list[str], turned: bool = False) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from ..data.batches import plain_batches
+from ..data.batches import plain_batches, spread_evenly
 from ..data.captions import clip_tokenizer, tokenize_captions
 from ..metrics.classification import knn_accuracy, top_k_accuracy
 from ..metrics.zero_shot import class_embeddings, spoken_names
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 
 MEASURED_IMAGES = 10_000  # of a split at most, spread evenly over it: all similarities are in memory at once
 NEIGHBOURS = 20  # of k-NN: DINOv2's
-
-
-def spread(dataset: Any, values: Sequence, limit: int) -> list:
-    """The part of `values`, one per image of the data set, that belongs to the measured images."""
-    count = min(limit, len(dataset))
-    return [values[k * len(dataset) // count] for k in range(count)]
 
 
 @torch.no_grad()
@@ -84,9 +78,9 @@ def evaluate_features(
     if len(features) > 1:
         values["effective_rank"] = effective_rank(features)
     if train is not None and len(train.label_names) > 1:
-        bank, bank_labels = class_tokens(autoencoder, train, limit), torch.tensor(spread(train, train.labels, limit))
+        bank, bank_labels = class_tokens(autoencoder, train, limit), torch.tensor(spread_evenly(train.labels, limit))
         neighbours = min(NEIGHBOURS, len(bank))
-        labels = torch.tensor(spread(dataset, dataset.labels, limit))
+        labels = torch.tensor(spread_evenly(dataset.labels, limit))
         values["knn_accuracy"] = knn_accuracy(bank, bank_labels, features, labels, [neighbours])[neighbours]
         majority = bank_labels.mode().values
         values["knn_accuracy_of_commonest_class"] = (labels == majority).double().mean().item()
@@ -109,10 +103,10 @@ def evaluate_alignment(
     images = torch.cat([model.get_image_features(batch).float() for batch in batches])
     values, length = {}, model.config.text_context_length
     if len(held_out.label_names) > 1 and held_out.classes_named:
-        tokenize, labels = clip_tokenizer(length, truncate=True), spread(held_out, held_out.labels, limit)
+        tokenize, labels = clip_tokenizer(length, truncate=True), spread_evenly(held_out.labels, limit)
         classes = class_embeddings(model, spoken_names(held_out.label_names), templates, tokenize)
         values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(labels))
-    all_captions = spread(held_out, held_out.captions, limit)
+    all_captions = spread_evenly(held_out.captions, limit)
     token_ids, paired = tokenize_captions(all_captions, length)
     rows = paired.nonzero().flatten()
     if len(rows) > 1:

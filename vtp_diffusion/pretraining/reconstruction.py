@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data.batches import collate_images
+from ..data.batches import collate_images, spread_evenly
+from ..data.channel_statistics import ChannelStatistics
 from ..data.images import from_uint8, image_grid, to_device, to_pil, to_uint8
-from ..data.latent_shards import ChannelStatistics
 from ..metrics.lpips import LPIPS
 from ..metrics.pixels import psnr
 from ..runtime.config import Settings, setting
@@ -201,12 +201,11 @@ def evaluate_reconstruction(
 @torch.no_grad()
 def reconstruction_grid(autoencoder: "AutoencoderVTP", dataset: Any, count: int) -> Image.Image:
     """`count` images spread over an `ImageDataset`, rows of up to eight originals above their reconstructions."""
-    count = min(count, len(dataset))
-    chosen = [k * len(dataset) // count for k in range(count)]
+    chosen = spread_evenly(range(len(dataset)), count)
     images = from_uint8(collate_images(dataset.__getitems__(chosen))["image"].to(autoencoder.device))
     decoded = autoencoder.decode(autoencoder.encode(images).latent).sample
-    columns, pictures = min(8, count), []
-    for i in range(0, count, columns):
+    columns, pictures = min(8, len(chosen)), []
+    for i in range(0, len(chosen), columns):
         pictures += to_pil(images[i : i + columns]) + to_pil(decoded[i : i + columns])
     return image_grid(pictures, columns)
 
