@@ -33,7 +33,7 @@ from vtp_diffusion.evaluation.sources import (
     read_batches,
     subset_rule,
 )
-from vtp_diffusion.metrics.features import extract_features
+from vtp_diffusion.metrics.features import FeatureNetwork, extract_features
 from vtp_diffusion.metrics.frechet import (
     JACKKNIFE_GROUPS,
     GaussianStatistics,
@@ -44,7 +44,6 @@ from vtp_diffusion.metrics.frechet import (
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.metrics.networks import (
     FEATURE_NETWORKS,
-    FeatureNetwork,
     feature_network,
     network_name,
     weight_files,

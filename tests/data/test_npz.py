@@ -9,7 +9,7 @@ import pytest
 
 from vtp_diffusion.data.npz import NpzImages
 from vtp_diffusion.evaluation.references import read_statistics
-from vtp_diffusion.metrics.networks import FeatureNetwork
+from vtp_diffusion.metrics.features import FeatureNetwork
 
 IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
 

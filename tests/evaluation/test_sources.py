@@ -21,9 +21,9 @@ from vtp_diffusion.evaluation import sources
 from vtp_diffusion.evaluation.one_pass import FeaturesConfig, Wanted, record_images
 from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, open_reference, read_batches
 from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
-from vtp_diffusion.metrics.features import Extractor
+from vtp_diffusion.metrics.features import Extractor, FeatureNetwork
 from vtp_diffusion.metrics.frechet import jackknife_group
-from vtp_diffusion.metrics.networks import FeatureNetwork, feature_network, network_name, weight_files
+from vtp_diffusion.metrics.networks import feature_network, network_name, weight_files
 from vtp_diffusion.runtime.config import parse_config
 from vtp_diffusion.runtime.processes import reading_processes
 

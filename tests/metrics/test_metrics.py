@@ -9,7 +9,7 @@ import torch
 from vtp_diffusion.data.npz import NpzImages
 from vtp_diffusion.evaluation.sources import FolderImages
 from vtp_diffusion.generation.sampling import draw_labels
-from vtp_diffusion.metrics.features import extract_features
+from vtp_diffusion.metrics.features import FeatureNetwork, extract_features
 from vtp_diffusion.metrics.frechet import (
     GaussianStatistics,
     floor_of_halves,
@@ -25,7 +25,7 @@ from vtp_diffusion.metrics.neighbours import (
     neighbour_grid,
     shifted_or_flipped,
 )
-from vtp_diffusion.metrics.networks import FeatureNetwork, VGG16Features, feature_network
+from vtp_diffusion.metrics.networks import VGG16Features, feature_network
 from vtp_diffusion.metrics.pixels import psnr
 from vtp_diffusion.metrics.trunks import export_trunk
 

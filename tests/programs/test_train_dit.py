@@ -21,7 +21,7 @@ from vtp_diffusion.evaluation import validation
 from vtp_diffusion.evaluation.convergence import read_convergence
 from vtp_diffusion.generation.objective import FlowMatchingObjective, training_inputs
 from vtp_diffusion.generation.transformer_config import build_transformer
-from vtp_diffusion.metrics.networks import FeatureNetwork
+from vtp_diffusion.metrics.features import FeatureNetwork
 from vtp_diffusion.models.latent_space import autoencoder_identity
 
 ROOT = Path(__file__).parents[2]

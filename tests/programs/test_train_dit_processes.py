@@ -19,7 +19,7 @@ from tiny_training import shard_on_cpu
 
 from vtp_diffusion import LightningDiTPipeline
 from vtp_diffusion.evaluation import validation
-from vtp_diffusion.metrics.networks import FeatureNetwork
+from vtp_diffusion.metrics.features import FeatureNetwork
 
 MODES = ("whole", "sharded")
 

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from ..data.npz import open_npz, write_npz
-from ..metrics.features import Extractor
+from ..metrics.features import Extractor, FeatureNetwork
 from ..metrics.frechet import GaussianStatistics
-from ..metrics.networks import FeatureNetwork
 from .measurement import JudgesConfig
 from .one_pass import ImageRecord
 from .protocols import OWN, check_reference
