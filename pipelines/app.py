@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, read_image
-from vtp_diffusion.data.images import enlarged, from_pil, to_pil, to_uint8
+from vtp_diffusion.data.images import enlarged, pil_to_uint8, to_pil
 from vtp_diffusion.evaluation.sources import check_real_images, pipeline_image_size
 from vtp_diffusion.evaluation.training_images import TrainingImages
 from vtp_diffusion.generation.pipeline_checks import guidance_kinds
@@ -137,7 +137,7 @@ class Page:
             image = read_image(file)
         except UnreadableImageError as error:  # whose message names the uploaded copy
             raise ValueError(f"{Path(file).name} cannot be read as an image") from error
-        original = to_uint8(from_pil(center_crop(image, side)))[None]  # (1, 3, R, R)
+        original = pil_to_uint8(center_crop(image, side))[None]  # (1, 3, R, R)
         result = reconstruct(pipe.vae, original)
         given, made = map(enlarged, to_pil(torch.cat([original, result])))
         caption = f"reconstruction, {psnr(original, result).item():.1f} dB"

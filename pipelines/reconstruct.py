@@ -18,7 +18,7 @@ from PIL import Image
 
 from vtp_diffusion.data.folders import read_layout
 from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, read_image
-from vtp_diffusion.data.images import from_pil, image_grid, to_pil, to_uint8
+from vtp_diffusion.data.images import image_grid, pil_to_uint8, to_pil
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import write_picture
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             skipped.append(file)
             continue
-        original = to_uint8(from_pil(image))[None]  # (1, 3, R, R)
+        original = pil_to_uint8(image)[None]  # (1, 3, R, R)
         reconstruction = reconstruct(vae, original)
         ratios.append(psnr(original, reconstruction).item())
         images += [image, to_pil(reconstruction)[0]]

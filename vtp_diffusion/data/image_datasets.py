@@ -13,7 +13,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -24,6 +23,7 @@ from ..runtime.processes import from_main, this_process
 from .batches import spread_evenly
 from .folders import content_hashes, read_layout, sorted_names
 from .image_files import UnreadableImageError, center_crop, decode_image, read_image
+from .images import pil_to_uint8
 from .openmoji import is_held_out, openmoji_folder, read_metadata
 from .shard_files import announce_copy, check_columns, check_source, collection_builder
 
@@ -148,7 +148,7 @@ class ImageDataset(Dataset):
         # in shared memory, because the workers of a loader set them
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
-        self._pixels: np.ndarray | None = None  # (N, R, R, 3) of a small set that was read as a whole
+        self._pixels: torch.Tensor | None = None  # (N, 3, R, R) of a small set that was read as a whole
         if len(references) == 0:
             raise ValueError("the data set holds no images")
 
@@ -156,9 +156,20 @@ class ImageDataset(Dataset):
         return len(self.references)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index, pixels = self._readable(index)
+        for offset in range(len(self)):
+            # the index itself is not wrapped: one beyond the end is an IndexError, which ends iteration
+            item = self.item_or_none((index + offset) % len(self) if offset else index)
+            if item is not None:
+                return item
+        raise ValueError(f"none of the {len(self)} images can be read")
+
+    def item_or_none(self, index: int) -> dict[str, Any] | None:
+        """The item of this very image; None if it cannot be read and `skip_unreadable` is true."""
+        pixels = self._read(index) if self._pixels is None else self._pixels[index]
+        if pixels is None:
+            return None
         return {
-            "image": torch.from_numpy(pixels).permute(2, 0, 1),  # (3, R, R)
+            "image": pixels,  # (3, R, R)
             "label": self.labels[index],
             "caption": self.captions[index],
             "key": self.keys[index],
@@ -184,7 +195,7 @@ class ImageDataset(Dataset):
         if not readable:
             raise ValueError(f"none of the {len(self)} images can be read")
         self.keep_readable(readable)
-        self._pixels = np.stack(pixels)
+        self._pixels = torch.stack(pixels)
         return self
 
     def keep_readable(self, readable: list[int]) -> None:
@@ -206,17 +217,7 @@ class ImageDataset(Dataset):
             values = getattr(self, name)
             setattr(self, name, [values[index] for index in readable])
 
-    def _readable(self, index: int) -> tuple[int, np.ndarray]:
-        if self._pixels is not None:
-            return index, self._pixels[index]
-        for offset in range(len(self)):
-            candidate = (index + offset) % len(self)
-            pixels = self._read(candidate)
-            if pixels is not None:
-                return candidate, pixels
-        raise ValueError(f"none of the {len(self)} images can be read")
-
-    def _read(self, index: int) -> np.ndarray | None:
+    def _read(self, index: int) -> torch.Tensor | None:
         try:
             image = self.read(self.references[index])
         except UnreadableImageError:
@@ -226,7 +227,7 @@ class ImageDataset(Dataset):
             return None
         if min(image.size) < self.resolution:
             self.enlarged[index] = True
-        return np.array(self.crop(image, self.resolution))
+        return pil_to_uint8(self.crop(image, self.resolution))
 
 
 def open_dataset(

@@ -72,12 +72,14 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in images.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def from_pil(image: Image.Image) -> torch.Tensor:
-    """A PIL image -> float32 (3, H, W) in [-1, 1]. Transparent pixels are shown on white."""
+def pil_to_uint8(image: Image.Image) -> torch.Tensor:
+    """An RGB image, as `data.image_files` reads them -> uint8 (3, H, W); `to_pil` undoes it.
+
+    Raises: ValueError for another mode: Pillow's own conversion would clip 16 bits instead of scaling them.
+    """
     if image.mode != "RGB":
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return from_uint8(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        raise ValueError(f"got an image of mode {image.mode}, expected RGB: convert it with `image_files.as_rgb`")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def enlarged(image: Image.Image) -> Image.Image:

@@ -28,7 +28,7 @@ from ..runtime.reproducibility import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
 from .image_datasets import DataConfig, ImageDataset, check_caption, check_label
 from .image_files import UnreadableImageError, center_crop, decode_image
-from .images import from_uint8
+from .images import from_uint8, pil_to_uint8
 from .shard_files import check_columns, collection_builder, split_files
 
 READ_ROWS = 32  # rows read from `datasets` at a time
@@ -145,18 +145,17 @@ class StreamingImages:
         try:
             name = f"{self._where}image {key} of {config.source}"
             image = decode_image(row[config.image_column], name, config.exif_orientation, config.max_pixels)
-            pixels = np.array(center_crop(image, self.resolution))
+            pixels = pil_to_uint8(center_crop(image, self.resolution))  # (3, R, R)
         except UnreadableImageError:
             if not config.skip_unreadable:
                 raise
             return None, "unreadable"
-        image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, R, R)
         label = 0
         if config.label_column is not None:
             name = f"{self._where}sample {key} of {config.source}: {config.label_column}"
             expected = "a class index (the names in a stream are not known beforehand)"
             label = check_label(row[config.label_column], name, expected)
-        return {"image": image, "label": label, "caption": caption, "key": key}, lacking
+        return {"image": pixels, "label": label, "caption": caption, "key": key}, lacking
 
     def first_epoch(self, stream: int = 0, num_streams: int = 1) -> Iterator[dict[str, Any]]:
         """Items of the first epoch of a stream."""
@@ -179,7 +178,7 @@ class StreamingImages:
             fingerprint=f"{self.fingerprint}-{len(items)}",
             classes_named=bool(self.label_names),
         )
-        dataset._pixels = np.stack([item["image"].permute(1, 2, 0).numpy() for item in items])
+        dataset._pixels = torch.stack([item["image"] for item in items])
         return dataset
 
 
