@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from vtp_diffusion.data.batches import NUM_DRAWS, AugmentationConfig, augment_images
+from vtp_diffusion.data.batches import NUM_DRAWS, AugmentationConfig, ReadableBatches, augment_images
 from vtp_diffusion.data.channel_statistics import ChannelStatistics
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import CROP
@@ -83,14 +83,7 @@ def plan_samples(weights: list[float], copies: int) -> list[Sample]:
     return [(index, copy) for index, weight in enumerate(weights) for copy in range(max(1, round(weight * copies)))]
 
 
-def collate(items: list[dict]) -> tuple[torch.Tensor, list[str], list[int]]:
-    """uint8 images (B, 3, R, R), keys and labels."""
-    return torch.stack([item["image"] for item in items]), *(
-        [item[name] for item in items] for name in ("key", "label")
-    )
-
-
-def read_items(config: Config, dataset, shards: list[list[Sample]], pinned: bool) -> Iterator[tuple]:
+def read_shards(config: Config, dataset, shards: list[list[Sample]], pinned: bool) -> Iterator[tuple]:
     """Iterator over the batches of all shards, for `encode_shard`; a batch never spans two shards."""
     batches = [
         [index for index, _ in samples[start : start + config.batch_size]]
@@ -98,7 +91,7 @@ def read_items(config: Config, dataset, shards: list[list[Sample]], pinned: bool
         for start in range(0, len(samples), config.batch_size)
     ]
     options = {"num_workers": config.num_workers, "pin_memory": pinned}
-    return iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **options))
+    return iter(DataLoader(ReadableBatches(dataset), sampler=batches, batch_size=None, **options))
 
 
 def compiled_encoder(vae) -> Callable:
@@ -115,19 +108,16 @@ def encode_shard(config: Config, vae, encode, dataset, samples: list[Sample], ba
     """Latents, mirrored latents and labels of one shard, and the keys of images that cannot be read."""
     parts, labels, skipped, dtype = ([], []), [], [], LATENT_DTYPES[config.dtype]
     for start in range(0, len(samples), config.batch_size):
-        batch, (images, keys, found) = samples[start : start + config.batch_size], next(batches)
+        batch, (kept, images) = samples[start : start + config.batch_size], next(batches)
         bar.update(len(batch))
-        # the data set replaces an image that cannot be read by another, which has its own sample: drop it here
-        wanted = [dataset.keys[index] for index, _ in batch]
-        kept = [k for k, key in enumerate(keys) if key == wanted[k]]
-        skipped += [wanted[k] for k in range(len(batch)) if k not in kept]
+        skipped += [dataset.keys[index] for k, (index, _) in enumerate(batch) if k not in kept]
         if not kept:
             continue
         # encode all of them: another batch size would be compiled again
         images = changed_images(config, images, batch, vae.device)
         for latents, source in zip(parts, (images, images.flip(3)), strict=True):
             latents.append(encode(vae, source).to(dtype).cpu()[kept])
-        labels += [found[k] for k in kept]
+        labels += [dataset.labels[batch[k][0]] for k in kept]
     if not labels:
         raise ValueError(f"none of the {len(samples)} images of a shard can be read, the first is {skipped[0]}")
     return torch.cat(parts[0]), torch.cat(parts[1]), torch.tensor(labels), skipped
@@ -160,7 +150,7 @@ def encode_missing(
     todo = [k for k, there in enumerate(written) if not there][rank::processes]
     count = sum(len(shards[k]) for k in todo)
     encode = compiled_encoder(vae) if config.compile else encode_raw
-    batches = read_items(config, dataset, [shards[k] for k in todo], pinned=accelerator.device.type == "cuda")
+    batches = read_shards(config, dataset, [shards[k] for k in todo], pinned=accelerator.device.type == "cuda")
     bar = tqdm(total=count, desc="encoding", disable=not accelerator.is_main_process)
     with bar, ThreadPoolExecutor(1) as writer:  # a shard is written while the next one is encoded
         writing = None

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image
 
 import vtp_diffusion.data.image_datasets as data
-from vtp_diffusion.data.batches import collate_images, read_batches
+from vtp_diffusion.data.batches import ReadableBatches, collate_images, read_batches
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.image_files import (
     UnreadableImageError,
@@ -187,6 +187,17 @@ def test_from_disk_a_skipped_image_gives_way_to_the_next(damaged, from_disk):
     dataset = open_dataset(folder_config(damaged, skip_unreadable=True))
     assert [item["key"] for item in dataset.__getitems__([0, 1, 2, 1])] == ["0.png", "2.png", "2.png", "2.png"]
     assert dataset.skipped == ["1.png"]
+    assert dataset.item_or_none(1) is None and dataset.item_or_none(2)["key"] == "2.png"
+    assert [item["key"] for item in dataset] == ["0.png", "2.png", "2.png"], "iteration ends"
+
+
+def test_batches_without_replacements(damaged, from_disk):
+    batches = ReadableBatches(open_dataset(folder_config(damaged, skip_unreadable=True)))
+    places, pixels = batches[[1, 2, 0]]
+    assert places == [1, 2] and torch.equal(pixels[[1, 2]], torch.stack([batches[[k]][1][0] for k in (2, 0)]))
+    assert len(pixels) == 3 and batches[[1]][0] == []
+    with pytest.raises(UnreadableImageError, match="1.png"):
+        ReadableBatches(open_dataset(folder_config(damaged)))[[0, 1]]
 
 
 def test_what_workers_could_not_read_is_known_where_they_were_started(damaged, from_disk):

@@ -14,9 +14,9 @@ from PIL import Image
 from torchvision import transforms
 
 import vtp_diffusion.data.image_datasets
-from vtp_diffusion import VTPModel
+from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.evaluation.probe_features import random_views
+from vtp_diffusion.evaluation.probe_features import cached_features, random_views
 from vtp_diffusion.runtime.reproducibility import stream_seed
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +134,20 @@ def test_crops_of_the_probe_are_torchvisions(made):
         assert np.array_equal(item["image"].permute(1, 2, 0).numpy(), expected)
         assert (item["label"], item["key"]) == (dataset.labels[k], f"{dataset.keys[k]}, view {view}")
     assert torch.equal(torch.get_rng_state(), before) and len(views) == 3 * len(dataset)
+
+
+def test_features_are_without_images_that_cannot_be_read(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(vtp_diffusion.data.image_datasets, "IN_MEMORY_BYTES", 0)
+    vae, folder = AutoencoderVTP.from_pretrained(made / "vae"), tmp_path / "images"
+    shutil.copytree(made / "images" / "validation", folder)
+    config = DataConfig(source=str(folder), resolution=16, skip_unreadable=True)
+    whole = cached_features(tmp_path / "whole", vae, open_dataset(config), 2, 4, "cpu")
+    for name in ("blue/2.png", *(f"green/{k}.png" for k in range(2, 6))):  # one of a batch, and the third batch
+        (folder / name).write_bytes(b"no image")
+    rest = cached_features(tmp_path / "rest", vae, open_dataset(config), 2, 4, "cpu")
+    rows = [0, 1, 3, 4, 5, 6, 7, *range(12, 18)]
+    assert np.allclose(rest.class_tokens, whole.class_tokens[rows], atol=1e-5)
+    assert torch.equal(rest.labels, whole.labels[rows])
 
 
 def test_zero_shot(evaluate, made, tmp_path):

@@ -252,6 +252,25 @@ def collate_images(items: list[dict[str, Any]], columns: Sequence[str] = ("image
     return {name: make.get(name, list)(column) for name, column in values.items()}
 
 
+class ReadableBatches(Dataset):
+    """Batches of an `ImageDataset` in which no image is replaced by another one.
+
+    An item, by a sequence of indices, is the places of the images that can be read, and pixels, uint8 (B, 3, R, R).
+    The first that can be read stands in for those that cannot, so that batches keep their size: an encoder would be
+    compiled again for another one. Without a readable image there are no pixels.
+    """
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        items = [self.dataset.item_or_none(index) for index in indices]
+        places = [place for place, item in enumerate(items) if item is not None]
+        if not places:
+            return places, torch.empty(0, dtype=torch.uint8)
+        return places, torch.stack([(item or items[places[0]])["image"] for item in items])
+
+
 def spread_evenly(values: Sequence[Value], limit: int | None) -> list[Value]:
     """At most `limit` of the values (None: all), in order and spread evenly over them, the first one included."""
     count = len(values) if limit is None else min(limit, len(values))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..data.batches import READ_AHEAD
+from ..data.batches import READ_AHEAD, ReadableBatches
 from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
 from ..models.latent_space import autoencoder_identity
@@ -145,21 +145,6 @@ class _RandomCrop:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-class _ReadableImages(Dataset):
-    """A data set whose items are batches, given by their indices, without images that cannot be read."""
-
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, indices: range) -> tuple[list[int], torch.Tensor]:
-        """Indices of the readable images and their pixels, uint8 (B, 3, H, W)."""
-        pairs = zip(indices, self.dataset.__getitems__(list(indices)), strict=True)
-        # the data set replaces an unreadable image by another one, which has its own row: drop the replacement
-        read = [(index, item["image"]) for index, item in pairs if item["key"] == self.dataset.keys[index]]
-        pixels = torch.stack([image for _, image in read]) if read else torch.empty(0, dtype=torch.uint8)
-        return [index for index, _ in read], pixels
-
-
 def _check_key(folder: Path, key: dict) -> None:
     file = folder / KEY_NAME
     if not file.is_file():
@@ -189,18 +174,18 @@ def _read(
     rows = []
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     loader = DataLoader(
-        _ReadableImages(dataset),
+        ReadableBatches(dataset),
         sampler=batches,
         batch_size=None,  # an item of the sampler is a batch already
         num_workers=num_workers,
         prefetch_factor=READ_AHEAD if num_workers else None,
         generator=torch.Generator(),  # reading must not move the global one
     )
-    for batch, (read, pixels) in zip(batches, loader, strict=True):
+    for batch, (places, pixels) in zip(batches, loader, strict=True):
         progress(len(batch))
-        if not read:
+        if not places:
             continue
-        images = from_uint8(pixels).to(device, model.dtype)
+        images = from_uint8(pixels[places]).to(device, model.dtype)
         layers = model.encode_features(images, num_layers=key["num_layers"])
         found = {
             "class_tokens": torch.stack([layer.cls_token for layer in layers], dim=1),  # (B, L, D)
@@ -209,9 +194,9 @@ def _read(
         for name, values in found.items():
             if not values.isfinite().all():
                 raise ValueError(f"{name} of the images from {dataset.keys[batch[0]]} on are not finite")
-            arrays[name][written : written + len(read)] = values.float().cpu().numpy()
-        rows += read
-        written += len(read)
+            arrays[name][written : written + len(places)] = values.float().cpu().numpy()
+        rows += [batch[place] for place in places]
+        written += len(places)
     if not rows:
         raise ValueError(f"none of the {count} images can be read")
     for name, array in arrays.items():

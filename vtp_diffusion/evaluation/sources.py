@@ -147,7 +147,7 @@ def _without_unreadable(dataset: ImageDataset) -> ImageDataset:
     part = range(rank, len(dataset), processes)
 
     def is_readable(index: int) -> bool:
-        return dataset[index]["key"] == dataset.keys[index]
+        return dataset.item_or_none(index) is not None
 
     found = read_ahead(is_readable, part, num_threads=reading_processes())
     shown = tqdm(found, total=len(part), desc="checking images", leave=False, disable=rank > 0)
