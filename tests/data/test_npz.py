@@ -3,12 +3,15 @@
 import io
 import struct
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.npz import NpzImages
 from vtp_diffusion.evaluation.references import read_statistics
+from vtp_diffusion.evaluation.sources import open_reference
 from vtp_diffusion.metrics.features import FeatureNetwork
 
 IMAGES = np.zeros((4, 8, 8, 3), np.uint8)
@@ -85,3 +88,27 @@ def test_statistics(spoil, message, tmp_path):
     spoil(tmp_path / "x.npz")
     with pytest.raises(ValueError, match=message):
         read_statistics(tmp_path / "x.npz", Three())
+
+
+def test_images_of_a_reference_are_read_once_however_many_networks_measure_them(tmp_path, monkeypatch):
+    counts, read = Counter(), zipfile.ZipExtFile.read
+
+    def counted(file, size=-1):
+        content = read(file, size)
+        counts[file.name] += len(content)
+        return content
+
+    path = tmp_path / "x.npz"
+    np.savez(path, IMAGES.repeat(500, 0), mu=np.zeros(3), sigma=np.eye(3))
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    for _ in range(2):
+        assert read_statistics(path, Three())["features"].dim == 3
+    assert counts["arr_0.npy"] == 0 < counts["sigma.npy"]
+    images, base, variants = open_reference(DataConfig(), str(path), "train", (8, 8))
+    assert (len(images), len(base), variants) == (2000, 2000, [])
+    assert counts["arr_0.npy"] < 1.01 * 500 * IMAGES.nbytes
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match="damaged before image"):
+        open_reference(DataConfig(), str(path), "train", (8, 8))
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    assert open_reference(DataConfig(), str(path), "train", (8, 8)) is None

@@ -26,27 +26,41 @@ LOCAL_HEADER_BYTES = 30  # of a zip entry, without its name and extra field
 DAMAGE_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, lzma.LZMAError)
 
 
-def open_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz, name -> array, with None for its images. The whole file is read to compare its checksums.
+def has_images(path: str | Path) -> bool:
+    """Whether an npz of a reference holds images and not only statistics. Only the file's directory is read.
 
-    Raises: ValueError naming the file: not an npz, damaged, encrypted, or without images and without statistics.
+    Raises: ValueError naming the file: not an npz, or without images and without statistics.
     """
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not an npz file, or is damaged: expected {IMAGES_KEY}, or mu and sigma, or both")
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    if not {IMAGES_KEY, "mu", "ref_mu"}.intersection(names):
+        raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}: expected {IMAGES_KEY}, or mu and sigma")
+    return IMAGES_KEY in names
+
+
+def open_npz(path: str | Path) -> dict[str, np.ndarray | None]:
+    """The arrays of an npz, name -> array, with None for its images: `NpzImages` reads and checks those.
+
+    Raises: ValueError naming the file: as `has_images`, damaged or encrypted.
+    """
+    has_images(path)
     arrays = {}
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name = entry.filename.removesuffix(".npy")
             _check_plain(path, entry)
+            if name == IMAGES_KEY:
+                arrays[name] = None
+                continue
             try:
                 with archive.open(entry) as file:
-                    arrays[name] = None if name == IMAGES_KEY else np.lib.format.read_array(file, allow_pickle=False)
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
                     while file.read(READ_BYTES):  # the checksum is compared at the end
                         pass
             except DAMAGE_ERRORS as error:
                 raise ValueError(f"{path} is damaged in its entry {name}: {error}") from error
-    if not {IMAGES_KEY, "mu", "ref_mu"} & arrays.keys():
-        raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}: expected {IMAGES_KEY}, or mu and sigma")
     return arrays
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..data.batches import READ_AHEAD, read_ahead
 from ..data.image_datasets import Crop, DataConfig, ImageDataset, open_dataset
 from ..data.image_files import center_crop, list_images, read_header, read_image
-from ..data.npz import IMAGES_KEY, NpzImages, open_npz
+from ..data.npz import NpzImages, has_images
 from ..data.shard_files import check_source
 from ..runtime.disk import read_json
 from ..runtime.processes import from_main, gather_objects, reading_processes, this_process
@@ -212,7 +212,7 @@ def open_reference(
     Args: `source`: an npz, a folder, openmoji, or a `datasets` collection; `data`: how it is read.
     """
     if source.endswith(".npz"):
-        if IMAGES_KEY not in open_npz(source):
+        if not has_images(source):
             return None
         images = NpzImages(source)
         if images.size != size:
