@@ -29,8 +29,8 @@ from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     chosen_images,
     fault_lines,
+    image_batches,
     open_measured,
-    read_batches,
     subset_rule,
 )
 from vtp_diffusion.metrics.features import FeatureNetwork, extract_features
@@ -188,7 +188,7 @@ def measure(
         `statistics` are filled with all images too.
     """
     places = batches_of_this_process(len(chosen), config.batch_size)
-    batches = read_batches(images, [chosen[place] for batch in places for place in batch], config.batch_size)
+    batches = image_batches(images, [chosen[place] for batch in places for place in batch], config.batch_size)
     values, worst = torch.zeros(len(chosen), 3, dtype=torch.float64), WorstCases(WORST)
     shown = tqdm(batches, total=len(places), desc="reconstructing", disable=this_process()[0] > 0)
     for batch, real in zip(places, shown, strict=True):

@@ -25,7 +25,7 @@ from vtp_diffusion.data.captions import clip_tokenizer
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
 from vtp_diffusion.data.image_files import center_crop, squash
 from vtp_diffusion.data.images import from_uint8
-from vtp_diffusion.evaluation.sources import fault_lines, open_measured, read_batches
+from vtp_diffusion.evaluation.sources import fault_lines, image_batches, open_measured
 from vtp_diffusion.metrics.classification import top_k_accuracy
 from vtp_diffusion.metrics.zero_shot import (
     IMAGENET_CLASSES,
@@ -103,7 +103,7 @@ def main() -> None:
     names, templates = prompts(config, images.dataset)
     tokenize = clip_tokenizer(model.config.text_context_length)
     embeddings = class_embeddings(model, names, templates, tokenize)
-    batches = read_batches(images, range(len(images)), config.batch_size)
+    batches = image_batches(images, range(len(images)), config.batch_size)
     shown = tqdm(batches, total=math.ceil(len(images) / config.batch_size), desc="classifying")
     scores = zero_shot_scores(model, (from_uint8(batch) for batch in shown), embeddings)
     labels = torch.tensor(images.labels)

@@ -19,7 +19,14 @@ from vtp_diffusion.data.image_files import list_images, read_image
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
 from vtp_diffusion.evaluation import sources
 from vtp_diffusion.evaluation.one_pass import FeaturesConfig, Wanted, record_images
-from vtp_diffusion.evaluation.sources import FolderImages, image_hashes, open_measured, open_reference, read_batches
+from vtp_diffusion.evaluation.sources import (
+    FolderImages,
+    hashed_batches,
+    image_batches,
+    image_hashes,
+    open_measured,
+    open_reference,
+)
 from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
 from vtp_diffusion.metrics.features import Extractor, FeatureNetwork
 from vtp_diffusion.metrics.frechet import jackknife_group
@@ -50,7 +57,7 @@ def test_an_npz_is_read_by_row_in_any_order_and_by_any_process(save, tmp_path):
     for rows in ([4, 1, 8, 1], [0], [7, 8]):
         assert np.array_equal(source.read(rows).permute(0, 2, 3, 1), images[rows])
     assert source._mapped is None or isinstance(source._mapped, np.memmap), "the file was read into memory"
-    batches = read_batches(source, list(range(9)), 2, num_workers=2, hashed=True)
+    batches = hashed_batches(source, list(range(9)), 2, num_workers=2)
     found, hashes = zip(*batches, strict=True)
     assert np.array_equal(torch.cat(found).permute(0, 2, 3, 1), images)
     assert sum(hashes, []) == image_hashes(torch.from_numpy(images).permute(0, 3, 1, 2))
@@ -128,14 +135,13 @@ def test_batches_of_files_are_the_same_from_one_process_or_several(workers, tmp_
     for k, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{k:04d}.png")
     source, order = FolderImages(tmp_path), list(range(len(images)))[::-1]
-    for hashed in (False, True):
-        batches = list(read_batches(source, order, 9, workers, hashed=hashed))
-        found, hashes = zip(*batches, strict=True) if hashed else (batches, ())
-        assert [len(batch) for batch in found] == [9] * 5 + [4]
-        assert np.array_equal(torch.cat(found).permute(0, 2, 3, 1), images[::-1])
-        assert all(found_hashes == image_hashes(batch) for found_hashes, batch in zip(hashes, found, strict=False))
+    found, hashes = zip(*hashed_batches(source, order, 9, workers), strict=True)
+    for batches in (found, list(image_batches(source, order, 9, workers))):
+        assert [len(batch) for batch in batches] == [9] * 5 + [4]
+        assert np.array_equal(torch.cat(batches).permute(0, 2, 3, 1), images[::-1])
+    assert list(hashes) == list(map(image_hashes, found))
     (tmp_path / "0003.png").write_bytes((tmp_path / "0003.png").read_bytes()[:60])
-    batches = read_batches(source, order, 9, workers)
+    batches = image_batches(source, order, 9, workers)
     assert np.array_equal(next(batches).permute(0, 2, 3, 1), images[:-10:-1])
     with pytest.raises(ValueError, match="0003.png cannot be read as an image"):
         list(batches)
@@ -174,8 +180,8 @@ def test_images_that_are_too_small_are_counted_where_they_are_read(workers, tmp_
     for k, side in enumerate((15, 16, 12, 40)):
         Image.new("RGB", (20, side)).save(tmp_path / f"{k}.png")
     source = open_measured(DataConfig(source=str(tmp_path), resolution=16), "train")
-    assert sum(map(len, read_batches(source, [0, 1], 1, workers))) == 2 and source.count_enlarged(range(4)) == 1
-    assert sum(map(len, read_batches(source, [2, 3], 1, workers))) == 2 and source.count_enlarged(range(4)) == 2
+    assert sum(map(len, image_batches(source, [0, 1], 1, workers))) == 2 and source.count_enlarged(range(4)) == 1
+    assert sum(map(len, image_batches(source, [2, 3], 1, workers))) == 2 and source.count_enlarged(range(4)) == 2
     assert source.count_enlarged([3]) == 0
 
 

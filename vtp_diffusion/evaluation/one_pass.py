@@ -21,7 +21,7 @@ from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_names,
 from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
 from ..runtime.reproducibility import random_stream
-from .sources import ImageSource, PipelineImages, check_real_images, read_batches
+from .sources import ImageSource, PipelineImages, check_real_images, hashed_batches
 
 ON_CUDA = torch.cuda.is_available()
 USUAL_NETWORKS = ("vgg16", "efficientnet_lite0")
@@ -308,7 +308,7 @@ def record_source(
     places = batches_of_this_process(len(kept), step)
     indices = [kept[place] for batch in places for place in batch]
     pin = config.device.startswith("cuda")
-    batches = read_batches(source, indices, step, config.num_workers, pin_memory=pin, hashed=True)
+    batches = hashed_batches(source, indices, step, config.num_workers, pin_memory=pin)
     verb = "sampling" if isinstance(source, PipelineImages) else "reading"
 
     def passing():

@@ -18,7 +18,7 @@ from ..metrics.frechet import GaussianStatistics
 from .measurement import JudgesConfig
 from .one_pass import ImageRecord
 from .protocols import OWN, check_reference
-from .sources import ImageSource, read_batches
+from .sources import ImageSource, image_batches
 
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -112,5 +112,5 @@ def write_statistics(
             statistics = records[output].statistics
             arrays |= zip(keys, (statistics.mean.cpu().numpy(), statistics.covariance.cpu().numpy()), strict=True)
     kept = [indices[k] for k in records["features"].kept]
-    batches = (batch.permute(0, 2, 3, 1).numpy() for batch in read_batches(source, kept, batch_size=256))
+    batches = (batch.permute(0, 2, 3, 1).numpy() for batch in image_batches(source, kept, batch_size=256))
     write_npz(path, len(kept), source.size, batches, **arrays)

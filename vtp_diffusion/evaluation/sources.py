@@ -282,17 +282,57 @@ def image_hashes(images: torch.Tensor) -> list[bytes]:
 
 
 class _Batches(Dataset):
-    """Batches of a source as items: images (B, H, W, 3), and their hashes if wanted."""
+    """Batches of a source as items: images (B, H, W, 3)."""
 
-    def __init__(self, source: ImageSource, batches: list[Sequence[int]], hashed: bool):
-        self.source, self.batches, self.hashed = source, batches, hashed
+    def __init__(self, source: ImageSource, indices: Sequence[int], batch_size: int):
+        self.source = source
+        self.batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
+    def __getitem__(self, k: int) -> torch.Tensor:
+        return self.source.read(self.batches[k]).permute(0, 2, 3, 1)
+
+    def read_by(self, num_workers: int, pin_memory: bool) -> DataLoader:
+        workers = 0 if isinstance(self.source, PipelineImages) else min(num_workers, len(self))
+        return DataLoader(
+            self,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=READ_AHEAD if workers else None,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # reading must not move the global one
+        )
+
+
+class _HashedBatches(_Batches):
+    """Batches with the hashes of their images, computed where they are read."""
+
     def __getitem__(self, k: int) -> tuple[torch.Tensor, list[bytes]]:
-        images = self.source.read(self.batches[k])
-        return images.permute(0, 2, 3, 1), image_hashes(images) if self.hashed else []
+        pixels = super().__getitem__(k)
+        return pixels, image_hashes(pixels.permute(0, 3, 1, 2))
+
+
+def image_batches(
+    source: ImageSource, indices: Sequence[int], batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[torch.Tensor]:
+    """Images of the given indices, `batch_size` at a time, uint8 (B, 3, H, W).
+
+    Args:
+        num_workers: processes that read ahead; a pipeline always samples in this process.
+        pin_memory: read into pinned memory, for asynchronous copies to a GPU.
+    """
+    for pixels in _Batches(source, indices, batch_size).read_by(num_workers, pin_memory):
+        yield pixels.permute(0, 3, 1, 2)
+
+
+def hashed_batches(
+    source: ImageSource, indices: Sequence[int], batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> Iterator[tuple[torch.Tensor, list[bytes]]]:
+    """As `image_batches`, each batch with the hashes of its images, as of `image_hashes`."""
+    for pixels, hashes in _HashedBatches(source, indices, batch_size).read_by(num_workers, pin_memory):
+        yield pixels.permute(0, 3, 1, 2), hashes
 
 
 def read_batches(
@@ -303,23 +343,6 @@ def read_batches(
     pin_memory: bool = False,
     hashed: bool = False,
 ) -> Iterator[torch.Tensor] | Iterator[tuple[torch.Tensor, list[bytes]]]:
-    """Images of the given indices, `batch_size` at a time, uint8 (B, 3, H, W).
-
-    Args:
-        num_workers: processes that read ahead; a pipeline always samples in this process.
-        pin_memory: read into pinned memory, for asynchronous copies to a GPU.
-        hashed: return (images, their hashes) for every batch.
-    """
-    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-    workers = 0 if isinstance(source, PipelineImages) else min(num_workers, len(batches))
-    loader = DataLoader(
-        _Batches(source, batches, hashed),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=READ_AHEAD if workers else None,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # reading must not move the global one
-    )
-    for pixels, hashes in loader:
-        images = pixels.permute(0, 3, 1, 2)
-        yield (images, hashes) if hashed else images
+    """`hashed_batches` if `hashed`, else `image_batches`: the name by which benchmarks and experiments import them."""
+    read = hashed_batches if hashed else image_batches
+    return read(source, indices, batch_size, num_workers, pin_memory)

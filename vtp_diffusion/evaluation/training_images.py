@@ -9,7 +9,7 @@ from ..data.image_datasets import DataConfig
 from ..metrics.features import extract_features
 from ..metrics.neighbours import NEIGHBOUR_NETWORK, nearest_neighbours
 from ..metrics.networks import feature_network
-from .sources import open_reference, read_batches
+from .sources import image_batches, open_reference
 
 BATCH = 64
 
@@ -30,7 +30,7 @@ class TrainingImages:
             raise ValueError(f"reference {reference} holds statistics only, expected images to find neighbours among")
         self.images, self.device, self.network = opened[0], device, feature_network(network)
         count = len(self.images)
-        read = tqdm(read_batches(self.images, range(count), BATCH), total=math.ceil(count / BATCH), desc="reference")
+        read = tqdm(image_batches(self.images, range(count), BATCH), total=math.ceil(count / BATCH), desc="reference")
         self.features = extract_features(self.network, read, device)
 
     def nearest(self, images: torch.Tensor) -> tuple[torch.Tensor, list[float]]:

@@ -17,7 +17,7 @@ from ..metrics.networks import FEATURE_NETWORKS, feature_network
 from ..runtime.config import Settings, setting
 from ..runtime.processes import gather_objects, this_process
 from ..runtime.reproducibility import random_stream
-from .sources import DatasetImages, ImageSource, PipelineImages, pipeline_image_size, read_batches
+from .sources import DatasetImages, ImageSource, PipelineImages, image_batches, pipeline_image_size
 
 if TYPE_CHECKING:
     from ..generation.pipeline_lightning_dit import LightningDiTPipeline
@@ -131,7 +131,7 @@ class QuickDistance:
         rank, processes = this_process()
         mine = list(indices)[rank::processes]
         parts = gather_objects(
-            extract_features(self.network, read_batches(source, mine, self.config.batch_size), device)
+            extract_features(self.network, image_batches(source, mine, self.config.batch_size), device)
         )
         features = torch.empty(len(indices), parts[0].shape[1])
         for k, part in enumerate(parts):
