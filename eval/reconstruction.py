@@ -14,50 +14,25 @@ is needed; on Inception's features it is the rFID. Works for any diffusers autoe
 number of images. --num_images measures a random subset. `accelerate launch` divides the work among processes.
 """
 
-import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from vtp_diffusion.data.image_datasets import DataConfig
-from vtp_diffusion.data.images import from_uint8, image_grid, to_pil
-from vtp_diffusion.evaluation.one_pass import batches_of_this_process, gathered
-from vtp_diffusion.evaluation.sources import (
-    DatasetImages,
-    chosen_images,
-    fault_lines,
-    image_batches,
-    open_measured,
-    subset_rule,
-)
-from vtp_diffusion.metrics.features import FeatureNetwork, extract_features
-from vtp_diffusion.metrics.frechet import (
-    JACKKNIFE_GROUPS,
-    GaussianStatistics,
-    frechet_distance,
-    jackknife_deviation,
-    jackknife_group,
-)
+from vtp_diffusion.evaluation.reconstruction import WORST, PairedStatistics, mean_psnr, measure_reconstructions
+from vtp_diffusion.evaluation.sources import chosen_images, fault_lines, open_measured, subset_rule
+from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.lpips import LPIPS
-from vtp_diffusion.metrics.networks import (
-    FEATURE_NETWORKS,
-    feature_network,
-    network_name,
-    weight_files,
-)
-from vtp_diffusion.metrics.pixels import SSIM_SETTINGS, psnr, ssim
-from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
+from vtp_diffusion.metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
+from vtp_diffusion.metrics.pixels import SSIM_SETTINGS
+from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
-from vtp_diffusion.runtime.processes import check_device, gather_objects, join_processes, this_process
+from vtp_diffusion.runtime.processes import check_device, join_processes, this_process
 from vtp_diffusion.runtime.programs import print_end_of_evaluation
-
-WORST = 16
 
 
 @dataclass(kw_only=True)
@@ -92,40 +67,6 @@ class ReconstructionEvaluationConfig(Settings):
         weight_files(self.weights, self.feature_network)  # for its ValueError
 
 
-class WorstCases:
-    """The images of the lowest PSNR, with their reconstructions."""
-
-    def __init__(self, count: int):
-        self.count = count
-        self._heap: list[tuple[float, int, torch.Tensor, torch.Tensor]] = []  # by -PSNR: the best of them is first out
-
-    def update(self, indices: Sequence[int], ratios: torch.Tensor, real: torch.Tensor, fake: torch.Tensor) -> None:
-        """A batch of the images with these indices."""
-        for k, ratio in enumerate(ratios.tolist()):
-            case = (-ratio, -indices[k], real[k].cpu(), fake[k].cpu())
-            if len(self._heap) < self.count:
-                heapq.heappush(self._heap, case)
-            elif case[:2] > self._heap[0][:2]:
-                heapq.heapreplace(self._heap, case)
-
-    def gather(self) -> None:
-        """Merge the worst cases of all processes, on every process."""
-        cases = [case for part in gather_objects(self._heap) for case in part]
-        self._heap = sorted(cases, key=lambda case: case[:2])[-self.count :]  # a sorted list is a heap
-
-    def sorted(self) -> list[tuple[int, float, torch.Tensor, torch.Tensor]]:
-        """(index, PSNR, original, reconstruction), the worst first."""
-        return [(-index, -ratio, real, fake) for ratio, index, real, fake in sorted(self._heap, reverse=True)]
-
-    def picture(self):
-        """Originals and, right of each, its reconstruction."""
-        images, names = [], []
-        for index, ratio, real, fake in self.sorted():
-            images += to_pil(torch.stack([real, fake]))
-            names += [f"image {index}", f"{ratio:.1f} dB"]
-        return image_grid(images, 8, names)
-
-
 def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
     vae = load_autoencoder(config.vae)
     factor = getattr(vae, "spatial_compression_ratio", 1)
@@ -136,79 +77,10 @@ def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
     return vae.to(config.device)
 
 
-def mean_psnr(ratios: torch.Tensor) -> dict:
-    """The mean of (N,) in dB without images that equal their reconstructions, whose PSNR is infinite."""
-    finite = ratios[ratios.isfinite()]
-    return {"psnr": finite.mean().item() if len(finite) else None, "equal_images": len(ratios) - len(finite)}
-
-
-class PairedStatistics:
-    """Statistics of images and of their reconstructions: the distance between them, and its spread.
-
-    Args: `count`: number of images; `seed`: decides their groups, see `jackknife_group`.
-    """
-
-    def __init__(self, network: FeatureNetwork, count: int, seed: int):
-        self.network, self.group = network, torch.from_numpy(jackknife_group(count, JACKKNIFE_GROUPS, seed))
-        self.real, self.fake = ([GaussianStatistics(network.dim) for _ in range(JACKKNIFE_GROUPS)] for _ in range(2))
-
-    def update(self, places: range, real: torch.Tensor, fake: torch.Tensor, device: str) -> None:
-        """Add a batch: originals and reconstructions, and their places among the measured images."""
-        place = self.group[places.start : places.stop]
-        for groups, images in ((self.real, real), (self.fake, fake)):
-            features = extract_features(self.network, [images], device)
-            for k in place.unique().tolist():
-                groups[k].update(features[place == k])
-
-    def gather(self) -> None:
-        """Merge the statistics of all processes, on every process."""
-        self.real, self.fake = (list(map(gathered, groups)) for groups in (self.real, self.fake))
-
-    def distance(self) -> tuple[str, float, dict]:
-        """Its name, its value and its spread."""
-        real, fake = ([group for group in groups if group.count] for groups in (self.real, self.fake))
-        # against the very same images: on Inception's features that is the rFID
-        name = "rFID" if self.network.name == "inception" else self.network.distance_name
-        value = frechet_distance(*map(GaussianStatistics.merged, (real, fake)))
-        kind = f"jackknife of {len(real)} random groups of pairs"
-        return name, value, {"kind": kind, "value": jackknife_deviation(fake, real)}
-
-
-def measure(
-    config: ReconstructionEvaluationConfig,
-    vae: torch.nn.Module,
-    lpips: LPIPS,
-    statistics: list[PairedStatistics],
-    images: DatasetImages,
-    chosen: list[int],
-) -> tuple[torch.Tensor, WorstCases]:
-    """Reconstruct and compare the images with the indices `chosen`; the processes share the batches.
-
-    Returns: on every process, for all images: PSNR, SSIM and LPIPS (N, 3), float64 on the CPU, and the worst cases.
-        `statistics` are filled with all images too.
-    """
-    places = batches_of_this_process(len(chosen), config.batch_size)
-    batches = image_batches(images, [chosen[place] for batch in places for place in batch], config.batch_size)
-    values, worst = torch.zeros(len(chosen), 3, dtype=torch.float64), WorstCases(WORST)
-    shown = tqdm(batches, total=len(places), desc="reconstructing", disable=this_process()[0] > 0)
-    for batch, real in zip(places, shown, strict=True):
-        real = real.to(config.device)
-        fake = reconstruct(vae, real)
-        with torch.inference_mode():
-            distances = lpips(from_uint8(real), from_uint8(fake))
-        rows = [part.cpu().double() for part in (psnr(real, fake), ssim(real, fake), distances)]
-        values[batch.start : batch.stop] = torch.stack(rows, 1)
-        worst.update([chosen[place] for place in batch], rows[0], real, fake)
-        for pair in statistics:
-            pair.update(batch, real, fake, config.device)
-    for found in (worst, *statistics):
-        found.gather()
-    return torch.stack(gather_objects(values)).sum(0), worst  # a row is 0 on all processes but the one that made it
-
-
 def evaluate(config: ReconstructionEvaluationConfig) -> None:
     files = weight_files(config.weights, config.feature_network)
-    networks = {n: feature_network(n, files.get(n)).to(config.device) for n in config.feature_network}
+    names = dict.fromkeys(config.feature_network)  # each once
+    extractors = [Extractor(feature_network(name, files.get(name)), config.device) for name in names]
     lpips = LPIPS(config.lpips_network, config.lpips_trunk).to(config.device)
     vae = open_autoencoder(config)
     images = open_measured(config.data, config.split)
@@ -216,8 +88,9 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
     chosen = chosen_images(config.num_images, len(images), config.seed, found)
     if (count := len(chosen)) < 3:
         raise ValueError(f"split {config.split} has {count} images, expected at least 3: a distance needs its spread")
-    statistics = [PairedStatistics(network, count, config.seed) for network in networks.values()]
-    values, worst = measure(config, vae, lpips, statistics, images, chosen)
+    statistics = [PairedStatistics(extractor, count, config.seed) for extractor in extractors]
+    parts = vae, lpips, statistics, images, chosen
+    values, worst = measure_reconstructions(*parts, config.batch_size, config.device)
     enlarged = images.count_enlarged(chosen)
     if this_process()[0] > 0:
         return
@@ -236,7 +109,7 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
         "lpips_trunk": {"file": lpips.trunk.file.name, "sha256": file_sha256(lpips.trunk.file)},
         "distances": {name: value for name, value, _ in distances},
         "distance_spreads": {name: spread for name, _, spread in distances},
-        "networks": [network.describe() for network in networks.values()],
+        "networks": [extractor.network.describe() for extractor in extractors],
         "worst": [{"key": images.dataset.keys[k], "psnr": ratio} for k, ratio, *_ in worst.sorted()],
     }
     if config.worst_cases is not None:
