@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_diffusion.evaluation.measurement import wanted_outputs
 from vtp_diffusion.evaluation.one_pass import record_images
-from vtp_diffusion.evaluation.sources import FolderImages, ImageSource, read_batches
+from vtp_diffusion.evaluation.sources import FolderImages, ImageSource, hashed_batches, image_batches
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
 from vtp_diffusion.metrics.inception import InceptionFeatures, save_random_inception
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class TensorImages(Dataset):
-    """Tensors (N, 3, H, W) in memory, as torch-fidelity and `read_batches` take images."""
+    """Tensors (N, 3, H, W) in memory, as torch-fidelity and `image_batches` take images."""
 
     settings = None
 
@@ -247,7 +247,8 @@ class Benchmark:
     def batches(self, source: ImageSource, hashed: bool = False) -> Iterator:
         """As evaluation reads them. Tensors lie in memory: processes could only copy them."""
         workers = 0 if isinstance(source, TensorImages) else self.arguments.num_workers
-        return read_batches(source, range(len(source)), self.arguments.batch_size, workers, self.cuda, hashed)
+        read = hashed_batches if hashed else image_batches
+        return read(source, range(len(source)), self.arguments.batch_size, workers, self.cuda)
 
     def record(self, extractor: Extractor) -> None:
         """What `eval/generation.py` does with generated images."""

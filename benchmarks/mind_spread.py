@@ -33,7 +33,7 @@ from torch.nn.functional import interpolate
 
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.images import from_uint8, to_uint8
-from vtp_diffusion.evaluation.sources import FolderImages, ImageSource, open_reference, read_batches
+from vtp_diffusion.evaluation.sources import FolderImages, ImageSource, image_batches, open_reference
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
 from vtp_diffusion.metrics.networks import feature_network
@@ -97,7 +97,7 @@ def features_of(
     images: Images, extractor: Extractor, batch_size: int, change: Callable = lambda images: images
 ) -> torch.Tensor:
     """(N, D) on the device."""
-    batches = read_batches(*images, batch_size)
+    batches = image_batches(*images, batch_size)
     return torch.cat([extractor(change(batch))["features"] for batch in batches])
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, read_batches
+from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, image_batches
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline
@@ -83,7 +83,7 @@ def write_reference(config: Config, extractors: dict[str, Extractor]) -> None:
     dataset = open_dataset(DataConfig(source="openmoji", resolution=128), "train")
     base = torch.nonzero(dataset.weights == dataset.weights.max()).flatten().tolist()[: config.limit]
     parts = {name: [] for name in extractors}
-    for images in read_batches(DatasetImages(dataset), base, 64):
+    for images in image_batches(DatasetImages(dataset), base, 64):
         for name, extractor in extractors.items():
             parts[name].append(extractor(images)["features"].cpu())
     tensors = {name: torch.cat(features) for name, features in parts.items()}

@@ -333,16 +333,3 @@ def hashed_batches(
     """As `image_batches`, each batch with the hashes of its images, as of `image_hashes`."""
     for pixels, hashes in _HashedBatches(source, indices, batch_size).read_by(num_workers, pin_memory):
         yield pixels.permute(0, 3, 1, 2), hashes
-
-
-def read_batches(
-    source: ImageSource,
-    indices: Sequence[int],
-    batch_size: int,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    hashed: bool = False,
-) -> Iterator[torch.Tensor] | Iterator[tuple[torch.Tensor, list[bytes]]]:
-    """`hashed_batches` if `hashed`, else `image_batches`: the name by which benchmarks and experiments import them."""
-    read = hashed_batches if hashed else image_batches
-    return read(source, indices, batch_size, num_workers, pin_memory)
