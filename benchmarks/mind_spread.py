@@ -36,8 +36,8 @@ from vtp_diffusion.data.images import from_uint8, to_uint8
 from vtp_diffusion.evaluation.sources import FolderImages, ImageSource, image_batches, open_reference
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
+from vtp_diffusion.metrics.mind import PROJECTIONS, sliced_distance
 from vtp_diffusion.metrics.networks import feature_network
-from vtp_diffusion.metrics.sliced import PROJECTIONS, sliced_distance
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.disk import write_json
 

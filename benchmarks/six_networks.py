@@ -25,9 +25,9 @@ from vtp_diffusion.evaluation.measurement import wanted_outputs
 from vtp_diffusion.evaluation.one_pass import record_images
 from vtp_diffusion.evaluation.sources import HASH_BYTES
 from vtp_diffusion.metrics import timm_networks
+from vtp_diffusion.metrics.fdr6 import SIX
 from vtp_diffusion.metrics.features import Extractor, FeatureNetwork
 from vtp_diffusion.metrics.inception import InceptionFeatures, save_random_inception
-from vtp_diffusion.metrics.six import SIX
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.disk import write_json
 

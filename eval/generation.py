@@ -32,8 +32,8 @@ quote: FID, sFID, Inception score, precision and recall. Density and coverage ar
 unbiased estimate of arXiv:1801.01401, not multiplied by 1000. On other networks (vgg16, efficientnet_lite0, and
 vtp:FOLDER, the encoder of a saved VTP) the same metrics have the network's name and are no FID.
 
---feature_network fdr6 measures on the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/six.py`): FDr6 is the
-mean of their Fréchet distances, each divided by that of validation images. MIND (`metrics/sliced.py`) is a distance
+--feature_network fdr6 measures on the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/fdr6.py`): FDr6 is
+the mean of their Fréchet distances, each divided by that of validation images. MIND (`metrics/mind.py`) is a distance
 for few images. Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
 
 Every distance is given as three numbers: to the whole reference, with its standard error; at sizes at which real

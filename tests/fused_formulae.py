@@ -1,4 +1,4 @@
-"""The programs of fused_kernels.py as formulae of PyTorch, in float32: what those are tested against."""
+"""The programs of vtp_kernels.py as formulae of PyTorch, in float32: what those are tested against."""
 
 import torch
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from vtp_diffusion.models.rotary import rotate_interleaved
+from vtp_diffusion.models.rotary_lightning_dit import rotate_interleaved
 
 
 def to_float8(x):

@@ -16,7 +16,7 @@ from vtp_diffusion.data.npz import NpzImages
 from vtp_diffusion.evaluation.comparison import compare_files
 from vtp_diffusion.evaluation.report import read_result, table_rows
 from vtp_diffusion.metrics import networks, timm_networks
-from vtp_diffusion.metrics.six import PUBLISHED_CONSTANTS, SIX
+from vtp_diffusion.metrics.fdr6 import PUBLISHED_CONSTANTS, SIX
 from vtp_diffusion.metrics.timm_networks import TimmFeatures, open_timm
 
 PROGRAM = Path(__file__).parents[2] / "eval" / "generation.py"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from vtp_diffusion.metrics.fdr6 import PUBLISHED_CONSTANTS, SIX, check_counts, fdr6
 from vtp_diffusion.metrics.frechet import jackknife_group
+from vtp_diffusion.metrics.mind import sliced_distance
 from vtp_diffusion.metrics.neighbours import memorised
-from vtp_diffusion.metrics.six import PUBLISHED_CONSTANTS, SIX, check_counts, fdr6
-from vtp_diffusion.metrics.sliced import sliced_distance
 
 
 def draw(*shape, seed=0):

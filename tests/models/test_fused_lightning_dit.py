@@ -13,7 +13,7 @@ from triton_interpreter import run_interpreted
 
 from vtp_diffusion import LightningDiTTransformer2DModel
 from vtp_diffusion.models.fused_lightning_dit import FusedBlock, fuse_training
-from vtp_diffusion.models.rotary import rotate_interleaved
+from vtp_diffusion.models.rotary_lightning_dit import rotate_interleaved
 
 FILLED = {"num_attention_heads": 1, "attention_head_dim": 16}  # SwiGLU has 42 columns, filled up to 48
 

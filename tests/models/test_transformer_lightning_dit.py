@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vtp_diffusion import LightningDiTTransformer2DModel
 from vtp_diffusion.generation.flow_matching import flow_matching_loss, interpolate
 from vtp_diffusion.models.conversion_lightning_dit import convert_lightning_dit_state_dict
-from vtp_diffusion.models.rotary import lightning_dit_rotary_tables, rotate_interleaved
+from vtp_diffusion.models.rotary_lightning_dit import lightning_dit_rotary_tables, rotate_interleaved
 from vtp_diffusion.models.transformer_lightning_dit import (
     LIGHTNING_DIT_SIZES,
 )

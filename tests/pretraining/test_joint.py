@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.models.autoencoder_vtp import VTP_SIZES
-from vtp_diffusion.models.large_products import use_large_products
+from vtp_diffusion.models.fused_vtp import use_large_products
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
 from vtp_diffusion.pretraining.crops import CropConfig, draw_crops, make_crops
 from vtp_diffusion.pretraining.feature_evaluation import effective_rank, retrieval_recall

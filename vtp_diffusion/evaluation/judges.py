@@ -5,10 +5,10 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
+from ..metrics.fdr6 import PUBLISHED_CONSTANTS, SIX, check_counts, fdr6
 from ..metrics.features import Extractor
 from ..metrics.frechet import GaussianStatistics, frechet_distance
 from ..metrics.neighbours import MEMORISED_QUANTILE, check_held_out, memorised
-from ..metrics.six import PUBLISHED_CONSTANTS, SIX, check_counts, fdr6
 from .measurement import MEASURED, JudgesConfig
 from .one_pass import ImageRecord, statistics_device
 

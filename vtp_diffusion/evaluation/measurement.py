@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from ..metrics.fdr6 import SIX
 from ..metrics.features import Extractor, FeatureNetwork
 from ..metrics.frechet import (
     JACKKNIFE_GROUPS,
@@ -17,6 +18,7 @@ from ..metrics.frechet import (
     frechet_distance,
     jackknife_deviation,
 )
+from ..metrics.mind import PROJECTIONS, SLICED_MINIMUM, sliced_distance
 from ..metrics.networks import network_name
 from ..metrics.scores import (
     DENSITY_NEIGHBOURS,
@@ -29,8 +31,6 @@ from ..metrics.scores import (
     kernel_distance,
     precision_recall,
 )
-from ..metrics.six import SIX
-from ..metrics.sliced import PROJECTIONS, SLICED_MINIMUM, sliced_distance
 from ..runtime.config import setting
 from ..runtime.reproducibility import exact_float32, random_stream
 from .one_pass import FeaturesConfig, ImageRecord, Wanted

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import sdpa_kernel
 
 from ..models.fused_lightning_dit import ATTENTION, padded_swiglu, why_not_fused
-from ..models.rotary import lightning_dit_rotary_tables
+from ..models.rotary_lightning_dit import lightning_dit_rotary_tables
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 from .sampler_config import SamplerConfig
 

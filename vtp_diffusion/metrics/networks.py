@@ -14,9 +14,9 @@ from ..models.loading import load_encoder
 from ..runtime.disk import file_sha256
 from ..runtime.optional_packages import require
 from ..runtime.tensor_files import read_torch
+from .fdr6 import SIX
 from .features import FeatureNetwork
 from .inception import open_inception
-from .six import SIX
 from .timm_networks import TIMM_NETWORKS, open_timm
 from .trunks import ConvolutionalTrunk, package_file
 
@@ -118,7 +118,7 @@ class EfficientNetLite0Features(FeatureNetwork):
         return self.model(self._normalise(images))
 
 
-class VTPFeatures(FeatureNetwork):
+class VTPFeatureNetwork(FeatureNetwork):
     """The encoder of an `AutoencoderVTP` or `VTPModel`, saved or as released: the mean of its patch tokens.
 
     The class token is not read: reconstruction alone does not train it. Images are resized to the side the encoder was
@@ -188,7 +188,7 @@ def feature_network(name: str, weights: str | Path | None = None) -> FeatureNetw
     if name.startswith(VTP_PREFIX):
         if weights is not None:
             raise ValueError(f"{name} names its own weights, but weights {weights} are given too: leave them out")
-        return VTPFeatures(name.removeprefix(VTP_PREFIX))
+        return VTPFeatureNetwork(name.removeprefix(VTP_PREFIX))
     return FEATURE_NETWORKS[name](weights)
 
 

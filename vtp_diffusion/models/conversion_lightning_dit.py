@@ -10,7 +10,7 @@ import torch
 
 from ..runtime.tensor_files import read_torch
 from .conversion import RenameTable, StateDict, rename_strictly, with_kinds
-from .rotary import lightning_dit_rotary_tables
+from .rotary_lightning_dit import lightning_dit_rotary_tables
 
 
 def read_lightning_dit_checkpoint(checkpoint: str | Path) -> StateDict:

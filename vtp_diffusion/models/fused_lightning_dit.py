@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .large_products import RotatedProjections, SwiGLU, compute_dtype, joined_parameters
+from .fused_vtp import RotatedProjections, SwiGLU, compute_dtype, joined_parameters
 from .transformer_lightning_dit import (
     LightningDiTAttention,
     LightningDiTBlock,
@@ -58,9 +58,9 @@ def _why_kernels_fail(device: torch.device) -> str | None:
 def fuse_training(network: LightningDiTTransformer2DModel, recompute: bool = False) -> None:
     """Let `FusedBlock` run the blocks of a network when gradients are enabled. The layers inside are then not called:
     hooks on them have no effect."""
-    from . import fused_kernels, lightning_dit_kernels
+    from . import lightning_dit_kernels, vtp_kernels
 
-    fused = FusedBlock(lightning_dit_kernels, fused_kernels, recompute)
+    fused = FusedBlock(lightning_dit_kernels, vtp_kernels, recompute)
     for block in network.blocks:
         block.fused = fused
 
@@ -82,7 +82,7 @@ class FusedBlock:
     """The forward pass of a `LightningDiTBlock`.
 
     Args:
-        kernels: lightning_dit_kernels.py; `swiglu_kernels`: fused_kernels.py; or what has their functions.
+        kernels: lightning_dit_kernels.py; `swiglu_kernels`: vtp_kernels.py; or what has their functions.
         recompute: compute norms and activations (but no matrix products) again in the backward pass instead of storing
             them: 31 bytes per token and channel instead of 40.
     """

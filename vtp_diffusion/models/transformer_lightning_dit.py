@@ -21,7 +21,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .rotary import lightning_dit_rotary_tables, rotate_interleaved
+from .rotary_lightning_dit import lightning_dit_rotary_tables, rotate_interleaved
 from .strict_loading import StrictLoadingMixin
 
 # Published sizes (arXiv:2501.01423 and the VTP repository); they fix neither the patch size nor the latent shape.

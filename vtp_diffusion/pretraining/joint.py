@@ -274,7 +274,7 @@ def compile_parts(objective: VTPForPreTraining, stacks: bool = False) -> None:
 
     Args: `stacks`: compile whole encoders, text towers and reconstructions instead of blocks.
     """
-    from ..models.large_products import cuda_kernels, use_large_products
+    from ..models.fused_vtp import cuda_kernels, use_large_products
     from ..models.vtp_model import VTPModel
 
     use_large_products(objective, cuda_kernels())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from triton_interpreter import run_interpreted
 
-from vtp_diffusion.models.large_products import cuda_kernels, use_large_products
+from vtp_diffusion.models.fused_vtp import cuda_kernels, use_large_products
 from vtp_diffusion.models.vtp_blocks import VTPBlock, VTPDecoderBlock, VTPRMSNorm, rotary_tables
 
 BATCH, LENGTH, WIDTH, HEADS = 6, 9, 64, 2
@@ -106,10 +106,10 @@ def test_what_the_functions_do_not_know_is_computed_as_before():
 PROGRAM = """
 import torch
 import fused_formulae
-from vtp_diffusion.models import fused_kernels
+from vtp_diffusion.models import vtp_kernels
 
 torch.manual_seed(0)
-fused_kernels.PROGRAMS = 4  # so that a program has several rounds of its loop
+vtp_kernels.PROGRAMS = 4  # so that a program has several rounds of its loop
 
 
 def same(first, second, limit=1e-5):
@@ -122,19 +122,19 @@ def same(first, second, limit=1e-5):
 for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):  # Triton's interpreter cuts bits off
     # 350 rows are no multiple of the rows of a part, 300 columns no multiple of those of a program
     values = torch.randn(70, 5, 600).to(dtype), torch.randn(600), torch.randn(70, 5, 300).to(dtype)
-    same([fused_kernels.swiglu(*values[:2])], [fused_formulae.swiglu(*values[:2])], limit)
-    same(fused_kernels.swiglu_backward(*values), fused_formulae.swiglu_backward(*values), limit)
+    same([vtp_kernels.swiglu(*values[:2])], [fused_formulae.swiglu(*values[:2])], limit)
+    same(vtp_kernels.swiglu_backward(*values), fused_formulae.swiglu_backward(*values), limit)
     x, weight = torch.randn(5, 3, 48).to(dtype), torch.randn(48)
     residual = torch.randn(5, 3, 48).to(dtype)
     for kept, place in ((5, None), (2, torch.tensor([2, 0, 2, 1, 2]))):
         for inside in {dtype, torch.bfloat16}:  # the gradient of a branch under autocast, beside a float32 stream
             values = x, weight, 1e-5, torch.randn(kept, 3, 48).to(inside), residual, place
-            same(fused_kernels.norm_backward(*values), fused_formulae.norm_backward(*values), limit)
+            same(vtp_kernels.norm_backward(*values), fused_formulae.norm_backward(*values), limit)
     for heads in (2, 20):  # fewer and more than a program's
         cos, sin = torch.randn(2, 3, 32)
         x = torch.randn(5, 3, 3 * heads * 32).to(dtype)
         first, second = x.clone(), x.clone()
-        fused_kernels.rotate_(first, cos, sin)
+        vtp_kernels.rotate_(first, cos, sin)
         fused_formulae.rotate_(second, cos, sin)
         assert not torch.equal(first, x)
         same([first], [second], limit)
@@ -143,7 +143,7 @@ for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3)):  # Triton's
         mixed = [alike[0].contiguous(), alike[1], alike[2]]
         for parts in (alike, mixed):
             values = *parts, cos, sin
-            same(fused_kernels.rotate_back(*values), fused_formulae.rotate_back(*values), limit)
+            same(vtp_kernels.rotate_back(*values), fused_formulae.rotate_back(*values), limit)
 
 print("all equal")
 """

@@ -30,12 +30,12 @@ HALF_HEADS = (16, 32, 64, 128)  # half head sizes that `rotate_` supports: power
 
 
 def cuda_kernels() -> ModuleType | None:
-    """fused_kernels.py if there are CUDA and Triton, which comes with PyTorch for CUDA; else None."""
+    """vtp_kernels.py if there are CUDA and Triton, which comes with PyTorch for CUDA; else None."""
     if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return None
-    from . import fused_kernels
+    from . import vtp_kernels
 
-    return fused_kernels
+    return vtp_kernels
 
 
 def use_large_products(model: nn.Module, kernels: ModuleType | None) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels for large_products.py. Their backward passes sum the gradients of biases and scales while the values
+"""Triton kernels for fused_vtp.py. Their backward passes sum the gradients of biases and scales while the values
 are in registers; autograd and torch.compile would read them from memory again. tests/fused_formulae.py has the same
 functions in PyTorch.
 
