@@ -111,13 +111,19 @@ def validate(config: Config, run: TrainingRun, teacher, distance: QuickDistance 
         report_validation(config.validation, run, build_pipeline(teacher, run.model), distance, step)
 
 
-def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset: LatentDataset) -> None:
+def save_pipeline(
+    config: Config,
+    run: TrainingRun,
+    pipeline: LightningDiTPipeline,
+    dataset: LatentDataset,
+    distance: QuickDistance | None,
+) -> None:
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import save_with_card
 
     student = pipeline.transformer.config.student | {"baked": config.teacher.guidance_text}
-    data = f"{len(dataset)} latents of training images"
-    folder = save_with_card(config, run, pipeline, dataset, data=data, student=student)
+    data, reference = f"{len(dataset)} latents of training images", distance and distance.reference_text
+    folder = save_with_card(config, run, pipeline, dataset, data=data, student=student, reference=reference)
     print_end([run.folder.path, folder], NEXT, folder, max(config.student_steps))
 
 
@@ -147,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         student.enable_gradient_checkpointing()
     pipeline = build_pipeline(teacher, student)
     check_validation(config.validation, pipeline)
-    distance = open_distance(config.validation, pipeline)
+    distance = open_distance(config.validation, pipeline, dataset.metadata)
     torch.set_float32_matmul_precision("high")  # finite differences turn this off: they need exact float32
     objective = distillation.MeanVelocityObjective(student)
     if config.compile:
@@ -176,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         run.optimise(step, inputs)
     with run.averaged_weights():
         if run.is_main:
-            save_pipeline(config, run, build_pipeline(teacher, run.model), dataset)
+            save_pipeline(config, run, build_pipeline(teacher, run.model), dataset, distance)
     run.end()
 
 

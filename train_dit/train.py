@@ -196,7 +196,9 @@ def validate(config: Config, run: TrainingRun, vae, dataset, distance: QuickDist
         report_validation(config.validation, run, build_pipeline(config, vae, model, dataset), distance, step)
 
 
-def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset) -> None:
+def save_pipeline(
+    config: Config, run: TrainingRun, pipeline: LightningDiTPipeline, dataset, distance: QuickDistance | None
+) -> None:
     """Write pipeline/ with its model card."""
     from vtp_diffusion.generation.model_card import save_with_card
 
@@ -207,6 +209,7 @@ def save_pipeline(config: Config, run: TrainingRun, pipeline: LightningDiTPipeli
         pipeline,
         dataset,
         data=f"{len(dataset)} {source}",
+        reference=distance and distance.reference_text,
         times=config.times_text,
         time_shift=f"{resolve_shift(config.time_shift, dataset.shape):.4g}",
         shift=f"{resolve_shift(config.shift, dataset.shape):.4g}",
@@ -244,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = build_pipeline(config, vae, transformer, dataset)
     check_validation(config.validation, pipeline)
     check_guide(config.guide, folder, transformer)
-    distance = open_distance(config.validation, pipeline)
+    distance = open_distance(config.validation, pipeline, dataset.metadata)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass has twice the products of a forward pass
     objective = build_objective(config, transformer, vae)
@@ -272,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.averaged_model() as model:
         if run.is_main:
             pipeline = build_pipeline(config, vae, model, dataset, open_guide(config.guide, folder))
-            save_pipeline(config, run, pipeline, dataset)
+            save_pipeline(config, run, pipeline, dataset, distance)
     run.end()
 
 

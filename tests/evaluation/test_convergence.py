@@ -11,7 +11,10 @@ from vtp_diffusion.evaluation.convergence import first_within, read_convergence
 
 CONFIG = {
     "train_batch_size": 10,
-    "validation": {"guidance_scale": 1.0, "distance": {"network": "vgg16", "num_images": 8}},
+    "validation": {
+        "guidance_scale": 1.0,
+        "distance": {"network": "vgg16", "num_images": 8, "reference": {"source": "openmoji"}},
+    },
 }
 
 
@@ -58,8 +61,10 @@ def test_a_log_of_an_earlier_version_leaves_open_what_it_does_not_say(folder):
 def test_the_program_prints_it(folder, capsys):
     program = runpy.run_path(str(Path(__file__).parents[2] / "eval" / "generation.py"))
     program["main"](["reach", str(folder(*LINES)), "25"])
-    expected = "FD-VGG of 8 samples, no guidance, is at most 25 after 4 epochs, 200 images, 8 GPU-seconds, 2e+10 FLOPs"
-    assert expected in capsys.readouterr().out
+    expected = "FD-VGG of 8 samples to openmoji, no guidance, is at most 25 after 4 epochs, 200 images, 8 GPU-seconds"
+    assert expected + ", 2e+10 FLOPs" in capsys.readouterr().out
+    program["main"](["reach", str(folder(distance(9, 1.0) | {"FD-VGG_reference": "20 images of cats"})), "25"])
+    assert "FD-VGG of 8 samples to 20 images of cats, no guidance, is" in capsys.readouterr().out
     guidance = {"guidance_scale": 3.0, "guidance": "internal", "guidance_interval": [0.0, 0.9]}
     row = read_convergence(folder(*LINES, config=CONFIG | {"validation": CONFIG["validation"] | guidance}))[0]
     assert row["guidance"] == "guidance of scale 3.0 (internal) at times from 0.0 to 0.9"

@@ -124,6 +124,7 @@ def test_other_tokenizers_are_trained_on_equal_terms(tmp_path, made, make, chann
         (["--data.resolution=18"], "AutoencoderVTP cannot encode images of 18 pixels"),
         (["--model.base_head_layer=1"], "model.base_head_layer is 1, expected a block before the last, 1"),
         (["--model.num_classes=1"], "model.num_classes is 1, but the data's labels go from 0 to 1"),
+        (["--validation.distance.num_images=6"], "twice as many real images, .*/images has 10"),
         (["--latents=somewhere"], "augmentation changes images while training online"),
     ],
 )

@@ -22,7 +22,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
         flops: useful operations of forward and backward passes so far. None as above.
         gpu_seconds: time of training alone, summed over all processes (also on a CPU). None as above.
         distance, floor: the value for num_images samples, and that of real images at the same sizes.
-        name, network: name of the distance, and its feature network.
+        name, network, reference: name of the distance, its feature network, and the real images in words.
         guidance: of the samples, in words.
     Raises: ValueError: no run folder, a damaged log, or one without distances.
     """
@@ -36,6 +36,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
     }  # there, or later than the run
     given = {name: config[key] for name, key in names.items() if key in config}
     guidance = build_config(GuidanceConfig, given, str(folder / "config.yaml"), "validation.")
+    earlier = config.get("validation.distance.reference.source", "unknown images")  # logs now name the reference
     rows, taken, seconds = [], dict.fromkeys(("epochs", "flops", "gpu_seconds"), 0.0), 0.0
     for line in read_log(folder / "log.jsonl"):
         if "seconds" in line:
@@ -50,6 +51,7 @@ def read_convergence(run_folder: str | Path) -> list[dict]:
                 | taken
                 | {"distance": line[name], "floor": line[f"{name}_floor"], "num_images": line[f"{name}_images"]}
                 | {"name": name, "network": config["validation.distance.network"]}
+                | {"reference": line.get(f"{name}_reference", earlier)}
                 | {"guidance": guidance.guidance_text}
             )
     if not rows:
@@ -81,6 +83,6 @@ def reach_line(words: Sequence[str]) -> str:
     row = first_within(read_convergence(folder), distance)
     amounts = [f"{'unknown' if row[key] is None else f'{row[key]:.4g}'} {text}" for key, text in AMOUNTS.items()]
     return (
-        f"{row['name']} of {row['num_images']} samples, {row['guidance']}, is at most {wanted} after "
-        f"{', '.join(amounts)}: {row['distance']:.4g} at step {row['step']} (real images: {row['floor']:.4g})"
+        f"{row['name']} of {row['num_images']} samples to {row['reference']}, {row['guidance']}, is at most {wanted} "
+        f"after {', '.join(amounts)}: {row['distance']:.4g} at step {row['step']} (real images: {row['floor']:.4g})"
     )

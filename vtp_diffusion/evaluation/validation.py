@@ -1,20 +1,20 @@
 """Validation during training: sample grid and quick Fréchet distance, beside its real-vs-real baseline."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
-from ..data.image_datasets import DataConfig, open_dataset
+from ..data.image_datasets import DataConfig, ImageDataset, open_dataset
 from ..data.images import image_grid
 from ..generation.sampler_config import GuidanceConfig
 from ..generation.sampling import draw_labels, initial_noise
 from ..metrics.features import extract_features
 from ..metrics.frechet import floor_of_halves
 from ..metrics.networks import FEATURE_NETWORKS, feature_network
-from ..runtime.config import Settings, setting
+from ..runtime.config import Settings, build_config, setting
 from ..runtime.processes import gather_objects, this_process
 from ..runtime.reproducibility import random_stream
 from .sources import DatasetImages, ImageSource, PipelineImages, image_batches, pipeline_image_size
@@ -31,8 +31,10 @@ class DistanceConfig(Settings):
     num_images: int = setting(0, "samples, of random classes; 0: no distance is measured", at_least=0)
     network: str = setting("vgg16", f"feature network: one of {', '.join(FEATURE_NETWORKS)}, vtp:FOLDER")
     weights: str | None = setting(None, "file of its weights; none: from the installed package or the download cache")
-    reference: DataConfig = setting(
-        default_factory=DataConfig, help="real images; their resolution is that of the samples"
+    reference: DataConfig | None = setting(
+        None,
+        "real images, at the resolution of the samples; none: those that the latents were made from, or that training "
+        "encodes",
     )
     batch_size: int = setting(32, "images at once", at_least=1)
 
@@ -83,6 +85,35 @@ def sample_grid(config: ValidationConfig, pipeline: "LightningDiTPipeline", devi
     return image_grid(images, columns=min(8, len(images)), labels=names)
 
 
+def open_real_images(
+    reference: DataConfig | None, resolution: int, metadata: dict[str, Any] | None
+) -> tuple[ImageDataset, str]:
+    """The training split of a reference, or without one the images that latents were made from; and their source.
+
+    Args: `metadata`: of the latents; its `data` has the settings, split and fingerprint of their images.
+    Raises: ValueError: no reference, and the latents do not say which images they are of, or these have changed.
+    """
+    if reference is not None:
+        dataset = open_dataset(replace(reference, resolution=resolution), "train")
+        return dataset, reference.data_files or reference.source
+    given = (
+        "distance.num_images is given without distance.reference: expected the images that the latents were made from"
+    )
+    advice = "give --validation.distance.reference.source and what else tells the real images"
+    made_of = (metadata or {}).get("data")
+    if made_of is None:
+        raise ValueError(f"{given}, but the latents do not say which these are: {advice}")
+    known = {field.name for field in fields(DataConfig)} & made_of.keys()
+    try:
+        config = build_config(DataConfig, {name: made_of[name] for name in known}, "latents.json", "data.")
+        dataset = open_dataset(replace(config, resolution=resolution), made_of["split"])
+    except ValueError as error:
+        raise ValueError(f"{given}, but these cannot be opened: {advice}. {error}") from error
+    if dataset.fingerprint != made_of["fingerprint"]:
+        raise ValueError(f"{given}, but {made_of['source']} holds other images now: {advice}")
+    return dataset, config.data_files or config.source
+
+
 class QuickDistance:
     """Fréchet distance of N samples to N real images, and the floor: that of N other real images to the same N.
 
@@ -90,32 +121,37 @@ class QuickDistance:
     number. The real images are 2 N random ones of the reference, without variants. The processes share the work, and
     the result does not depend on their number.
 
+    Args: `metadata`: of what is trained on, for `open_real_images`.
+    Attributes: `reference_text`: the reference in words.
     Raises:
-        ValueError: a reference of fewer than 2 N images, more processes than images, or an unknown feature network.
+        ValueError: a reference of fewer than 2 N images, more processes than images, or an unknown feature network;
+            as `open_real_images`.
     """
 
-    def __init__(self, config: DistanceConfig, seed: int, resolution: int):
+    def __init__(self, config: DistanceConfig, seed: int, resolution: int, metadata: dict[str, Any] | None = None):
         self.config, self.seed = config, seed
         if config.num_images < this_process()[1]:
             raise ValueError(
                 f"distance.num_images is {config.num_images}, which {this_process()[1]} processes cannot share: "
                 "expected at least one image each"
             )
-        dataset = open_dataset(replace(config.reference, resolution=resolution), "train")
+        dataset, source = open_real_images(config.reference, resolution, metadata)
         self.network = feature_network(config.network, config.weights)
         self.reference = DatasetImages(dataset)
         originals = torch.nonzero(dataset.weights == dataset.weights.max()).flatten().numpy()
         if len(originals) < 2 * config.num_images:
             raise ValueError(
                 f"distance.num_images is {config.num_images}: the floor takes twice as many real images, "
-                f"{config.reference.source} has {len(originals)}"
+                f"{source} has {len(originals)}"
             )
+        self.reference_text = f"{len(originals)} images of {source}"
         chosen = random_stream("reference images", seed).permutation(originals)[: 2 * config.num_images]
         self.chosen = sorted(chosen.tolist())
         self._reference_features: torch.Tensor | None = None
 
     def measure(self, pipeline: "LightningDiTPipeline", device: torch.device, **sampler: float) -> dict[str, float]:
-        """The distance under its name, its floor and the number of images. All processes must call this."""
+        """The distance under its name, its floor, the number of images and the reference. All processes must call
+        this."""
         count, classes = self.config.num_images, pipeline.transformer.config.num_classes
         labels = draw_labels("random", count, classes, self.seed)
         samples = PipelineImages(pipeline, labels, self.seed, self.config.batch_size, **sampler)
@@ -124,7 +160,8 @@ class QuickDistance:
             self._reference_features = self._features(self.reference, self.chosen, device)
         self.network.cpu()  # training needs the GPU memory
         floor, name = floor_of_halves(generated, self._reference_features, self.seed), self.network.distance_name
-        return {name: floor.generated, f"{name}_floor": floor.real, f"{name}_images": floor.sizes[0]}
+        values = {name: floor.generated, f"{name}_floor": floor.real, f"{name}_images": floor.sizes[0]}
+        return values | {f"{name}_reference": self.reference_text}
 
     def _features(self, source: ImageSource, indices: Sequence[int], device: torch.device) -> torch.Tensor:
         """Features (N, D) on every process; each of the P processes computes those of every P-th image."""
@@ -139,11 +176,13 @@ class QuickDistance:
         return features
 
 
-def open_distance(config: ValidationConfig, pipeline: "LightningDiTPipeline") -> QuickDistance | None:
-    """The Fréchet distance of validations, if the configuration asks for one."""
+def open_distance(
+    config: ValidationConfig, pipeline: "LightningDiTPipeline", metadata: dict[str, Any] | None
+) -> QuickDistance | None:
+    """The Fréchet distance of validations, if the configuration asks for one. Args, Raises: as of `QuickDistance`."""
     if config.distance.num_images == 0:
         return None
-    return QuickDistance(config.distance, config.seed, pipeline_image_size(pipeline)[0])
+    return QuickDistance(config.distance, config.seed, pipeline_image_size(pipeline)[0], metadata)
 
 
 def report_validation(

@@ -69,6 +69,9 @@ images = pipeline(class_labels=[0], **settings).images
 {%- else %} {{ guide.text }}.
 {%- endif %}
 {%- endif %}
+{%- if reference %}
+- Distances during training are to {{ reference }}.
+{%- endif %}
 
 ## Limits
 
@@ -100,7 +103,7 @@ def write_model_card(
     """
     validation, vtp = config.validation, autoencoder == "AutoencoderVTP"
     data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
-    fields = {"student": None, "autoencoder": autoencoder, "vtp": vtp, "attribution": attribution}
+    fields = {"student": None, "reference": None, "autoencoder": autoencoder, "vtp": vtp, "attribution": attribution}
     fields |= vars(config) | values
     guidance = {"guidance_scale": validation.guidance_scale} | validation.changed_guidance
     settings = ({} if fields["student"] else guidance) | {"num_inference_steps": validation.num_inference_steps}
