@@ -78,7 +78,11 @@ class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
         may_change=True,
     )
     verify_latents: bool = setting(False, "first compare every shard with the SHA-256 in it", may_change=True)
-    data: DataConfig | None = setting(None, "online: the images; with latents: the images they have to be made from")
+    data: DataConfig | None = setting(
+        None,
+        "online: the images; with latents nothing of it is read, but their resolution and exif_orientation have to be "
+        "those given here",
+    )
     augmentation: AugmentationConfig = setting(
         default_factory=AugmentationConfig, help="online: changes of the images, besides random_flip"
     )

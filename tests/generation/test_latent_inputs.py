@@ -121,7 +121,11 @@ def test_latents_of_other_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"are \(4, 8, 8\), of images of 32 pixels .* makes \(4, 16, 16\)"):
         check_latents(LatentDataset(tmp_path), vae, DataConfig(resolution=32))
     metadata = {"autoencoder": autoencoder_identity(vae), "num_samples": 5, "label_names": ["a", "b", "c"]}
-    metadata |= {"mean": [], "std": [], "resolution": 16, "crop": "random crop"}
+    metadata |= {"mean": [], "std": [], "resolution": 16, "data": {"source": "mine", "limit": None}}
+    write_metadata(tmp_path, metadata)
+    shipped = DataConfig(source="imagenet", resolution=16, limit=9)  # a configuration names images of its own
+    check_latents(LatentDataset(tmp_path), vae, shipped)
+    metadata |= {"crop": "random crop"}
     write_metadata(tmp_path, metadata)
     with pytest.raises(ValueError, match="have crop random crop, the configuration says ADM centre crop"):
         check_latents(LatentDataset(tmp_path), vae, DataConfig(resolution=16))

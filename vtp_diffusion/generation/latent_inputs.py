@@ -191,10 +191,10 @@ def latent_shape(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
 
 
 def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | None) -> None:
-    """Refuse latents that are not square, that another autoencoder made, or from other images than the configuration
-    says.
+    """Refuse latents that are not square, that another autoencoder made, or of images that were cropped otherwise.
 
-    Args: `config`: of the images; None: do not compare them.
+    Args: `config`: its resolution and orientation are compared, not the source, which shipped configurations name too;
+        None: nothing of it.
     Raises: ValueError naming what was found and what was expected, also if the autoencoder lacks its statistics.
     """
     channels, height, width = dataset.shape
