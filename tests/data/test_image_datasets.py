@@ -272,13 +272,16 @@ def test_room_for_the_copy_of_parquet_is_looked_for_before_it_is_made(tmp_path, 
     assert said == [1, 0]
 
 
-def test_class_names_and_indices_in_a_column(tmp_path, offline):
+def test_class_names_and_indices_in_a_column(tmp_path, offline, capsys):
     write_parquet(offline, tmp_path / "names.parquet", ["dog", "cat", "dog"], offline.Value("string"))
     dataset = open_dataset(parquet_config(tmp_path / "names.parquet"))
+    assert "warning" not in capsys.readouterr().out
     assert dataset.label_names == ["cat", "dog"] and dataset.labels == [1, 0, 1] and dataset.classes_named
     write_parquet(offline, tmp_path / "numbers.parquet", [2, 0], offline.Value("int64"))
     dataset = open_dataset(parquet_config(tmp_path / "numbers.parquet"))
     assert dataset.label_names == ["0", "1", "2"] and not dataset.classes_named
+    warning = "kind of parquet has the labels [0, 2], so the classes [1] have no images. Number them from 0"
+    assert warning in capsys.readouterr().out
     write_parquet(offline, tmp_path / "unknown.parquet", [0, -1], offline.Value("int64"))
     with pytest.raises(ValueError, match="kind is -1, expected class indices or names"):
         open_dataset(parquet_config(tmp_path / "unknown.parquet"))

@@ -5,6 +5,7 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 
 import functools
 import hashlib
+import reprlib
 import tarfile
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -409,6 +410,11 @@ def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int]
     for label in labels:
         check_label(label, f"{config.source}: {column}")
     names = getattr(table.features[column], "names", None)
+    if names is None and (missing := sorted(set(range(max(found) + 1)).difference(found))):
+        _say(
+            f"warning: {column} of {config.source} has the labels {reprlib.repr(sorted(set(found)))}, so the classes "
+            f"{reprlib.repr(missing)} have no images. Number them from 0 without gaps, or store their names as text"
+        )
     return labels, names or [str(index) for index in range(max(found) + 1)], names is not None
 
 
