@@ -167,9 +167,11 @@ def head_rows(config: LinearProbeConfig, features: dict[str, ProbeFeatures], num
 def main() -> None:
     check_alone("eval/linear_probe.py")
     config = parse_config(LinearProbeConfig, description=__doc__)
+    from vtp_diffusion.generation.latent_inputs import latent_shape
     from vtp_diffusion.models.loading import load_encoder
 
     model = load_encoder(config.model).requires_grad_(False)
+    latent_shape(model, config.data.resolution)  # refuses a resolution before images are read
     if config.num_layers > (layers := model.config.encoder_num_layers):
         print(f"num_layers is {config.num_layers}, the encoder has {layers}: heads read those {layers}")
         config = replace(config, num_layers=layers)

@@ -45,6 +45,7 @@ from vtp_diffusion.data.latent_shards import (
     write_statistics,
 )
 from vtp_diffusion.data.openmoji import LICENSE, read_attribution
+from vtp_diffusion.generation.latent_inputs import latent_shape
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
 from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime import folder_lock
@@ -76,6 +77,13 @@ class Config(Settings):
     compile: bool = setting(False, "torch.compile the encoder, a VTP's block by block")
     num_workers: int = setting(0, "processes that read images ahead", at_least=0)
     seed: int = setting(0, "of the augmentation", at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.copies == 1 and self.augmentation != AugmentationConfig():
+            raise ValueError(
+                "augmentation is given with copies 1, expected --copies 2 or more: the first copy is never changed"
+            )
 
 
 def plan_samples(weights: list[float], copies: int) -> list[Sample]:
@@ -188,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 is more precise than the latents' dtype
     vae = load_autoencoder(config.vae)
     identity = autoencoder_identity(vae)
+    vae.to(accelerator.device)
+    latent_shape(vae, config.data.resolution)  # refuses images that don't suit the autoencoder, before any is read
     dataset = open_dataset(config.data, config.split)
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
@@ -195,10 +205,6 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("cache_dir", "exif_orientation", "max_pixels", "stream_restart"):  # the fingerprint has the second
         settings["data"].pop(name)
     plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
-    vae.to(accelerator.device)
-    side = config.data.resolution
-    with torch.no_grad():  # images that don't suit the autoencoder are refused before anything is written
-        encode_raw(vae, torch.zeros(1, 3, side, side, device=accelerator.device))
     if accelerator.is_main_process:
         begin_extraction(folder, plan)
     accelerator.wait_for_everyone()

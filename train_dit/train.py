@@ -129,7 +129,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
     """Latent shards that fit the autoencoder, or without any the images, which training encodes."""
     from vtp_diffusion.data.image_datasets import open_dataset
     from vtp_diffusion.data.latent_shards import LatentDataset
-    from vtp_diffusion.generation.latent_inputs import OnlineLatents, check_latents, class_names
+    from vtp_diffusion.generation.latent_inputs import OnlineLatents, check_latents, class_names, latent_shape
     from vtp_diffusion.models.latent_space import latent_statistics
 
     if config.latents is not None:
@@ -138,6 +138,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
     else:
         latent_statistics(vae)  # refuses an autoencoder that should have them and does not
         config.alignment.check_autoencoder(vae)
+        latent_shape(vae, config.data.resolution)  # refuses a resolution before images are read
         dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
     dataset.id2label = class_names(dataset, config.model.num_classes)
     return dataset

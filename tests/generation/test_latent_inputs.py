@@ -109,7 +109,7 @@ def test_online_data_is_identified_by_images_and_autoencoder(images):
     dataset = open_dataset(images)
     one, same, other = (OnlineLatents(dataset, vtp(seed), images, AugmentationConfig()) for seed in (0, 0, 1))
     assert one.fingerprint == same.fingerprint != other.fingerprint
-    with pytest.raises(ValueError, match="AutoencoderVTP cannot encode images of 20 pixels"):
+    with pytest.raises(ValueError, match="data.resolution is 20, which AutoencoderVTP cannot encode"):
         OnlineLatents(dataset, vtp(), DataConfig(source=images.source, resolution=20), AugmentationConfig())
 
 

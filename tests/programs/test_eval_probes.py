@@ -208,6 +208,8 @@ def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
         evaluate("zero_shot.py", "--model", made / "vae")
     with pytest.raises(ValueError, match="holds no model"):
         evaluate("zero_shot.py", "--model", made / "images")
+    with pytest.raises(ValueError, match="data.resolution is 18, which AutoencoderVTP cannot encode"):
+        evaluate("linear_probe.py", "--data.resolution", 18, "--data.source", made / "vae")  # no images at all
     with pytest.raises(ValueError, match="has no validation split: its images are not split"):
         evaluate("linear_probe.py", "--num_layers", 2, "--data.source", made / "images" / "train")
     for split in ("train", "validation"):

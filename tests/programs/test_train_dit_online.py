@@ -121,7 +121,7 @@ def test_other_tokenizers_are_trained_on_equal_terms(tmp_path, made, make, chann
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data.resolution=18"], "AutoencoderVTP cannot encode images of 18 pixels"),
+        (["--data.resolution=18"], "data.resolution is 18, which AutoencoderVTP cannot encode: Images are 18x18"),
         (["--model.base_head_layer=1"], "model.base_head_layer is 1, expected a block before the last, 1"),
         (["--model.num_classes=1"], "model.num_classes is 1, but the data's labels go from 0 to 1"),
         (["--validation.distance.num_images=6"], "twice as many real images, .*/images has 10"),

@@ -187,7 +187,9 @@ def latent_shape(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
     try:
         return tuple(encode_raw(vae, blank).shape[1:])
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{type(vae).__name__} cannot encode images of {resolution} pixels: {error}") from error
+        raise ValueError(
+            f"data.resolution is {resolution}, which {type(vae).__name__} cannot encode: {error}"
+        ) from error
 
 
 def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | None) -> None:
