@@ -403,24 +403,33 @@ def test_the_identity_is_of_what_decides_raw_latents(tmp_path):
     assert autoencoder_identity(kl(scaling_factor=0.5)) == autoencoder_identity(kl(scaling_factor=1.0))
 
 
-def test_latents_of_another_autoencoder_are_refused():
+def test_latents_of_another_autoencoder_are_refused(tmp_path):
     metadata = {"autoencoder": autoencoder_identity(vtp())}
-    check_latents_fit(metadata, vtp())
-    check_latents_fit(None, vtp())  # upstream's shards say nothing
-    with pytest.raises(ValueError, match="the latents were made by the autoencoder .*AutoencoderVTP.*AutoencoderKL"):
-        check_latents_fit(metadata, kl())
+    check_latents_fit("l", metadata, vtp())
+    check_latents_fit("l", None, vtp())  # upstream's shards say nothing
+    kl().save_pretrained(tmp_path)
+    message = (
+        f"in l were made by another autoencoder than that in {tmp_path}: its class is AutoencoderVTP, not Autoenc"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_latents_fit("l", metadata, AutoencoderKL.from_pretrained(tmp_path))
 
 
 def test_latents_fit_an_autoencoder_with_another_decoder():
     metadata = {"autoencoder": autoencoder_identity(vtp()) | autoencoder_identity(vtp(), decoder=False)}
     other = vtp()
     other.decoder.proj_out.weight.data.add_(1.0)
-    check_latents_fit(metadata, other)
-    with pytest.raises(ValueError, match="the one given is .*'encoder'"):
-        check_latents_fit(metadata, vtp(seed=1))
+    check_latents_fit("l", metadata, other)
+    with pytest.raises(
+        ValueError, match="another encoder than that in memory: the weights of the encoder differ. Give"
+    ):
+        check_latents_fit("l", metadata, vtp(seed=1))
     del metadata["autoencoder"]["encoder"]  # as before it was written
-    with pytest.raises(ValueError, match="extract them again"):
-        check_latents_fit(metadata, other)
+    with pytest.raises(
+        ValueError,
+        match="another autoencoder than that in memory: the weights of the autoencoder differ.* extract them again",
+    ):
+        check_latents_fit("l", metadata, other)
 
 
 def test_statistics_on_a_device_without_float64():

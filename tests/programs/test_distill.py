@@ -171,7 +171,7 @@ def test_a_teacher_without_what_is_asked_for_is_refused(run, tmp_path, made):
     make_teacher(tmp_path / "small", vae, sample_size=2)
     program = load_program()
     for folder, teacher, more, message in (
-        (made, tmp_path / "teacher", (), "the latents were made by the autoencoder .*, the one given is"),
+        (made, tmp_path / "teacher", (), "the latents in .* were made by another autoencoder than that in .*vae: "),
         (
             tmp_path,
             "teacher",

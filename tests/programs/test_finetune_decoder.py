@@ -262,7 +262,9 @@ def test_another_autoencoder_is_refused_on_resuming(tmp_path, inputs):
     ):
         program.main(arguments(tmp_path / "run", folder, "--max_train_steps=2"))
     (folder / "pictures" / "train" / "00.png").unlink()
-    with pytest.raises(ValueError, match="was trained with data of fingerprint .* with the same data only"):
+    with pytest.raises(
+        ValueError, match="was trained with data of .*pictures, fingerprint .* with the same data only"
+    ):
         program.main(arguments(tmp_path / "run", folder, "--max_train_steps=2"))
 
 

@@ -214,7 +214,8 @@ def test_a_run_goes_on_with_clipping_and_from_where_its_data_was_moved_to(tmp_pa
 
     file = tmp_path / "moved" / "latents" / "latents.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"mean": [0.25] * 3}))  # of other samples
-    with pytest.raises(ValueError, match="fingerprint"):
+    there = f"{tmp_path / 'moved' / 'latents'}, fingerprint"
+    with pytest.raises(ValueError, match=f"was trained with data of {there} .*, not of {there} "):
         program.main(arguments(tmp_path / "run", tmp_path / "moved", "--lr_scheduler=constant", "--max_train_steps=7"))
 
 
@@ -427,7 +428,9 @@ def test_bad_input_is_named_before_anything_is_written(tmp_path, made, more, mes
 
 def test_latents_of_another_autoencoder_are_refused(tmp_path, made):
     make_autoencoder(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match="made by the autoencoder"):
+    with pytest.raises(
+        ValueError, match=f"made by another autoencoder than that in {tmp_path / 'other'}: the weights"
+    ):
         load_program("train_dit").main(arguments(tmp_path / "run", made, f"--vae={tmp_path / 'other'}"))
 
 

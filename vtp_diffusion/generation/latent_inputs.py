@@ -205,7 +205,7 @@ def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | 
     expected = getattr(vae.config, "latent_channels", channels)
     if channels != expected:
         raise ValueError(f"the latents in {dataset.folder} have {channels} channels, the autoencoder's {expected}")
-    check_latents_fit(dataset.metadata, vae)
+    check_latents_fit(dataset.folder, dataset.metadata, vae)
     latent_statistics(vae)  # refuses an autoencoder that should have them and does not
     if config is None:
         return

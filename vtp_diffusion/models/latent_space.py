@@ -7,6 +7,7 @@ others have `scaling_factor` and perhaps `shift_factor`, which their callers app
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,16 +125,25 @@ def autoencoder_identity(vae: nn.Module, decoder: bool = True) -> dict[str, str]
     }
 
 
-def check_latents_fit(metadata: dict[str, Any] | None, vae: nn.Module) -> None:
+def check_latents_fit(folder: str | Path, metadata: dict[str, Any] | None, vae: nn.Module) -> None:
     """Refuse latents of another autoencoder; only the decoder may differ, if the metadata hold the encoder's hash.
     Upstream's shards have no metadata and cannot be checked.
 
-    Raises: ValueError naming both autoencoders.
+    Args: `folder`, `metadata`: of the latents.
+    Raises: ValueError naming the folder, that of the autoencoder, and what differs.
     """
     made = None if metadata is None else metadata["autoencoder"]
     given = {} if made is None else autoencoder_identity(vae, decoder="encoder" not in made)
-    if any(made.get(name) != value for name, value in given.items()):
+    different = [name for name, value in given.items() if made.get(name) != value]
+    if different:
+        kind = "encoder" if "encoder" in made else "autoencoder"
+        words = {
+            "class": f"its class is {made['class']}, not {given['class']}",
+            "config": "its config.json is another",
+        }
+        faults = " and ".join(words.get(name, f"the weights of the {kind} differ") for name in different)
+        place = vae.config.get("_name_or_path") or "memory"
         raise ValueError(
-            f"the latents were made by the autoencoder {made}, the one given is {given}: extract them again or give "
-            "the autoencoder that made them"
+            f"the latents in {folder} were made by another {kind} than that in {place}: {faults}. Give the one that "
+            "made them, or extract them again"
         )

@@ -10,7 +10,7 @@ processes nor on whether the weights were sharded:
     optimizer.pt               name of a parameter -> its state in the optimiser; the state of the loss scaler
     random_state_<rank>.pt     of each process
     data_state_<rank>.json     position of each process in the data, if they are read as a stream
-    state.json                 step, data, counters
+    state.json                 step, data and where they were, counters
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from ..runtime.config import config_to_dict, flatten_config
 from ..runtime.disk import file_sha256, read_json, sync, writing
 from ..runtime.processes import from_main, this_process, wait_for_everyone
 from ..runtime.tensor_files import read_safetensors, read_torch
@@ -123,6 +124,13 @@ def newest_whole_checkpoint(folder: RunFolder) -> tuple[int, Path] | None:
             + "\nDelete them to train from the start, or give another output_dir"
         )
     return None
+
+
+def data_place(config: Any) -> str | None:
+    """The folder, files or source of a run's data, for messages; None if its configuration names none."""
+    settings = flatten_config(config_to_dict(config))
+    found = (settings.get(name) for name in ("latents", "data.data_files", "data.source"))
+    return next(filter(None, found), None)
 
 
 @dataclass
@@ -239,6 +247,7 @@ class CheckpointWriter:
         with _reporting_failure(state.step, self.folder):
             snapshot = _take_snapshot(state, self.folder.unfinished(state.step))
         if snapshot is not None:
+            snapshot.record["data"] = data_place(self.folder.config)
             # while steps are being skipped, delete no checkpoint: the older ones may be the only healthy ones
             limit = None if state.skipped[0] > 0 else limit
             self._writing = self._thread.submit(_write_snapshot, snapshot, state.step, self.folder, limit)
@@ -341,11 +350,14 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
     record = read_json(path / "state.json")
     cuts = len(state.fingerprint_of) - 1
     there, now = (fingerprint.rsplit("-", cuts) for fingerprint in (record["fingerprint"], state.fingerprint))
-    for name, old, new in zip(state.fingerprint_of, there, now, strict=True):
-        if old != new:
+    places = {"data": (record.get("data"), data_place(folder.config))}  # the first is not known of older checkpoints
+    for name, *hashes in zip(state.fingerprint_of, there, now, strict=True):
+        if hashes[0] != hashes[1]:
+            known = [f"{place}, " if place else "" for place in places.get(name, (None, None))]
+            old, new = (f"{place}fingerprint {found}" for place, found in zip(known, hashes, strict=True))
             raise ValueError(
-                f"{path} was trained with {name} of fingerprint {old}, the fingerprint is now {new}: a run is resumed "
-                f"with the same {name} only"
+                f"{path} was trained with {name} of {old}, not of {new}: a run is resumed with the same {name} only. "
+                "Give those again, or another output_dir"
             )
     _load_weights(state, path, record["average_step"])
     _load_optimizer(state, path)
