@@ -88,7 +88,8 @@ def open_splits(config: LinearProbeConfig) -> dict[str, ImageDataset]:
     Raises: ValueError if there is only one class, or the splits have different classes.
     """
     crop = resized_center_crop if config.protocol == "vtp" else center_crop
-    datasets = {split: open_dataset(config.data, split, crop) for split in ("train", "validation")}
+    validation = open_dataset(config.data, "validation", crop)  # first, as it is missing more often
+    datasets = {"train": open_dataset(config.data, "train", crop, quiet=True), "validation": validation}
     names = datasets["train"].label_names
     if len(names) < 2:
         raise ValueError(

@@ -83,7 +83,7 @@ def evaluate(config: ReconstructionEvaluationConfig) -> None:
     extractors = [Extractor(feature_network(name, files.get(name)), config.device) for name in names]
     lpips = LPIPS(config.lpips_network, config.lpips_trunk).to(config.device)
     vae = open_autoencoder(config)
-    images = open_measured(config.data, config.split)
+    images = open_measured(config.data, config.split, advice=". --split all takes all images")
     found = f"split {config.split} has {len(images)} images"
     chosen = chosen_images(config.num_images, len(images), config.seed, found)
     if (count := len(chosen)) < 3:

@@ -99,7 +99,8 @@ def main() -> None:
     if not isinstance(model, VTPModel):
         raise ValueError(f"{config.model} holds an autoencoder without a text tower, expected a VTPModel")
     model = model.requires_grad_(False).to(config.device)
-    images = open_measured(config.data, config.split, squash if config.protocol == "vtp" else center_crop)
+    crop = squash if config.protocol == "vtp" else center_crop
+    images = open_measured(config.data, config.split, crop, advice=". --split all takes all images")
     names, templates = prompts(config, images.dataset)
     tokenize = clip_tokenizer(model.config.text_context_length)
     embeddings = class_embeddings(model, names, templates, tokenize)

@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     identity = autoencoder_identity(vae)
     vae.to(accelerator.device)
     latent_shape(vae, config.data.resolution)  # refuses images that don't suit the autoencoder, before any is read
-    dataset = open_dataset(config.data, config.split)
+    dataset = open_dataset(config.data, config.split, advice=". --split all takes all images")
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}

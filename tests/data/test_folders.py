@@ -89,8 +89,8 @@ def test_a_folder_without_splits_has_nothing_held_out(tmp_path, monkeypatch):
     assert len(open_dataset(config, "validation", or_all=True)) == 2
     assert looks == [str(tmp_path)] * 2, "once for each data set"
     assert len(open_dataset(config, "all")) == 2
-    with pytest.raises(ValueError, match="has no validation split: its images are not split"):
-        open_dataset(config, "validation")
+    with pytest.raises(ValueError, match="has no validation split: its images are not split.* others. Do this$"):
+        open_dataset(config, "validation", advice=". Do this")
 
 
 def test_links_to_nothing_and_pipes_are_named(tmp_path):

@@ -333,6 +333,7 @@ def test_held_out_files_of_a_builder(tmp_path, offline):
     config = parquet_config(tmp_path / "a.parquet", validation_files=str(tmp_path / "b.parquet"))
     assert [open_dataset(config, s).labels for s in ("train", "validation", "all")] == [[1, 0, 1], [2], [1, 0, 1, 2]]
     alone = open_dataset(parquet_config(tmp_path / "a.parquet"))
+    assert alone.whole and not open_dataset(config).whole
     assert open_dataset(config).fingerprint == alone.fingerprint  # a run that was begun without may be given some
     with pytest.raises(ValueError, match="expected no file of data_files: .*b.parquet is in both"):
         parquet_config(tmp_path / "*.parquet", validation_files=str(tmp_path / "b.parquet"))
@@ -359,6 +360,8 @@ def test_collections_that_are_not_understood(tmp_path, offline):
         open_dataset(parquet_config(tmp_path / "a.parquet", label_column="colour"))
     with pytest.raises(ValueError, match="has no validation split; it has train; data.validation_files may name one"):
         open_dataset(parquet_config(tmp_path / "a.parquet"), "validation")
+    alone = open_dataset(parquet_config(tmp_path / "a.parquet"), "validation", or_all=True)
+    assert alone.whole and alone.labels == [0]
     with pytest.raises(ValueError, match="data_files is .*b.parquet', which matches no file"):
         open_dataset(parquet_config(tmp_path / "b.parquet"))
     with pytest.raises(ValueError, match="neither openmoji, nor a folder, nor a collection"):

@@ -74,6 +74,12 @@ def test_without_held_out_images_those_trained_on_are_measured_and_that_is_said(
         open_splits(DataConfig(source=str(tmp_path), resolution=8), None, 7)
 
 
+def test_a_collection_without_held_out_images_is_measured_on_those_trained_on(tmp_path, datasets):
+    folder = write_shards(datasets, tmp_path / "shards")
+    splits = open_splits(config(folder, streaming=False), None, 4)
+    assert splits.held_out is None and splits.validated == ("train", splits.training)
+
+
 def test_held_out_shards_are_those_that_are_measured_and_not_those_that_are_trained_on(tmp_path, datasets):
     folder = write_shards(datasets, tmp_path / "shards")
     plain = config(folder, data_files=str(folder / "[01].parquet"))

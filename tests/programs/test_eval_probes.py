@@ -74,6 +74,7 @@ def test_probe_and_its_cached_features(evaluate, made, tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["evaluation"] == "linear_probe" and results["counts"] == {"train": 36, "validation": 18}
     assert results["linear"]["top1"] > 0.9 and results["linear"] == results["heads"][0] and len(results["heads"]) == 8
+    assert printed.count("3 classes, 36 train images, 18 validation images") == 1, "one line for both splits"
     assert all(row["top1"] > 0.6 for row in results["neighbours"]) and len(results["neighbours"]) == 3
     assert results["chance"]["uniform"] == pytest.approx(1 / 3) and "chance" in printed
     assert (
@@ -210,8 +211,10 @@ def test_models_and_data_that_do_not_suit(evaluate, made, tmp_path):
         evaluate("zero_shot.py", "--model", made / "images")
     with pytest.raises(ValueError, match="data.resolution is 18, which AutoencoderVTP cannot encode"):
         evaluate("linear_probe.py", "--data.resolution", 18, "--data.source", made / "vae")  # no images at all
-    with pytest.raises(ValueError, match="has no validation split: its images are not split"):
+    with pytest.raises(ValueError, match="has no validation split: its images are not split.* no others$"):
         evaluate("linear_probe.py", "--num_layers", 2, "--data.source", made / "images" / "train")
+    with pytest.raises(ValueError, match="no validation split: .*. --split all takes all images$"):
+        evaluate("zero_shot.py", "--data.source", made / "images" / "train")
     for split in ("train", "validation"):
         shutil.copytree(made / "images" / split / "red", tmp_path / "one" / split / "red")
     for program, more in (("zero_shot.py", ()), ("linear_probe.py", ("--num_layers", 2))):

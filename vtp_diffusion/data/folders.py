@@ -51,13 +51,14 @@ class FolderLayout:
             return WHOLE
         return "test" if split == "validation" and "validation" not in self.images else split
 
-    def of_split(self, split: str) -> list[tuple[Path, int]]:
-        """(file, class index) of train, validation or all. Raises: ValueError if the folder has no such split."""
+    def of_split(self, split: str, advice: str = "") -> list[tuple[Path, int]]:
+        """(file, class index) of train, validation or all. Raises: ValueError, which ends with `advice`, if the folder
+        has no such split."""
         if not self.has(split):
             there = f"it holds {', '.join(self.images)}" if WHOLE not in self.images else "its images are not split"
             raise ValueError(
                 f"{self.folder} has no {split} split: {there}. Expected sub-folders train and validation (or test) "
-                "and no others. Or ask for all images (--split all, if the program has this option)"
+                f"and no others{advice}"
             )
         parts = self.images if split == "all" else [self._part(split)]
         return [pair for part in parts for pair in self.images[part]]

@@ -29,6 +29,7 @@ from .openmoji import is_held_out, openmoji_folder, read_metadata
 from .shard_files import announce_copy, check_columns, check_source, collection_builder
 
 OPENMOJI_LABELS = ("subcategory", "category")
+HELD_OUT = ("validation", "test")  # splits of a collection: the first that it has is the held-out one
 SKIN_TONE_WEIGHT = 0.2  # the five skin tones of one drawing count as one image
 IN_MEMORY_BYTES = 2**30
 Crop = Callable[[Image.Image, int], Image.Image]
@@ -133,7 +134,7 @@ class ImageDataset(Dataset):
         skip_unreadable: in place of an image that cannot be read, give the next readable one with its label and key:
             an index always gives the same item. A data set kept in memory drops such images instead.
         classes_named: whether `label_names` are names and not only indices.
-        whole: whether the source is a folder without a held-out split.
+        whole: whether the source is a folder or a collection without a held-out split.
 
     Attributes:
         skipped: keys of the unreadable images that this process and its workers have met so far.
@@ -236,6 +237,8 @@ def open_dataset(
     split: Literal["train", "validation", "all"] = "train",
     crop: Crop = center_crop,
     or_all: bool = False,
+    advice: str = "",
+    quiet: bool = False,
 ) -> ImageDataset:
     """Open a data set and print what was found. Every process has to call this: only the main one lists a folder.
 
@@ -243,7 +246,11 @@ def open_dataset(
     "validation" is `validation_files` if given, else its validation or test split. Classes have the same indices in
     all splits and under any `limit`.
 
-    Args: `crop`: (image, resolution) -> square image; `or_all`: open all images of a folder that lacks the split.
+    Args:
+        crop: (image, resolution) -> square image.
+        or_all: open all images if the source lacks the split.
+        advice: end of the message about a split that is lacking: what to do in the program that asks for it.
+        quiet: do not print the layout of a folder, because it was printed for another split.
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
         UnreadableImageError: an image of a small set, which is read now, cannot be decoded.
@@ -255,9 +262,9 @@ def open_dataset(
     if config.source == "openmoji":
         dataset = _open_openmoji(config, split)
     elif Path(config.source).is_dir():
-        dataset = _open_folder(config, split, or_all)
+        dataset = _open_folder(config, split, or_all, advice, quiet)
     else:
-        dataset = _open_collection(config, split)
+        dataset = _open_collection(config, split, or_all, advice)
         classes = f"{len(dataset.label_names)} classes" if config.label_column else "1 class (label_column is none)"
         _say(f"{config.source}, {split}: {len(dataset)} images, {classes}")
     if crop is not center_crop:
@@ -312,13 +319,14 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     )
 
 
-def _open_folder(config: DataConfig, split: str, or_all: bool) -> ImageDataset:
+def _open_folder(config: DataConfig, split: str, or_all: bool, advice: str, quiet: bool) -> ImageDataset:
     def look() -> tuple[list[str], list[str], list[int], str, bool]:
         """Classes, keys, labels, fingerprint, and whether there is no held-out split."""
         layout = read_layout(config.source)
         part = "all" if or_all and not layout.has(split) else split
-        pairs = spread_evenly(layout.of_split(part), config.limit)
-        _say(layout.describe())
+        pairs = spread_evenly(layout.of_split(part, advice), config.limit)
+        if not quiet:
+            _say(layout.describe())
         paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
         keys = [path.relative_to(layout.folder).as_posix() for path in paths]
         known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
@@ -342,8 +350,8 @@ def _open_folder(config: DataConfig, split: str, or_all: bool) -> ImageDataset:
     )
 
 
-def _open_collection(config: DataConfig, split: str) -> ImageDataset:
-    collection, names = _load_collection(config, split)
+def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) -> ImageDataset:
+    collection, names = _load_collection(config, split, or_all, advice)
     table = require("datasets", "train").concatenate_datasets([collection[name] for name in names])
     check_columns(config, table.column_names)
     if len(table) == 0:
@@ -366,10 +374,11 @@ def _open_collection(config: DataConfig, split: str) -> ImageDataset:
         fingerprint=_fingerprint(config.source, config.resolution, known, config.exif_orientation),
         skip_unreadable=config.skip_unreadable,
         classes_named=named,
+        whole=config.validation_files is None and not any(name in collection for name in HELD_OUT),
     )
 
 
-def _load_collection(config: DataConfig, split: str):
+def _load_collection(config: DataConfig, split: str, or_all: bool, advice: str):
     """A collection of `datasets` (name -> table), and the names of its tables that make up `split`."""
     datasets = require("datasets", "train")
     try:
@@ -383,12 +392,13 @@ def _load_collection(config: DataConfig, split: str):
             "nor a collection that `datasets` can load: "
             f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
         ) from error
-    choices = {"train": ["train"], "validation": ["validation", "test"], "all": list(collection)}[split]
-    found = [name for name in choices if name in collection]
-    if not found:
+    if split == "all":
+        return collection, list(collection)
+    found = [name for name in (HELD_OUT if split == "validation" else ("train",)) if name in collection]
+    if not found and not or_all:
         hint = "; data.validation_files may name one" if split == "validation" else ""
-        raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}")
-    return collection, found if split == "all" else found[:1]
+        raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}{advice}")
+    return collection, found[:1] or list(collection)
 
 
 def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int], list[str], bool]:

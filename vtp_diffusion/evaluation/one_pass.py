@@ -7,6 +7,7 @@ Images are never kept. A record has D float32 numbers per image and network if a
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -119,7 +120,8 @@ def split_rule(config: FeaturesConfig, images: ImageSource | None) -> str:
             f"train: by base emoji, a hash of its code and seed {config.data.holdout_seed} holds "
             f"{config.data.holdout:g} of them out"
         )
-    return "the whole folder, which has no splits" if images.dataset.whole else "train: the data set's own"
+    whole = images.dataset.whole and Path(config.reference).is_dir()
+    return "the whole folder, which has no splits" if whole else "train: the data set's own"
 
 
 def batches_of_this_process(count: int, batch_size: int) -> list[range]:

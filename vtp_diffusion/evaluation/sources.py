@@ -128,11 +128,13 @@ class DatasetImages:
         return int(torch.stack(found).any(0).sum())
 
 
-def open_measured(config: DataConfig, split: str, crop: Crop = center_crop, or_all: bool = False) -> DatasetImages:
+def open_measured(
+    config: DataConfig, split: str, crop: Crop = center_crop, or_all: bool = False, advice: str = ""
+) -> DatasetImages:
     """A data set to measure. With `skip_unreadable` images that cannot be read are left out before anything is chosen
     or measured, and `dataset.skipped` holds their keys. All processes must call this. Raises what `open_dataset`
     raises."""
-    dataset = open_dataset(config, split, crop, or_all)
+    dataset = open_dataset(config, split, crop, or_all, advice)
     return DatasetImages(_without_unreadable(dataset) if config.skip_unreadable else dataset)
 
 

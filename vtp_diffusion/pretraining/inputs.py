@@ -76,7 +76,7 @@ def open_splits(config: DataConfig, evaluation_images: int | None, batch_size: i
             f"{config.source} has {len(training)} training images, expected at least train_batch_size, {batch_size}: "
             "a batch would hold an image twice"
         )
-    return Splits(training, training, None if training.whole else open_dataset(config, "validation"))
+    return Splits(training, training, None if training.whole else open_dataset(config, "validation", quiet=True))
 
 
 def collate_captioned(items: list[dict], context_length: int) -> Columns:
