@@ -126,5 +126,5 @@ def test_a_class_of_which_no_image_can_be_read_is_named(tmp_path):
 @pytest.mark.parametrize("setting", [{"label_column": "x"}, {"holdout": 0.2}, {"image_column": "x"}])
 def test_settings_that_a_folder_does_not_look_at_are_refused(setting, tmp_path):
     name = next(iter(setting))
-    with pytest.raises(ValueError, match=f"{name} is .* where it has no effect"):
+    with pytest.raises(ValueError, match=f"{name} is .* where it has no effect.* add --data.{name} (none|image|0.1)$"):
         DataConfig(source=str(tmp_path), **setting)

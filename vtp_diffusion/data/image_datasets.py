@@ -105,9 +105,10 @@ class DataConfig(Settings):
             value, default = getattr(self, name), getattr(DataConfig, name)
             if unused and value != default:
                 folder = "; the classes of a folder are its sub-folders" * (name == "label_column")
+                expected = "none" if default is None else default
                 raise ValueError(
                     f"{name} is {value!r} with source {self.source!r}, where it has no effect: expected the default, "
-                    f"{'none' if default is None else default}{folder}"
+                    f"{expected}{folder}. If a configuration sets it, add --data.{name} {expected}"
                 )
 
     def _check_validation_files(self) -> None:
