@@ -69,7 +69,9 @@ class Config(Settings):
     data: DataConfig = setting(default_factory=DataConfig)
     split: Literal["train", "validation", "all"] = setting("train", "split of the data")
     augmentation: AugmentationConfig = setting(default_factory=AugmentationConfig)
-    copies: int = setting(1, "copies of an image of weight 1; all but the first augmented", at_least=1)
+    copies: int | None = setting(
+        None, "copies of an image of weight 1, all but the first augmented; none: 1, and no augmentation", at_least=1
+    )
     batch_size: int = setting(128, "images encoded at a time", at_least=1)
     shard_size: int = setting(10_000, "latents a shard", at_least=1)
     dtype: Literal["float32", "float16", "bfloat16"] = setting("bfloat16", "precision of the shards")
@@ -80,10 +82,11 @@ class Config(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.copies == 1 and self.augmentation != AugmentationConfig():
+        if self.copies is None and self.augmentation != AugmentationConfig():
             raise ValueError(
-                "augmentation is given with copies 1, expected --copies 2 or more: the first copy is never changed"
+                "augmentation is given without copies, expected --copies 2 or more: the first copy is never changed"
             )
+        self.copies = self.copies or 1
 
 
 def plan_samples(weights: list[float], copies: int) -> list[Sample]:
@@ -239,7 +242,7 @@ def finish(config: Config, folder: Path, dataset, paths: list[Path], verified: l
         "resolution": config.data.resolution,
         "crop": CROP,
         "data": config_to_dict(config.data) | {"split": config.split, "fingerprint": dataset.fingerprint},
-        "augmentation": vars(config.augmentation),
+        "augmentation": vars(config.augmentation if config.copies > 1 else AugmentationConfig()),
         "copies": config.copies,
         "seed": config.seed,
         "skipped": sorted(skipped),

@@ -327,6 +327,16 @@ def test_image_folder_of_datasets_and_its_splits(tmp_path, offline):
     assert len(open_dataset(config, "all")) == 3 and open_dataset(config, "all").label_names == ["a", "b"]
 
 
+def test_captions_beside_images(tmp_path, offline):
+    """As docs/own_images.md has them."""
+    make_folder(tmp_path / "photos", ["1.png", "0.png"])
+    (tmp_path / "photos" / "metadata.csv").write_text("file_name,text\n0.png,a cat\n1.png,a dog\n")
+    source = {"source": "imagefolder", "data_files": str(tmp_path / "photos" / "**")}
+    dataset = open_dataset(DataConfig(**source, caption_column="text", resolution=16))
+    for item, seed in zip(dataset, (1, 0) if dataset[0]["caption"] == "a cat" else (0, 1), strict=True):
+        assert np.array_equal(item["image"].permute(1, 2, 0), center_crop(picture(seed), 16))
+
+
 def test_held_out_files_of_a_builder(tmp_path, offline):
     write_parquet(offline, tmp_path / "a.parquet", [1, 0, 1], offline.Value("int64"))
     write_parquet(offline, tmp_path / "b.parquet", [2], offline.Value("int64"))

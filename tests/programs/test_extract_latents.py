@@ -211,7 +211,7 @@ def test_a_folder_of_something_else_is_refused(program, made, tmp_path):
     [
         (("--data.resolution", "20"), "data.resolution is 20, which .* expected multiples of the patch 8"),
         (("--data.resolution", "20", "--data.source", ROOT / "docs"), "data.resolution is 20"),  # before its images
-        (("--augmentation.shift", "4"), "augmentation is given with copies 1, expected --copies 2 or more"),
+        (("--augmentation.shift", "4"), "augmentation is given without copies, expected --copies 2 or more"),
         (("--copies", "0"), "copies is 0, expected a positive number"),
         (("--shard_sise", "3"), "did you mean --shard_size"),
         (("--dtype", "float8"), "expected one of float32, float16, bfloat16"),
