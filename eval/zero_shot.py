@@ -9,9 +9,9 @@
     python eval/zero_shot.py --model runs/mine/vtp --data.source FOLDER --data.resolution 256 --output zero_shot.json
 
 --model is the folder of a VTPModel (text tower included) or of a released checkpoint. With --classes imagenet names
-and CLIP's 80 templates come from open_clip, and labels are ImageNet's indices; else the data set has the names. The
-embedding of a class is the average over its prompts, as in CLIP. Images are ADM's centre crops, or with --protocol vtp
-whole images squashed to 256 x 256 (--data.resolution), as for VTP's published numbers.
+and CLIP's 80 templates come from open_clip, and classes are WordNet ids, ImageNet's names or its 1000 indices; else
+the data set has the names. The embedding of a class is the average over its prompts, as in CLIP. Images are ADM's
+centre crops, or with --protocol vtp whole images squashed to 256 x 256 (--data.resolution), as for VTP's numbers.
 """
 
 import math
@@ -24,11 +24,11 @@ from tqdm.auto import tqdm
 from vtp_diffusion.data.captions import clip_tokenizer
 from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
 from vtp_diffusion.data.image_files import center_crop, squash
+from vtp_diffusion.data.imagenet import imagenet_indices
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.evaluation.sources import fault_lines, image_batches, open_measured
 from vtp_diffusion.metrics.classification import top_k_accuracy
 from vtp_diffusion.metrics.zero_shot import (
-    IMAGENET_CLASSES,
     TEMPLATES,
     class_embeddings,
     imagenet_prompts,
@@ -65,16 +65,17 @@ class ZeroShotConfig(Settings):
         check_output(self.output)
 
 
-def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], list[str]]:
-    """(class names, templates). Raises: ValueError for classes that do not fit the labels, have no or equal names."""
+def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], list[str], list[int]]:
+    """(names of the prompts, templates, place of each class of the data set among these names).
+
+    Raises: ValueError for classes that are not ImageNet's, or that have no or equal names.
+    """
     if config.classes == "imagenet":
         names, templates = imagenet_prompts()
-        known = len(dataset.label_names)
-        if known > IMAGENET_CLASSES or max(dataset.labels) >= IMAGENET_CLASSES or known == 1:
-            raise ValueError(
-                f"{config.data.source} has {known} classes, classes imagenet needs ImageNet's 0 to 999 as labels"
-            )
-        return names, config.templates or templates
+        try:
+            return names, config.templates or templates, imagenet_indices(dataset.label_names, names)
+        except ValueError as error:
+            raise ValueError(f"classes is imagenet, but in {config.data.source} {error}") from error
     names = spoken_names(dataset.label_names)
     if len(names) < 2:
         raise ValueError(
@@ -86,7 +87,7 @@ def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], l
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"classes of the same name cannot be told apart: {', '.join(twice)}")
-    return names, config.templates or list(TEMPLATES)
+    return names, config.templates or list(TEMPLATES), list(range(len(names)))
 
 
 def main() -> None:
@@ -101,13 +102,13 @@ def main() -> None:
     model = model.requires_grad_(False).to(config.device)
     crop = squash if config.protocol == "vtp" else center_crop
     images = open_measured(config.data, config.split, crop, advice=". --split all takes all images")
-    names, templates = prompts(config, images.dataset)
+    names, templates, places = prompts(config, images.dataset)
     tokenize = clip_tokenizer(model.config.text_context_length)
     embeddings = class_embeddings(model, names, templates, tokenize)
     batches = image_batches(images, range(len(images)), config.batch_size)
     shown = tqdm(batches, total=math.ceil(len(images) / config.batch_size), desc="classifying")
     scores = zero_shot_scores(model, (from_uint8(batch) for batch in shown), embeddings)
-    labels = torch.tensor(images.labels)
+    labels = torch.tensor([places[label] for label in images.labels])
 
     results = {
         "num_images": len(labels),

@@ -14,7 +14,7 @@ from test_pipeline_lightning_dit import tiny_pipeline, tiny_transformer
 from test_report import files, generation  # noqa: F401
 
 from vtp_diffusion.data.image_datasets import sorted_names
-from vtp_diffusion.data.imagenet import names_of_wnids
+from vtp_diffusion.data.imagenet import imagenet_indices, names_of_wnids
 from vtp_diffusion.evaluation.one_pass import Record, Wanted
 from vtp_diffusion.evaluation.report_page import markdown_text
 from vtp_diffusion.generation.export import export_pipeline
@@ -22,6 +22,7 @@ from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
 from vtp_diffusion.generation.sampling import labels_by_name, sample_numbers
 from vtp_diffusion.generation.transformer_config import ModelConfig, build_transformer
 from vtp_diffusion.metrics import scores
+from vtp_diffusion.metrics.zero_shot import imagenet_prompts
 from vtp_diffusion.runtime.cli import run
 
 ROOT = Path(__file__).parents[2]
@@ -320,6 +321,27 @@ def test_names_for_a_pipeline(tmp_path, names, expected):
 def test_imagenet_has_a_name_for_each_class():
     names = names_of_wnids()
     assert len(set(names)) == 1000 and names[207] == "golden retriever, n02099601"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda known: [name.split(",")[0] for name in known], range(1000)),  # two of them are "crane"
+        (lambda known: list(map(str, range(1000))), range(1000)),
+        (lambda known: ["n02099601", "Great_White-Shark"], [207, 2]),
+        (lambda known: ["cat", "dog"], "'cat', one of 2 classes, is not one of ImageNet's"),
+        (lambda known: ["crane", "tench"], "'crane', one of 2"),
+        (lambda known: ["tench", "n01440764"], "'tench', one of 2 .* each once"),
+        (lambda known: ["mine", *known[1:]][::-1], "'mine', one of 1000 .* in ImageNet's order"),
+    ],
+)
+def test_classes_are_imagenets_by_name(change, expected):
+    names = change(names_of_wnids())
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            imagenet_indices(names, imagenet_prompts()[0])
+    else:
+        assert imagenet_indices(names, imagenet_prompts()[0]) == list(expected)
 
 
 @pytest.mark.parametrize(

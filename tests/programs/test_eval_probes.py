@@ -158,7 +158,12 @@ def test_zero_shot(evaluate, made, tmp_path):
     assert results["templates"] == ["a {} square.", "{}"] and 0 <= results["top1"] <= 1 == results["top5"]
     assert "18 images, 3 classes, 2 templates" in printed
     assert len(results["fingerprint"]) == 16
-    evaluate("zero_shot.py", "--classes", "imagenet", "--templates", ["{}"], "--protocol", "vtp")
+    with pytest.raises(ValueError, match="classes is imagenet, but in .*'blue', one of 3 classes, is not one of"):
+        evaluate("zero_shot.py", "--classes", "imagenet")
+    for colour, name in (("blue", "n02099601"), ("red", "goldfish")):
+        shutil.copytree(made / "images/validation" / colour, tmp_path / "known/validation" / name)
+    more = ("--templates", ["{}"], "--protocol", "vtp", "--data.source", tmp_path / "known")
+    evaluate("zero_shot.py", "--classes", "imagenet", *more)
     results = json.loads((tmp_path / "r.json").read_text())
     assert results["num_classes"] == 1000 and results["templates"] == ["{}"]
     assert results["fingerprint"].endswith("-squash")

@@ -15,7 +15,6 @@ from ..runtime.optional_packages import require
 if TYPE_CHECKING:
     from ..models.vtp_model import VTPModel
 
-IMAGENET_CLASSES = 1000
 TEMPLATES = ("a photo of a {}.",)  # CLIP's for classes that have none of their own, in training and evaluation alike
 
 
