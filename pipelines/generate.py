@@ -67,6 +67,8 @@ class GenerateConfig(SamplerConfig):
             raise ValueError("give either labels, or num_images for labels that are drawn")
         if self.num_images is not None and self.num_images_per_label != 1:
             raise ValueError(f"num_images_per_label is {self.num_images_per_label}, expected 1 beside num_images")
+        if self.labels and self.label_rule != GenerateConfig.label_rule:
+            raise ValueError(f"label_rule is {self.label_rule}, but labels are given: expected num_images, or no rule")
         if self.kind == ".png" and (self.num_images or len(self.labels) * self.num_images_per_label) > PICTURE_IMAGES:
             raise ValueError(f"one picture holds {PICTURE_IMAGES} images at most: give FILE.npz or a folder as output")
 

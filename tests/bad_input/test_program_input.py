@@ -103,6 +103,10 @@ def test_settings_of_a_saved_pipeline(ends, folder, file, values, message):
         (("--labels", "0", "--guidance", "internal"), "guidance is 'internal', expected auto, classifier_free"),
         (("--labels", "0", "--guidance", "autoguidance"), "autoguidance takes a guidance_transformer"),
         (("--labels", "0", "--guidance", "classifier_free"), "with guidance_scale 1, which is no guidance"),
+        (("--labels", "0", "--guidance_interval", 0, 0.5), "guidance_interval is (0.0, 0.5) with guidance_scale 1"),
+        (("--labels", "0", "--guidance_channels", 3), "guidance_channels is 3 with guidance_scale 1"),
+        (("--labels", "0", "--tolerance", 0.1), "tolerance is 0.1, but only solver dopri5 has one"),
+        (("--labels", "0", "--label_rule", "balanced"), "label_rule is balanced, but labels are given"),
     ],
 )
 def test_options_of_generate(ends, folder, words, message):

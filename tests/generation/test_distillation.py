@@ -179,6 +179,9 @@ def test_other_times_and_solvers_are_refused(tmp_path):
         with pytest.raises(ValueError, match="expected FlowMatchEulerDiscreteScheduler with shift 2 and"):
             pipe([0], 4)
     student_pipeline().save_pretrained(tmp_path)
+    unsaid = SamplerConfig()
+    open_pipeline(tmp_path, unsaid, "cpu")
+    assert unsaid.num_inference_steps == 4, "its own default, which results record"
     asked = SamplerConfig(num_inference_steps=2)
     opened = open_pipeline(tmp_path, asked, "cpu")  # as generate.py and eval/generation.py do
     assert sample_numbers(opened, [0, 1, 2], [0, 2], seed=0, **asked.sampler).shape == (2, 3, 32, 32)

@@ -27,15 +27,17 @@ class GuidanceConfig(Settings):
     def check_pipeline(self, pipe: "DiffusionPipeline", steps: int, channels: int | None = None) -> None:
         """Check that a pipeline can be called so. Args: `steps`, `channels`: its other settings.
 
-        Raises: ValueError naming the first setting that it does not take, or a kind of guidance without a scale.
+        Raises: ValueError naming the first setting that it does not take, or one of guidance without a scale.
         """
         from .pipeline_checks import check_call
 
         scale, kind = self.guidance_scale, self.guidance
         check_call(pipe, steps, scale, self.guidance_interval, channels, 1, "latent", None, None, kind)
-        if scale == 1 and kind != "auto":
+        unused = self.changed_guidance | ({} if channels is None else {"guidance_channels": channels})
+        if scale == 1 and unused:
+            name, value = next(iter(unused.items()))
             raise ValueError(
-                f"guidance is {kind!r} with guidance_scale 1, which is no guidance: expected another scale, or 'auto'"
+                f"{name} is {value!r} with guidance_scale 1, which is no guidance: expected another, or no {name}"
             )
 
     @property
@@ -73,8 +75,11 @@ class SamplerConfig(GuidanceConfig):
     Raises: ValueError naming an option outside its bounds.
     """
 
-    num_inference_steps: int = setting(
-        50, "steps of the solver, each one evaluation of the network (heun: two)", at_least=1
+    num_inference_steps: int | None = setting(
+        None,
+        "steps of the solver, each one evaluation of the network (heun: two); none: the pipeline's own, 50 or the "
+        "most that a few-step student learned",
+        at_least=1,
     )
     solver: Solver = setting(
         "pipeline", "solver; pipeline: the pipeline's scheduler; dopri5: adaptive, ignores num_inference_steps"
@@ -96,6 +101,8 @@ class SamplerConfig(GuidanceConfig):
         super().__post_init__()
         if self.solver == "dopri5" and self.time_shift is not None:
             raise ValueError(f"time_shift is {self.time_shift}, but solver dopri5 chooses its times: expected none")
+        if self.solver != "dopri5" and self.tolerance != SamplerConfig.tolerance:
+            raise ValueError(f"tolerance is {self.tolerance}, but only solver dopri5 has one, solver is {self.solver}")
         if self.fp8 and self.fast is False:
             raise ValueError("fp8 is on and fast is off: float8 products are part of fast sampling")
 

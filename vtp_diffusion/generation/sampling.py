@@ -48,12 +48,14 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
     """The pipeline of a folder on a device, in the precision and with the solver of a configuration, without progress
     bars.
 
-    Args: `config`: how it will be called; None if that is not known yet.
+    Args: `config`: how it will be called; None if that is not known yet. A number of steps that is none becomes the
+        pipeline's own, so that results record it.
     Raises: ValueError naming a folder that cannot be loaded, or what of the configuration the pipeline cannot do.
     """
     from diffusers import DiffusionPipeline
 
     from ..models.loading import load_saved
+    from .pipeline_lightning_dit import DEFAULT_STEPS
 
     dtype = (config or SamplerConfig()).torch_dtype(torch.device(device))
     pipe = load_saved(DiffusionPipeline, folder, dtype=dtype)
@@ -61,6 +63,9 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
     if config is not None:
         try:  # at once: the first call may come after hours of reading real images
             use_solver(pipe, config.solver, config.time_shift)
+            if config.num_inference_steps is None:
+                student = pipe.transformer.config.get("student")
+                config.num_inference_steps = DEFAULT_STEPS if student is None else max(student["steps"])
             config.check_pipeline(pipe, config.num_inference_steps, config.guidance_channels)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
