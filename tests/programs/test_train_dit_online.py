@@ -33,7 +33,7 @@ def made(tmp_path_factory):
 
 def online(output, made, *more):
     source = ("--latents=none", f"--data.source={made / 'images'}", "--data.resolution=16", "--augmentation.shift=4")
-    return [*arguments(output, made), *source, "--validation.labels", "cat", *more]
+    return arguments(output, made, *source, "--validation.labels", "cat", *more)
 
 
 def losses(folder):

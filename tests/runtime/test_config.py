@@ -137,6 +137,8 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
         (["--output", "x", "--share", "nan"], "--share is nan, expected a finite number or none$"),
         (["--output", "x", "--inner.width", "1.5"], "--inner.width is '1.5', expected int"),
         (["--rate", "1"], "no value for output"),
+        (["--output", "x", "--labels", "1", "--labels", "2"], "--labels is given twice, expected once with all its"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config is given twice"),
     ],
 )
 def test_a_wrong_command_line_is_refused_by_name(words, message):
@@ -207,7 +209,9 @@ def test_yaml_numbers_are_those_of_yaml_1_2(tmp_path):
 
 
 def test_negative_numbers_are_values_and_names_may_have_dashes():
-    found = parse_config(Outer, ["--output", "x", "--rate", "-5e-1", "--labels", "-3", "cat", "--inner.width=4"])
+    found = parse_config(
+        Outer, ["--output", "y", "--output", "x", "--rate", "-5e-1", "--labels", "-3", "cat", "--inner.width=4"]
+    )
     assert (found.rate, found.labels, found.inner.width) == (-0.5, [-3, "cat"], 4)
 
 

@@ -12,7 +12,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -359,9 +359,9 @@ def _help(leaves: list, description: str | None, shipped: Sequence[Path]) -> str
     return parser.format_help()
 
 
-def _read_words(words: list[str], names: list[str]) -> dict[str, list[str]]:
+def _read_words(words: list[str], names: list[str], lists: Collection[str]) -> dict[str, list[str]]:
     """Option -> the words after it. Names may be written with - for _, and --name=value for --name value; a negative
-    number is a value. Raises: ValueError for an unknown option, with the nearest known one."""
+    number is a value. Raises: ValueError for an unknown option, with the nearest known one, or a list given twice."""
     given: dict[str, list[str]] = {}
     current: list[str] | None = None
     for word in words:
@@ -371,6 +371,8 @@ def _read_words(words: list[str], names: list[str]) -> dict[str, list[str]]:
             if name not in names:
                 hint = _suggest(f"--{name}", [f"--{known}" for known in names])
                 raise ValueError(f"command line: unknown option --{name}{hint} (--help lists the options)")
+            if name in given and name in lists:  # of a single value the last one counts, as everywhere
+                raise ValueError(f"command line: --{name} is given twice, expected once with all its values")
             current = given[name] = [value] if equals else []
         elif current is None:
             raise ValueError(f"command line: {word!r} follows no option (--help lists the options)")
@@ -412,7 +414,8 @@ def parse_config(
     if {"-h", "--help"} & set(words):
         print(_help(leaves, description, shipped))
         raise SystemExit(0)
-    given = _read_words(words, [name for name, _, _ in leaves] + ["config"])
+    lists = {name for name, annotation, _ in leaves if _sequence_of(annotation)} | {"config"}
+    given = _read_words(words, [name for name, _, _ in leaves] + ["config"], lists)
     files = given.pop("config", [None])
     if len(files) != 1:
         raise ValueError(f"command line: --config is {' '.join(files) or 'given without a file'}, expected one file")
