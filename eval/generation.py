@@ -51,7 +51,7 @@ folder or an npz they are an error, since some file is there twice. Real images 
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,12 +95,15 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
-from vtp_diffusion.runtime.programs import print_end, print_end_of_evaluation
+from vtp_diffusion.runtime.programs import print_end, print_end_of_evaluation, unknown_word
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 UNTRAINED = "untrained"
+SUBCOMMANDS = ("reference", "compare", "reach")
+# settings that only sampling uses; the seed is also that of random subsets
+SAMPLING = (*(field.name for field in fields(SamplerConfig) if field.name != "seed"), "labels")
 
 
 @dataclass(kw_only=True)
@@ -124,9 +127,15 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
     batch_size: int = setting(32, "images sampled at once", at_least=1)
 
     def __post_init__(self) -> None:
+        changed = (field.name for field in fields(self) if getattr(self, field.name) != field.default)
+        if not self.samples and (given := [name for name in changed if name in SAMPLING]):
+            raise ValueError(
+                f"{', '.join(given)}: settings of sampling, but neither images {self.images} nor control "
+                f"{self.control} is a pipeline: leave them out"
+            )
         if self.protocol != protocols.OWN:
             protocols.follow_protocol(self)
-        self.labels = self.labels or "random"
+        self.labels = (self.labels or "random") if self.samples else None
         super().__post_init__()
         check_output(self.output)
         if self.nearest_neighbours is not None:
@@ -135,13 +144,18 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
             raise ValueError(
                 f"control {UNTRAINED} resets the network of a pipeline, but images {self.images} is no pipeline"
             )
-        if self.save_images is not None and not any(is_pipeline(s) for s in (self.images, self.control or "")):
+        if self.save_images is not None and not self.samples:
             raise ValueError(
                 f"save_images keeps what is sampled: neither {self.images} nor {self.control} is a pipeline"
             )
         for source in (self.images, self.control):
             if source is not None and is_pipeline(source) and self.num_images is None:
                 raise ValueError(f"{source} is a pipeline: num_images must say how many images to sample")
+
+    @property
+    def samples(self) -> bool:
+        """Whether images are sampled; otherwise all are given."""
+        return any(is_pipeline(source) for source in (self.images, self.control or ""))
 
     @property
     def networks(self) -> list[str]:
@@ -296,28 +310,13 @@ def record_all(
                 spool.create()
             wait()
         wanted = wanted_of(config, name, extractors, neighbours)
-        records[name] = record_source(config, name, source, kept, extractors, wanted, spool)
+        distinct = name in MEASURED and not config.allow_duplicates and not isinstance(source, PipelineImages)
+        records[name] = record_source(config, name, source, kept, extractors, wanted, spool, distinct)
         if spool is not None and this_process()[0] == 0:
             spool.pack(settings=np.array(json.dumps(source.settings)))
-        if name in MEASURED:
-            check_duplicates(config, name, source, kept, records[name])
-        elif name == "reference" and "floor" in records:
+        if name == "reference" and "floor" in records:
             check_floor(records)
     return records
-
-
-def check_duplicates(
-    config: GenerationConfig, name: str, source: ImageSource, kept: list[int], found: ImageRecord
-) -> None:
-    """Refuse files that hold an image twice. If a pipeline samples equal images, they are only counted."""
-    if found.duplicates and not config.allow_duplicates and not isinstance(source, PipelineImages):
-        indices = [kept[place] for place in found.example]
-        files = isinstance(source, FolderImages)
-        first, second = (source.files[k].name if files else f"image {k} (counted from 0)" for k in indices)
-        raise ValueError(
-            f"{found.duplicates} of the {name} images equal an earlier one, the first is {second}, which equals "
-            f"{first}: fewer images would be measured than N says. Remove them, or give --allow_duplicates"
-        )
 
 
 def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:
@@ -386,7 +385,9 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     if this_process()[0] > 0:
         return
-    results = {"settings": settings_of(config)} | describe_images(config, sources, records) | faults
+    unused = () if config.samples else SAMPLING
+    results = {"settings": {name: value for name, value in settings_of(config).items() if name not in unused}}
+    results |= describe_images(config, sources, records) | faults
     results |= {"networks": [extractor.network.describe() for extractor in extractors.values()]}
     results |= {"distances": [], "kernel_distances": [], "scores": [], "not_measured": []}
     for network in config.feature_network:
@@ -427,6 +428,8 @@ def main(argv: list[str] | None = None) -> None:
         print(reach_line(words[1:]))
         return
     makes_reference = words[:1] == ["reference"]
+    if words and not makes_reference and not asks and not words[0].startswith("-"):
+        raise unknown_word(words[0], "no part of this program, nor an option", SUBCOMMANDS)
     kind = ReferenceConfig if makes_reference else GenerationConfig
     config = parse_config(kind, words[1:] if makes_reference else words, __doc__)
     accelerator = join_processes() if this_process()[1] > 1 else None

@@ -77,9 +77,20 @@ def test_the_last_line_names_what_was_written_and_the_next_command(capsys, monke
     programs.print_end(*arguments)
     line = "written: run, a b; next: {} --pipeline 'a b' --num_images 16\n"
     assert capsys.readouterr().out == line.format("python pipelines/generate.py")
-    monkeypatch.setattr(programs, "INSTALLED", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "INSTALLED", True)
+        programs.print_end(*arguments)
+    assert capsys.readouterr().out == line.format("vtp-diffusion generate")
+    monkeypatch.setenv(programs.STARTED_BY_NAME, "1")  # also by an editable install, elsewhere
     programs.print_end(*arguments)
     assert capsys.readouterr().out == line.format("vtp-diffusion generate")
+
+
+def test_a_program_knows_that_it_was_started_by_its_name(monkeypatch):
+    monkeypatch.delenv(programs.STARTED_BY_NAME, raising=False)
+    monkeypatch.setattr(programs.os, "execv", lambda *_: None)
+    programs.main(["generate"])
+    assert programs.os.environ.pop(programs.STARTED_BY_NAME) == "1"
 
 
 def test_a_name_that_is_none_is_refused():

@@ -22,7 +22,7 @@ from ..metrics.networks import FEATURE_NETWORKS, feature_network, network_names,
 from ..runtime.config import Settings, setting
 from ..runtime.processes import check_device, gather_objects, reading_processes, this_process
 from ..runtime.reproducibility import random_stream
-from .sources import ImageSource, PipelineImages, check_real_images, hashed_batches
+from .sources import FolderImages, ImageSource, PipelineImages, check_real_images, hashed_batches
 
 ON_CUDA = torch.cuda.is_available()
 USUAL_NETWORKS = ("vgg16", "efficientnet_lite0")
@@ -296,6 +296,7 @@ def record_source(
     extractors: dict[str, Extractor],
     wanted: dict[str, dict[str, Wanted]],
     spool: ImageSpool | None = None,
+    distinct: bool = False,
 ) -> ImageRecord:
     """Pass a set of images through networks once; the processes share its batches.
 
@@ -305,6 +306,8 @@ def record_source(
         extractors: network -> extractor.
         wanted: network -> output -> what to record; networks that are missing in it are not run.
         spool: the images are also written to it.
+        distinct: an image that equals an earlier one is an error: within a process as soon as it is read.
+    Raises: ValueError: such an image; what `record_images` raises.
     """
     rank, step = this_process()[0], config.feature_batch_size
     places = batches_of_this_process(len(kept), step)
@@ -313,12 +316,26 @@ def record_source(
     batches = hashed_batches(source, indices, step, config.num_workers, pin_memory=pin)
     verb = "sampling" if isinstance(source, PipelineImages) else "reading"
 
+    def equal(pair: tuple[int, int]) -> ValueError:
+        names = [str(source.files[kept[k]].name if isinstance(source, FolderImages) else kept[k]) for k in pair]
+        return ValueError(
+            f"the {name} images hold one twice: {names[1]} equals {names[0]} (numbers count from 0). Fewer would be "
+            "measured than N says: remove equal ones, or give --allow_duplicates"
+        )
+
     def passing():
+        seen: dict[bytes, int] = {}
         with tqdm(total=len(indices), desc=f"{verb} {name}", unit="image", disable=rank > 0) as progress:
             for batch, (images, hashes) in zip(places, batches, strict=True):
+                for place, digest in zip(batch, hashes, strict=True) if distinct else ():
+                    if (first := seen.setdefault(digest, place)) != place:
+                        raise equal((first, place))
                 if spool is not None:
                     spool.write(batch, images.permute(0, 2, 3, 1).numpy())
                 yield batch, images, hashes
                 progress.update(len(batch))
 
-    return record_images(passing(), len(kept), {n: extractors[n] for n in wanted}, wanted, config.seed)
+    found = record_images(passing(), len(kept), {n: extractors[n] for n in wanted}, wanted, config.seed)
+    if distinct and found.example is not None:  # read by two processes
+        raise equal(found.example)
+    return found

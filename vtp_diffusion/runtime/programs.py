@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .cli import run
@@ -22,6 +22,7 @@ NAMES = {
     "eval/generation.py": "evaluate",
     "eval/reconstruction.py": "evaluate-reconstruction",
 }
+STARTED_BY_NAME = "VTP_DIFFUSION_STARTED_BY_NAME"  # in the environment of programs that `vtp-diffusion NAME` started
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = (PACKAGE / "programs").is_dir()
 ROOT = PACKAGE / "programs" if INSTALLED else PACKAGE.parent
@@ -39,8 +40,9 @@ def programs() -> dict[str, Path]:
 
 
 def as_typed(text: str) -> str:
-    """`text` with its commands as the user types them: as written in a clone, `vtp-diffusion NAME` if installed."""
-    for name, path in programs().items() if INSTALLED else ():
+    """`text` with its commands as the user types them: `vtp-diffusion NAME` if installed, or if this program was
+    started so (files of an editable install are elsewhere); else as they are written, for a clone."""
+    for name, path in programs().items() if INSTALLED or os.environ.get(STARTED_BY_NAME) else ():
         file = re.escape(f"{path.parent.name}/{path.name}")
         text = re.sub(rf"\bpython {file}", f"vtp-diffusion {name}", text)
         text = re.sub(rf"accelerate launch(.*) {file}", rf"accelerate launch --no_python\1 vtp-diffusion {name}", text)
@@ -62,6 +64,13 @@ def print_end_of_evaluation(results: str, *pictures: str | None) -> None:
     print_end([results, *pictures], "eval/report.py --results {} --output report.html", results)
 
 
+def unknown_word(word: str, what: str, known: Collection[str]) -> ValueError:
+    """The error for a first word that is `what` and none of the known ones."""
+    close = difflib.get_close_matches(word, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return ValueError(f"{word!r} is {what}{hint} (expected one of {', '.join(known)})")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Replace this process by the program that the first word names, with the other words as its options."""
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -71,9 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(["usage: vtp-diffusion PROGRAM [--help] [--OPTION VALUE ...]", "", *lines]))
         return
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name!r} is not a program{hint} (expected one of {', '.join(known)})")
+        raise unknown_word(name, "not a program", known)
+    os.environ[STARTED_BY_NAME] = "1"
     os.execv(sys.executable, [sys.executable, str(known[name]), *words])
 
 
