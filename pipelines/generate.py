@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ import torch
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.disk import write_picture
+from vtp_diffusion.runtime.disk import check_output, write_picture
 from vtp_diffusion.runtime.processes import check_device, join_processes, this_process
 from vtp_diffusion.runtime.programs import print_end
 
@@ -71,6 +72,8 @@ class GenerateConfig(SamplerConfig):
             raise ValueError(f"label_rule is {self.label_rule}, but labels are given: expected num_images, or no rule")
         if self.kind == ".png" and (self.num_images or len(self.labels) * self.num_images_per_label) > PICTURE_IMAGES:
             raise ValueError(f"one picture holds {PICTURE_IMAGES} images at most: give FILE.npz or a folder as output")
+        if self.kind:
+            check_output(self.output, Path(self.output).suffix)
 
     @property
     def kind(self) -> str:
@@ -128,7 +131,9 @@ def generate(
         for number, image in zip(batch, images, strict=True):
             receive(number, image)
 
-    total, written = len(numbers) * config.num_inference_steps, None
+    total, written = None, None  # an adaptive solver chooses its steps
+    if config.solver != "dopri5":  # heun has two evaluations in all steps but the last
+        total = len(numbers) * len(pipe._set_timesteps(config.num_inference_steps, pipe.device))
     with (
         tqdm(total=total, desc="network evaluations", unit_scale=True, disable=quiet) as progress,
         ThreadPoolExecutor(1) as writer,  # files are written while the next batch is sampled
@@ -167,7 +172,7 @@ def write_files(
     wait: Callable[[], None],
 ) -> None:
     """Write a folder or an npz by all processes together; `wait` is a barrier."""
-    from vtp_diffusion.generation.sample_files import SampleFolder, SampleNpz
+    from vtp_diffusion.generation.sample_files import KEPT, SampleFolder, SampleNpz
     from vtp_diffusion.generation.sampling import pipeline_identity
 
     settings = config.sampler | {"seed": config.seed, "num_images": len(labels)}
@@ -177,10 +182,17 @@ def write_files(
     with files.locked() if rank == 0 else contextlib.nullcontext():
         missing, numbers = len(files.missing()), files.missing(rank, world_size)
         wait()  # all have listed the missing images before any writes one
-        generate(config, pipe, labels, numbers, files.write)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what schedulers send is as Ctrl-C
+        try:
+            generate(config, pipe, labels, numbers, files.write)
+        except KeyboardInterrupt as error:
+            files.keep()
+            raise KeyboardInterrupt(KEPT) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
         wait()
         if rank == 0:
-            files.finish(labels)
+            files.finish(labels, pipe.config.id2label or {})
             print(f"{missing} images made, {len(labels) - missing} were there")
             then = "eval/generation.py --images {} --reference FOLDER --output results.json"
             print_end([config.output], then, config.output)

@@ -105,6 +105,7 @@ def test_settings_of_a_saved_pipeline(ends, folder, file, values, message):
         (("--labels", "0", "--guidance", "classifier_free"), "with guidance_scale 1, which is no guidance"),
         (("--labels", "0", "--guidance_interval", 0, 0.5), "guidance_interval is (0.0, 0.5) with guidance_scale 1"),
         (("--labels", "0", "--guidance_channels", 3), "guidance_channels is 3 with guidance_scale 1"),
+        (("--labels", "0", "--output", "saved/vae/config.json/a.png"), "output saved/vae/config.json/a.png cannot be"),
         (("--labels", "0", "--tolerance", 0.1), "tolerance is 0.1, but only solver dopri5 has one"),
         (("--labels", "0", "--label_rule", "balanced"), "label_rule is balanced, but labels are given"),
     ],
@@ -182,7 +183,7 @@ def test_ctrl_c_is_one_line(ends):
         raise KeyboardInterrupt
 
     code, printed = ends(main)
-    assert code == 130 and printed.startswith("\ninterrupted") and "Traceback" not in printed
+    assert code == 130 and printed.startswith("\ninterrupted (VTP") and "Traceback" not in printed
 
 
 def plant(folder, where):

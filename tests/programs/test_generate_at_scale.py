@@ -130,6 +130,46 @@ def test_a_killed_run_is_continued(generate, folder, tmp_path):
     assert difference(killed, whole) <= 1
 
 
+@pytest.mark.parametrize("signal_sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_all_finished_images(generate, tmp_path, monkeypatch, signal_sent):
+    output, more = tmp_path / "a.npz", ("--num_images", PART_IMAGES + 20, "--batch_size", 50)
+    batches = []
+
+    def interrupted(pipe, labels, numbers, *arguments, **settings):
+        batches.append(len(numbers))
+        if len(batches) == 4:
+            signal.raise_signal(signal_sent)
+        return sample_numbers(pipe, labels, numbers, *arguments, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vtp_diffusion.generation.sampling.sample_numbers", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="Finished images are kept: the same command continues"):
+            generate(output, *more)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert f"{PART_IMAGES - 130} images made, 150 were there" in generate(output, *more)
+    generate(tmp_path / "whole.npz", *more)
+    two = [NpzImages(path).read(range(PART_IMAGES + 20)).numpy() for path in (output, tmp_path / "whole.npz")]
+    assert difference(*two) <= 1
+
+
+@pytest.mark.parametrize(("solver", "shown"), [("euler", (6, 6)), ("heun", (9, 9)), ("dopri5", (None, "many"))])
+def test_progress_counts_evaluations(generate, tmp_path, monkeypatch, solver, shown):
+    from tqdm import tqdm
+
+    seen = []
+
+    class Recorded(tqdm):
+        def close(self):
+            if self.desc == "network evaluations" and not self.disable:
+                seen.append((self.total, self.n if self.total else "many"))
+            self.desc = ""  # `close` is called again at the end
+            super().close()
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Recorded)
+    generate(tmp_path / "s.npz", "--num_images", 3, "--solver", solver)  # 2 steps
+    assert seen == [shown]
+
+
 def test_balanced_labels_and_a_folder_that_is_not_complete(generate, tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / ".settings.json.host-17-0a.unfinished").write_text(

@@ -200,7 +200,10 @@ def test_generate_a_folder_that_can_be_continued(tmp_path, pipeline_folder, caps
     common += ("--labels", "cat", "2", "--output", "samples")
     call(*common, "--batch_size", 6)
     folder, names = tmp_path / "samples", [f"{number:06d}.png" for number in range(6)]
-    assert sorted(path.name for path in folder.iterdir()) == [*names, "settings.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "labels.json", "settings.json"]
+    written = json.loads((folder / "labels.json").read_text())
+    assert list(written) == names and written[names[2]] == {"label": 0, "name": "cat"}
+    assert written[names[3]] == {"label": 2, "name": "bird"}
     first = {name: np.array(Image.open(folder / name)).astype(int) for name in names}
     for name in names[2:4]:
         (folder / name).unlink()
@@ -220,6 +223,9 @@ def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
     refused("guidance_interval", *common, "out", "--labels", 1, "--guidance_interval", 0.5, 0.2)
     refused("holds other files, no settings.json", *common, "full", "--labels", 1)
     refused("ending in .png or .npz", *common, "out.jpg", "--labels", 1)
+    for name in ("dir.png", "dir.npz"):
+        (tmp_path / "full" / name).mkdir()
+        refused(f"{name} is a folder", *common, f"full/{name}", "--labels", 1)
     refused("batch_size is 0, expected a positive number", *common, "out", "--labels", 1, "--batch_size", 0)
     refused("model_index.json", "generate.py", "--pipeline", "full", "--labels", 1, "--output", "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -6,7 +6,7 @@ A file with its final name is complete; others are made again. The result does n
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from ..runtime.config import setting_differences
 from ..runtime.disk import is_unfinished, read_json, write_json, writing
 
 KEPT = "Finished images are kept: the same command continues"
-SETTINGS_NAME = "settings.json"
-PART_IMAGES = 256  # images in a part of an npz: a kill loses at most one part per process
+SETTINGS_NAME, LABELS_NAME = "settings.json", "labels.json"
+PART_IMAGES = 256  # images in a part of an npz: SIGKILL loses at most one part per process
 
 
 def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
@@ -75,14 +75,21 @@ class _SampleFiles:
         if not file.exists():
             write_json(file, self.settings)
 
-    def finish(self, labels: list[int]) -> None:
-        """For one process, when all have written. Raises: ValueError if images are missing."""
+    def keep(self) -> None:
+        """Write what `write` has not written yet: for every process that is interrupted."""
+
+    def finish(self, labels: list[int], names: Mapping[str, str]) -> None:
+        """For one process, when all have written.
+
+        Args: `labels`: class of each image; `names`: index, as text -> name of a class, as of a pipeline's id2label.
+        Raises: ValueError if images are missing.
+        """
         if missing := self.missing():
             raise ValueError(f"{self.path}: {len(missing)} of {self.count} images are missing, the first {missing[0]}")
 
 
 class SampleFolder(_SampleFiles):
-    """A PNG file an image, 000000.png and so on, and settings.json."""
+    """A PNG file an image, 000000.png and so on, settings.json, and labels.json: file -> its class."""
 
     def __init__(self, path: str | Path, settings: dict):
         super().__init__(path, Path(path), settings)
@@ -102,6 +109,11 @@ class SampleFolder(_SampleFiles):
         with writing(self.folder / f"{number:06d}.png", KEPT):
             to_pil(image[None])[0].save(unfinished)
             unfinished.rename(self.folder / f"{number:06d}.png")
+
+    def finish(self, labels: list[int], names: Mapping[str, str]) -> None:
+        super().finish(labels, names)
+        named = ({"label": k} | ({"name": names[str(k)]} if str(k) in names else {}) for k in labels)
+        write_json(self.folder / LABELS_NAME, {f"{number:06d}.png": row for number, row in enumerate(named)})
 
 
 class SampleNpz(_SampleFiles):
@@ -125,40 +137,49 @@ class SampleNpz(_SampleFiles):
     def _numbers(self, index: int) -> range:
         return range(index * PART_IMAGES, min((index + 1) * PART_IMAGES, self.count))
 
-    def _missing_parts(self) -> list[int]:
-        parts = range(-(-self.count // PART_IMAGES))
-        return [] if self.complete else [index for index in parts if not self._is_whole(index)]
-
-    def _is_whole(self, index: int) -> bool:
-        """Whether a part is there with all its images; one that is damaged is made again."""
+    def _there(self, index: int) -> int:
+        """Number of images in the file of a part: all, those before an interruption, or none if it is damaged."""
         if not self._part(index).is_file():
-            return False
+            return 0
         try:
-            return len(np.load(self._part(index), mmap_mode="r")) == len(self._numbers(index))
+            count = len(np.load(self._part(index), mmap_mode="r"))
         except (ValueError, EOFError):
-            return False
+            return 0
+        return count if count <= len(self._numbers(index)) else 0
 
     def missing(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Numbers of the images that this process has to make, in the order that `write` expects. To be called before
         any process writes."""
-        return [number for index in self._missing_parts()[rank::world_size] for number in self._numbers(index)]
+        parts = [] if self.complete else range(-(-self.count // PART_IMAGES))
+        missing = [numbers for k in parts if (numbers := self._numbers(k)[self._there(k) :])]
+        return [number for numbers in missing[rank::world_size] for number in numbers]
 
     def write(self, number: int, image: torch.Tensor) -> None:
         """The next image of a part, uint8 (3, H, W)."""
         index = number // PART_IMAGES
-        part = self._pending.setdefault(index, [])
+        if index not in self._pending:
+            there = np.load(self._part(index)) if self._there(index) else []  # of an interrupted run
+            self._pending[index] = [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in there]
+        part = self._pending[index]
         if number != index * PART_IMAGES + len(part):
             raise ValueError(f"image {number} given, expected {index * PART_IMAGES + len(part)}")
         part.append(image)
         if len(part) == len(self._numbers(index)):
-            self._claim()
-            unfinished = self.folder / f".{index:06d}.npy"
-            with writing(self._part(index), KEPT):
-                np.save(unfinished, torch.stack(self._pending.pop(index)).permute(0, 2, 3, 1).contiguous().numpy())
-                unfinished.rename(self._part(index))
+            self._save(index, self._pending.pop(index))
 
-    def finish(self, labels: list[int]) -> None:
-        super().finish(labels)
+    def _save(self, index: int, images: list[torch.Tensor]) -> None:
+        self._claim()
+        unfinished = self.folder / f".{index:06d}.npy"
+        with writing(self._part(index), KEPT):
+            np.save(unfinished, torch.stack(images).permute(0, 2, 3, 1).contiguous().numpy())
+            unfinished.rename(self._part(index))
+
+    def keep(self) -> None:
+        for index, images in self._pending.items():
+            self._save(index, images)
+
+    def finish(self, labels: list[int], names: Mapping[str, str]) -> None:
+        super().finish(labels, names)
         if not self.complete:
             size = np.load(self._part(0), mmap_mode="r").shape[1:3]
             text = np.array(json.dumps(self.settings))

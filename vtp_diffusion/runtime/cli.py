@@ -19,8 +19,9 @@ def run(main: Callable[[], None]) -> None:
     """Call the `main` of a program.
 
     A `ValueError`, an `OSError` or a missing extra is printed as `error: ...` with the place that raised it, and the
-    program exits with status 2, as for a wrong option; Ctrl-C is one line and status 130. With
-    VTP_DIFFUSION_TRACEBACK=1 in the environment, and for every other exception, Python prints its traceback.
+    program exits with status 2, as for a wrong option; Ctrl-C is one line, with the text of a `KeyboardInterrupt` that
+    has one (what is kept), and status 130. With VTP_DIFFUSION_TRACEBACK=1 in the environment, and for every other
+    exception, Python prints its traceback.
     """
     # Importing torch and diffusers makes nearly a million objects that live until the end. By default the garbage
     # collector would run a thousand times meanwhile and visit all objects again at exit: two seconds of every start.
@@ -28,10 +29,11 @@ def run(main: Callable[[], None]) -> None:
     atexit.register(gc.freeze)
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"\ninterrupted; finished work is kept ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
+        kept = f". {error}" if str(error) else ""
+        print(f"\ninterrupted{kept} ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr)
         sys.exit(130)  # the status that a shell reports after Ctrl-C
     except INPUT_ERRORS as error:
         if os.environ.get(TRACEBACK_VARIABLE):
