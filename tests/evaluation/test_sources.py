@@ -77,6 +77,9 @@ def test_damaged_and_unfit_npz_files(tmp_path):
     np.savez(tmp_path / "few.npz", pixels(2), settings=np.array(json.dumps({"num_images": 3})))
     with pytest.raises(ValueError, match="few.npz holds 2 images, its settings say 3: it is incomplete"):
         NpzImages(tmp_path / "few.npz")
+    np.savez(tmp_path / "other.npz", images=pixels(2))
+    with pytest.raises(ValueError, match=r"^\S*other.npz holds images: expected arr_0, uint8 \(N, H, W, 3\)$"):
+        NpzImages(tmp_path / "other.npz")
     np.savez(tmp_path / "floats.npz", pixels(2) / 255)
     with pytest.raises(ValueError, match=r"arr_0 is float64 \(2, 6, 8, 3\), expected uint8 \(N, H, W, 3\)"):
         NpzImages(tmp_path / "floats.npz")

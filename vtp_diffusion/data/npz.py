@@ -93,19 +93,24 @@ class NpzImages:
         self.path = Path(path)
         try:
             with zipfile.ZipFile(path) as archive:
-                names = [name.removesuffix(".npy") for name in archive.namelist()]
-                if IMAGES_KEY not in names:
-                    raise ValueError(f"{path} holds {', '.join(names)}: expected {IMAGES_KEY}, uint8 (N, H, W, 3)")
-                self._entry = archive.getinfo(f"{IMAGES_KEY}.npy")
-                _check_plain(path, self._entry)
+                entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        except DAMAGE_ERRORS as error:
+            raise ValueError(f"{path} is not an npz file, or is damaged: {error}") from error
+        if IMAGES_KEY not in entries:
+            raise ValueError(
+                f"{path} holds {', '.join(entries) or 'nothing'}: expected {IMAGES_KEY}, uint8 (N, H, W, 3)"
+            )
+        self._entry, self.settings = entries[IMAGES_KEY], None
+        _check_plain(path, self._entry)
+        try:
+            with zipfile.ZipFile(path) as archive:
                 with archive.open(self._entry) as file:
                     self.shape, dtype = read_header(file)
                     self._header_bytes = file.tell()
-                self.settings = None
-                if "settings" in names:
-                    with archive.open("settings.npy") as file:
+                if "settings" in entries:
+                    with archive.open(entries["settings"]) as file:
                         self.settings = json.loads(str(np.lib.format.read_array(file, allow_pickle=False)))
-        except (*DAMAGE_ERRORS, KeyError) as error:
+        except DAMAGE_ERRORS as error:
             raise ValueError(f"{path} is not an npz file, or is damaged: {error}") from error
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
             raise ValueError(f"{path}: {IMAGES_KEY} is {dtype} {self.shape}, expected uint8 (N, H, W, 3)")
