@@ -5,11 +5,13 @@
     python pipelines/reconstruct.py --vae vtp-large --images photos --resolution 512 --output large.png
     python pipelines/reconstruct.py --vae FOLDER --images downloads --skip_unreadable --output reconstruction.png
 
-Images are cropped to squares as ADM does. A file that can't be read stops the program, which first writes the picture
-of the files before it; with --skip-unreadable such files are counted and left out.
+Images are cropped to squares as ADM does. The PSNR of all is printed; of more than 64 the picture shows 64, spread
+evenly over the files. A file that can't be read stops the program, which first writes the picture of the files before
+it; with --skip-unreadable such files are counted and left out.
 """
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +23,11 @@ from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, re
 from vtp_diffusion.data.images import image_grid, pil_to_uint8, to_pil
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import write_picture
+from vtp_diffusion.runtime.disk import check_output, write_picture
 from vtp_diffusion.runtime.processes import check_device
 from vtp_diffusion.runtime.programs import print_end
+
+PICTURED = 64  # at most so many originals in the picture, whatever the folder holds
 
 
 @dataclass(kw_only=True)
@@ -34,14 +38,15 @@ class ReconstructConfig(Settings):
     images: list[str] = setting(help="image files, and folders of them")
     output: str = setting(help="FILE.png to write")
     resolution: int | None = setting(None, "side of the images in pixels; none: the autoencoder's", at_least=1)
+    batch_size: int = setting(8, "images reconstructed at once", at_least=1)
     skip_unreadable: bool = setting(False, "count and leave out files that can't be read")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "torch device to run on")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
-        if Path(self.output).suffix.lower() != ".png":
-            raise ValueError(f"output is {self.output}, expected a FILE.png")
+        suffix = Path(self.output).suffix
+        check_output(self.output, suffix if suffix.lower() == ".png" else ".png")
 
     def files(self) -> list[Path]:
         """The image files. Raises: ValueError if a path does not exist, or a folder holds no images."""
@@ -75,12 +80,53 @@ def open_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     return vae.to(config.device), resolution
 
 
-def draw_picture(output: str, images: list[Image.Image], ratios: list[float]) -> None:
-    """`images` are originals and reconstructions in turn, `ratios` the PSNR of each pair."""
-    if not images:
+def batches_of_images(
+    config: ReconstructConfig, files: Sequence[Path], resolution: int, skipped: list[Path]
+) -> Iterator[list[tuple[Path, Image.Image]]]:
+    """Files and their cropped images, some at a time. Files that can't be read are added to `skipped`.
+
+    Raises: UnreadableImageError, after the images before it, unless such files are to be skipped.
+    """
+    batch = []
+    for file in files:
+        try:
+            batch.append((file, center_crop(read_image(file), resolution)))
+        except UnreadableImageError:
+            if not config.skip_unreadable:
+                yield batch
+                raise
+            skipped.append(file)
+        if len(batch) == config.batch_size:
+            yield batch
+            batch = []
+    yield batch
+
+
+def reconstruct_files(
+    config: ReconstructConfig, files: Sequence[Path], vae: torch.nn.Module, resolution: int, skipped: list[Path]
+) -> Iterator[tuple[Path, Image.Image, Image.Image, float]]:
+    """Of each file: original, reconstruction and PSNR in dB. Raises: as of `batches_of_images`."""
+    from vtp_diffusion.metrics.pixels import psnr
+    from vtp_diffusion.models.latent_space import reconstruct
+
+    for batch in batches_of_images(config, files, resolution, skipped):
+        if not batch:
+            continue
+        originals = torch.stack([pil_to_uint8(image) for _, image in batch])  # (B, 3, R, R)
+        made = reconstruct(vae, originals)
+        for (file, image), result, ratio in zip(batch, to_pil(made), psnr(originals, made).tolist(), strict=True):
+            yield file, image, result, ratio
+
+
+def draw_picture(output: str, pairs: Sequence[tuple[Image.Image, Image.Image, float]], ratios: list[float]) -> None:
+    """`pairs`: original, reconstruction and PSNR of those to draw; `ratios`: the PSNR of all."""
+    if not pairs:
         return
-    labels = [label for ratio in ratios for label in ("original", f"{ratio:.1f} dB")]
-    write_picture(Path(output), image_grid(images, 2 * min(4, len(ratios)), labels))
+    images = [image for original, made, _ in pairs for image in (original, made)]
+    labels = [label for *_, ratio in pairs for label in ("original", f"{ratio:.1f} dB")]
+    write_picture(Path(output), image_grid(images, 2 * min(4, len(pairs)), labels))
+    if len(pairs) < len(ratios):
+        print(f"the picture shows {len(pairs)} of {len(ratios)} images")
     print(f"{'mean of ' + str(len(ratios)):40} {sum(ratios) / len(ratios):7.2f} dB")
 
 
@@ -88,33 +134,25 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(ReconstructConfig, argv, __doc__)
     from tqdm.auto import tqdm
 
-    from vtp_diffusion.metrics.pixels import psnr
-    from vtp_diffusion.models.latent_space import reconstruct
-
     files = config.files()
     vae, resolution = open_autoencoder(config)
-    images, ratios, skipped = [], [], []
-    for file in tqdm(files, desc="reconstructing"):
-        try:
-            image = center_crop(read_image(file), resolution)
-        except UnreadableImageError:
-            if not config.skip_unreadable:
-                draw_picture(config.output, images, ratios)
-                raise
-            skipped.append(file)
-            continue
-        original = pil_to_uint8(image)[None]  # (1, 3, R, R)
-        reconstruction = reconstruct(vae, original)
-        ratios.append(psnr(original, reconstruction).item())
-        images += [image, to_pil(reconstruction)[0]]
-        tqdm.write(f"{f'{file.parent.name}/{file.name}':40} {ratios[-1]:7.2f} dB")
-    draw_picture(config.output, images, ratios)
+    pictured = {files[k * len(files) // PICTURED] for k in range(PICTURED)} if len(files) > PICTURED else set(files)
+    pairs, ratios, skipped = [], [], list[Path]()
+    try:
+        found = reconstruct_files(config, files, vae, resolution, skipped)
+        for file, original, made, ratio in tqdm(found, desc="reconstructing", total=len(files)):
+            ratios.append(ratio)
+            pairs += [(original, made, ratio)] if file in pictured else []
+            tqdm.write(f"{f'{file.parent.name}/{file.name}':40} {ratio:7.2f} dB")
+    finally:  # also of the files before one that can't be read
+        draw_picture(config.output, pairs, ratios)
     if skipped:
         print(f"{len(skipped)} of {len(files)} files can't be read: {', '.join(map(str, skipped))}")
-    if not images:
+    if not ratios:
         raise ValueError(f"none of the {len(files)} files can be read as an image")
     then = "eval/reconstruction.py --vae {} --data.source {} --split all --data.resolution {} --output results.json"
     folder = next(filter(os.path.isdir, config.images), "FOLDER")
+    then += " --data.skip_unreadable" * config.skip_unreadable
     print_end([config.output], then, config.vae, folder, resolution)
 
 

@@ -241,6 +241,9 @@ def test_reconstruct_side_by_side(started, tmp_path, pipeline_folder, images):
     assert 2 * 128 <= Image.open("out.png").width < 3 * 128
     (tmp_path / "out.png").unlink()
     refused("multiple of the autoencoder's patch 8, got 60", *vae, images, "--resolution", 60)
+    (tmp_path / "dir.png").mkdir()
+    refused("dir.png is a folder", *vae, images, "--output", "dir.png")
+    refused("output .*a.png cannot be written", *vae, images, "--output", images / "0.png/a.png")
     refused("absent.png is neither an image file nor a folder", *vae, "absent.png")
     test_latent_shards.dc().save_pretrained("dc")
     test_latent_shards.kl().save_pretrained("kl")
@@ -261,6 +264,22 @@ def test_reconstruct_keeps_what_was_done_before_an_unreadable_image(pipeline_fol
     printed = capsys.readouterr().out
     assert "1 of 3 files can't be read" in printed and "mean of 2" in printed
     assert Image.open("out.png").width == 2 * one
+    assert printed.splitlines()[-1].endswith(" --output results.json --data.skip_unreadable")
+
+
+def test_reconstruct_many_draws_some(pipeline_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "many").mkdir()
+    for k in range(5):
+        Image.new("RGB", (32, 32), (50 * k, 0, 0)).save(tmp_path / "many" / f"{k}.png")
+    program = load("reconstruct.py")
+    words = ["--vae", str(pipeline_folder / "vae"), "--images", "many", "--output", "out.png"]
+    program.main([*words, "--batch_size", "1"])
+    alone, whole = capsys.readouterr().out.splitlines(), Image.open("out.png")
+    monkeypatch.setattr(program, "PICTURED", 2)
+    program.main([*words, "--batch_size", "3"])
+    printed = capsys.readouterr().out.splitlines()
+    assert "the picture shows 2 of 5 images" in printed and alone == [line for line in printed if "shows" not in line]
+    assert 2 * Image.open("out.png").width == whole.width
 
 
 def test_export_as_a_program(started):
