@@ -127,10 +127,12 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
     batch_size: int = setting(32, "images sampled at once", at_least=1)
 
     def __post_init__(self) -> None:
-        changed = (field.name for field in fields(self) if getattr(self, field.name) != field.default)
-        if not self.samples and (given := [name for name in changed if name in SAMPLING]):
+        changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        unused = [name for name in changed if name in SAMPLING and not self.samples]
+        # one that is not there is named later, as such
+        if unused and all(Path(source).exists() for source in (self.images, self.control) if source is not None):
             raise ValueError(
-                f"{', '.join(given)}: settings of sampling, but neither images {self.images} nor control "
+                f"{', '.join(unused)}: settings of sampling, but neither images {self.images} nor control "
                 f"{self.control} is a pipeline: leave them out"
             )
         if self.protocol != protocols.OWN:
