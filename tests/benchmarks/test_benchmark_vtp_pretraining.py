@@ -41,8 +41,8 @@ def test_recording_is_for_a_gpu(tmp_path):
 def test_twins_are_compared_and_others_refused(tmp_path, monkeypatch):
     program = load_program("train_vtp")
     program.main(arguments(tmp_path / "joint", "--max_train_steps=2"))
-    alone = ["--objectives", "reconstruction", "--max_train_steps=2"]
-    program.main(arguments(tmp_path / "twin", *alone))
+    alone = {"objectives": ["reconstruction"]}
+    program.main(arguments(tmp_path / "twin", "--max_train_steps=2", **alone))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--joint=joint", "--twin=twin", "--output=out/compared.json"])
     runpy.run_path(str(ROOT / "benchmarks" / "vtp_objectives.py"), run_name="__main__")
@@ -53,7 +53,7 @@ def test_twins_are_compared_and_others_refused(tmp_path, monkeypatch):
     assert results["psnr_loss_db"] == held_out["twin"]["psnr"] - held_out["joint"]["psnr"]
     assert results["held_out"]["knn_accuracy"] == {run: held_out[run]["knn_accuracy"] for run in held_out}
     assert (tmp_path / "out" / "compared.svg").read_text().count("<polyline") >= 4
-    program.main(arguments(tmp_path / "other", *alone, "--seed=1"))
+    program.main(arguments(tmp_path / "other", "--max_train_steps=2", "--seed=1", **alone))
     monkeypatch.setattr(sys, "argv", ["x", "--joint=joint", "--twin=other", "--output=x.json"])
     with pytest.raises(SystemExit, match="seed: 0 and 1"):
         runpy.run_path(str(ROOT / "benchmarks" / "vtp_objectives.py"), run_name="__main__")

@@ -184,13 +184,13 @@ def test_weight_decay_follows_a_cosine():
     assert [cosine_at(d, 0.04, 0.4) for d in (0.0, 0.5, 1.0)] == pytest.approx([0.04, 0.22, 0.4])
 
 
-def arguments(output, *more):
+def arguments(output, *more, objectives=("contrastive", "self_supervision", "reconstruction")):
     sides = [f"--model.{key}={value}" for key, value in TINY.items() if key.split("_")[0] in ("encoder", "decoder")]
     text = [f"--text.{key}={TINY[key]}" for key in TINY if key.startswith("text") and key != "text_vocab_size"]
     return [
         f"--output_dir={output}", "--data.resolution=32", "--data.limit=64", "--model.patch_size=8", *sides,
         *text, "--text.text_context_length=16", "--text.projection_dim=8", "--model.latent_channels=3", "--objectives",
-        "contrastive", "self_supervision", "reconstruction", "--self_supervision.share=0.5",
+        *objectives, "--self_supervision.share=0.5",
         "--self_supervision.prototypes=16", "--self_supervision.head_hidden_size=12",
         "--self_supervision.head_bottleneck=6", "--self_supervision.crops.local_crops=2",
         "--self_supervision.crops.local_size=16", "--reconstruction.lpips=0", "--reconstruction.share=0.25",
@@ -290,9 +290,9 @@ def test_a_share_of_the_blocks_is_computed_twice(share, passes):
 
 def test_a_step_that_is_left_out_moves_no_center(tmp_path):
     """A ruined student: the second step's gradients are not finite, the teacher's outputs are."""
-    more = ["--learning_rate=1e6", "--lr_scheduler=constant", "--max_grad_norm=none", "--objectives=self_supervision"]
+    more = ["--learning_rate=1e6", "--lr_scheduler=constant", "--max_grad_norm=none"]
     lengths = ["--max_train_steps=2", "--checkpointing_steps=1", "--data.limit=16", "--evaluation_images=2"]
-    load_program("train_vtp").main(arguments(tmp_path / "run", *more, *lengths))
+    load_program("train_vtp").main(arguments(tmp_path / "run", *more, *lengths, objectives=["self_supervision"]))
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines if "skipped_steps" in line] == [0, 1]
     first, second = (load_file(tmp_path / "run" / f"checkpoint-{step}/objective.safetensors") for step in (1, 2))
@@ -330,14 +330,13 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
 def test_shards_are_refused_before_anything_is_built(tmp_path, monkeypatch, objectives):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="the text tower are not trained sharded"):
-        load_program("train_vtp").main([*arguments(tmp_path / "run"), "--objectives", *objectives])
+        load_program("train_vtp").main(arguments(tmp_path / "run", objectives=objectives))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--objectives"], "objectives is .., expected some of"),
         (["--self_supervision.share=1.5"], "share is 1.5"),
         (["--checkpointed_share=0"], "checkpointed_share is 0.0, expected a number in .0, 1."),
         (
@@ -355,6 +354,8 @@ def test_shards_are_refused_before_anything_is_built(tmp_path, monkeypatch, obje
 def test_bad_input_is_named(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         load_program("train_vtp").main(arguments(tmp_path / "run", *more))
+    with pytest.raises(ValueError, match="objectives is .., expected some of"):
+        load_program("train_vtp").main(arguments(tmp_path / "run", objectives=[]))
     assert not (tmp_path / "run").exists()
 
 
