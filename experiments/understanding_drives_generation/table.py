@@ -353,7 +353,7 @@ def scaling_panels(table: dict[str, dict]) -> list[Panel]:
                     line = [(x, p["mean"]) for x, p in zip(values, points, strict=True)]
                     curves.append(Curve(STYLES[base], line, dots))
             if curves and not measure.startswith(RANDOM):
-                title = f"{measure}, second stage" if stage else measure
+                title = f"{measure} (stage 2)" if stage else measure
                 panels.append(Panel(title, label, f"distance at step {step:,}", curves))
     return panels
 
