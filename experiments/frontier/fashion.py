@@ -91,6 +91,10 @@ def tabulated(results: Path, table: dict[str, dict]) -> dict[str, dict]:
         found, (name, seed) = read_json(file), file.stem.removesuffix(f"-{STEPS}").rsplit("-", 1)
         row = found["distances"][0]
         values = {row["distance"]: row["floor"]["generated"], "real against real": row["floor"]["real"]}
+        values |= {
+            f"{row['distance']} to reconstructions": row["floor"]["generated"]
+            for row in found.get("distances_to_reconstructions", [])
+        }
         scores = [(*score["score"].split(), score["value"]) for score in found["scores"]]  # "recall (EffLite0)"
         values |= {kind: value for kind, network, value in scores if network == "(EffLite0)"}
         table.setdefault(name, {})[seed] = values

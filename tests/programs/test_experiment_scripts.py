@@ -132,9 +132,10 @@ def test_the_table_of_fashion_mnist_has_means_over_seeds(tmp_path):
         scores = [{"score": f"{kind} (EffLite0)", "value": 0.5} for kind in ("precision", "recall")]
         scores += [{"score": "recall (VTP-192)", "value": 0.9}]  # of another network
         file = tmp_path / f"muon_4e-3-{seed}-1500.json"
-        file.write_text(json.dumps({"distances": [row], "scores": scores}))
+        file.write_text(json.dumps({"distances": [row], "distances_to_reconstructions": [row], "scores": scores}))
     known = {"muon_4e-3": {"0": {}}, "adamw_4e-3": {"2": row["floor"]}}  # measured again, and elsewhere
     found = program.tabulated(tmp_path, known)
+    assert found["muon_4e-3"]["1"]["FD-EffLite0 to reconstructions"] == 94.0
     assert found.pop("adamw_4e-3") == {"2": row["floor"]}
     printed = table.fashion_table(found)
     assert "| muon_4e-3 | 2 | 92.0 ± 2.8 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in printed and "17.6" in printed
