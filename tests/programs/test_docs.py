@@ -115,6 +115,11 @@ def test_files_that_pages_name_are_there():
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+def test_pages_link_to_pages_alone():
+    """The site holds nothing but docs/: its strict build refuses a link to a file beside it."""
+    assert [(page.name, link) for page in PAGES for link in re.findall(r"\]\((\.\./[^)]*)", page.read_text())] == []
+
+
 def test_the_table_has_every_configuration_once():
     table = (ROOT / "docs" / "configurations.md").read_text(encoding="utf-8")
     dit, vtp = (section for section in table.split("\n## ")[1:])
