@@ -127,8 +127,9 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
     batch_size: int = setting(32, "images sampled at once", at_least=1)
 
     def __post_init__(self) -> None:
+        samples = self.samples
         changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
-        unused = [name for name in changed if name in SAMPLING and not self.samples]
+        unused = [] if samples else [name for name in changed if name in SAMPLING]
         # one that is not there is named later, as such
         if unused and all(Path(source).exists() for source in (self.images, self.control) if source is not None):
             raise ValueError(
@@ -137,7 +138,7 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
             )
         if self.protocol != protocols.OWN:
             protocols.follow_protocol(self)
-        self.labels = (self.labels or "random") if self.samples else None
+        self.labels = (self.labels or "random") if samples else None
         super().__post_init__()
         check_output(self.output)
         if self.nearest_neighbours is not None:
@@ -146,7 +147,7 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
             raise ValueError(
                 f"control {UNTRAINED} resets the network of a pipeline, but images {self.images} is no pipeline"
             )
-        if self.save_images is not None and not self.samples:
+        if self.save_images is not None and not samples:
             raise ValueError(
                 f"save_images keeps what is sampled: neither {self.images} nor {self.control} is a pipeline"
             )

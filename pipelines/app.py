@@ -27,7 +27,7 @@ from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, re
 from vtp_diffusion.data.images import enlarged, pil_to_uint8, to_pil
 from vtp_diffusion.evaluation.sources import check_real_images, pipeline_image_size
 from vtp_diffusion.evaluation.training_images import TrainingImages
-from vtp_diffusion.generation.pipeline_checks import guidance_kinds
+from vtp_diffusion.generation.pipeline_checks import default_steps, guidance_kinds
 from vtp_diffusion.generation.sampler_config import SamplerConfig, Solver
 from vtp_diffusion.generation.sampling import open_pipeline, sample_numbers
 from vtp_diffusion.generation.solvers import use_solver
@@ -102,7 +102,7 @@ class Page:
         """Steps, guidance scale and solver that fit a pipeline, and the kinds of guidance it has."""
         pipe = self.open(folder)
         if student := pipe.transformer.config.get("student"):
-            return max(student["steps"]), 1.0, "pipeline", ["auto"]
+            return default_steps(student), 1.0, "pipeline", ["auto"]
         return 15, 2.5, "unipc", guidance_kinds(pipe)
 
     def generate(

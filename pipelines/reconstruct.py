@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from vtp_diffusion.data.batches import spread_evenly
 from vtp_diffusion.data.folders import read_layout
 from vtp_diffusion.data.image_files import UnreadableImageError, center_crop, read_image
 from vtp_diffusion.data.images import image_grid, pil_to_uint8, to_pil
@@ -136,8 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
     files = config.files()
     vae, resolution = open_autoencoder(config)
-    pictured = {files[k * len(files) // PICTURED] for k in range(PICTURED)} if len(files) > PICTURED else set(files)
-    pairs, ratios, skipped = [], [], list[Path]()
+    pictured, pairs, ratios, skipped = set(spread_evenly(files, PICTURED)), [], [], list[Path]()
     try:
         found = reconstruct_files(config, files, vae, resolution, skipped)
         for file, original, made, ratio in tqdm(found, desc="reconstructing", total=len(files)):

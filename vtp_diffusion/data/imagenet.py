@@ -45,7 +45,7 @@ def imagenet_indices(names: Sequence[str], spoken: Sequence[str]) -> list[int]:
     ]
     if len(names) == IMAGENET_CLASSES and all(k in classes or not classes for k, classes in enumerate(found)):
         return list(range(IMAGENET_CLASSES))
-    chosen = [classes.pop() if len(classes) == 1 else None for classes in found]
+    chosen = [next(iter(classes)) if len(classes) == 1 else None for classes in found]
     if None in chosen or len(set(chosen)) < len(names):
         twice = (name for name, index in zip(names, chosen, strict=True) if index is None or chosen.count(index) > 1)
         raise ValueError(

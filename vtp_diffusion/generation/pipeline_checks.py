@@ -150,6 +150,11 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
         )
 
 
+def default_steps(student: dict[str, Any] | None) -> int:
+    """The number of steps where none is given: 50, or the most that a few-step student learned."""
+    return 50 if student is None else max(student["steps"])
+
+
 def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float, kind: str) -> None:
     """Raises: ValueError if a few-step student is asked for what it was not trained for.
 

@@ -31,12 +31,11 @@ from .pipeline_checks import (
     check_components,
     check_names,
     check_scheduler,
+    default_steps,
     is_guided,
     is_number,
     normal_name,
 )
-
-DEFAULT_STEPS = 50
 
 
 class LightningDiTPipeline(DiffusionPipeline):
@@ -212,7 +211,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         student = self.transformer.config.get("student")
         if num_inference_steps is None:
-            num_inference_steps = DEFAULT_STEPS if student is None else max(student["steps"])
+            num_inference_steps = default_steps(student)
         check_call(
             self, num_inference_steps, guidance_scale, guidance_interval, guidance_channels, num_images_per_label,
             output_type, callback_on_step_end, tensor_inputs, guidance,

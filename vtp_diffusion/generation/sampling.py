@@ -55,7 +55,7 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
     from diffusers import DiffusionPipeline
 
     from ..models.loading import load_saved
-    from .pipeline_lightning_dit import DEFAULT_STEPS
+    from .pipeline_checks import default_steps
 
     dtype = (config or SamplerConfig()).torch_dtype(torch.device(device))
     pipe = load_saved(DiffusionPipeline, folder, dtype=dtype)
@@ -64,8 +64,7 @@ def open_pipeline(folder: str, config: SamplerConfig | None, device: torch.devic
         try:  # at once: the first call may come after hours of reading real images
             use_solver(pipe, config.solver, config.time_shift)
             if config.num_inference_steps is None:
-                student = pipe.transformer.config.get("student")
-                config.num_inference_steps = DEFAULT_STEPS if student is None else max(student["steps"])
+                config.num_inference_steps = default_steps(pipe.transformer.config.get("student"))
             config.check_pipeline(pipe, config.num_inference_steps, config.guidance_channels)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
