@@ -16,15 +16,11 @@ from diffusers.models import modeling_utils
 from safetensors.torch import load_file
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.latent_shards import write_metadata, write_shard
 from vtp_diffusion.evaluation import validation
-from vtp_diffusion.evaluation.convergence import read_convergence
 from vtp_diffusion.generation.objective import FlowMatchingObjective, training_inputs
 from vtp_diffusion.generation.transformer_config import build_transformer
-from vtp_diffusion.metrics.features import FeatureNetwork
 from vtp_diffusion.models.latent_space import autoencoder_identity
-from vtp_diffusion.runtime.config import config_to_dict
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["cat", "dog", "fish"]
@@ -312,59 +308,6 @@ def test_a_smaller_transformer_becomes_the_guide_of_the_pipeline(tmp_path, made)
     with pytest.raises(ValueError, match="guide.transformer .* does not fit: num_classes 7 instead of 3"):
         program.main(arguments(tmp_path / "other", made, f"--guide.transformer={small}", "--max_train_steps=1"))
     assert not (tmp_path / "other").exists()
-
-
-def test_the_log_has_losses_by_time_and_a_distance_with_its_floor(tmp_path, made, monkeypatch):
-    """The distance of a network of ours, which needs no weights: red and green of the mean colour."""
-    from PIL import Image
-
-    (tmp_path / "images" / "grey").mkdir(parents=True)
-    for k in range(10):
-        Image.new("RGB", (20, 16), (25 * k, 250 - 20 * k, 7 * k)).save(tmp_path / "images" / "grey" / f"{k}.png")
-
-    class MeanColour(FeatureNetwork):
-        distance_name = "FD-colour"
-
-        def outputs(self, images):
-            return {"features": images.float().mean((2, 3))[:, :2]}
-
-    monkeypatch.setattr(validation, "feature_network", lambda name, weights: MeanColour())
-    source, count = f"--validation.distance.reference.source={tmp_path / 'images'}", "--validation.distance.num_images"
-    load_program("train_dit").main(arguments(tmp_path / "run", made, source, f"{count}=5"))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    losses = [line for line in lines if "loss" in line]
-    assert all(len(line["squared_error_by_time"]) == 10 for line in losses)
-    measured = {line["step"]: line for line in lines if "FD-colour" in line}
-    assert list(measured) == [3, 6] and measured[6]["FD-colour_images"] == 5
-    reference = f"10 images of {tmp_path / 'images'}"
-    assert measured[6]["FD-colour_reference"] == read_convergence(tmp_path / "run")[0]["reference"] == reference
-    assert f"\n- Distances during training are to {reference}.\n" in (tmp_path / "run/pipeline/README.md").read_text()
-    assert measured[3]["FD-colour_floor"] == measured[6]["FD-colour_floor"] > 0
-    assert measured[3]["FD-colour"] != measured[6]["FD-colour"]
-    early, late = read_convergence(tmp_path / "run")
-    assert (early["distance"], late["distance"]) == (measured[3]["FD-colour"], measured[6]["FD-colour"])
-    assert late["images"] == 24 and late["flops"] == 2 * early["flops"] > 0 and late["epochs"] == 2 * early["epochs"]
-    assert late["gpu_seconds"] > early["gpu_seconds"] > 0
-    with pytest.raises(ValueError, match="num_images is 6: the floor takes twice as many real images, .* has 10"):
-        load_program("train_dit").main(arguments(tmp_path / "two", made, source, f"{count}=6"))
-    assert not (tmp_path / "two").exists()
-
-
-def test_real_images_are_by_default_those_of_the_latents(tmp_path):
-    from PIL import Image
-
-    for k, split in enumerate(("train", "train", "test")):
-        (tmp_path / split / "grey").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 16), (25 * k, 0, 0)).save(tmp_path / split / "grey" / f"{k}.png")
-    config = DataConfig(source=str(tmp_path), resolution=16)
-    made_of = config_to_dict(config) | {"split": "all", "fingerprint": open_dataset(config, "all").fingerprint}
-    del made_of["cache_dir"]  # as in latents.json
-    images, source = validation.open_real_images(None, 16, {"data": made_of})
-    assert len(images) == 3 and source == str(tmp_path)
-    (tmp_path / "test" / "grey" / "2.png").write_bytes((tmp_path / "train" / "grey" / "0.png").read_bytes())
-    for changes, message in (({}, "holds other images now"), ({"source": "./gone"}, "cannot be opened: give --valid")):
-        with pytest.raises(ValueError, match=f"without distance.reference: .* {message}"):
-            validation.open_real_images(None, 16, {"data": made_of | changes})
 
 
 def test_training_can_start_from_a_saved_transformer(tmp_path, made):

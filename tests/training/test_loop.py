@@ -1,7 +1,5 @@
 """What the training programs share, with tiny real models."""
 
-import importlib.util
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -23,7 +21,6 @@ from torch import nn
 
 from vtp_diffusion import LightningDiTTransformer2DModel
 from vtp_diffusion.runtime.reproducibility import step_generator
-from vtp_diffusion.training.accelerator import tracker_settings
 from vtp_diffusion.training.loop import MAX_SKIPPED_IN_A_ROW, TrainingRun
 from vtp_diffusion.training.optimisation import AveragedWeights, learning_rate_at, parameter_groups
 from vtp_diffusion.training.run_folder import RunFolder
@@ -304,37 +301,6 @@ def test_processes_that_did_not_find_each_other_are_refused(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_gets_scalars_and_pictures(tmp_path):
-    from PIL import Image
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = train(tiny_config(tmp_path / "run", max_train_steps=2, report_to="tensorboard"))
-    run.report(2, {"held_out_psnr": 20.0}, Image.new("RGB", (8, 8)))
-    run.end()
-    events = EventAccumulator(str(tmp_path / "run" / "logs"))
-    events.Reload()
-    assert {"loss", "learning_rate", "held_out_psnr"} <= set(events.Tags()["scalars"])
-    assert "validation" in events.Tags()["images"]
-    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
-
-
-def test_tensorboard_has_every_step_of_a_resumed_run_once(tmp_path):
-    """The run was killed after its sixth step and goes on after the third, whose checkpoint was the last."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    config = tiny_config(tmp_path / "run", report_to="tensorboard")
-    run = train(config)
-    run.report(6, {"held_out_psnr": 20.0})
-    run.end()
-    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    train(config).end()
-    events = EventAccumulator(str(tmp_path / "run" / "logs"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
-    assert events.Scalars("held_out_psnr") == []
-    assert len(list((tmp_path / "run" / "logs").rglob("hparams.yml"))) == 1
-
-
 def test_a_damaged_line_of_the_log_is_named(tmp_path):
     config = tiny_config(tmp_path / "run", max_train_steps=3)
     train(config)
@@ -345,35 +311,6 @@ def test_a_damaged_line_of_the_log_is_named(tmp_path):
             train(config)
         assert damaged in (tmp_path / "run" / "log.jsonl").read_bytes()
         (tmp_path / "run" / "log.jsonl").write_bytes(b"".join(lines))
-
-
-def test_wandb_has_one_project_and_a_run_the_name_of_its_folder(tmp_path):
-    """As far as accelerate goes without wandb, which starts when the tracker does."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    for name in ("vtp-l", "dit-xl"):
-        (tmp_path / name).mkdir()
-    settings = tracker_settings("wandb", tmp_path / "vtp-l" / ".." / "dit-xl", 0, {})
-    tracker = LOGGER_TYPE_TO_CLASS["wandb"](settings["project_name"], **settings["init_kwargs"]["wandb"])
-    assert tracker.run_name == "vtp-diffusion", "what accelerate passes to wandb.init as the project"
-    assert tracker.init_kwargs["name"] == "dit-xl"
-
-
-def test_a_resumed_run_goes_on_with_its_run_in_wandb(tmp_path):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "other").mkdir()
-    first, again, other = (
-        tracker_settings("wandb", tmp_path / name, step, {})["init_kwargs"]["wandb"]
-        for name, step in (("one", 0), ("one", 3), ("other", 0))
-    )
-    assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"
-
-
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="about an environment without wandb")
-def test_wandb_that_is_missing_is_named_with_its_extra(tmp_path):
-    with pytest.raises(ImportError, match=r"wandb is needed here: .* pip install -e '.\[wandb\]'"):
-        train(tiny_config(tmp_path / "run", report_to="wandb"))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
