@@ -16,12 +16,6 @@ weights, for models that do not fit otherwise:
 
     accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 train_dit/train.py --config ...
 
-Alignment (REPA, arXiv:2410.06940): with --alignment.weight 0.5 tokens of the transformer learn to resemble the
-features that VTP's encoder has of the image. This needs online training, where the encoder runs anyway:
-
-    accelerate launch train_dit/train.py --config openmoji --latents none \\
-      --data.source openmoji --data.resolution 128 --alignment.weight 0.5 --alignment.until_step 6000
-
 Autoguidance (arXiv:2406.02507): --guide.step 20000 makes the EMA weights of that step the pipeline's
 guidance_transformer, --guide.transformer FOLDER a smaller transformer trained on the same latents.
 """
@@ -40,7 +34,6 @@ from torch import nn
 from vtp_diffusion.data.batches import AugmentationConfig
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.evaluation.validation import ValidationConfig
-from vtp_diffusion.generation.alignment import Alignment, AlignmentConfig
 from vtp_diffusion.generation.autoguidance import GUIDE, GuideConfig, check_guide, open_guide
 from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, wanted_graphs, why_blocks_are_plain
 from vtp_diffusion.generation.objective import (
@@ -94,7 +87,6 @@ class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
         "gets new class embeddings; none: new weights",
     )
     shift: TimeShift = setting(0.3, "time shift s that the pipeline samples with; values as of time_shift", above=0)
-    alignment: AlignmentConfig = setting(default_factory=AlignmentConfig, help="with the tokenizer's features")
     guide: GuideConfig = setting(default_factory=GuideConfig, may_change=True)
     optimizer: Literal["adamw", "muon"] = setting("adamw", "muon: for the matrices inside blocks, AdamW for the rest")
     save_dtype: Literal["float32", "bfloat16"] = setting("float32", "precision of the weights in pipeline/")
@@ -120,7 +112,6 @@ class Config(TrainingConfig, FlowMatchingConfig, FusedConfig):
             raise ValueError("latents is none: training online needs data (data.source, data.resolution)")
         if self.latents is None and self.verify_latents:
             raise ValueError("verify_latents is true with latents none, expected false: there are no shards to verify")
-        self.alignment.check(self.latents, self.model.num_layers)
         if self.latents is not None and self.augmentation != AugmentationConfig():
             raise ValueError("augmentation changes images while training online: with latents it can do nothing")
 
@@ -137,7 +128,6 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
         check_latents(dataset, vae, config.data)
     else:
         latent_statistics(vae)  # refuses an autoencoder that should have them and does not
-        config.alignment.check_autoencoder(vae)
         latent_shape(vae, config.data.resolution)  # refuses a resolution before images are read
         dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
     dataset.id2label = class_names(dataset, config.model.num_classes)
@@ -145,30 +135,23 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
 
 
 def latent_batches(run: TrainingRun, config: Config, dataset: LatentDataset | OnlineLatents) -> Iterator[dict]:
-    """Raw latents and labels on the device, for every micro-step still to do, with features for alignment."""
+    """Raw latents and labels on the device, for every micro-step still to do."""
     from vtp_diffusion.generation.latent_inputs import OnlineLatents, stored_latents
 
     sampler = run.batch_sampler(len(dataset), dataset.weights)
     common = (sampler, config.random_flip, run.device, config.keep_on_device, config.dataloader_num_workers)
     if not isinstance(dataset, OnlineLatents):
         return stored_latents(dataset, *common)
-    per_step = config.gradient_accumulation_steps
-    return dataset.batches(
-        *common,
-        config.mixed_precision,
-        config.compile,
-        features=lambda micro_step: config.alignment.active(micro_step // per_step),
-    )
+    return dataset.batches(*common, config.mixed_precision, config.compile)
 
 
-def build_objective(config: Config, transformer: nn.Module, vae: nn.Module) -> FlowMatchingObjective:
+def build_objective(config: Config, transformer: nn.Module) -> FlowMatchingObjective:
     """The objective. With `compile` it is one compiled graph, or with several processes, which wrap or shard the
     blocks, one graph for these."""
     from vtp_diffusion.runtime.processes import this_process
     from vtp_diffusion.training.compilation import compile_modules
 
-    alignment = Alignment(config.alignment, transformer, vae) if config.alignment.weight > 0 else None
-    objective = FlowMatchingObjective(transformer, config.cosine_loss, alignment)
+    objective = FlowMatchingObjective(transformer, config.cosine_loss)
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
     if config.compile and this_process()[1] == 1:
@@ -255,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     distance = open_distance(config.validation, pipeline, dataset.metadata)
     blank = torch.zeros(1, *dataset.shape), torch.zeros(1), torch.zeros(1, dtype=torch.long)
     flops = 3 * forward_flops(transformer, *blank)  # a backward pass has twice the products of a forward pass
-    objective = build_objective(config, transformer, vae)
+    objective = build_objective(config, transformer)
     run = TrainingRun(
         config,
         folder,
@@ -265,15 +248,12 @@ def main(argv: list[str] | None = None) -> None:
         dataset.fingerprint,
         groups=muon_groups(transformer, objective, config.adam_weight_decay) if config.optimizer == "muon" else None,
         flops_per_image=flops,
-        in_parts=config.alignment.ends,  # afterwards its projector gets no gradients
         cuda_graphs=wanted_graphs(config, config.compile),
     )
     use_fused_blocks(config, run, plain)
     vae.to(run.device)
     inputs = training_inputs(run, config, latent_batches(run, config, dataset), vae, dataset.shape, num_classes)
     for step in validated_steps(run, distance, partial(validate, config, run, vae, dataset, distance)):
-        if config.alignment.ends and step == config.alignment.until_step:
-            run.record_anew()
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before this step's checkpoint: a run resumed from it needs the guide
             export_averaged(run.model, run.optimisation.average, folder.path / GUIDE)

@@ -1,4 +1,4 @@
-"""Optimisers, learning rates, prediction of the data and alignment on Fashion-MNIST, on a CPU.
+"""Optimisers, learning rates and prediction of the data on Fashion-MNIST, on a CPU.
 
     python experiments/frontier/fashion.py --runs adamw_1e-3 muon_1e-3 --seeds 0 1 2 --together 2
 
@@ -28,10 +28,7 @@ KINDS = {
     "adamw": ("reconstruction_long", []),
     "muon": ("reconstruction_long", ["--optimizer", "muon"]),
     "data": ("reconstruction_long", ["--model.prediction", "data"]),
-    # on the tokenizer that understands most; aligned encodes the images in every step, since stored latents have no
-    # features
-    "all": ("all", []),
-    "aligned": ("all", ["--alignment.weight", "0.5"]),
+    "all": ("all", []),  # on the tokenizer that understands most
     # 4 tokens of 128 channels, as many as the network is wide
     "wide": ("all", ["--model.patch_size", "2"]),
     "wide_data": ("all", ["--model.patch_size", "2", "--model.prediction", "data"]),
@@ -70,11 +67,7 @@ def measured_run(config: Config, name: str, seed: int) -> Task:
     files += ["--data.validation_files", os.path.join(config.data, "test.parquet"), "--data.caption_column", "caption"]
     words = ["train_dit/train.py", "--config", str(UNDERSTANDING / SETTINGS["generator"]), *changed]
     words += ["--vae", str(source / f"tokenizer-{tokenizer}" / "vae"), "--seed", str(seed)]
-    if name.startswith("aligned"):
-        images = {"data.source": "parquet", "data.resolution": SETTINGS["resolution"]}
-        words += ["--latents", "none", *options(images), *files]
-    else:
-        words += ["--latents", str(source / f"latents-{tokenizer}")]
+    words += ["--latents", str(source / f"latents-{tokenizer}")]
     words += ["--max_train_steps", str(STEPS), "--output_dir", str(output)]
     measure = [MEASURE, "--run", str(output), "--steps", str(STEPS), "--output", str(result), "--reference", "parquet"]
     measure += [*files, "--split", "validation", "--data.limit", str(SETTINGS["num_reference"]), "--solver", "unipc"]

@@ -34,7 +34,6 @@ CHANGES = {
     "base_head": HEAD,
     "muon_base_head": MUON + HEAD,
     "online": ONLINE,
-    "aligned": [*ONLINE, "--alignment.weight", "0.5"],
 }
 RATES = ("5e-4", "2e-3", "4e-3", "8e-3")  # beside base.yaml's 1e-3
 RUNS = CHANGES | {

@@ -85,18 +85,16 @@ def test_float8_takes_any_swiglu_and_tokens_of_16_columns_each(monkeypatch):
         assert why_not(pipe, fp8=True) == reason
 
 
-def test_a_network_sped_up_takes_its_arguments_in_the_same_order_and_returns_no_tokens(monkeypatch):
+def test_a_network_sped_up_takes_its_arguments_in_the_same_order(monkeypatch):
     student = {"steps": [1], "shift": 1.0, "guidance": None}
     network, inputs = network_and_inputs(student=student, base_head_layer=1)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     graphed = GraphedForward(network, FusedForward(network, lightning_dit_formulae))
     names = [list(signature(forward).parameters) for forward in (network.forward, graphed.__call__)]
     assert names[0] == names[1]
-    arguments = *inputs, False, True, 2, torch.ones(3)
+    arguments = *inputs, False, True, torch.ones(3)
     expected, found = network(*arguments), graphed(*arguments)  # with gradients
-    assert len(found) == 3 and all(map(torch.equal, found, expected))
-    with torch.no_grad(), pytest.raises(ValueError, match="return_tokens is 2, expected None after speed_up"):
-        graphed(*arguments)
+    assert len(found) == 2 and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

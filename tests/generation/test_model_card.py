@@ -11,7 +11,6 @@ CONFIG = SimpleNamespace(
     model=SimpleNamespace(num_layers=2, num_attention_heads=4, attention_head_dim=16, patch_size=1),
     validation=ValidationConfig(guidance_scale=2.0),
     guide=SimpleNamespace(text="classifier-free"),
-    alignment=SimpleNamespace(weight=0.0),
     optimizer="adamw",
     max_train_steps=6,
     learning_rate=1e-3,
@@ -30,7 +29,7 @@ def test_names_beyond_ten_are_counted(tmp_path):
     assert "12 classes: class 0, class 1, " in card and "class 9, ...." in card and "class 10" not in card
     assert '{"guidance_scale": 2.0, "num_inference_steps": 50}' in card
     assert "\n- AdamW,\n  learning rate 0.001" in card
-    assert "class dropout 0.1.\n" in card and "aligned" not in card
+    assert "class dropout 0.1.\n" in card
     assert "2 layers, 4 heads of 16, patch 1." in card and "Training images" not in card
 
 

@@ -29,11 +29,11 @@ def network_and_inputs(heads=2, size=12, **changes):
     return network, (torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 3, 1]))
 
 
-def result_and_gradients(network, inputs, autocast=False, **options):
+def result_and_gradients(network, inputs, autocast=False):
     network.zero_grad()
     latents = inputs[0].detach().clone().requires_grad_()
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=autocast):
-        results = network(latents, *inputs[1:], return_dict=False, **options)
+        results = network(latents, *inputs[1:], return_dict=False)
     result = torch.cat([part.flatten(1) for part in results], dim=1)
     weights = torch.linspace(-1, 1, result.numel(), device=result.device).view_as(result)
     (result.float() * weights).sum().backward()
@@ -47,10 +47,10 @@ def test_fused_blocks_have_the_results_and_gradients_of_plain_ones(changes, norm
     network, inputs = network_and_inputs(**changes)
     if norm is not None:  # that kernels do not know
         network.blocks[0].attn.norm_q = norm(12)
-    plain = result_and_gradients(network, inputs, return_tokens=1)
+    plain = result_and_gradients(network, inputs)
     for block in network.blocks:
         block.fused = FusedBlock(lightning_dit_formulae, fused_formulae)
-    for first, second in zip(plain, result_and_gradients(network, inputs, return_tokens=1), strict=True):
+    for first, second in zip(plain, result_and_gradients(network, inputs), strict=True):
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5 * first.abs().max().item())
 
 

@@ -122,7 +122,6 @@ def test_the_programs_take_the_words_of_every_run_on_fashion_mnist(tmp_path):
         kind, rate = name.rsplit("_", 1)
         assert given.learning_rate == float(rate) and (given.optimizer == "muon") == (kind == "muon")
         assert (given.model.prediction == "data") == kind.endswith("data") and given.seed == 0
-        assert (given.latents is None) == (given.alignment.weight > 0) == (kind == "aligned")
 
 
 def test_the_table_of_fashion_mnist_has_means_over_seeds(tmp_path):

@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cuda_graphs import Recorder
 from test_latent_shards import kl, rae
 from test_train_dit import arguments, fresh_accelerate, load_program, make_autoencoder, weights  # noqa: F401
 
 from vtp_diffusion import LightningDiTPipeline
-from vtp_diffusion.training.cuda_graphs import GraphedPasses
-from vtp_diffusion.training.loop import TrainingRun
-
-ALIGNED = ("--alignment.weight=0.5", "--alignment.projector_width=8")
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +38,7 @@ def losses(folder):
 
 @pytest.mark.parametrize(
     "more",
-    [
-        ("--keep_on_device=false", "--dataloader_num_workers=1", "--mixed_precision=bf16"),
-        (*ALIGNED, "--alignment.until_step=4"),
-        (*ALIGNED, "--alignment.until_step=2"),
-    ],
+    [(), ("--keep_on_device=false", "--dataloader_num_workers=1", "--mixed_precision=bf16")],
 )
 def test_a_resumed_online_run_gives_the_same_weights(tmp_path, made, more):
     program = load_program("train_dit")
@@ -67,7 +58,7 @@ def test_a_resumed_online_run_gives_the_same_weights(tmp_path, made, more):
 def test_online_training_divided_and_compiled(tmp_path, made, monkeypatch):
     """Micro-steps and the compiler (traced without a graph break, not turned into machine code) change no loss."""
     program = load_program("train_dit")
-    more = ("--max_train_steps=3", *ALIGNED, "--alignment.until_step=2")
+    more = ("--max_train_steps=3",)
     program.main(online(tmp_path / "plain", made, *more))
     program.main(online(tmp_path / "divided", made, *more, "--gradient_accumulation_steps=2"))
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
@@ -76,37 +67,6 @@ def test_online_training_divided_and_compiled(tmp_path, made, monkeypatch):
     assert len(set(expected)) == 3
     for name in ("divided", "compiled"):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4)
-
-
-def test_alignment_ends_at_its_step_also_where_passes_are_recorded(tmp_path, made, monkeypatch):
-    program, more = load_program("train_dit"), (*ALIGNED, "--alignment.until_step=5", "--max_train_steps=10")
-    program.main(online(tmp_path / "plain", made, *more))
-    monkeypatch.setattr(
-        TrainingRun,
-        "_graphed",
-        lambda run, asked: GraphedPasses(run._pass, run.bare.parameters(), recorder=Recorder(run.bare)),
-    )
-    program.main(online(tmp_path / "graphed", made, *more, "--cuda_graphs"))
-    lines = [json.loads(line) for line in (tmp_path / "plain" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "alignment" in line] == [1, 2, 3, 4, 5]
-    first = lines[0]
-    assert first["loss"] == pytest.approx(first["squared_error"] + first["cosine"] + 0.5 * first["alignment"])
-    assert len(losses(tmp_path / "plain")) == 10 and losses(tmp_path / "plain") == losses(tmp_path / "graphed")
-    LightningDiTPipeline.from_pretrained(tmp_path / "graphed" / "pipeline")  # strict: the projector stays out
-    card = (tmp_path / "graphed/pipeline/README.md").read_text()
-    assert "; tokens aligned with the encoder's features (REPA, arXiv:2410.06940), weight 0.5 in the first 5" in card
-
-
-def test_alignment_that_cannot_be_had_is_refused(tmp_path, made):
-    main = load_program("train_dit").main
-    with pytest.raises(ValueError, match="alignment.weight is 0.5, but the shards in .*/latents hold no features"):
-        main([*arguments(tmp_path / "run", made), *ALIGNED])
-    with pytest.raises(ValueError, match="alignment.layer is 2, expected a block from 1 to the last, 1"):
-        main(online(tmp_path / "run", made, *ALIGNED, "--alignment.layer=2"))
-    kl().save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match="AutoencoderKL has no features to align with"):
-        main(online(tmp_path / "run", made, f"--vae={tmp_path / 'vae'}", *ALIGNED))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("make", "channels"), [(kl, 4), (rae, 64)])

@@ -40,9 +40,7 @@ def words(folder, made, name):  # noqa: F811
 
 def online_words(folder, made, name, *more):  # noqa: F811
     source = ("--latents=none", f"--data.source={folder / 'images'}", "--data.resolution=16", "--augmentation.shift=4")
-    aligned = ("--alignment.weight=0.5", "--alignment.until_step=1", "--alignment.projector_width=8")
-    labels = "--validation.labels", "0"
-    return arguments(folder / name, made, *source, *aligned, "--max_train_steps=3", *labels, *more)
+    return arguments(folder / name, made, *source, "--max_train_steps=3", "--validation.labels", "0", *more)
 
 
 @pytest.fixture(scope="module")

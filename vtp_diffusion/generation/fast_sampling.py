@@ -207,23 +207,13 @@ class GraphedForward:
         class_labels: torch.Tensor,
         return_dict: bool = True,
         return_base: bool = False,
-        return_tokens: int | None = None,
         next_timestep: torch.Tensor | None = None,
     ) -> Any:
-        """As `LightningDiTTransformer2DModel.forward`, which is called instead if gradients are on; without them no
-        tokens can be returned.
-
-        Raises: ValueError for `return_tokens` without gradients.
-        """
+        """As `LightningDiTTransformer2DModel.forward`, which is called instead if gradients are on."""
         if torch.is_grad_enabled():
             plain = type(self.network).forward
-            arguments = hidden_states, timestep, class_labels, return_dict, return_base, return_tokens
-            return plain(self.network, *arguments, next_timestep=next_timestep)
-        if return_tokens is not None:
-            raise ValueError(
-                f"return_tokens is {return_tokens}, expected None after speed_up, which records no tokens of blocks: "
-                "call slow_down(pipe) first"
-            )
+            arguments = hidden_states, timestep, class_labels, return_dict, return_base, next_timestep
+            return plain(self.network, *arguments)
         times = [timestep] if next_timestep is None else [timestep, next_timestep]
         times = [torch.as_tensor(t, device=hidden_states.device).expand(len(hidden_states)) for t in times]
         inputs = [hidden_states, times[0], class_labels, *times[1:]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,7 +37,6 @@ from ..models.latent_space import (
     autoencoder_identity,
     check_latents_fit,
     encode_raw,
-    encode_with_features,
     latent_statistics,
 )
 from ..runtime.processes import this_process
@@ -141,17 +140,14 @@ class OnlineLatents:
         num_workers: int = 0,
         precision: str = "no",
         compiled: bool = False,
-        features: Callable[[int], bool] = lambda step: False,
     ) -> Iterator[Columns]:
         """Batches of raw `latents` (B, C, h, w), float32, and `labels` (B,) on the device, where the autoencoder is.
 
         Args:
             precision: of the autoencoder, see `autocast`.
             compiled: torch.compile the autoencoder's pass.
-            features: whether a micro-step also gets `features` (B, h·w, D), see `encode_with_features`.
         """
-        encoders = [encode_raw, encode_with_features]
-        encode, encode_both = map(torch.compile, encoders) if compiled else encoders
+        encode = torch.compile(encode_raw) if compiled else encode_raw
         pixels = len(self.images) * 3 * self.images.resolution**2
         if fits_on_device(pixels, device, keep_on_device):
             columns = {"image": all_images(self.images), "label": torch.tensor(self.images.labels)}
@@ -161,13 +157,9 @@ class OnlineLatents:
             batches = read_batches(self.images, sampler, collate, device, num_workers)
         for step, batch in zip(micro_steps(sampler), batches, strict=True):
             images = self._changed(batch["image"], sampler, step, random_flip)
-            more = {}
             with torch.no_grad(), autocast(device, precision):
-                if features(step):
-                    latents, more["features"] = encode_both(self.vae, images)
-                else:
-                    latents = encode(self.vae, images)
-            yield {"latents": latents.float(), "labels": batch["label"]} | more
+                latents = encode(self.vae, images)
+            yield {"latents": latents.float(), "labels": batch["label"]}
 
     def _changed(self, images: torch.Tensor, sampler: StepBatchSampler, step: int, random_flip: bool) -> torch.Tensor:
         """uint8 images (B, 3, R, R) -> augmented, float32 in [-1, 1]."""

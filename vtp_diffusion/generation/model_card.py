@@ -61,8 +61,7 @@ images = pipeline(class_labels=[0], **settings).images
   {{ speed }}.
 - {{ "Muon for the matrices inside blocks, AdamW for the rest" if optimizer == "muon" else "AdamW" }},
   learning rate {{ learning_rate }} ({{ lr_scheduler }}); EMA weights with decay {{ ema_decay }}.
-- Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}
-{%- if alignment.weight %}; {{ alignment.text }}{% endif %}.
+- Times: {{ times }}, shift {{ time_shift }}; class dropout {{ class_dropout_prob }}.
 - Sampling with time shift {{ shift }}; guidance:
 {%- if validation.guidance == "internal" %} by the base head after block {{ model.base_head_layer }} (internal
   guidance, arXiv:2605.18324).

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
     from ..training.loop import TrainingRun
-    from .alignment import Alignment
 
 TimeShift = float | Literal["dimensions"]
 
@@ -60,42 +59,28 @@ def resolve_shift(value: TimeShift, latent_shape: tuple[int, int, int]) -> float
 
 
 class FlowMatchingObjective(nn.Module):
-    """Velocity loss of LightningDiT (arXiv:2501.01423): mean squared error, plus 1 - cosine similarity. Where features
-    come with the latents, the loss of the `Alignment` is added."""
+    """Velocity loss of LightningDiT (arXiv:2501.01423): mean squared error, plus 1 - cosine similarity."""
 
-    def __init__(
-        self, transformer: LightningDiTTransformer2DModel, cosine_loss: bool, alignment: Alignment | None = None
-    ):
+    def __init__(self, transformer: LightningDiTTransformer2DModel, cosine_loss: bool):
         super().__init__()
-        self.transformer, self.cosine_loss, self.alignment = transformer, cosine_loss, alignment
+        self.transformer, self.cosine_loss = transformer, cosine_loss
 
     def forward(
-        self,
-        latents: torch.Tensor,
-        noise: torch.Tensor,
-        times: torch.Tensor,
-        labels: torch.Tensor,
-        features: torch.Tensor | None = None,
+        self, latents: torch.Tensor, noise: torch.Tensor, times: torch.Tensor, labels: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The mean losses of a batch, and the sums of squared errors by time (bins, 2).
 
-        Args: `latents`, `noise`: (B, C, h, w); `times`: (B,) in [0, 1]; `labels`: (B,), dropped already; `features`:
-            (B, h·w, D), see `Alignment`.
+        Args: `latents`, `noise`: (B, C, h, w); `times`: (B,) in [0, 1]; `labels`: (B,), dropped already.
         """
-        return self.losses(latents, noise, times, labels, features)
+        return self.losses(latents, noise, times, labels)
 
-    def losses(self, latents, noise, times, labels, features=None) -> dict[str, torch.Tensor]:
+    def losses(self, latents, noise, times, labels) -> dict[str, torch.Tensor]:
         """`forward` without accelerate's wrapper: the function that is compiled."""
         has_base = self.transformer.config.base_head_layer is not None
-        asked = {} if features is None else {"return_tokens": self.alignment.layer}
         predictions = self.transformer(
-            interpolate(latents, noise, times), times, labels, return_dict=False, return_base=has_base, **asked
+            interpolate(latents, noise, times), times, labels, return_dict=False, return_base=has_base
         )
         scale, losses, total = self.transformer.target_scale(times), {}, 0.0
-        if features is not None:
-            *predictions, tokens = predictions
-            losses["alignment"] = self.alignment(tokens, features)
-            total = self.alignment.weight * losses["alignment"]
         for name, prediction in zip(("", "base_"), predictions, strict=False):
             squared_errors, cosines = flow_matching_loss(prediction, latents, noise, scale)  # (B,), (B,)
             if not name:
@@ -132,7 +117,7 @@ def training_inputs(
     number of processes.
 
     Args:
-        batches: raw `latents` (B, C, h, w), `labels` (B,) and perhaps `features` of each micro-step, on the device.
+        batches: raw `latents` (B, C, h, w), `labels` (B,) of each micro-step, on the device.
         vae: the autoencoder that made them, whose statistics normalise them.
         null: the label that stands for no class.
     """

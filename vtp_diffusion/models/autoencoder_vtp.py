@@ -328,15 +328,10 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         return self.normalize_latents(self._raw_latents(tokens, height, width))
 
     @apply_forward_hook
-    def encode_raw(
-        self, images: torch.Tensor, return_features: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) in [-1, 1] -> raw latents (B, C, H/p, W/p), not normalised by the statistics. With
-        `return_features` also the `patch_tokens` (B, N, D) of `encode_features`, from the same pass."""
+    def encode_raw(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> raw latents (B, C, H/p, W/p), not normalised by the statistics."""
         height, width = (side // self.spatial_compression_ratio for side in images.shape[-2:])
-        tokens = self.encode_tokens(images)
-        latents = self._raw_latents(tokens, height, width)
-        return (latents, tokens[:, 1:]) if return_features else latents
+        return self._raw_latents(self.encode_tokens(images), height, width)
 
     def _raw_latents(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         latents = self.bottleneck(tokens[:, 1:])  # (B, N, C)

@@ -26,17 +26,6 @@ def normalises_inside(vae: nn.Module) -> bool:
     return type(vae).__name__ == "AutoencoderRAE"
 
 
-def has_features(vae: nn.Module) -> bool:
-    """Whether the encoder also has features, one vector per latent pixel: `AutoencoderVTP`."""
-    return hasattr(vae, "encode_features")
-
-
-def encode_with_features(vae: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw latents as of `encode_raw` and features (B, h·w, D), in one pass, if the autoencoder `has_features`."""
-    latents, features = vae.encode_raw(images.to(vae.dtype), return_features=True)
-    return latents.float(), features
-
-
 def encode_raw(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Raw latents (B, C, h, w) in float32, before the statistics or the scaling of the autoencoder.
 

@@ -136,7 +136,6 @@ class LightningDiTTransformer2DModel(
         class_labels: torch.Tensor,
         return_dict: bool = True,
         return_base: bool = False,
-        return_tokens: int | None = None,
         next_timestep: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor, ...]:
         """Predict the velocity data - noise.
@@ -146,16 +145,11 @@ class LightningDiTTransformer2DModel(
             timestep: t in [0, 1], 0 = noise and 1 = data; (B,) or a scalar.
             class_labels: (B,) integers in [0, num_classes]; `num_classes` is "no class".
             return_base: also return the base head's prediction, from the tokens after block `base_head_layer`.
-            return_tokens: also return the tokens (B, N, D) after this block, counted from 1.
             next_timestep: for a student, the time r >= t, (B,) or a scalar: the prediction is (x_r - x_t) / (r - t).
                 None: r = t.
-        Returns: an output with `.sample` (B, C, H, W), or a tuple of the sample, the base prediction and the tokens,
-            the latter two if requested.
-        Raises: ValueError on latents or labels that do not fit, an unknown block, or `next_timestep` without student.
+        Returns: an output with `.sample` (B, C, H, W), or a tuple: the sample and, if asked, the base prediction.
+        Raises: ValueError on latents or labels that do not fit, or `next_timestep` without student.
         """
-        last = len(self.blocks)
-        if return_tokens is not None and not 1 <= return_tokens <= last:
-            raise ValueError(f"return_tokens is {return_tokens}, expected a block from 1 to the last, {last}")
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels, next_timestep)
         grid = self.config.sample_size // self.config.patch_size
         rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)
@@ -168,9 +162,7 @@ class LightningDiTTransformer2DModel(
             if return_base and number == self.config.base_head_layer:
                 shift, scale = self.base_modulation_out(conditioning)
                 base = self.base_proj_out(modulate(self.base_norm_out(tokens), shift, scale))
-                more.insert(0, self.to_velocity(base, hidden_states, timestep))
-            if number == return_tokens:
-                more.append(tokens)
+                more.append(self.to_velocity(base, hidden_states, timestep))
         shift, scale = self.modulation_out(conditioning)
         output = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B, N, p·p·C)
         sample = self.to_velocity(output, hidden_states, timestep)

@@ -297,11 +297,6 @@ class TrainingRun:
             self.accelerator.backward(losses["loss"] / count)
         return {name: value.detach().float() / count for name, value in losses.items()}
 
-    def record_anew(self) -> None:
-        """Drop recorded passes, because the arguments have other names or shapes from now on."""
-        if self.graphed is not None:
-            self.graphed = self._graphed(asked=False)
-
     def _graphed(self, asked: bool) -> GraphedPasses | None:
         config = self.config
         reason = why_not_recorded(
