@@ -12,7 +12,7 @@ of 64. A row is one pass over the given number of images, from the start of its 
 on the CPU; choosing cuDNN's algorithms and compiling come before it and have rows of their own. The rows:
 
     torch-fidelity            features and logits
-    exact, fast               features, spatial features and logits: compiled, as `eval/generation.py` runs on a GPU
+    exact, fast               features, spatial features and logits: compiled, as `eval/generation.py --compile` does
     ... record                what `eval/generation.py` does with an image: the same, hashes, statistics, kept features
     reading                   files to batches in pinned memory: no network can be faster
 

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -18,9 +19,10 @@ from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.data.image_files import list_images, read_image
 from vtp_diffusion.data.npz import ImageSpool, NpzImages, write_npz
 from vtp_diffusion.evaluation import sources
-from vtp_diffusion.evaluation.one_pass import FeaturesConfig, Wanted, record_images
+from vtp_diffusion.evaluation.one_pass import FeaturesConfig, Wanted, rebatched, record_images, record_source
 from vtp_diffusion.evaluation.sources import (
     FolderImages,
+    PipelineImages,
     hashed_batches,
     image_batches,
     image_hashes,
@@ -307,6 +309,47 @@ def test_a_record_keeps_statistics_of_all_features_of_some_and_no_images():
     assert records[0].sha256 == records[1].sha256
     with pytest.raises(ValueError, match="23 of 24 images were read"):
         record_images(passing(5), 24, {"means": extractor}, wanted, seed=0)
+
+
+@pytest.mark.parametrize("size", [3, 5, 23, 40])
+def test_images_are_put_into_batches_of_another_size(size):
+    images = torch.from_numpy(pixels(23)).permute(0, 3, 1, 2)
+    hashes = image_hashes(images)
+    places = [range(k, min(k + 5, 23)) for k in range(0, 23, 5)]
+    parts = ((part, images[part.start : part.stop], hashes[part.start : part.stop]) for part in places)
+    found = list(rebatched(parts, size))
+    assert [len(positions) for positions, _, _ in found] == [size] * (23 // size) + [23 % size] * (23 % size > 0)
+    assert [place for positions, _, _ in found for place in positions] == list(range(23))
+    assert torch.equal(torch.cat([part for _, part, _ in found]), images)
+    assert [digest for _, _, part in found for digest in part] == hashes
+
+
+def test_a_pipeline_samples_in_batches_of_its_own_size():
+    sampled, seen = [], []
+
+    class Sampled(PipelineImages):
+        size, batch_size = (8, 8), 3
+
+        def __init__(self):
+            self.labels = [0] * 8
+
+        def read(self, indices):
+            sampled.append(len(indices))
+            return torch.from_numpy(pixels(8)).permute(0, 3, 1, 2)[list(indices)]
+
+    class Watched(Means):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    config = SimpleNamespace(feature_batch_size=5, device="cpu", num_workers=0, seed=0)
+    wanted = {"means": {"features": Wanted(groups=0, max_features=None)}}
+    found = record_source(
+        config, "generated", Sampled(), list(range(8)), {"means": Extractor(Watched(), "cpu")}, wanted
+    )
+    assert sampled == [3, 3, 2] and seen == [5, 3]
+    expected = Means()(torch.from_numpy(pixels(8)).permute(0, 3, 1, 2))
+    assert torch.equal(found.outputs["means"]["features"].features, expected)
 
 
 def test_a_compiled_network_sees_batches_of_one_size_and_layout():

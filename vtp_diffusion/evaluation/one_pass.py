@@ -60,7 +60,7 @@ class FeaturesConfig(Settings):
     seed: int = setting(0, "of samples, labels and random subsets", at_least=0)
     feature_mode: FeatureMode = setting("exact", "exact: float32; fast: float16 inside the network")
     feature_batch_size: int = setting(256 if ON_CUDA else 32, "images a network sees at once", at_least=1)
-    compile: bool = setting(ON_CUDA, "torch.compile the feature networks")
+    compile: bool = setting(False, "torch.compile the feature networks, which takes some 20 s each on a GPU")
     num_workers: int = setting(reading_processes() if ON_CUDA else 0, "processes that read image files", at_least=0)
     device: str = setting("cuda" if ON_CUDA else "cpu", "torch device to run on")
 
@@ -226,8 +226,28 @@ class ImageRecord:
     keys: np.ndarray
 
 
+Part = tuple[Sequence[int], torch.Tensor, list[bytes]]  # positions in the set, uint8 images (B, 3, H, W), hashes
+
+
+def rebatched(parts: Iterable[Part], size: int) -> Iterator[Part]:
+    """The same images in batches of `size`, of which only the last may be smaller."""
+    positions, pieces, hashes = [], [], []
+    for part in parts:
+        if not positions and len(part[0]) == size:
+            yield part  # not copied
+            continue
+        positions, hashes = [*positions, *part[0]], hashes + part[2]
+        pieces.append(part[1])
+        while len(positions) >= size:
+            images = torch.cat(pieces)
+            yield positions[:size], images[:size], hashes[:size]
+            positions, pieces, hashes = positions[size:], [images[size:]], hashes[size:]
+    if positions:
+        yield positions, torch.cat(pieces), hashes
+
+
 def record_images(
-    batches: Iterable[tuple[Sequence[int], torch.Tensor, list[bytes]]],
+    batches: Iterable[Part],
     count: int,
     extractors: dict[str, Extractor],
     wanted: dict[str, dict[str, Wanted]],
@@ -236,8 +256,7 @@ def record_images(
     """Pass a set of images through all networks once.
 
     Args:
-        batches: of this process: (positions in the set, uint8 images (B, 3, H, W), their hashes). Together the
-            processes read the whole set.
+        batches: of this process. Together the processes read the whole set.
         count: size of the set.
         wanted: network -> output -> what to record.
         seed: decides which features are kept.
@@ -298,7 +317,8 @@ def record_source(
     spool: ImageSpool | None = None,
     distinct: bool = False,
 ) -> ImageRecord:
-    """Pass a set of images through networks once; the processes share its batches.
+    """Pass a set of images through networks once; the processes share its batches. A pipeline samples in batches of
+    its own size, whatever that of the networks is.
 
     Args:
         name: of the set, for the progress bar.
@@ -309,12 +329,13 @@ def record_source(
         distinct: an image that equals an earlier one is an error: within a process as soon as it is read.
     Raises: ValueError: such an image; what `record_images` raises.
     """
-    rank, step = this_process()[0], config.feature_batch_size
+    rank, samples = this_process()[0], isinstance(source, PipelineImages)
+    step = source.batch_size if samples else config.feature_batch_size
     places = batches_of_this_process(len(kept), step)
     indices = [kept[place] for batch in places for place in batch]
     pin = config.device.startswith("cuda")
     batches = hashed_batches(source, indices, step, config.num_workers, pin_memory=pin)
-    verb = "sampling" if isinstance(source, PipelineImages) else "reading"
+    verb = "sampling" if samples else "reading"
 
     def equal(pair: tuple[int, int]) -> ValueError:
         names = [str(source.files[kept[k]].name if isinstance(source, FolderImages) else kept[k]) for k in pair]
@@ -335,7 +356,8 @@ def record_source(
                 yield batch, images, hashes
                 progress.update(len(batch))
 
-    found = record_images(passing(), len(kept), {n: extractors[n] for n in wanted}, wanted, config.seed)
+    full = rebatched(passing(), config.feature_batch_size)
+    found = record_images(full, len(kept), {n: extractors[n] for n in wanted}, wanted, config.seed)
     if distinct and found.example is not None:  # read by two processes
         raise equal(found.example)
     return found
