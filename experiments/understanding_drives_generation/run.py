@@ -61,10 +61,11 @@ GROUPS = (
     ("reconstruction_half", "all_half"),
     ("all_long",),
 )
-# Estimated seconds on an H200 with one task a GPU. Steps of a tokenizer by the number of its objectives: all three
-# took 61 ms with four times the tokens, reconstruction alone some 20; of a generator: 15,000 images/s.
-# The rest of a task is starting (15), reading, measuring and encoding.
-JOINT_STEP, TOKENIZER, GENERATOR_STEP, GENERATOR, POINT = (0.023, 0.045, 0.061), 75.0, 0.017, 25.0, 15.0
+# Seconds on an H200 with one task a GPU. A step of a tokenizer, by the number of its objectives: measured for one and
+# three, not compiled; estimated for two, and compiled, with the seconds that compiling takes. The rest of a task is
+# starting, measuring (twice as long where it happens first) and encoding.
+STEP, COMPILED_STEP, COMPILING = (0.056, 0.078, 0.1), (0.025, 0.045, 0.061), (40.0, 100.0, 150.0)
+TOKENIZER, DECODER_SECONDS, GENERATOR_STEP, GENERATOR, POINT = 75.0, 110.0, 0.011, 30.0, 10.0
 PARQUET = ("train.parquet", "test.parquet")  # what fashion.py writes
 DECODER = "_decoder"  # ending of what is measured with a decoder that was trained further
 HALF_SEED = 1  # another hash than the one that holds out
@@ -118,8 +119,9 @@ class Config(MachineConfig):
     generator: Literal["generator.yaml", "fashion_generator.yaml"] = setting(
         "generator.yaml", "settings of the generator, likewise"
     )
-    decoder: Literal["fashion_decoder.yaml"] | None = setting(
-        None, "settings of a second stage, which trains the pixel decoders alone, likewise; none: there is none"
+    decoder: Literal["decoder.yaml", "fashion_decoder.yaml"] | None = setting(
+        "decoder.yaml",
+        "settings of a second stage, which trains the pixel decoders alone, likewise; none: no such stage",
     )
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
     limit: int | None = setting(None, "use only so many images", at_least=100)
@@ -215,9 +217,20 @@ class Plan:
     def vae(self, name: str, stage: str = "tokenizer") -> str:
         return str(self.folder / f"{stage}-{name}" / "vae")
 
+    def compiles(self, name: str) -> bool:
+        """Whether its training is compiled, which only many steps or few objectives pay for; never on a CPU."""
+        objectives, times = TOKENIZERS[name]
+        return not self.config.fashion and (len(objectives) == 1 or times > 1)
+
+    def training_seconds(self, name: str) -> float:
+        """Estimated seconds that a GPU trains it for."""
+        objectives, times = TOKENIZERS[name]
+        steps, k = times * self.config.tokenizer_steps, len(objectives) - 1
+        return COMPILING[k] + COMPILED_STEP[k] * steps if self.compiles(name) else STEP[k] * steps
+
     def tokenizer(self, name: str) -> Task:
         """Train it, measure it and encode the images for its generators, in one process."""
-        (objectives, times), config, latents = TOKENIZERS[name], self.config, self.folder / f"latents-{name}"
+        config, latents = self.config, self.folder / f"latents-{name}"
         encoding = [
             "train_dit/extract_latents.py",
             "--vae",
@@ -233,7 +246,7 @@ class Plan:
             latents / "latents.json",
             (self.training(name), *self.measurements(name), encoding),
             copies=((folder / "log.jsonl", place.with_suffix(".jsonl")), (folder / "results.json", place)),
-            seconds=self.shared * (JOINT_STEP[len(objectives) - 1] * times * config.tokenizer_steps + TOKENIZER),
+            seconds=self.shared * (self.training_seconds(name) + TOKENIZER),
             one_process=True,
         )
 
@@ -246,6 +259,7 @@ class Plan:
         words += self.data(half=name.endswith(HALF))
         words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
         words += ["--output_dir", str(self.folder / f"tokenizer-{name}")]
+        words += ["--compile", "true"] if self.compiles(name) else []
         return words + (options(TINY_TOKENIZER | {"validation_steps": config.tokenizer_steps}) * config.smallest)
 
     def measurements(self, name: str) -> list[list[str]]:
@@ -270,7 +284,8 @@ class Plan:
         words = ["train_vtp/finetune_decoder.py", "--config", str(HERE / self.config.decoder)]
         words += ["--vae", self.vae(name), *self.data(), "--output_dir", str(folder)]
         programs = words, self.reconstruction(self.vae(name, "decoder"), result)
-        return Task(folder.name, result, programs, needs=(f"tokenizer-{name}",), one_process=True)
+        seconds = self.shared * DECODER_SECONDS
+        return Task(folder.name, result, programs, (f"tokenizer-{name}",), seconds=seconds, one_process=True)
 
     def redecoded(self, name: str, seed: int) -> Task:
         """Measure a generator with that decoder, whose latents are the same."""
@@ -279,7 +294,8 @@ class Plan:
         words += ["--vae", self.vae(name, "decoder")]
         words += ["--picture", str(result.with_suffix(".png"))] if seed == self.seeds[0] else []
         done = result.with_name(f"{result.stem}-{self.config.generator_steps[-1]}.json")
-        return Task(result.stem, done, (words,), (f"decoder-{name}", f"generator-{name}-{seed}"), saves=False)
+        needs, seconds = (f"decoder-{name}", f"generator-{name}-{seed}"), self.shared * (GENERATOR + POINT)
+        return Task(result.stem, done, (words,), needs, saves=False, seconds=seconds)
 
     def measurement(self, name: str, seed: int, result: Path, steps: list[int]) -> list[str]:
         config, run = self.config, self.folder / f"generator-{name}-{seed}"
@@ -327,15 +343,24 @@ class Plan:
             for name in names
             if seed == self.seeds[0] or name in self.config.several
         ]
+        generators = {run: self.generator(*run) for run in runs}
+        stages, again = {}, {}
+        if self.config.decoder is not None:
+            for run, task in generators.items():
+                # one that was measured on another disk cannot be measured again
+                if not task.done or (self.folder / task.name).is_dir():
+                    again[run] = self.redecoded(*run)
+            stages = {name: self.second_stage(name) for name, _ in again}
+        made = [*generators.values(), *stages.values()]
+        wanted = {need for task in made if not task.done for need in task.needs}
         longest = sorted(names, key=lambda name: (-TOKENIZERS[name][1], -len(TOKENIZERS[name][0])))
-        generators = [self.generator(*run) for run in runs]
-        wanted = {need for task in generators if not task.done for need in task.needs}
         tokenizers = [self.tokenizer(name) for name in longest]
         # one whose generators are measured is not trained again, also where its run folder is gone
-        tasks = [task for task in tokenizers if task.done or task.name in wanted] + generators
-        if self.config.decoder is not None:
-            tasks += [self.second_stage(name) for name in names]
-            tasks += [self.redecoded(*run) for run in runs]
+        tasks = [task for task in tokenizers if task.done or task.name in wanted]
+        for seed in self.seeds:
+            tasks += [task for run, task in generators.items() if run[1] == seed]
+            tasks += stages.values() if seed == self.seeds[0] else []
+            tasks += [task for run, task in again.items() if run[1] == seed]
         return tasks
 
 

@@ -28,14 +28,15 @@ def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(under
 def test_what_the_headline_needs_comes_first(understanding, tmp_path):
     config = understanding.Config(output_dir=str(tmp_path), seeds=[1, 0], generator_steps=[20, 50])
     names = [task.name for task in understanding.Plan(config, None).tasks()]
-    # a tokenizer and its generator each, of the first three with a second seed
-    assert len(set(names)) == len(names) == 3 * 3 + (len(config.tokenizers) - 3) * 2
+    # of each a tokenizer, a decoder, a generator with both decoders; of the first three these with a second seed
+    assert len(set(names)) == len(names) == 3 * 6 + (len(config.tokenizers) - 3) * 4
     assert names[:2] == ["tokenizer-reconstruction_long", "tokenizer-all"]
     headline = names[: names.index("tokenizer-contrastive")]
-    assert len(headline) == 9 and headline[-1] == "generator-reconstruction_long-1"
-    assert headline.index("generator-reconstruction_long-0") < headline.index("generator-reconstruction-1")
+    assert len(headline) == 18 and headline[-1] == "generator-reconstruction_long_decoder-1"
+    order = ["generator-all-0", "decoder-all", "generator-all_decoder-0", "generator-reconstruction-1"]
+    assert sorted(order, key=headline.index) == order
     starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half", "all_long")]
-    assert starts == [9, 13, 17, 21]
+    assert starts == [18, 26, 34, 42]
     few = understanding.Plan(understanding.Config(output_dir=str(tmp_path), several=["contrastive"]), None).tasks()
     assert {"generator-contrastive-2", "generator-all-0"} < {task.name for task in few}
     assert "generator-all-1" not in {task.name for task in few}
@@ -57,7 +58,16 @@ def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understa
     plan.results.mkdir()
     plan.generator("all", 0).result.touch()
     left = [task.name for task in plan.tasks() if not task.done]
-    assert left == ["tokenizer-contrastive", "generator-contrastive-0"]
+    others = [
+        "tokenizer-contrastive",
+        "generator-contrastive-0",
+        "decoder-contrastive",
+        "generator-contrastive_decoder-0",
+    ]
+    assert left == others
+    (tmp_path / "generator-all-0").mkdir()  # measured on this disk: the decoder can follow
+    left = {task.name for task in plan.tasks() if not task.done}
+    assert left == {*others, "tokenizer-all", "decoder-all", "generator-all_decoder-0"}
 
 
 def test_a_generator_is_measured_at_every_step_by_one_program(understanding, tmp_path):
@@ -97,7 +107,7 @@ def test_tasks_that_share_a_gpu_take_longer(understanding, tmp_path):
         for k in (1, 2)
     ]
     for alone, shared in zip(*(plan.tasks() for plan in plans), strict=True):
-        assert shared.seconds == 2 * alone.seconds > 0 and alone.one_process
+        assert shared.seconds == 2 * alone.seconds > 0 and alone.one_process == (len(alone.programs) > 1)
 
 
 def test_the_programs_take_these_words(understanding, tmp_path):
