@@ -48,6 +48,8 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], int]] = {
     "all_small": (ALL, 1),
     "reconstruction_half": (("reconstruction",), 1),
     "all_half": (ALL, 1),
+    "reconstruction_tenth": (("reconstruction",), 1),
+    "all_tenth": (ALL, 1),
     "all_long": (ALL, 4),
 }
 SMALL = "_small"  # names that end so have half the encoder's width: settings of the tokenizers -> width
@@ -58,7 +60,7 @@ GROUPS = (
     HEADLINE,
     ("contrastive", "self_supervision"),
     ("reconstruction_small", "all_small"),
-    ("reconstruction_half", "all_half"),
+    ("reconstruction_half", "all_half", "reconstruction_tenth", "all_tenth"),
     ("all_long",),
 )
 # Seconds on an H200 with one task a GPU. A step of a tokenizer, by the number of its objectives: measured for one and
@@ -68,8 +70,9 @@ STEP, COMPILED_STEP, COMPILING = (0.056, 0.078, 0.1), (0.025, 0.045, 0.061), (40
 TOKENIZER, DECODER_SECONDS, GENERATOR_STEP, GENERATOR, POINT = 75.0, 110.0, 0.011, 30.0, 10.0
 PARQUET = ("train.parquet", "test.parquet")  # what fashion.py writes
 DECODER = "_decoder"  # ending of what is measured with a decoder that was trained further
-HALF_SEED = 1  # another hash than the one that holds out
-HALF = "_half"  # names that end so are trained on half of the concepts; the held-out ones are the same
+FEWER_SEED = 1  # another hash than the one that holds out
+# Names that end so are trained on a share of the concepts, with Fashion-MNIST of the images; what is held out stays.
+FEWER = {"_half": 0.5, "_tenth": 0.1}
 TINY_TOKENIZER = {
     "train_batch_size": 32, "lr_warmup_steps": 5, "mixed_precision": "no", "ema_decay": 0.9, "compile": "false",
     "compile_stacks": "false", "cuda_graphs": "false", "checkpointing_steps": 1000, "log_steps": 20,
@@ -92,7 +95,10 @@ TINY_GENERATOR = {
 class Config(MachineConfig):
     """Settings of this program; --smallest replaces those in `SMALLEST`."""
 
-    tokenizers: list[str] = setting(default_factory=lambda: list(TOKENIZERS), help=f"of {', '.join(TOKENIZERS)}")
+    tokenizers: list[str] = setting(
+        default_factory=lambda: [name for name in TOKENIZERS if not name.endswith("_tenth")],
+        help=f"of {', '.join(TOKENIZERS)}",
+    )
     seeds: list[int] = setting(
         default_factory=lambda: [0, 1, 2],
         help="of the generators on the tokenizers named by --several; others take the smallest alone",
@@ -148,9 +154,8 @@ class Config(MachineConfig):
         super().__post_init__()
         if self.data is not None and not Path(self.data).exists():
             raise ValueError(f"data {self.data} is not there, expected what data.py or fashion.py wrote")
-        known = [name for name in TOKENIZERS if not (self.fashion and name.endswith(HALF))]
         for option in ("tokenizers", "several"):
-            check_names(option, getattr(self, option), known)
+            check_names(option, getattr(self, option), TOKENIZERS)
 
     @property
     def fashion(self) -> bool:
@@ -187,14 +192,14 @@ class Plan:
     def source(self) -> str:
         return "parquet" if self.config.fashion else "openmoji"
 
-    def data(self, half: bool = False) -> list[str]:
-        """The options that name the images."""
-        return options({"data.source": self.source, "data.resolution": self.config.resolution}) + self.files(half)
+    def data(self, images: Path | None = None) -> list[str]:
+        """The options that name the images, or those in a folder `images`."""
+        return options({"data.source": self.source, "data.resolution": self.config.resolution}) + self.files(images)
 
-    def files(self, half: bool = False, limit: int | None = None) -> list[str]:
+    def files(self, images: Path | None = None, limit: int | None = None) -> list[str]:
         """Where the images are, and how many of them are used."""
         values = {"data.limit": limit or self.config.limit or "none"}
-        images = self.folder / "half" if half else self.images
+        images = images or self.images
         if self.config.fashion:
             train, held_out = (images / name for name in PARQUET)
             values |= {"data.data_files": train, "data.validation_files": held_out}
@@ -256,7 +261,8 @@ class Plan:
         if name.endswith(SMALL):
             width = SMALL_WIDTH[config.tokenizer]
             words += options({"model.encoder_hidden_size": width, "model.encoder_num_attention_heads": 3})
-        words += self.data(half=name.endswith(HALF))
+        fewer = [ending for ending in FEWER if name.endswith(ending)]
+        words += self.data(fewer_folder(self.folder, fewer[0]) if fewer else None)
         words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]
         words += ["--output_dir", str(self.folder / f"tokenizer-{name}")]
         words += ["--compile", "true"] if self.compiles(name) else []
@@ -374,19 +380,35 @@ def open_data(config: Config, folder: Path) -> Path | None:
     return images
 
 
-def write_half(config: Config, images: Path | None, folder: Path) -> None:
-    """A cache folder with every held-out concept and, by a hash of their base, half of the others."""
+def fewer_folder(folder: Path, ending: str) -> Path:
+    """Where `write_fewer` puts the images of tokenizers whose names end so."""
+    return folder / ending.removeprefix("_")
+
+
+def write_fewer(config: Config, images: Path | None, folder: Path, share: float) -> None:
+    """A cache folder with every held-out concept and, by a hash of their base, a share of the others. On Fashion-MNIST
+    the same files with a share of the training images, by a hash of their position."""
+    if config.fashion:
+        from pyarrow import array, parquet
+
+        train = PARQUET[0]
+        with replacing(folder) as unfinished:
+            shutil.copytree(images, unfinished)
+            table = parquet.read_table(images / train)
+            kept = [is_held_out(str(k), share, FEWER_SEED) for k in range(len(table))]
+            parquet.write_table(table.filter(array(kept)), unfinished / train)
+        return
     whole, data = openmoji_folder(config.resolution, images), DataConfig(source="openmoji")
     rows = read_metadata(whole)
     kept = [
         row
         for row in rows
-        if is_held_out(row["base"], data.holdout, data.holdout_seed) or is_held_out(row["base"], 0.5, HALF_SEED)
+        if is_held_out(row["base"], data.holdout, data.holdout_seed) or is_held_out(row["base"], share, FEWER_SEED)
     ]
     with replacing(folder) as unfinished:
-        half = unfinished / whole.name
-        shutil.copytree(whole, half)
-        (half / METADATA_NAME).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        fewer = unfinished / whole.name
+        shutil.copytree(whole, fewer)
+        (fewer / METADATA_NAME).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def write_random_network(folder: Path, resolution: int) -> None:
@@ -409,8 +431,10 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(config, open_data(config, folder))
     plan.results.mkdir(exist_ok=True)
-    if any(name.endswith(HALF) for name in config.tokenizers) and not (folder / "half").is_dir():
-        write_half(config, plan.images, folder / "half")
+    for ending, share in FEWER.items():
+        fewer = fewer_folder(folder, ending)
+        if any(name.endswith(ending) for name in config.tokenizers) and not fewer.is_dir():
+            write_fewer(config, plan.images, fewer, share)
     if not (folder / "random").is_dir():
         write_random_network(folder / "random", config.resolution)
     tasks = plan.tasks()

@@ -6,7 +6,7 @@
 Writes the tables as JSON and Markdown, and beside them, as far as they are measured:
 
     table.svg             every distance against the steps of the generator, a line a tokenizer
-    table-scaling.svg     distances against the width of the encoder, the share of the training concepts and the steps
+    table-scaling.svg     distances against the width of the encoder, the share of the training images and the steps
     table-tokenizers.svg  what the encoder understands (k-NN) against what the decoder reconstructs (PSNR)
     table-samples.png     the same 64 samples of every generator, a row a tokenizer; with decoders that were trained
                           further in table-samples_decoder.png
@@ -63,6 +63,8 @@ STYLES = {
     "all_small": Style("all three, half the width", "#D55E00", "square", "2 3"),
     "reconstruction_half": Style("reconstruction, half the data", "#0072B2", "circle", "7 4"),
     "all_half": Style("all three, half the data", "#D55E00", "square", "7 4"),
+    "reconstruction_tenth": Style("reconstruction, a tenth of the data", "#0072B2", "circle", "10 3 2 3"),
+    "all_tenth": Style("all three, a tenth of the data", "#D55E00", "square", "10 3 2 3"),
 }
 DECODER = "_decoder"  # ending of the names of those with a decoder that was trained further
 STYLES |= {f"{name}{DECODER}": replace(s, label=f"{s.label}, second stage") for name, s in STYLES.items()}
@@ -70,7 +72,7 @@ MAIN = list(STYLES)[:6]  # in the first figure and the picture of samples; the o
 # axis -> value -> ending of the tokenizer's name
 SCALES = {
     "width of the encoder, %": {50: "_small", 100: ""},
-    "share of the training concepts, %": {50: "_half", 100: ""},
+    "share of the training images, %": {10: "_tenth", 50: "_half", 100: ""},
     "steps of the tokenizer, times": {1: "", 4: "_long"},
 }
 DECODED = " to reconstructions"  # ending of what is measured against real images after the same autoencoder
@@ -347,10 +349,10 @@ def scaling_panels(table: dict[str, dict]) -> list[Panel]:
             curves = []
             for base in ("reconstruction", "all"):
                 found = {x: table.get(f"{base}{end}{stage}", {}).get("generators", {}) for x, end in values.items()}
-                points = [found[x].get(measure, {}).get(step) for x in values]
-                if all(points):
-                    dots = [(x, v) for x, p in zip(values, points, strict=True) for v in p["seeds"].values()]
-                    line = [(x, p["mean"]) for x, p in zip(values, points, strict=True)]
+                points = [(x, row[measure][step]) for x, row in found.items() if step in row.get(measure, {})]
+                if len(points) > 1:
+                    dots = [(x, v) for x, point in points for v in point["seeds"].values()]
+                    line = [(x, point["mean"]) for x, point in points]
                     curves.append(Curve(STYLES[base], line, dots))
             if curves and not measure.startswith(RANDOM):
                 title = f"{measure} (stage 2)" if stage else measure

@@ -215,7 +215,7 @@ def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_
     folder.mkdir(parents=True)
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"base": base}) + "\n" for base in bases))
     config = understanding.Config(output_dir=str(tmp_path), resolution=8, tokenizers=["all_half"])
-    understanding.write_half(config, tmp_path / "images", tmp_path / "half")
+    understanding.write_fewer(config, tmp_path / "images", tmp_path / "half", 0.5)
     kept = {row["base"] for row in understanding.read_metadata(tmp_path / "half" / folder.name)}
     held_out = {base for base in bases if is_held_out(base, 0.1, 0)}
     assert held_out < kept and abs(len(kept - held_out) / len(set(bases) - held_out) - 0.5) < 0.1
@@ -320,7 +320,7 @@ def test_scaling_is_drawn_where_both_ends_are_measured(tmp_path):
     panels = program.scaling_panels(table)
     assert [(panel.x_label, [curve.points for curve in panel.curves]) for panel in panels] == [
         ("width of the encoder, %", [[(50, 11.0), (100, 10.0)]]),
-        ("share of the training concepts, %", [[(50, 13.0), (100, 12.0)]]),
+        ("share of the training images, %", [[(50, 13.0), (100, 12.0)]]),
     ]
     assert (panels[0].title, panels[0].y_label) == ("FD-VGG", "distance at step 20")
     program.write_figures(table, tmp_path, tmp_path / "table.json")
