@@ -1,5 +1,9 @@
 """What the main process computes, handed on to the others."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch.distributed as dist
 from two_processes import run_on_two
@@ -45,3 +49,26 @@ def test_every_program_waits_an_hour(monkeypatch):
         processes.join_processes()
     AcceleratorState._reset_state(True)
     assert waited == [processes.PATIENCE]
+
+
+ENDED = """
+import sys
+from pathlib import Path
+import vtp_diffusion.runtime.processes
+import torch.distributed as dist
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=0, world_size=1)
+import torch._dynamo
+
+names = [[Path(thread, "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()]]
+dist.destroy_process_group()
+names.append([Path(thread, "comm").read_text().strip() for thread in Path("/proc/self/task").iterdir()])
+print(*("pt_gloo_runloop" in part for part in names))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are read from Linux's /proc")
+def test_the_threads_of_a_process_group_end_with_it(tmp_path):
+    """Else one of them may abort the process at its exit."""
+    done = subprocess.run([sys.executable, "-c", ENDED, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]

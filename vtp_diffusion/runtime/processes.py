@@ -8,6 +8,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+if dist.is_available():
+    # Default arguments of its functions keep the group of all processes that there is when it is imported: none so far.
+    # torch._dynamo would import it later; the group's threads then outlive the group, and one that drops a tensor while
+    # the interpreter ends aborts the process ("terminate called without an active exception").
+    import torch.distributed.nn.functional  # noqa: F401
+
 Result = TypeVar("Result")
 
 # How long a process waits for the others: one may list a folder, evaluate or write for longer than NCCL's default of
