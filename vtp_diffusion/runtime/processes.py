@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 if dist.is_available():
-    # Default arguments of its functions keep the group of all processes that there is when it is imported: none so far.
-    # torch._dynamo would import it later; the group's threads then outlive the group, and one that drops a tensor while
-    # the interpreter ends aborts the process ("terminate called without an active exception").
+    # Default arguments of its functions keep the group of all processes as it is when it is imported: none so far.
+    # torch._dynamo would import it later; the group's threads then outlive the group, and one that drops a tensor
+    # while the interpreter ends aborts the process ("terminate called without an active exception").
     import torch.distributed.nn.functional  # noqa: F401
 
 Result = TypeVar("Result")
