@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--modes", nargs="+", default=["fast", "exact"], choices=["exact", "fast"])
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks, as on a GPU by default")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--tiny", action="store_true", help="networks of a few thousand parameters, Inception whole")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args(argv)

@@ -13,6 +13,9 @@ KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"  # of th
 
 
 def load(program: str) -> ModuleType:
+    """A program as a module. As when it is started, it may import what lies beside it."""
+    if (folder := str((ROOT / program).parent)) not in sys.path:
+        sys.path.append(folder)
     spec = importlib.util.spec_from_file_location(program.replace("/", "_").removesuffix(".py"), ROOT / program)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)

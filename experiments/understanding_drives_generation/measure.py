@@ -48,7 +48,6 @@ class Config(FeaturesConfig, SamplerConfig):
     split: Literal["train", "validation"] = setting("train", "of the reference")
     control: bool = setting(False, "measure a transformer of random weights as well, in the first step's file")
     num_images: int = setting(2000, "images sampled", at_least=10)
-    compile: bool = setting(False, "torch.compile the feature networks: takes longer than it saves")
 
     def __post_init__(self):
         super().__post_init__()

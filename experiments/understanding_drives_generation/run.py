@@ -18,20 +18,16 @@ The second is the same on Fashion-MNIST, whose images `fashion.py` writes, in si
 chain works, and nothing about the question.
 """
 
-import json
 import math
-import shutil
-import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vtp_diffusion.data.image_datasets import DataConfig
-from vtp_diffusion.data.openmoji import METADATA_NAME, is_held_out, openmoji_folder, read_metadata
+from preparation import PARQUET, is_fashion, open_data, write_fewer, write_random_network
+
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.disk import replacing
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
 
 HERE = Path(__file__).resolve().parent
@@ -63,18 +59,17 @@ GROUPS = (
     ("reconstruction_half", "all_half", "reconstruction_tenth", "all_tenth"),
     ("all_long",),
 )
-# Seconds on an H200 with one task a GPU. A step of a tokenizer, by the number of its objectives: measured for one and
-# three, not compiled; estimated for two, and compiled, with the seconds that compiling takes. The rest of a task is
-# starting, measuring (twice as long where it happens first) and encoding.
+# Seconds on an H200 with one task a GPU. A step of a tokenizer by the number of its objectives: measured for one and
+# three without compilation, the others are guesses, as are the seconds of compiling and of a second stage. What
+# starting, measuring and encoding take was measured.
 STEP, COMPILED_STEP, COMPILING = (0.056, 0.078, 0.1), (0.025, 0.045, 0.061), (40.0, 100.0, 150.0)
-TOKENIZER, DECODER_SECONDS, GENERATOR_STEP, GENERATOR, POINT = 75.0, 110.0, 0.011, 30.0, 10.0
-PARQUET = ("train.parquet", "test.parquet")  # what fashion.py writes
+TOKENIZER, SECOND_STAGE, GENERATOR_STEP, GENERATOR, POINT = 75.0, 110.0, 0.011, 30.0, 10.0
 DECODER = "_decoder"  # ending of what is measured with a decoder that was trained further
-FEWER_SEED = 1  # another hash than the one that holds out
-# Names that end so are trained on a share of the concepts, with Fashion-MNIST of the images; what is held out stays.
+# Tokenizers whose names end so see a share of the training data: of the concepts, of Fashion-MNIST of the images. What
+# is held out stays the same.
 FEWER = {"_half": 0.5, "_tenth": 0.1}
 TINY_TOKENIZER = {
-    "train_batch_size": 32, "lr_warmup_steps": 5, "mixed_precision": "no", "ema_decay": 0.9, "compile": "false",
+    "train_batch_size": 32, "lr_warmup_steps": 5, "mixed_precision": "no", "ema_decay": 0.9,
     "compile_stacks": "false", "cuda_graphs": "false", "checkpointing_steps": 1000, "log_steps": 20,
     "model.patch_size": 8, "model.latent_channels": 16, "model.encoder_hidden_size": 64,
     "model.encoder_num_layers": 2, "model.encoder_num_attention_heads": 2, "model.decoder_hidden_size": 64,
@@ -154,13 +149,16 @@ class Config(MachineConfig):
         super().__post_init__()
         if self.data is not None and not Path(self.data).exists():
             raise ValueError(f"data {self.data} is not there, expected what data.py or fashion.py wrote")
+        settings = self.tokenizer, self.generator, self.decoder or "fashion"
+        if self.fashion and not all(name.startswith("fashion") for name in settings):
+            raise ValueError(f"data {self.data} is Fashion-MNIST, expected its settings: --config {HERE}/fashion.yaml")
         for option in ("tokenizers", "several"):
             check_names(option, getattr(self, option), TOKENIZERS)
 
     @property
     def fashion(self) -> bool:
         """Whether the images are Fashion-MNIST."""
-        return self.data is not None and (Path(self.data) / PARQUET[0]).is_file()
+        return self.data is not None and is_fashion(Path(self.data))
 
     @property
     def folder(self) -> Path:
@@ -175,6 +173,11 @@ SMALLEST = {
     "data": None, "networks": ["efficientnet_lite0"], "tokenizer": "tokenizer.yaml", "generator": "generator.yaml",
     "decoder": None,
 }  # fmt: skip
+
+
+def fewer_folder(folder: Path, ending: str) -> Path:
+    """Where `write_fewer` puts the images of tokenizers whose names end so."""
+    return folder / ending.removeprefix("_")
 
 
 class Plan:
@@ -223,9 +226,9 @@ class Plan:
         return str(self.folder / f"{stage}-{name}" / "vae")
 
     def compiles(self, name: str) -> bool:
-        """Whether its training is compiled, which only many steps or few objectives pay for; never on a CPU."""
-        objectives, times = TOKENIZERS[name]
-        return not self.config.fashion and (len(objectives) == 1 or times > 1)
+        """Whether its training is compiled: with one objective or several times the steps that pays on a GPU."""
+        (objectives, times), config = TOKENIZERS[name], self.config
+        return not (config.fashion or config.smallest) and (len(objectives) == 1 or times > 1)
 
     def training_seconds(self, name: str) -> float:
         """Estimated seconds that a GPU trains it for."""
@@ -285,13 +288,23 @@ class Plan:
         return words + (["--num_images", str(count)] if count else [])
 
     def second_stage(self, name: str) -> Task:
-        """Train a tokenizer's decoder further and measure its reconstructions, in one process."""
-        folder, result = self.folder / f"decoder-{name}", self.results / f"reconstruction-{name}{DECODER}.json"
+        """Train a tokenizer's decoder further and measure its reconstructions, in one process. The result lies in its
+        run folder: on another disk the decoder is gone, whatever is known of it."""
+        folder, place = self.folder / f"decoder-{name}", self.results / f"reconstruction-{name}{DECODER}.json"
+        result = folder / place.name
         words = ["train_vtp/finetune_decoder.py", "--config", str(HERE / self.config.decoder)]
         words += ["--vae", self.vae(name), *self.data(), "--output_dir", str(folder)]
         programs = words, self.reconstruction(self.vae(name, "decoder"), result)
-        seconds = self.shared * DECODER_SECONDS
-        return Task(folder.name, result, programs, (f"tokenizer-{name}",), seconds=seconds, one_process=True)
+        there = (Path(self.vae(name)) / "config.json").is_file()
+        return Task(
+            folder.name,
+            result,
+            programs,
+            needs=() if there else (f"tokenizer-{name}",),
+            copies=((result, place), (result.with_suffix(".png"), place.with_suffix(".png"))),
+            seconds=self.shared * SECOND_STAGE,
+            one_process=True,
+        )
 
     def redecoded(self, name: str, seed: int) -> Task:
         """Measure a generator with that decoder, whose latents are the same."""
@@ -353,10 +366,11 @@ class Plan:
         stages, again = {}, {}
         if self.config.decoder is not None:
             for run, task in generators.items():
-                # one that was measured on another disk cannot be measured again
                 if not task.done or (self.folder / task.name).is_dir():
                     again[run] = self.redecoded(*run)
-            stages = {name: self.second_stage(name) for name, _ in again}
+                elif not self.redecoded(*run).done:
+                    print(f"{task.name} cannot be measured with another decoder: its run folder is gone", flush=True)
+            stages = {name: self.second_stage(name) for (name, _), task in again.items() if not task.done}
         made = [*generators.values(), *stages.values()]
         wanted = {need for task in made if not task.done for need in task.needs}
         longest = sorted(names, key=lambda name: (-TOKENIZERS[name][1], -len(TOKENIZERS[name][0])))
@@ -370,71 +384,16 @@ class Plan:
         return tasks
 
 
-def open_data(config: Config, folder: Path) -> Path | None:
-    """The cache folder with the images, from the archive if one is given."""
-    if config.data is None or Path(config.data).is_dir():
-        return None if config.data is None else Path(config.data)
-    if not (images := folder / "data").is_dir():
-        with replacing(images) as unfinished, tarfile.open(config.data) as archive:
-            archive.extractall(unfinished, filter="data")
-    return images
-
-
-def fewer_folder(folder: Path, ending: str) -> Path:
-    """Where `write_fewer` puts the images of tokenizers whose names end so."""
-    return folder / ending.removeprefix("_")
-
-
-def write_fewer(config: Config, images: Path | None, folder: Path, share: float) -> None:
-    """A cache folder with every held-out concept and, by a hash of their base, a share of the others. On Fashion-MNIST
-    the same files with a share of the training images, by a hash of their position."""
-    if config.fashion:
-        from pyarrow import array, parquet
-
-        train = PARQUET[0]
-        with replacing(folder) as unfinished:
-            shutil.copytree(images, unfinished)
-            table = parquet.read_table(images / train)
-            kept = [is_held_out(str(k), share, FEWER_SEED) for k in range(len(table))]
-            parquet.write_table(table.filter(array(kept)), unfinished / train)
-        return
-    whole, data = openmoji_folder(config.resolution, images), DataConfig(source="openmoji")
-    rows = read_metadata(whole)
-    kept = [
-        row
-        for row in rows
-        if is_held_out(row["base"], data.holdout, data.holdout_seed) or is_held_out(row["base"], share, FEWER_SEED)
-    ]
-    with replacing(folder) as unfinished:
-        fewer = unfinished / whole.name
-        shutil.copytree(whole, fewer)
-        (fewer / METADATA_NAME).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-
-def write_random_network(folder: Path, resolution: int) -> None:
-    """An encoder with random weights: what its distance shows as well is no finding about content."""
-    import torch
-
-    from vtp_diffusion import AutoencoderVTP
-
-    torch.manual_seed(0)
-    size = {"hidden_size": 192, "num_layers": 4, "num_attention_heads": 3}
-    encoder = {f"encoder_{name}": value for name, value in size.items()}
-    decoder = {"decoder_hidden_size": 32, "decoder_num_layers": 1, "decoder_num_attention_heads": 1}
-    with replacing(folder) as unfinished:
-        AutoencoderVTP(sample_size=resolution, patch_size=8, **encoder, **decoder).save_pretrained(unfinished)
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     deadline, folder = time.monotonic() + config.seconds, config.folder
     folder.mkdir(parents=True, exist_ok=True)
-    plan = Plan(config, open_data(config, folder))
+    plan = Plan(config, open_data(config.data, folder))
     plan.results.mkdir(exist_ok=True)
     for ending, share in FEWER.items():
         fewer = fewer_folder(folder, ending)
         if any(name.endswith(ending) for name in config.tokenizers) and not fewer.is_dir():
-            write_fewer(config, plan.images, fewer, share)
+            write_fewer(plan.images, fewer, share, config.resolution)
     if not (folder / "random").is_dir():
         write_random_network(folder / "random", config.resolution)
     tasks = plan.tasks()

@@ -6,7 +6,7 @@
 Writes the tables as JSON and Markdown, and beside them, as far as they are measured:
 
     table.svg             every distance against the steps of the generator, a line a tokenizer
-    table-scaling.svg     distances against the width of the encoder, the share of the training images and the steps
+    table-scaling.svg     distances against the width of the encoder, the share of the training data and the steps
     table-tokenizers.svg  what the encoder understands (k-NN) against what the decoder reconstructs (PSNR)
     table-samples.png     the same 64 samples of every generator, a row a tokenizer; with decoders that were trained
                           further in table-samples_decoder.png
@@ -72,7 +72,7 @@ MAIN = list(STYLES)[:6]  # in the first figure and the picture of samples; the o
 # axis -> value -> ending of the tokenizer's name
 SCALES = {
     "width of the encoder, %": {50: "_small", 100: ""},
-    "share of the training images, %": {10: "_tenth", 50: "_half", 100: ""},
+    "share of the training data, %": {10: "_tenth", 50: "_half", 100: ""},
     "steps of the tokenizer, times": {1: "", 4: "_long"},
 }
 DECODED = " to reconstructions"  # ending of what is measured against real images after the same autoencoder

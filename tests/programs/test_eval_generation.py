@@ -277,7 +277,7 @@ def test_a_device_that_is_not_there():
 def test_two_processes_measure_what_one_does(evaluate, reference, pipeline, tmp_path):
     words = (
         "--images", pipeline, "--reference", reference, "--num_images", 7, "--num_inference_steps", 1,
-        "--batch_size", 2, "--feature_batch_size", 2, "--feature_network", "efficientnet_lite0",
+        "--batch_size", 2, "--feature_batch_size", 3, "--feature_network", "efficientnet_lite0",
     )  # fmt: skip
     output = tmp_path / "two.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

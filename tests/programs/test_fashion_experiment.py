@@ -1,7 +1,6 @@
 """Fashion-MNIST in experiments/understanding_drives_generation: its images, and what it is measured on."""
 
 import gzip
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ def write_idx(file: Path, values: np.ndarray) -> None:
     file.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
-def test_fashion_images_get_a_black_border_and_the_name_of_their_class(understanding, tmp_path, monkeypatch):
+def test_fashion_images_get_a_black_border_and_the_name_of_their_class(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     program, words = load(f"{UNDERSTANDING}/fashion.py"), [f"--idx={tmp_path}", f"--output={tmp_path}/out"]
@@ -41,9 +40,9 @@ def test_fashion_images_get_a_black_border_and_the_name_of_their_class(understan
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", np.array(labels))
     program.main(words)
     train, test = (str(tmp_path / "out" / f"{part}.parquet") for part in ("train", "test"))
-    config_of_files = DataConfig(source="parquet", data_files=train, validation_files=test, resolution=32,
+    config = DataConfig(source="parquet", data_files=train, validation_files=test, resolution=32,
                         label_column="label", caption_column="caption")  # fmt: skip
-    images = open_dataset(config_of_files, "validation")
+    images = open_dataset(config, "validation")
     assert images.captions == ["a photo of an ankle boot", "a photo of trousers"]
     assert [images.label_names[label] for label in images.labels] == ["ankle boot", "trousers"]
     assert len(images.label_names) == 10 and "MIT License" in (tmp_path / "out" / "ATTRIBUTION.txt").read_text()
@@ -51,17 +50,26 @@ def test_fashion_images_get_a_black_border_and_the_name_of_their_class(understan
     assert pixels[:, 2:30, 2:30].unique().tolist() == [101] and pixels.sum() == 101 * 3 * 28 * 28
     with pytest.raises(ValueError, match="is there already"):
         program.main(words)
-    plan = understanding.Plan(
-        understanding.Config(data=f"{tmp_path}/out", output_dir=f"{tmp_path}/runs"), tmp_path / "out"
-    )
-    understanding.write_fewer(plan.config, tmp_path / "out", tmp_path / "runs" / "half", 0.5)
-    fewer = [str(tmp_path / "runs" / "half" / f"{part}.parquet") for part in ("train", "test")]
-    config = replace(config_of_files, data_files=fewer[0], validation_files=fewer[1])
-    kept = open_dataset(config, "train")
-    assert 2 <= len(kept) <= 8 and set(kept.label_names) < set(images.label_names)
-    assert len(open_dataset(config, "validation")) == 2
-    words = plan.training("all_half")
-    assert option(words, "--data.data_files") == fewer[0]
+
+
+def test_a_tenth_of_the_training_images_and_all_test_images(understanding, tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    (tmp_path / "fashion").mkdir()
+    for part, count in (("train", 500), ("test", 20)):
+        table = arrow.table({"number": list(range(count))}).replace_schema_metadata({"huggingface": "features"})
+        parquet.write_table(table, tmp_path / "fashion" / f"{part}.parquet")
+    understanding.write_fewer(tmp_path / "fashion", tmp_path / "tenth", 0.1, resolution=32)
+    kept, test = (parquet.read_table(tmp_path / "tenth" / f"{part}.parquet") for part in ("train", "test"))
+    numbers = kept["number"].to_pylist()
+    assert 30 < len(numbers) < 70 and numbers == sorted(set(numbers)) and len(test) == 20
+    assert kept.schema.metadata[b"huggingface"] == b"features", "how `datasets` reads the columns"
+
+
+def test_fashion_needs_its_own_settings(understanding, tmp_path):
+    settings = fashion_settings(tmp_path)
+    with pytest.raises(ValueError, match="is Fashion-MNIST, expected its settings: --config .*fashion.yaml"):
+        understanding.Config(**settings | {"decoder": "decoder.yaml"})
+    assert understanding.Config(**settings | {"decoder": None}).fashion
 
 
 def test_what_is_not_fashion_is_refused_by_name(tmp_path):

@@ -13,7 +13,7 @@ from experiment_programs import KINDS, ROOT, UNDERSTANDING, fashion_settings, lo
 from PIL import Image
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
-from vtp_diffusion.data.openmoji import is_held_out, read_attribution
+from vtp_diffusion.data.openmoji import is_held_out, read_attribution, read_metadata
 
 
 def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(understanding, tmp_path):
@@ -68,6 +68,23 @@ def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understa
     (tmp_path / "generator-all-0").mkdir()  # measured on this disk: the decoder can follow
     left = {task.name for task in plan.tasks() if not task.done}
     assert left == {*others, "tokenizer-all", "decoder-all", "generator-all_decoder-0"}
+    (tmp_path / "tokenizer-all" / "vae").mkdir(parents=True)
+    (tmp_path / "tokenizer-all" / "vae" / "config.json").touch()  # all that a second stage needs
+    assert "tokenizer-all" not in {task.name for task in plan.tasks() if not task.done}
+
+
+def test_a_second_stage_whose_disk_is_gone_is_trained_again_for_a_further_seed(understanding, tmp_path, capsys):
+    config = understanding.Config(output_dir=str(tmp_path), tokenizers=["all"], seeds=[0, 1])
+    plan = understanding.Plan(config, None)
+    plan.results.mkdir()
+    for done in (plan.generator("all", 0), plan.redecoded("all", 0), plan.generator("all", 1)):
+        done.result.touch()
+    (plan.results / "reconstruction-all_decoder.json").touch()  # what was found; the decoder itself is gone
+    assert [task.name for task in plan.tasks() if not task.done] == []
+    assert "generator-all-1 cannot be measured with another decoder" in capsys.readouterr().out
+    plan.generator("all", 1).result.unlink()
+    left = [task.name for task in plan.tasks() if not task.done]
+    assert left == ["tokenizer-all", "decoder-all", "generator-all-1", "generator-all_decoder-1"]
 
 
 def test_a_generator_is_measured_at_every_step_by_one_program(understanding, tmp_path):
@@ -121,7 +138,7 @@ def test_the_programs_take_these_words(understanding, tmp_path):
             program = load(words[0])
             kind = next(k for k in KINDS if hasattr(program, k))
             given = program.parse_config(getattr(program, kind), words[1:])
-            assert getattr(given, "output_dir", None) or given.output.startswith(str(plan.results))
+            assert getattr(given, "output_dir", None) or given.output.startswith(str(plan.folder))
 
 
 def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
@@ -215,8 +232,8 @@ def test_half_of_the_training_concepts_and_all_held_out_ones(understanding, tmp_
     folder.mkdir(parents=True)
     (folder / "metadata.jsonl").write_text("".join(json.dumps({"base": base}) + "\n" for base in bases))
     config = understanding.Config(output_dir=str(tmp_path), resolution=8, tokenizers=["all_half"])
-    understanding.write_fewer(config, tmp_path / "images", tmp_path / "half", 0.5)
-    kept = {row["base"] for row in understanding.read_metadata(tmp_path / "half" / folder.name)}
+    understanding.write_fewer(tmp_path / "images", tmp_path / "half", 0.5, resolution=8)
+    kept = {row["base"] for row in read_metadata(tmp_path / "half" / folder.name)}
     held_out = {base for base in bases if is_held_out(base, 0.1, 0)}
     assert held_out < kept and abs(len(kept - held_out) / len(set(bases) - held_out) - 0.5) < 0.1
     tasks = understanding.Plan(config, tmp_path / "images").tasks()
@@ -229,11 +246,11 @@ def test_images_come_from_the_archive_once(understanding, tmp_path):
     with tarfile.open(tmp_path / "emoji.tar", "w") as archive:
         archive.add(tmp_path / "x", "openmoji/x")
     config = understanding.Config(data=str(tmp_path / "emoji.tar"), output_dir=str(tmp_path))
-    images = understanding.open_data(config, tmp_path)
+    images = understanding.open_data(config.data, tmp_path)
     assert (images / "openmoji" / "x").read_text() == "x"
     (images / "openmoji" / "x").write_text("kept")
-    assert (understanding.open_data(config, tmp_path) / "openmoji" / "x").read_text() == "kept"
-    assert understanding.open_data(understanding.Config(data=str(images)), tmp_path) == images
+    assert (understanding.open_data(config.data, tmp_path) / "openmoji" / "x").read_text() == "kept"
+    assert understanding.open_data(str(images), tmp_path) == images
 
 
 def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
@@ -310,17 +327,19 @@ def test_the_table_has_means_over_seeds_and_dashes(tmp_path):
         program.main([f"--results={tmp_path}/out", f"--output={tmp_path}/out/table.json"])
 
 
-def test_scaling_is_drawn_where_both_ends_are_measured(tmp_path):
+def test_scaling_is_drawn_where_two_points_are_measured(tmp_path):
     program = load(f"{UNDERSTANDING}/table.py")
     for place, name in enumerate(("reconstruction", "reconstruction_small", "all", "all_half")):
         write_tokenizer(tmp_path, name, psnr=20.0 + place)
         write_generator(tmp_path, name, 0, 20, 10.0 + place)
+    write_tokenizer(tmp_path, "all_tenth", psnr=19.0)
+    write_generator(tmp_path, "all_tenth", 0, 20, 15.0)
     write_generator(tmp_path, "all", 0, 40, 1.0)  # not measured of the others: no common step
     table = program.collect(tmp_path)
     panels = program.scaling_panels(table)
     assert [(panel.x_label, [curve.points for curve in panel.curves]) for panel in panels] == [
         ("width of the encoder, %", [[(50, 11.0), (100, 10.0)]]),
-        ("share of the training images, %", [[(50, 13.0), (100, 12.0)]]),
+        ("share of the training data, %", [[(10, 15.0), (50, 13.0), (100, 12.0)]]),
     ]
     assert (panels[0].title, panels[0].y_label) == ("FD-VGG", "distance at step 20")
     program.write_figures(table, tmp_path, tmp_path / "table.json")

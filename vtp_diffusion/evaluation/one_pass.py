@@ -60,7 +60,7 @@ class FeaturesConfig(Settings):
     seed: int = setting(0, "of samples, labels and random subsets", at_least=0)
     feature_mode: FeatureMode = setting("exact", "exact: float32; fast: float16 inside the network")
     feature_batch_size: int = setting(256 if ON_CUDA else 32, "images a network sees at once", at_least=1)
-    compile: bool = setting(False, "torch.compile the feature networks, which takes some 20 s each on a GPU")
+    compile: bool = setting(False, "torch.compile the feature networks: pays only with very many images")
     num_workers: int = setting(reading_processes() if ON_CUDA else 0, "processes that read image files", at_least=0)
     device: str = setting("cuda" if ON_CUDA else "cpu", "torch device to run on")
 
@@ -238,10 +238,12 @@ def rebatched(parts: Iterable[Part], size: int) -> Iterator[Part]:
             continue
         positions, hashes = [*positions, *part[0]], hashes + part[2]
         pieces.append(part[1])
-        while len(positions) >= size:
-            images = torch.cat(pieces)
-            yield positions[:size], images[:size], hashes[:size]
-            positions, pieces, hashes = positions[size:], [images[size:]], hashes[size:]
+        if len(positions) < size:
+            continue
+        images, whole = torch.cat(pieces), len(positions) - len(positions) % size
+        for k in range(0, whole, size):
+            yield positions[k : k + size], images[k : k + size], hashes[k : k + size]
+        positions, pieces, hashes = positions[whole:], [images[whole:]], hashes[whole:]
     if positions:
         yield positions, torch.cat(pieces), hashes
 
