@@ -181,7 +181,7 @@ def build_page(page: Page) -> Blocks:
                 labels = gradio.Dropdown(names, value=names[:2], label="Classes", **several)
                 each = gradio.Slider(1, 16, value=4, step=1, label="Images of each class")
                 steps = gradio.Slider(1, 250, value=steps, step=1, label="Steps")
-                scale = gradio.Slider(0, 10, value=scale, step=0.1, label="Guidance scale (1: none)")
+                scale = gradio.Slider(1, 10, value=scale, step=0.1, label="Guidance scale (1: none)")
                 kind = gradio.Dropdown(kinds, value="auto", label="Guidance")
                 solver = gradio.Dropdown(get_args(Solver), value=solver, label="Solver")
                 seed = gradio.Number(0, label="Seed", precision=0)

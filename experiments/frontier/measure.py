@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, image_batches
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
+from vtp_diffusion.generation.pipeline_checks import is_guided
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline
 from vtp_diffusion.metrics.features import Extractor
@@ -126,9 +127,12 @@ def report(features: dict, reference: dict, known: dict[str, GaussianStatistics]
     return found
 
 
-def passes(settings: dict) -> int:
-    """Evaluations of a network in a guided step."""
-    return 1 if settings.get("guidance", "internal") == "internal" else 2
+def passes(pipe, settings: dict, steps: int) -> int:
+    """Evaluations of networks for an image."""
+    if settings.get("guidance", "internal") == "internal":
+        return steps
+    times = 1 - pipe.scheduler.sigmas[:steps]  # of the last call
+    return steps + int(is_guided(times, settings.get("guidance_interval", (0.0, 1.0))).sum())
 
 
 def measure(config: Config, pipe, reference: dict, extractors) -> list[dict]:
@@ -148,7 +152,7 @@ def measure(config: Config, pipe, reference: dict, extractors) -> list[dict]:
                 tried.append(frechet_distance(known[CHOSEN_BY], statistics(found[CHOSEN_BY])))
             best = earlier[0] if earlier else candidates[tried.index(min(tried)) if tried else 0]
             found, seconds = features_of(pipe, labels, 0, config, extractors, best | {"num_inference_steps": steps})
-            row = {"kind": kind, "steps": steps, "settings": best, "passes": passes(best) * steps}
+            row = {"kind": kind, "steps": steps, "settings": best, "passes": passes(pipe, best, steps)}
             row |= report(found, reference, known) | {"seconds_per_image": seconds}
             rows.append(row | {"tried": list(zip(candidates, tried, strict=False))})
             print(f"{kind}: {best}, FD-EffLite0 {row['FD-EffLite0']:.2f}, FD-VGG {row['FD-VGG']:.3f}", flush=True)

@@ -103,6 +103,7 @@ def test_internal_guidance_takes_one_pass_a_step(tmp_path):
         (None, {"guidance": "internal"}, "guidance is 'internal', expected auto, classifier_free: .* base_head_layer"),
         (1, {"guidance": "autoguidance"}, "guidance is 'autoguidance', expected auto, classifier_free, internal"),
         (1, {"guidance": 3}, "guidance is 3, expected auto"),
+        (None, {"guidance": "internal", "guidance_scale": 0.5}, "guidance is 'internal', expected auto"),
         (1, {"guidance": "internal", "guidance_scale": 0.5}, "guidance_scale is 0.5, expected 1 or more"),
     ],
 )

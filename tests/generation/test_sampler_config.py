@@ -26,7 +26,7 @@ def test_its_guidance_as_options():
     ("option", "value", "expected"),
     [
         ("num_inference_steps", 0, "a positive number"),
-        ("guidance_scale", -0.5, "0 or a positive number"),
+        ("guidance_scale", 0.5, "1 or more"),
         ("guidance_interval", (0.0, 1.5), r"a number in \[0, 1\]"),
         ("guidance_interval", (0.5, 0.2), "the smaller number first"),
         ("guidance_channels", 0, "a positive number"),

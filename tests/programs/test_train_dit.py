@@ -307,6 +307,10 @@ def test_a_smaller_transformer_becomes_the_guide_of_the_pipeline(tmp_path, made)
     (small / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="guide.transformer .* does not fit: num_classes 7 instead of 3"):
         program.main(arguments(tmp_path / "other", made, f"--guide.transformer={small}", "--max_train_steps=1"))
+    student = {"steps": [1], "shift": 1.0, "guidance": None}
+    (small / "config.json").write_text(json.dumps(other | {"num_classes": 3, "student": student}))
+    with pytest.raises(ValueError, match="guide.transformer .* is a few-step student, expected another network"):
+        program.main(arguments(tmp_path / "other", made, f"--guide.transformer={small}", "--max_train_steps=1"))
     assert not (tmp_path / "other").exists()
 
 

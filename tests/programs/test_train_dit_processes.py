@@ -43,10 +43,15 @@ def online_words(folder, made, name, *more):  # noqa: F811
     return arguments(folder / name, made, *source, "--max_train_steps=3", "--validation.labels", "0", *more)
 
 
+def muon_words(folder, made, name):  # noqa: F811
+    muon = ("--optimizer=muon", "--model.num_layers=2", "--model.base_head_layer=1", "--max_train_steps=3")
+    return arguments(folder / name, made, *muon)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, made):  # noqa: F811
-    """Folders of the same run: in one process, in two with whole weights, in two with shards; and of one online, in
-    one process and in two with two micro-steps each."""
+    """Folders of the same run: in one process, in two with whole weights, in two with shards; of one online, in one
+    process and in two with two micro-steps each; and of one with Muon and a base head, in one and in two."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "images" / "grey").mkdir(parents=True)
     for k in range(10):
@@ -54,7 +59,8 @@ def runs(tmp_path_factory, made):  # noqa: F811
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     online = online_words(folder, made, "online", "--gradient_accumulation_steps=2", "--keep_on_device=false")
-    command.append(json.dumps({"online": online} | {mode: words(folder, made, mode) for mode in MODES}))
+    first = {"online": online, "muon": muon_words(folder, made, "muon")}
+    command.append(json.dumps(first | {mode: words(folder, made, mode) for mode in MODES}))
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     with pytest.MonkeyPatch.context() as patch:
@@ -65,6 +71,8 @@ def runs(tmp_path_factory, made):  # noqa: F811
         program.main(words(folder, made, "one"))
         AcceleratorState._reset_state(True)
         program.main(online_words(folder, made, "online-one"))
+        AcceleratorState._reset_state(True)
+        program.main(muon_words(folder, made, "muon-one"))
     return folder
 
 
@@ -109,6 +117,16 @@ def test_online_losses_are_those_of_one_process(runs):
     assert losses == pytest.approx(expected, rel=1e-4) and len(set(expected)) == 3
 
 
+def test_muon_moves_the_weights_as_in_one_process(runs):
+    found, expected = (
+        load_file(runs / name / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("muon", "muon-one")
+    )
+    assert any(name.startswith("base_") for name in expected) and found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_distance_that_the_processes_cannot_share_is_refused(runs, monkeypatch):
     config = validation.DistanceConfig(num_images=5, reference=validation.DataConfig(source=str(runs / "images")))
     monkeypatch.setattr(validation, "feature_network", lambda name, weights: MeanColour())
@@ -119,7 +137,7 @@ def test_a_distance_that_the_processes_cannot_share_is_refused(runs, monkeypatch
 
 
 def main():
-    """Run train_dit/train.py with the words given as JSON: {"online": [...], "whole": [...], "sharded": [...]}."""
+    """Run train_dit/train.py with the words given as JSON: a list for each run, sharded ones last."""
     validation.feature_network = lambda name, weights: MeanColour()
     PartialState.destroy_process_group = lambda *_: None  # all runs are in the same processes
     for mode, given in json.loads(sys.argv[1]).items():

@@ -40,7 +40,8 @@ class GuideConfig(Settings):
 def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDiTTransformer2DModel) -> None:
     """Refuse a guide before training, rather than when the pipeline is saved.
 
-    Raises: ValueError if the guide has other latents or classes, or if the run has passed `step` without saving it.
+    Raises: ValueError if the guide has other latents or classes or is a few-step student, or if the run has passed
+        `step` without saving it.
     """
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
@@ -53,6 +54,8 @@ def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDi
     if config.transformer is not None:
         expected = {key: transformer.config[key] for key in ("sample_size", "in_channels", "num_classes")}
         found = LightningDiTTransformer2DModel.load_config(config.transformer)
+        if found.get("student") is not None:
+            raise ValueError(f"guide.transformer {config.transformer} is a few-step student, expected another network")
         if different := different_settings(found, expected):
             raise ValueError(f"guide.transformer {config.transformer} does not fit: {different}")
 

@@ -107,7 +107,7 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     check_scheduler(pipe.scheduler)  # a pipeline's scheduler may be replaced
     config, known = pipe.transformer.config, pipe._callback_tensor_inputs
     if config.get("student") is not None:
-        check_student(config.student, pipe.scheduler, steps, scale, kind)
+        check_student(config.student, pipe.scheduler, steps, scale, kind, interval, channels)
     pair = isinstance(interval, tuple | list | np.ndarray) and len(interval) == 2
     types, no_vae = (OUTPUT_TYPES, "") if pipe.vae is not None else (("latent",), ": this pipeline has no vae")
     kinds, least = guidance_kinds(pipe), int(kind == "internal")
@@ -115,11 +115,11 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     for name, value, fits, expected in (
         ("num_inference_steps", steps, is_number(steps, 1, MANY, Integral), f"1 to {MANY}"),
         ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
-        ("guidance_scale", scale, is_number(scale, least), f"{least} or more with guidance {kind!r}"),
         (
             "guidance", kind, isinstance(kind, str) and kind in kinds,
             f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a base_head_layer",
         ),
+        ("guidance_scale", scale, is_number(scale, least), f"{least} or more with guidance {kind!r}"),
         (
             "guidance_interval", interval,
             pair and is_number(interval[0], 0, 1) and is_number(interval[1], interval[0], 1),
@@ -155,19 +155,19 @@ def default_steps(student: dict[str, Any] | None) -> int:
     return 50 if student is None else max(student["steps"])
 
 
-def check_student(student: dict[str, Any], scheduler: Any, steps: int, scale: float, kind: str) -> None:
+def check_student(student: dict[str, Any], scheduler, steps: int, scale: float, kind: str, interval, channels) -> None:
     """Raises: ValueError if a few-step student is asked for what it was not trained for.
 
     Args: `student`: that entry of the transformer's configuration.
     """
     if steps not in student["steps"]:
         raise ValueError(f"num_inference_steps is {steps}, expected one that this student learned: {student['steps']}")
-    if scale != 1 or kind != "auto":
-        baked = student["guidance"] or "none"
-        raise ValueError(
-            f"guidance is {kind!r} and guidance_scale {scale}, expected neither: this student has its guidance baked "
-            f"in ({baked})"
-        )
+    interval = tuple(interval) if isinstance(interval, list | np.ndarray) else interval
+    usual = ("guidance", kind, "auto"), ("guidance_scale", scale, 1), ("guidance_interval", interval, (0, 1))
+    for name, value, expected in (*usual, ("guidance_channels", channels, None)):
+        if value != expected:
+            baked = ", ".join(f"{k} {v}" for k, v in (student["guidance"] or {"guidance": "none"}).items())
+            raise ValueError(f"{name} is {value!r}, expected {expected!r}: this student has {baked} baked in")
     config, euler = scheduler.config, type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     if not euler or config.get("stochastic_sampling") or abs(config.shift - student["shift"]) > 1e-6:
         raise ValueError(

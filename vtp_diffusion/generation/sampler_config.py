@@ -16,7 +16,7 @@ Solver = Literal["pipeline", "euler", "heun", "unipc", "dpm++", "dopri5"]
 class GuidanceConfig(Settings):
     """How sampling is guided."""
 
-    guidance_scale: float = setting(1.0, "1 is no guidance", at_least=0)
+    guidance_scale: float = setting(1.0, "1 is no guidance", at_least=1.0)
     guidance: Literal["auto", "classifier_free", "autoguidance", "internal"] = setting(
         "auto", "kind of guidance; auto: by the pipeline's guidance transformer, else classifier-free"
     )

@@ -82,7 +82,7 @@ class LightningDiTTransformer2DModel(
         super().__init__()
         if prediction not in ("velocity", "data"):
             raise ValueError(f"prediction is {prediction!r}, expected velocity or data")
-        if base_head_layer is not None and not 1 <= base_head_layer < num_layers:
+        if base_head_layer is not None and base_head_layer not in range(1, num_layers):
             raise ValueError(f"base_head_layer is {base_head_layer}, expected a block before the last, {num_layers}")
         if patch_size < 1 or sample_size % patch_size:
             raise ValueError(f"patch_size must divide sample_size, got {patch_size} and {sample_size}")
@@ -150,6 +150,8 @@ class LightningDiTTransformer2DModel(
         Returns: an output with `.sample` (B, C, H, W), or a tuple: the sample and, if asked, the base prediction.
         Raises: ValueError on latents or labels that do not fit, or `next_timestep` without student.
         """
+        if return_base and self.config.base_head_layer is None:
+            raise ValueError("return_base is True, but this network has no base head (base_head_layer)")
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels, next_timestep)
         grid = self.config.sample_size // self.config.patch_size
         rotary = lightning_dit_rotary_tables(grid, self.config.attention_head_dim, tokens.device)

@@ -89,7 +89,8 @@ def _bounds_text(bounds: dict[str, float]) -> str:
         return f"a number in {'[' if 'at_least' in bounds else '('}{low}, {high}{']' if 'at_most' in bounds else ')'}"
     if "above" in bounds:
         return "a positive number" if low == 0 else f"a number above {low}"
-    return {0: "0 or a positive number", 1: "a positive number"}.get(low, f"{low} or more")
+    known = {} if isinstance(low, float) else {0: "0 or a positive number", 1: "a positive number"}
+    return known.get(low, f"{low:g} or more")
 
 
 def _kinds(annotation: Any) -> tuple[tuple, bool]:
