@@ -3,7 +3,8 @@
     python benchmarks/frontier_costs.py --output benchmarks/results/frontier_costs_h100.json
     python benchmarks/frontier_costs.py --output costs.json --tiny true
 
-Random weights and latents. Evaluations are XL/1's with bfloat16 weights and everything fast that sampling has. A step
+Random weights and latents. Evaluations are XL/1's with bfloat16 weights and everything fast that sampling has, and one
+row with compiled blocks. A step
 of training is forward, backward, clipping and optimiser in this process, fused and under bfloat16 autocast, without
 EMA and CUDA graphs: it says what a method costs, `dit_training.py` how fast the program is. Student steps are
 train_dit/distill.py's, started as a user starts it, of a teacher with classifier-free guidance.
@@ -13,7 +14,10 @@ import gc
 import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +35,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_results
 from vtp_diffusion.runtime.experiments import check_names
+from vtp_diffusion.training.compilation import compile_modules
 from vtp_diffusion.training.optimisation import MuonWithAdamW, muon_groups, parameter_groups
 
 WEAK = {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64}  # B/1, for autoguidance
@@ -64,35 +69,61 @@ class BenchmarkConfig(Settings):
 def make_transformer(tiny: bool, **changes) -> LightningDiTTransformer2DModel:
     """XL/1 with these changes, or a tiny network."""
     if tiny:
-        return LightningDiTTransformer2DModel(**(TINY | {name: 1 for name in changes if name == "base_head_layer"}))
+        kept = {"base_head_layer": 1} if "base_head_layer" in changes else {}
+        kept |= {"student": changes["student"]} if "student" in changes else {}
+        return LightningDiTTransformer2DModel(**(TINY | kept))
     return LightningDiTTransformer2DModel(**(LIGHTNING_DIT_SIZES["XL"] | changes))
 
 
-@torch.inference_mode()
-def guided_evaluations(config: BenchmarkConfig) -> dict[str, float]:
-    """Kind of guidance -> milliseconds of a guided evaluation of the batch."""
+def make_pipeline(config: BenchmarkConfig, fast: bool, **changes) -> LightningDiTPipeline:
+    """A pipeline in bfloat16 that decodes nothing; `fast`: with all that sampling has, else its blocks compiled."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        transformer = make_transformer(config.tiny, base_head_layer=8).eval()
+        transformer = make_transformer(config.tiny, **changes).eval()
         weak = make_transformer(config.tiny, **WEAK).eval()
-        vae = AutoencoderVTP(**TINY_VAE, latents_mean=[0.0] * 64, latents_std=[1.0] * 64)  # nothing is decoded
-    pipe = LightningDiTPipeline(
-        vae=vae,
-        transformer=transformer,
-        guidance_transformer=weak,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=10),
-    )
+        vae = AutoencoderVTP(**TINY_VAE, latents_mean=[0.0] * 64, latents_std=[1.0] * 64)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=10)
+    guide = None if "student" in changes else weak
+    pipe = LightningDiTPipeline(vae=vae, transformer=transformer, guidance_transformer=guide, scheduler=scheduler)
+    pipe.set_progress_bar_config(disable=True)
     pipe.to(device, torch.bfloat16)
-    if device == "cuda":
+    if fast and device == "cuda":
         speed_up(pipe)
-    latents = torch.randn(config.batch_size, 64, 16, 16, device=device)
-    labels = torch.zeros(config.batch_size, dtype=torch.long, device=device)
+    elif not fast:
+        compile_modules(transformer, transformer._repeated_blocks)
+    return pipe
 
-    def evaluate(kind):
-        scale, kind = (1.0, "auto") if kind == "none" else (1.5, kind)
-        return lambda: pipe._velocity(latents, 0.5, labels, scale, None, kind)
 
-    return {kind: milliseconds(evaluate(kind), config.repeats) for kind in GUIDANCE}
+def timed(call: Callable[[], object], config: BenchmarkConfig) -> dict[str, float]:
+    """Seconds of the first call, in which passes are recorded or compiled, milliseconds of later ones, and memory."""
+    cuda, start = torch.cuda.is_available(), time.perf_counter()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+    row = {"first_seconds": time.perf_counter() - start, "ms": milliseconds(call, config.repeats)}
+    return row | ({"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if cuda else {})
+
+
+@torch.inference_mode()
+def guided_evaluations(config: BenchmarkConfig) -> dict[str, dict]:
+    """Kind of guidance -> `timed` of a guided evaluation of the batch; of an unguided one with compiled blocks, and of
+    all that a student takes for the batch in 4 steps."""
+    rows: dict[str, dict] = {}
+    for fast in (True, False):
+        pipe = make_pipeline(config, fast, base_head_layer=8)
+        latents = torch.randn(config.batch_size, 64, 16, 16, device=pipe.device)
+        labels = torch.zeros(config.batch_size, dtype=torch.long, device=pipe.device)
+        for kind in GUIDANCE if fast else GUIDANCE[:1]:
+            scale, given = (1.0, "auto") if kind == "none" else (1.5, kind)
+            call = partial(pipe._velocity, latents, 0.5, labels, scale, None, given)
+            rows[kind if fast else "none, compiled blocks"] = timed(call, config)
+        del pipe, call
+        gc.collect()  # a network that is sped up refers to itself
+    student = make_pipeline(config, True, student={"steps": [1, 2, 4], "shift": 10.0, "guidance": None})
+    rows["student, 4 steps"] = timed(lambda: student([0] * config.batch_size, 4, output_type="latent"), config)
+    return rows
 
 
 def training_step(config: BenchmarkConfig, method: str) -> dict:
@@ -167,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if "evaluations" in config.parts:
         results["passes"] = "none 1, classifier_free 2, autoguidance 1 and B/1's, internal 1"
-        keep("guided_evaluation_ms", guided_evaluations(config))
+        keep("guided_evaluations", guided_evaluations(config))
     if "training" in config.parts:
         steps = {}
         for method in METHODS:

@@ -70,7 +70,7 @@ def guidance_settings(pipe) -> dict[str, list[dict]]:
         ],
     }
     if pipe.guidance_transformer is not None:
-        kinds["autoguidance"] = [{"guidance": "autoguidance", "guidance_scale": s} for s in (1.5, 2.0, 2.5, 3.0)]
+        kinds["autoguidance"] = [{"guidance": "autoguidance", "guidance_scale": s} for s in (1.25, 1.5, 2.0, 2.5, 3.0)]
     if pipe.transformer.config.base_head_layer is not None:
         kinds["internal"] = [
             {"guidance": "internal", "guidance_scale": scale, "guidance_interval": (0.0, 0.9)}
