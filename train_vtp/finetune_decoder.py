@@ -1,4 +1,5 @@
 """Fine-tune the pixel decoder of a VTP tokenizer with a GAN loss; encoder, bottleneck and latents stay as they are.
+With --adversarial.discriminator none there is no GAN: the decoder is only trained on for its reconstructions.
 
     python train_vtp/finetune_decoder.py --config finetune_decoder_tiny
     accelerate launch train_vtp/finetune_decoder.py --config finetune_decoder_openmoji
@@ -86,7 +87,7 @@ class Config(TrainingConfig):
             raise ValueError(
                 f"reconstruction.weight is {self.reconstruction.weight}, expected 1: set adversarial.weight instead"
             )
-        if self.adversarial.start_step >= self.max_train_steps:
+        if self.adversarial.discriminator != "none" and self.adversarial.start_step >= self.max_train_steps:
             raise ValueError(
                 f"adversarial.start_step is {self.adversarial.start_step}, expected less than max_train_steps, "
                 f"{self.max_train_steps}"
@@ -209,7 +210,7 @@ def start_run(
     reconstruction = ReconstructionObjective(config.reconstruction, perceptual)
     objective = AdversarialDecoding(autoencoder, reconstruction, config.adversarial)
     if config.compile:
-        compile_networks(autoencoder, perceptual, encoder=config.adversarial.discriminator == "patch")
+        compile_networks(autoencoder, perceptual, encoder=config.adversarial.discriminator != "features")
     return TrainingRun(
         config,
         folder,

@@ -146,6 +146,19 @@ def test_before_its_start_the_verdict_does_not_reach_the_decoder_but_the_discrim
     assert all(p.grad.abs().sum() > 0 for p in matrices)
 
 
+def test_without_a_discriminator_the_decoder_learns_what_it_learns_before_a_verdict_counts():
+    grads, images = [], some_images()
+    for settings in ({}, {"discriminator": "none"}):
+        objective = tiny_objective(**settings)
+        losses = objective(images, adversarial=False)
+        losses["loss"].backward()
+        grads.append([p.grad for p in objective.autoencoder.decoder.parameters()])
+    assert objective.discriminator is None and set(losses) == {"l1", "l2", "loss"}
+    assert all(map(torch.equal, *grads))
+    groups = objective.parameter_groups(TrainingConfig(output_dir="x", adam_weight_decay=0.1))
+    assert [group.get("network") for group in groups] == [None, None]
+
+
 def test_only_the_decoder_of_the_autoencoder_is_trained_and_groups_have_their_own_settings():
     objective = tiny_objective(discriminator="features", learning_rate=4e-4)
     trained = [name for name, p in objective.autoencoder.named_parameters() if p.requires_grad]

@@ -34,8 +34,10 @@ Losses = dict[str, torch.Tensor]
 class AdversarialConfig(Settings):
     """The discriminator and its part in the loss."""
 
-    discriminator: Literal["patch", "features"] = setting(
-        "patch", "its input: patches of pixels, or features of the frozen encoder"
+    discriminator: Literal["patch", "features", "none"] = setting(
+        "patch",
+        "its input: patches of pixels, or features of the frozen encoder; none: there is none, the decoder learns to "
+        "reconstruct and the other settings do nothing",
     )
     weight: float = setting(0.8, "weight of its loss, times VQGAN's adaptive weight; VQGAN: 0.8", at_least=0)
     start_step: int = setting(
@@ -51,7 +53,7 @@ class AdversarialConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.r1 > 0 and self.discriminator != "patch":
+        if self.r1 > 0 and self.discriminator == "features":
             raise ValueError(
                 f"adversarial.r1 is {self.r1} with discriminator {self.discriminator!r}, expected 0: attention "
                 "kernels have no second derivative; the heads are spectrally normalised instead"
@@ -101,7 +103,7 @@ def adaptive_weight(
 
 
 class AdversarialDecoding(nn.Module):
-    """Trains a decoder of the frozen encoder's latents, and a discriminator, in the same step.
+    """Trains a decoder of the frozen encoder's latents, and a discriminator if there is one, in the same step.
 
     The decoder minimises reconstruction + weight · adaptive weight · (-E D(x')), the discriminator the hinge loss and
     its regularisation. One backward pass serves both: the gradient of the decoder's loss is taken with respect to the
@@ -123,7 +125,7 @@ class AdversarialDecoding(nn.Module):
         if config.discriminator == "patch":
             self.discriminator = PatchDiscriminator(config.patch_channels, config.patch_layers)
         else:
-            self.discriminator = FeatureDiscriminator(autoencoder)
+            self.discriminator = FeatureDiscriminator(autoencoder) if config.discriminator == "features" else None
         self.register_buffer("mean_real", torch.zeros(()))  # averaged logits
         self.register_buffer("mean_fake", torch.zeros(()))
 
@@ -135,6 +137,8 @@ class AdversarialDecoding(nn.Module):
             "betas": (self.config.adam_beta1, self.config.adam_beta2),
         }
         groups = parameter_groups(self.autoencoder, config.adam_weight_decay)
+        if self.discriminator is None:
+            return groups
         heads = self.discriminator.heads if self.config.discriminator == "features" else self.discriminator
         return groups + [group | own for group in parameter_groups(heads, config.adam_weight_decay)]
 
@@ -157,6 +161,8 @@ class AdversarialDecoding(nn.Module):
             if noise is not None:
                 latents = self.reconstruction.disturb(latents, noise, noise_level)
         decoded = self.autoencoder.decode(latents).sample.float()
+        if self.discriminator is None:
+            return self.reconstruction.compare(decoded, images)
         pixels = decoded.detach().requires_grad_()
         losses = self.reconstruction.compare(pixels, images)
         fake = self.discriminator(pixels).float()
