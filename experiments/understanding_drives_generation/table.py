@@ -108,6 +108,13 @@ def read_known(file: str) -> dict[str, dict]:
     return table
 
 
+def rounded(value):
+    """Nested dictionaries with numbers of six digits: as exact as any of them is, and half as long in a file."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def looked_up(values: dict, path: tuple[str, ...]):
     """The value at a path in nested dictionaries; None where there is none."""
     for name in path:
@@ -421,7 +428,7 @@ def main(argv: list[str] | None = None) -> None:
     known = read_known(config.known) if config.known else {}
     found = known | collect(results)
     table = {name: found[name] for name in STYLES if name in found}
-    write_json(output, {"tokenizers": table})
+    write_json(output, {"tokenizers": rounded(table)})
     tables = markdown(table)
     write_text(output.with_suffix(".md"), tables)
     write_figures(table, results, output)
