@@ -15,7 +15,6 @@ What is not measured yet is left out of figures and a dash in the tables.
 """
 
 from dataclasses import dataclass, field, replace
-from itertools import product
 from math import ceil, floor, log10
 from pathlib import Path
 from statistics import mean, stdev
@@ -348,21 +347,28 @@ def training_panels(table: dict[str, dict]) -> list[Panel]:
     return panels
 
 
+def scaling_curves(table: dict[str, dict], measure: str, ends: dict[int, str], step: int) -> list[Curve]:
+    """A distance of reconstruction alone and of all objectives against a scale. Args: `ends`: as in `SCALES`."""
+    curves = []
+    for base in ("reconstruction", "all"):
+        found = {x: table.get(f"{base}{end}", {}).get("generators", {}).get(measure, {}) for x, end in ends.items()}
+        points = [(x, row[step]) for x, row in found.items() if step in row]
+        if len(points) > 1:
+            dots = [(x, value) for x, point in points for value in point["seeds"].values()]
+            curves.append(Curve(STYLES[base], [(x, point["mean"]) for x, point in points], dots))
+    return curves
+
+
 def scaling_panels(table: dict[str, dict]) -> list[Panel]:
-    """Distances at the last common step against each of the `SCALES`: reconstruction alone, and all objectives."""
+    """Distances at the last common step, a row for each, against each of the `SCALES`, a column for each. They are of
+    decoders that were trained on, where those are measured."""
     panels, step = [], last_common_step(table)
-    for label, values in SCALES.items():
-        for measure, stage in product(distances(table), ("", DECODER)):
-            curves = []
-            for base in ("reconstruction", "all"):
-                found = {x: table.get(f"{base}{end}{stage}", {}).get("generators", {}) for x, end in values.items()}
-                points = [(x, row[measure][step]) for x, row in found.items() if step in row.get(measure, {})]
-                if len(points) > 1:
-                    dots = [(x, v) for x, point in points for v in point["seeds"].values()]
-                    line = [(x, point["mean"]) for x, point in points]
-                    curves.append(Curve(STYLES[base], line, dots))
-            if curves and not measure.startswith(RANDOM):
-                title = f"{measure} (stage 2)" if stage else measure
+    for measure in (name for name in distances(table) if not name.startswith(RANDOM)):
+        for label, ends in SCALES.items():
+            decoded = {x: f"{end}{DECODER}" for x, end in ends.items()}
+            second = scaling_curves(table, measure, decoded, step)
+            if curves := second or scaling_curves(table, measure, ends, step):
+                title = f"{measure} (stage 2)" if second else measure
                 panels.append(Panel(title, label, f"distance at step {step:,}", curves))
     return panels
 
@@ -411,7 +417,8 @@ def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
     panels = scaling_panels(table)
     if panels:
         styles, note = [STYLES["reconstruction"], STYLES["all"]], "Lower is better. Small circles are seeds."
-        write_text(output.with_name(f"{output.stem}-scaling.svg"), figure(panels, 2, styles, note))
+        columns = max(2, len({panel.x_label for panel in panels}))
+        write_text(output.with_name(f"{output.stem}-scaling.svg"), figure(panels, columns, styles, note))
     panel = tokenizer_panel(table)
     if panel is not None:
         styles = [curve.style for curve in panel.curves]
