@@ -43,6 +43,9 @@ class ReportConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_output(self.output, ".html")
+        table = Path(self.output).with_suffix(".md")
+        if table.exists() and not Path(self.output).exists():
+            raise ValueError(f"output {self.output} would replace {table}, which is no part of a report: give another")
         if not self.results:
             raise ValueError("results is empty: give at least one JSON file of a program of eval/")
         result_names(self.results)

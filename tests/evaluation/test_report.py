@@ -275,9 +275,11 @@ def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkey
         (["--results", "vae.json", "--pictures", "a=none.png"], "picture none.png is not there"),
         (["--results", "vae.json", "--output", "guidance-1.json/page.html"], "cannot be written"),
         (["--results", "vae.json", "--output", "page.pdf"], "output must be a FILE.html"),
+        (["--results", "vae.json", "--output", "notes.html"], "would replace notes.md, which is no part of a report"),
     ],
 )
 def test_bad_input(words, message, files, monkeypatch):
+    Path("notes.md").write_text("mine")
     with pytest.raises(ValueError, match=message):
         report(monkeypatch, "--output", "page.html", *words)
 

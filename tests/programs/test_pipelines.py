@@ -258,6 +258,8 @@ def test_reconstruct_keeps_what_was_done_before_an_unreadable_image(pipeline_fol
     (images / "0a.png").write_bytes((images / "0.png").read_bytes()[:200])
     vae = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", "out.png", "--images", images)
     refused("0a.png cannot be read as an image", *vae)
+    itself = ("reconstruct.py", "--vae", pipeline_folder / "vae", "--output", images / "0.png", "--images", images)
+    refused("output .*0.png is one of the images, expected another file", *itself)
     one = Image.open("out.png").width
     capsys.readouterr()
     call(*vae, "--skip-unreadable")

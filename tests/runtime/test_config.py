@@ -266,3 +266,9 @@ def test_settings_that_differ_are_named_with_both_values():
         "  steps: 3 there, 4 now",
     ]
     assert setting_differences(there, there) == []
+
+
+def test_an_empty_configuration_is_refused(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="empty.yaml is empty, expected settings"):
+        parse_config(TrainingConfig, ["--config", str(tmp_path / "empty.yaml"), "--output_dir", "x"], "")

@@ -100,8 +100,15 @@ def test_checkpoints_hold_the_model_and_its_average_for_from_pretrained(tmp_path
 def test_other_data_are_refused_on_resuming(tmp_path):
     config = tiny_config(tmp_path / "run", max_train_steps=3)
     train(config, fingerprint="cats")
+
+    def content():
+        return {path: path.read_bytes() for path in (tmp_path / "run").rglob("[!.]*") if path.is_file()}
+
+    before = content()
+    other = tiny_config(tmp_path / "run", max_train_steps=5)
     with pytest.raises(ValueError, match="fingerprint cats.*dogs"):
-        train(config, fingerprint="dogs")
+        train(other, fingerprint="dogs")
+    assert content() == before, "config.yaml too: the run still goes on with its own settings"
 
 
 def test_a_sampler_of_some_micro_steps_reads_what_the_run_s_own_does_there(tmp_path):

@@ -422,6 +422,8 @@ def parse_config(
         raise ValueError(f"command line: --config is {' '.join(files) or 'given without a file'}, expected one file")
     where = "command line" if files[0] is None else find_yaml(files[0], shipped)
     values = {} if files[0] is None else read_yaml(where)
+    if files[0] is not None and not values:
+        raise ValueError(f"{where} is empty, expected settings: without --config a program takes its defaults")
     _check_partial(config_class, values, where)
     for name, annotation, _ in leaves:
         if name not in given:

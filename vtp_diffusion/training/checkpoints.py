@@ -335,10 +335,35 @@ def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int
         folder.finish(step, limit)
 
 
+def check_fingerprint(folder: RunFolder, fingerprint: str, fingerprint_of: tuple[str, ...]) -> None:
+    """Check that a run can go on from what it left, before anything in its folder is changed.
+
+    Args: `fingerprint`, `fingerprint_of`: as of `TrainingRun`.
+    Raises: ValueError: all checkpoints are damaged, or the newest has another fingerprint.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `resume` says which checkpoints are damaged
+        found = newest_whole_checkpoint(folder)
+    if found is None:
+        return
+    path = found[1]
+    record = read_json(path / "state.json")
+    there, now = (text.rsplit("-", len(fingerprint_of) - 1) for text in (record["fingerprint"], fingerprint))
+    places = {"data": (record.get("data"), data_place(folder.config))}  # the first is not known of older checkpoints
+    for name, *hashes in zip(fingerprint_of, there, now, strict=True):
+        if hashes[0] != hashes[1]:
+            known = [f"{place}, " if place else "" for place in places.get(name, (None, None))]
+            old, new = (f"{place}fingerprint {found}" for place, found in zip(known, hashes, strict=True))
+            raise ValueError(
+                f"{path} was trained with {name} of {old}, not of {new}: a run is resumed with the same {name} only. "
+                "Give those again, or another output_dir"
+            )
+
+
 def resume(state: TrainingState, folder: RunFolder) -> None:
     """Load the newest undamaged checkpoint, whatever number of processes wrote it; without one the run starts anew.
 
-    Raises: ValueError: all checkpoints are damaged, or the fingerprint is another one.
+    Raises: ValueError: all checkpoints are damaged.
     """
     rank, _ = this_process()
     found = from_main(lambda: newest_whole_checkpoint(folder))
@@ -348,17 +373,6 @@ def resume(state: TrainingState, folder: RunFolder) -> None:
         return
     step, path = found
     record = read_json(path / "state.json")
-    cuts = len(state.fingerprint_of) - 1
-    there, now = (fingerprint.rsplit("-", cuts) for fingerprint in (record["fingerprint"], state.fingerprint))
-    places = {"data": (record.get("data"), data_place(folder.config))}  # the first is not known of older checkpoints
-    for name, *hashes in zip(state.fingerprint_of, there, now, strict=True):
-        if hashes[0] != hashes[1]:
-            known = [f"{place}, " if place else "" for place in places.get(name, (None, None))]
-            old, new = (f"{place}fingerprint {found}" for place, found in zip(known, hashes, strict=True))
-            raise ValueError(
-                f"{path} was trained with {name} of {old}, not of {new}: a run is resumed with the same {name} only. "
-                "Give those again, or another output_dir"
-            )
     _load_weights(state, path, record["average_step"])
     _load_optimizer(state, path)
     random_state = path / f"random_state_{rank}.pt"

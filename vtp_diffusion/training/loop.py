@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..data.batches import StepBatchSampler
-from ..runtime.processes import gather_objects
+from ..runtime.processes import from_main, gather_objects
 from ..runtime.reproducibility import (
     draw_for_positions,
     step_generator,
@@ -19,7 +19,7 @@ from ..runtime.reproducibility import (
     use_deterministic_algorithms,
 )
 from .accelerator import StopRequest, is_sharded, make_accelerator
-from .checkpoints import CheckpointWriter, TrainingState, averaged_state, resume
+from .checkpoints import CheckpointWriter, TrainingState, averaged_state, check_fingerprint, resume
 from .config import TrainingConfig
 from .cuda_graphs import GraphedPasses, why_not_recorded
 from .log import TrainingLog
@@ -86,8 +86,7 @@ class TrainingRun:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.micro_batch_size = config.micro_batch_size(self.world_size)
-        if self.is_main:
-            folder.claim()
+        from_main(lambda: folder.claim(lambda: check_fingerprint(folder, fingerprint, fingerprint_of)))
         self.accelerator.wait_for_everyone()
         folder.check_shared()
         groups = parameter_groups(objective, config.adam_weight_decay) if groups is None else groups

@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,22 @@ class RunFolder:
                 "many, or another output_dir"
             )
 
-    def claim(self) -> None:
+    def claim(self, check: Callable[[], None] = lambda: None) -> None:
         """Create and lock the folder, write the resolved configuration, remove what interrupted writing left behind.
 
-        To be called by one process of a run. Raises: ValueError if another run was faster.
+        To be called by one process of a run.
+
+        Args: `check`: called before anything of an earlier run is changed; may raise.
+        Raises: ValueError if another run was faster.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         folder_lock.acquire(self.path)
         self._check_content()  # another run may have come and gone since this one looked
+        try:
+            check()
+        except ValueError:
+            self.release()
+            raise
         with replacing(self.path / "config.yaml") as unfinished:  # a kill must not leave half a configuration
             save_config(self.config, unfinished)
         for entry in self.path.iterdir():
