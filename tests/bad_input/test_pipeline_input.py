@@ -40,7 +40,7 @@ class NeverEvaluated(torch.nn.Module):
         ({"num_inference_steps": 10**12}, "num_inference_steps is 1000000000000"),
         ({"num_images_per_label": 1.5}, "num_images_per_label is 1.5"),
         ({"guidance_scale": NAN}, "guidance_scale is nan, expected 0 or more with"),
-        ({"guidance_scale": "2", "guidance": "internal"}, "guidance_scale is '2', expected 1 or more with"),
+        ({"guidance_scale": "2", "guidance": "internal"}, "guidance is 'internal', expected auto, classifier_free:"),
         ({"guidance_scale": INFINITE}, "guidance_scale is inf"),
         ({"guidance_scale": "2"}, "guidance_scale is '2'"),
         ({"guidance_scale": None}, "guidance_scale is None"),

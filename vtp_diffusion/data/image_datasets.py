@@ -262,6 +262,8 @@ def open_dataset(
         raise ValueError("streaming is true, expected false: images are read by index here; a stream has no length")
     if config.source == "openmoji":
         dataset = _open_openmoji(config, split)
+        if not quiet:
+            _say(f"openmoji, {split}: {len(dataset)} images, {len(dataset.label_names)} classes")
     elif Path(config.source).is_dir():
         dataset = _open_folder(config, split, or_all, advice, quiet)
     else:
