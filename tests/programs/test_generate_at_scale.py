@@ -134,9 +134,7 @@ def test_a_killed_run_is_continued(generate, folder, tmp_path):
 def test_an_interrupted_run_keeps_all_finished_images(generate, tmp_path, monkeypatch, signal_sent):
     output, more = tmp_path / "a.npz", ("--num_images", PART_IMAGES + 20, "--batch_size", 50)
     batches = []
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 
     def interrupted(pipe, labels, numbers, *arguments, **settings):
         batches.append(len(numbers))
