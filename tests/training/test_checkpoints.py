@@ -118,8 +118,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(tmp_path):
     train(config)
     for step in (3, 6):
         (tmp_path / "run" / f"checkpoint-{step}" / "state.json").write_text("")
-    with pytest.raises(
-        ValueError, match=r"every checkpoint in .* is damaged:\n  checkpoint-6: state.json has 0 bytes"
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged:\n  checkpoint-6: state.json has 0 bytes"),
     ):
         train(config)
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]

@@ -31,7 +31,7 @@ from torch import nn
 
 from ..runtime.config import config_to_dict, flatten_config
 from ..runtime.disk import file_sha256, read_json, sync, writing
-from ..runtime.processes import from_main, this_process, wait_for_everyone
+from ..runtime.processes import this_process, wait_for_everyone
 from ..runtime.tensor_files import read_safetensors, read_torch
 from .optimisation import AveragedWeights, laid_out_like, whole
 from .run_folder import UNFINISHED, RunFolder
@@ -335,18 +335,15 @@ def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int
         folder.finish(step, limit)
 
 
-def check_fingerprint(folder: RunFolder, fingerprint: str, fingerprint_of: tuple[str, ...]) -> None:
-    """Check that a run can go on from what it left, before anything in its folder is changed.
+def find_resumed(folder: RunFolder, fingerprint: str, fingerprint_of: tuple[str, ...]) -> tuple[int, Path] | None:
+    """(step, folder) of the checkpoint that a run goes on from, the newest undamaged one; None: it starts anew.
 
     Args: `fingerprint`, `fingerprint_of`: as of `TrainingRun`.
     Raises: ValueError: all checkpoints are damaged, or the newest has another fingerprint.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `resume` says which checkpoints are damaged
-        found = newest_whole_checkpoint(folder)
-    if found is None:
-        return
-    path = found[1]
+    if (found := newest_whole_checkpoint(folder)) is None:
+        return None
+    _, path = found
     record = read_json(path / "state.json")
     there, now = (text.rsplit("-", len(fingerprint_of) - 1) for text in (record["fingerprint"], fingerprint))
     places = {"data": (record.get("data"), data_place(folder.config))}  # the first is not known of older checkpoints
@@ -358,15 +355,12 @@ def check_fingerprint(folder: RunFolder, fingerprint: str, fingerprint_of: tuple
                 f"{path} was trained with {name} of {old}, not of {new}: a run is resumed with the same {name} only. "
                 "Give those again, or another output_dir"
             )
+    return found
 
 
-def resume(state: TrainingState, folder: RunFolder) -> None:
-    """Load the newest undamaged checkpoint, whatever number of processes wrote it; without one the run starts anew.
-
-    Raises: ValueError: all checkpoints are damaged.
-    """
+def resume(state: TrainingState, folder: RunFolder, found: tuple[int, Path] | None) -> None:
+    """Load a checkpoint, whatever number of processes wrote it. Args: `found`: as of `find_resumed`."""
     rank, _ = this_process()
-    found = from_main(lambda: newest_whole_checkpoint(folder))
     if found is None:
         if rank == 0:
             folder.truncate_log(-1)  # measurements before training are made again, too

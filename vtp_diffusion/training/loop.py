@@ -19,7 +19,7 @@ from ..runtime.reproducibility import (
     use_deterministic_algorithms,
 )
 from .accelerator import StopRequest, is_sharded, make_accelerator
-from .checkpoints import CheckpointWriter, TrainingState, averaged_state, check_fingerprint, resume
+from .checkpoints import CheckpointWriter, TrainingState, averaged_state, find_resumed, resume
 from .config import TrainingConfig
 from .cuda_graphs import GraphedPasses, why_not_recorded
 from .log import TrainingLog
@@ -86,7 +86,7 @@ class TrainingRun:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.micro_batch_size = config.micro_batch_size(self.world_size)
-        from_main(lambda: folder.claim(lambda: check_fingerprint(folder, fingerprint, fingerprint_of)))
+        resumed = from_main(lambda: folder.claim(lambda: find_resumed(folder, fingerprint, fingerprint_of)))
         self.accelerator.wait_for_everyone()
         folder.check_shared()
         groups = parameter_groups(objective, config.adam_weight_decay) if groups is None else groups
@@ -106,7 +106,7 @@ class TrainingRun:
             not_saved=not_saved,
             skipped=self.optimisation.skipped,
         )
-        resume(self.state, folder)
+        resume(self.state, folder, resumed)
         self._writer = CheckpointWriter(folder)
         self.first_step, self._saved = self.state.step, None
         self.log = TrainingLog(config, folder, self.accelerator, flops_per_image, self.first_step, self.state.seconds)

@@ -7,13 +7,15 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..runtime import folder_lock
 from ..runtime.config import config_to_dict, flatten_config, save_config, setting_differences, settings_of
 from ..runtime.disk import is_unfinished, log_lines, read_log, replacing, sync_folder, write_text, writing
 from ..runtime.processes import this_process
 from ..runtime.yaml_files import read_yaml
+
+Found = TypeVar("Found")
 
 PATIENCE = 60.0  # seconds; NFS caches a folder no longer, unless mount options say otherwise
 UNFINISHED = ".unfinished-"  # prefix of what is being written or deleted: never read, and `claim` removes it
@@ -103,27 +105,24 @@ class RunFolder:
                 "many, or another output_dir"
             )
 
-    def claim(self, check: Callable[[], None] = lambda: None) -> None:
+    def claim(self, check: Callable[[], Found] = lambda: None) -> Found:
         """Create and lock the folder, write the resolved configuration, remove what interrupted writing left behind.
 
         To be called by one process of a run.
 
-        Args: `check`: called before anything of an earlier run is changed; may raise.
+        Args: `check`: called before anything of an earlier run is changed; may raise. Returns: what it returns.
         Raises: ValueError if another run was faster.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         folder_lock.acquire(self.path)
         self._check_content()  # another run may have come and gone since this one looked
-        try:
-            check()
-        except ValueError:
-            self.release()
-            raise
+        found = check()
         with replacing(self.path / "config.yaml") as unfinished:  # a kill must not leave half a configuration
             save_config(self.config, unfinished)
         for entry in self.path.iterdir():
             if entry.name.startswith(UNFINISHED) or is_unfinished(entry):
                 entry.unlink() if entry.is_file() else shutil.rmtree(entry)
+        return found
 
     def check_shared(self, patience: float = PATIENCE) -> None:
         """Check that this process sees the folder that the main process has claimed.
