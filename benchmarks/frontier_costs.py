@@ -4,10 +4,10 @@
     python benchmarks/frontier_costs.py --output costs.json --tiny true
 
 Random weights and latents. Evaluations are XL/1's with bfloat16 weights and everything fast that sampling has, and one
-row with compiled blocks. A step
-of training is forward, backward, clipping and optimiser in this process, fused and under bfloat16 autocast, without
-EMA and CUDA graphs: it says what a method costs, `dit_training.py` how fast the program is. Student steps are
-train_dit/distill.py's, started as a user starts it, of a teacher with classifier-free guidance.
+row with compiled blocks. A step of training is forward, backward, clipping and optimiser in this process, fused and
+under bfloat16 autocast, without EMA and CUDA graphs: it says what a method costs, `dit_training.py` how fast the
+program is. Student steps are train_dit/distill.py's, started as a user starts it, of a teacher with classifier-free
+guidance.
 """
 
 import gc
@@ -69,9 +69,8 @@ class BenchmarkConfig(Settings):
 def make_transformer(tiny: bool, **changes) -> LightningDiTTransformer2DModel:
     """XL/1 with these changes, or a tiny network."""
     if tiny:
-        kept = {"base_head_layer": 1} if "base_head_layer" in changes else {}
-        kept |= {"student": changes["student"]} if "student" in changes else {}
-        return LightningDiTTransformer2DModel(**(TINY | kept))
+        kept = {"base_head_layer": 1, "student": changes.get("student")}
+        return LightningDiTTransformer2DModel(**TINY | {name: kept[name] for name in kept if name in changes})
     return LightningDiTTransformer2DModel(**(LIGHTNING_DIT_SIZES["XL"] | changes))
 
 
@@ -80,10 +79,9 @@ def make_pipeline(config: BenchmarkConfig, fast: bool, **changes) -> LightningDi
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         transformer = make_transformer(config.tiny, **changes).eval()
-        weak = make_transformer(config.tiny, **WEAK).eval()
+        guide = make_transformer(config.tiny, **WEAK).eval() if "student" not in changes else None
         vae = AutoencoderVTP(**TINY_VAE, latents_mean=[0.0] * 64, latents_std=[1.0] * 64)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=10)
-    guide = None if "student" in changes else weak
     pipe = LightningDiTPipeline(vae=vae, transformer=transformer, guidance_transformer=guide, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device, torch.bfloat16)
@@ -127,7 +125,7 @@ def guided_evaluations(config: BenchmarkConfig) -> dict[str, dict]:
 
 
 def training_step(config: BenchmarkConfig, method: str) -> dict:
-    """Milliseconds of a step and its memory."""
+    """`timed` of a step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     changes, optimizer = METHODS[method]
     with device:
@@ -150,10 +148,7 @@ def training_step(config: BenchmarkConfig, method: str) -> dict:
         optimizer.step()
         optimizer.zero_grad()
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    row = {"ms": milliseconds(step, config.repeats)}
-    return row | ({"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {})
+    return timed(step, config)
 
 
 def student_steps(config: BenchmarkConfig, folder: Path) -> dict:

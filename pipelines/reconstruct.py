@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm.auto import tqdm
 
     files = config.files()
-    if any(Path(config.output).resolve() == file.resolve() for file in files):
+    if Path(config.output).resolve() in {file.resolve() for file in files}:
         raise ValueError(f"output {config.output} is one of the images, expected another file")
     vae, resolution = open_autoencoder(config)
     pictured, pairs, ratios, skipped = set(spread_evenly(files, PICTURED)), [], [], list[Path]()

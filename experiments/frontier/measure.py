@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, image_batches
+from vtp_diffusion.generation.cost import evaluation_counts
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
-from vtp_diffusion.generation.pipeline_checks import is_guided
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import open_pipeline
 from vtp_diffusion.metrics.features import Extractor
@@ -129,10 +129,8 @@ def report(features: dict, reference: dict, known: dict[str, GaussianStatistics]
 
 def passes(pipe, settings: dict, steps: int) -> int:
     """Evaluations of networks for an image."""
-    if settings.get("guidance", "internal") == "internal":
-        return steps
-    times = 1 - pipe.scheduler.sigmas[:steps]  # of the last call
-    return steps + int(is_guided(times, settings.get("guidance_interval", (0.0, 1.0))).sum())
+    count, inside = evaluation_counts(pipe, steps, settings.get("guidance_interval", (0.0, 1.0)))
+    return count + (inside if settings.get("guidance", "internal") != "internal" else 0)
 
 
 def measure(config: Config, pipe, reference: dict, extractors) -> list[dict]:

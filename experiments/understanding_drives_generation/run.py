@@ -366,9 +366,10 @@ class Plan:
         stages, again = {}, {}
         if self.config.decoder is not None:
             for run, task in generators.items():
+                redecoded = self.redecoded(*run)
                 if not task.done or (self.folder / task.name).is_dir():
-                    again[run] = self.redecoded(*run)
-                elif not self.redecoded(*run).done:
+                    again[run] = redecoded
+                elif not redecoded.done:
                     print(f"{task.name} cannot be measured with another decoder: its run folder is gone", flush=True)
             stages = {name: self.second_stage(name) for (name, _), task in again.items() if not task.done}
         made = [*generators.values(), *stages.values()]

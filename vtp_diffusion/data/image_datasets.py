@@ -251,7 +251,7 @@ def open_dataset(
         crop: (image, resolution) -> square image.
         or_all: open all images if the source lacks the split.
         advice: end of the message about a split that is lacking: what to do in the program that asks for it.
-        quiet: do not print the layout of a folder, because it was printed for another split.
+        quiet: print nothing of OpenMoji or a folder, because it was printed for another split.
     Raises:
         ValueError: a source, split or column that does not exist, or no images.
         UnreadableImageError: an image of a small set, which is read now, cannot be decoded.

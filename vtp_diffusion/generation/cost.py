@@ -38,6 +38,15 @@ def active_parameters(transformer: Any, internal: bool = False) -> int:
     return sum(sizes.values()) + transformer.config.num_attention_heads * transformer.config.attention_head_dim
 
 
+def evaluation_counts(
+    pipe: DiffusionPipeline, num_inference_steps: int, interval: tuple[float, float]
+) -> tuple[int, int]:
+    """Evaluations of the transformer for an image, and how many of them lie in an interval of guidance."""
+    count = len(pipe._set_timesteps(num_inference_steps, pipe.device))
+    times = [1 - sigma for sigma in pipe.scheduler.sigmas.tolist()[:count]]
+    return count, sum(is_guided(t, interval) for t in times)
+
+
 def sampling_cost(
     pipe: DiffusionPipeline,
     num_inference_steps: int,
@@ -55,10 +64,9 @@ def sampling_cost(
     found = dict(zip(COST, (None, active_parameters(pipe.transformer, guidance == "internal")), strict=True))
     if solver == "dopri5":
         return found
-    count = len(pipe._set_timesteps(num_inference_steps, pipe.device))
-    times = [1 - sigma for sigma in pipe.scheduler.sigmas.tolist()[:count]]
+    count, inside = evaluation_counts(pipe, num_inference_steps, guidance_interval)
     asked = guidance_scale != 1 and getattr(config, "student", None) is None  # a student's guidance is baked in
-    guided = sum(is_guided(t, guidance_interval) for t in times) if asked else 0
+    guided = inside if asked else 0
     if guidance == "internal":
         second = head_flops(config)
     else:

@@ -124,8 +124,10 @@ class AdversarialDecoding(nn.Module):
         autoencoder.decoder.requires_grad_(True)
         if config.discriminator == "patch":
             self.discriminator = PatchDiscriminator(config.patch_channels, config.patch_layers)
+        elif config.discriminator == "features":
+            self.discriminator = FeatureDiscriminator(autoencoder)
         else:
-            self.discriminator = FeatureDiscriminator(autoencoder) if config.discriminator == "features" else None
+            self.discriminator = None
         self.register_buffer("mean_real", torch.zeros(()))  # averaged logits
         self.register_buffer("mean_fake", torch.zeros(()))
 
