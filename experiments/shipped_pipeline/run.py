@@ -22,7 +22,7 @@ RECIPES = {
     "f8c16": "--model.patch_size 8 --model.latent_channels 16",
     "f16c64": "--model.patch_size 16 --model.latent_channels 64",
 }
-TOKENIZER = """train_vtp/train.py --config openmoji --compile false --validation_steps 2000 --report_to none
+TOKENIZER = """train_vtp/train.py --config openmoji --validation_steps 3000 --report_to none
     --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
     --self_supervision.prototypes 1024"""
 DECODER = "train_vtp/finetune_decoder.py --config finetune_decoder_openmoji --report_to none"
