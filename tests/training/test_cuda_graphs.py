@@ -1,6 +1,8 @@
 """Recorded passes: that they do what passes from Python do. Without a GPU something else stands for the graphs."""
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -146,6 +148,22 @@ def test_what_cuda_makes_no_graph_of_ends_the_run(monkeypatch, error, ending, ex
     with pytest.raises(RuntimeError, match=expected) as raised:
         recorder.record(function)
     assert isinstance(raised.value, torch.OutOfMemoryError) == (ending is None)
+
+
+def test_the_inputs_of_a_step_do_not_outlive_it():
+    layer = nn.Linear(2, 1)
+    graphed = GraphedPasses(lambda part: squares(layer, part), layer.parameters(), 1, recorder=Recorder(layer))
+    gc.disable()  # programs collect rarely: what waits for it takes the memory of many steps
+    try:
+        for _ in range(3):
+            images = torch.randn(3, 2)
+            image = weakref.ref(images)
+            graphed([{"a": {"x": images}}])
+            layer.zero_grad(set_to_none=True)
+            del images
+            assert image() is None
+    finally:
+        gc.enable()
 
 
 def test_the_losses_of_a_step_outlive_the_next():

@@ -4,7 +4,7 @@ Replaying a graph is one launch. Without it Python launches thousands of short k
 """
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -190,23 +190,22 @@ def _copied(inputs: Inputs) -> Inputs:
 
 def _by_place(parts: list[Inputs]) -> dict[tuple[int, str], torch.Tensor]:
     """(number of the part, name) -> input. Raises: ValueError for one that is no tensor."""
-    found = {}
+    return {(number, name): value for number, inputs in enumerate(parts) for name, value in _named(inputs)}
 
-    def collect(number: int, inputs: Inputs, prefix: str) -> None:
-        for key, value in inputs.items():
-            if isinstance(value, dict):
-                collect(number, value, f"{prefix}{key}.")
-            elif isinstance(value, torch.Tensor):
-                found[number, prefix + key] = value
-            else:
-                raise ValueError(
-                    f"{prefix}{key} is of type {type(value).__name__}, expected a tensor: a recording would keep the "
-                    "value of the first step"
-                )
 
-    for number, part in enumerate(parts):
-        collect(number, part, "")
-    return found
+def _named(inputs: Inputs, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors. A function within another one that calls itself would be a reference cycle and keep the
+    tensors of many steps until the next garbage collection."""
+    for key, value in inputs.items():
+        if isinstance(value, dict):
+            yield from _named(value, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor):
+            yield prefix + key, value
+        else:
+            raise ValueError(
+                f"{prefix}{key} is of type {type(value).__name__}, expected a tensor: a recording would keep the "
+                "value of the first step"
+            )
 
 
 def _kind(value: torch.Tensor | None) -> str:
