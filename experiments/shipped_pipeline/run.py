@@ -1,13 +1,15 @@
 """Remake the pipeline in weights/: tokenizer, stage 2 decoder, latents, generator with a base head, measurement.
 
-    python experiments/shipped_pipeline/run.py --recipes f8c16 f16c64 --data runs/emoji --gpus 0 1 --seconds 570
+    python experiments/shipped_pipeline/run.py --recipes shipped f8c16 --gpus 0 1 --seconds 570
     python experiments/shipped_pipeline/run.py --smallest
 
-Each recipe becomes a pipeline in bfloat16, RECIPE/generator/pipeline in --output_dir. Configurations are those of
-train_vtp/configs and train_dit/configs; what differs stands here. The same command again goes on where the last one
-was stopped. results/ has what is found, and with --bundle one file.
+The recipe `shipped` goes on with the tokenizer of weights/openmoji-128. Each recipe becomes a pipeline in bfloat16,
+RECIPE/generator/pipeline in --output_dir. Configurations are those of train_vtp/configs and train_dit/configs; what
+differs stands here. The same command again goes on where the last one was stopped. results/ has what is found, and the
+file of --bundle.
 """
 
+import os
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,15 +19,20 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
 
-# name -> options of the tokenizer; 14.5 and 14.7 M parameters with the generator, 29.0 and 29.4 MB in bfloat16
+SHIPPED = "shipped"
+SHIPPED_VAE = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "weights/openmoji-128/vae"))
+# name -> options of the tokenizer; with the generator 14.4, 14.5 and 14.7 M parameters, 28.8 to 29.4 MB in bfloat16
 RECIPES = {
+    SHIPPED: "",
     "f8c16": "--model.patch_size 8 --model.latent_channels 16",
     "f16c64": "--model.patch_size 16 --model.latent_channels 64",
 }
 TOKENIZER = """train_vtp/train.py --config openmoji --validation_steps 3000 --report_to none
     --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
     --self_supervision.prototypes 1024"""
-DECODER = "train_vtp/finetune_decoder.py --config finetune_decoder_openmoji --report_to none"
+# without a discriminator: it won against the decoder of the first try
+DECODER = """train_vtp/finetune_decoder.py --config finetune_decoder_openmoji --report_to none
+    --adversarial.discriminator none --learning_rate 1e-3 --max_train_steps 4000 --validation_steps 1000"""
 GENERATOR = """train_dit/train.py --config openmoji --compile false --optimizer muon --learning_rate 2e-3
     --model.base_head_layer 3 --report_to none"""
 ENCODING = "train_dit/extract_latents.py --copies 12 --augmentation.shift 4 --augmentation.scale 0.05"
@@ -41,7 +48,7 @@ TINY = {
         --reconstruction.lpips_trunk none --cuda_graphs false --evaluation_images 16 --validation_images 4""",
     "train_vtp/finetune_decoder.py": """--data.limit 300 --train_batch_size 2 --max_train_steps 2 --lr_warmup_steps 1
         --mixed_precision no --compile false --validation_steps 2 --evaluation_images 8 --reconstruction.lpips 0
-        --reconstruction.lpips_trunk none --adversarial.start_step 1""",
+        --reconstruction.lpips_trunk none""",
     "eval/reconstruction.py": "--data.limit 300 --feature_network efficientnet_lite0",
     "eval/linear_probe.py": "--data.limit 300 --steps 20",
     "train_dit/extract_latents.py": "--data.limit 300 --copies 1",
@@ -55,10 +62,8 @@ TINY = {
 class Config(MachineConfig):
     """Settings of this program."""
 
-    recipes: list[str] = setting(default_factory=lambda: ["f8c16"], help=f"of {', '.join(RECIPES)}")
-    objectives: list[str] = setting(
-        default_factory=lambda: ["contrastive", "self_supervision", "reconstruction"], help="of the tokenizer"
-    )
+    recipes: list[str] = setting(default_factory=lambda: [SHIPPED], help=f"of {', '.join(RECIPES)}")
+    objectives: list[str] = setting(default_factory=lambda: ["reconstruction"], help="of a new tokenizer")
     data: str | None = setting(
         None, "folder that understanding_drives_generation/data.py wrote, for the tokenizer; none: OpenMoji alone"
     )
@@ -78,6 +83,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     """The steps of a recipe."""
     results, tokenizer, decoder = folder / "results", folder / name / "tokenizer", folder / name / "decoder"
     vae, latents, generator = decoder / "vae", folder / name / "latents", folder / name / "generator"
+    trained = SHIPPED_VAE if name == SHIPPED else tokenizer / "vae"
 
     def words(text: str, **values) -> list[str]:
         program, *others = text.split()
@@ -103,8 +109,8 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     )
     index, alone = generator / "pipeline" / "model_index.json", {"saves": False}
     return [
-        Task(f"tokenizer-{name}", tokenizer / "vae" / "config.json", (training,)),
-        Task(f"decoder-{name}", vae / "config.json", (words(DECODER, vae=tokenizer / "vae", output_dir=decoder),)),
+        Task(f"tokenizer-{name}", trained / "config.json", (training,)),
+        Task(f"decoder-{name}", vae / "config.json", (words(DECODER, vae=trained, output_dir=decoder),)),
         Task(f"latents-{name}", latents / "latents.json", encoder, one_process=True, **alone),
         Task(f"generator-{name}", index, (generating,)),
         Task(f"measured-{name}", measured["generator"], (measuring,), seconds=90.0, **alone),

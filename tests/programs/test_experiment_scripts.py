@@ -160,6 +160,8 @@ def test_the_recipe_of_the_shipped_pipeline_is_taken_by_the_programs(smallest, t
     assert generator.vae == f"{tmp_path}/f8c16/decoder/vae" and given["measured-f8c16"].pipeline.startswith(
         generator.output_dir
     )
-    assert len(tokenizer.objectives) == 3 and not tokenizer.compile and not generator.compile
-    with pytest.raises(ValueError, match="recipes are none, expected some of f8c16, f16c64"):
+    assert tokenizer.objectives == ("reconstruction",) and tokenizer.compile and not generator.compile
+    assert given["decoder-f8c16"].adversarial.discriminator == "none"
+    assert tasks["tokenizer-shipped"].done and "weights/openmoji-128/vae" in tasks["decoder-shipped"].programs[0]
+    with pytest.raises(ValueError, match="recipes are none, expected some of shipped, f8c16, f16c64"):
         program.Config(recipes=["none"])
