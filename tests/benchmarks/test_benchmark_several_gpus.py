@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # fewer GPUs than wanted are refused
     return importlib.import_module
 
 
