@@ -193,7 +193,7 @@ def test_training_stops_when_no_gradient_is_finite_any_more(tmp_path):
     """The checkpoints that are there then hold the weights of the last step that counted."""
     steps = MAX_SKIPPED_IN_A_ROW + 1
     config = tiny_config(tmp_path / "run", max_train_steps=steps, checkpointing_steps=25)
-    with pytest.raises(RuntimeError, match=f"last {MAX_SKIPPED_IN_A_ROW} steps up to step {steps}"):
+    with pytest.raises(ValueError, match=f"last {MAX_SKIPPED_IN_A_ROW} steps up to step {steps}"):
         train(config, broken_steps=set(range(1, steps)))
     kept = sorted((tmp_path / "run").glob("checkpoint-*"))
     assert [path.name for path in kept] == ["checkpoint-25", "checkpoint-50"]
@@ -205,12 +205,44 @@ def test_training_stops_when_no_gradient_is_finite_any_more(tmp_path):
 def test_what_leads_to_no_finite_gradient_does_not_displace_the_checkpoint_before(tmp_path):
     steps = 30 + MAX_SKIPPED_IN_A_ROW
     config = tiny_config(tmp_path / "run", max_train_steps=200, checkpointing_steps=10, checkpoints_total_limit=1)
-    with pytest.raises(RuntimeError, match=f"last 50 steps up to step {steps} .* from before: checkpoint-30"):
+    with pytest.raises(ValueError, match=f"last 50 steps up to step {steps} .* from before: checkpoint-30"):
         train(config, broken_steps=set(range(30, 200)))
     kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert kept == {f"checkpoint-{step}" for step in (30, 40, 50, 60, 70)}
     train(replace(config, output_dir=str(tmp_path / "other")), broken_steps={29})  # one step alone
     assert [path.name for path in (tmp_path / "other").glob("checkpoint-*")] == ["checkpoint-200"]
+
+
+def test_a_training_that_diverged_is_refused_before_its_weights_are_evaluated(tmp_path):
+    """17 of 20 steps skipped; a few in between, as fp16 skips them, are fine."""
+    config = tiny_config(tmp_path / "run", max_train_steps=20, log_steps=20)
+    message = "training has diverged: the last 17 steps up to step 20 were skipped, .* from before: checkpoint-3. "
+    with pytest.raises(ValueError, match=message + ".* lower learning_rate than 0.01"):
+        train(config, broken_steps=set(range(3, 20)))
+    run = train(replace(config, output_dir=str(tmp_path / "other")), broken_steps=set(range(13, 20)))
+    with run.averaged_weights():
+        pass
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path, averages):
+    config, runs = tiny_config(tmp_path / "run", max_train_steps=9), []
+
+    def ruin():
+        optimisation = runs[0].optimisation
+        (optimisation.average.averages if averages else optimisation.parameters)[0].data[0] = torch.inf
+
+    run = make_run(config)
+    runs.append(run)
+    latents, message = torch.randn(4, 4, 2, 2), "the weights or their averages are not finite since step [56]. Nothing"
+    with pytest.raises(ValueError, match=message + ".* from before: checkpoint-3. "):
+        for step in run.steps():
+            if step == 5:
+                ruin()
+            run.optimise(step, iter([{"latents": latents, "broken": False}]))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    with pytest.raises(ValueError, match=message), run.averaged_weights():
+        pass
 
 
 def test_a_folder_of_another_configuration_is_refused_by_key(tmp_path):

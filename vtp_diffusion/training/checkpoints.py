@@ -263,8 +263,12 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait for the write in progress of this process alone. It raises nothing: `wait` raises a failure."""
         if self._writing is not None:
-            self._writing.exception()  # only waits: `wait` raises a failure
+            self._writing.exception()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ from .log import TrainingLog
 from .optimisation import Optimisation, learning_rate_at, parameter_groups
 from .run_folder import RunFolder
 
-MAX_SKIPPED_IN_A_ROW = 50  # steps with non-finite gradients before training is given up
+# Steps with non-finite gradients, one after the other, before training is given up: wherever it is, and where weights
+# are to be evaluated. fp16 skips some steps until its loss scale fits.
+MAX_SKIPPED_IN_A_ROW, MAX_SKIPPED_BEFORE_EVALUATION = 50, 10
 STOP_STEPS = 10  # processes agree on stopping only at every tenth step, since agreeing waits for the device
 
 
@@ -108,7 +110,7 @@ class TrainingRun:
         )
         resume(self.state, folder, resumed)
         self._writer = CheckpointWriter(folder)
-        self.first_step, self._saved = self.state.step, None
+        self.first_step, self._done, self._saved = self.state.step, self.state.step, None
         self.log = TrainingLog(config, folder, self.accelerator, flops_per_image, self.first_step, self.state.seconds)
         self.report = self.log.report
 
@@ -165,7 +167,7 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """Steps still to do, counted from 0, with a progress bar; logs and saves when due.
 
-        Raises: RuntimeError at the end, if all steps were skipped.
+        Raises: ValueError if training has diverged, as `check_sound`.
 
         After SIGTERM or SIGINT the current step is finished and saved, and the program ends (SystemExit, status 0):
         the same command resumes. Launchers may give less time than saving takes (torchrun: 30 seconds); if a kill
@@ -190,11 +192,31 @@ class TrainingRun:
                 if checkpointed or self.due(step, config.validation_steps) or self._log_due(step):
                     self.log.restart_clock()
         self._writer.wait()
-        if self.skipped_steps >= last:
-            raise RuntimeError(
-                f"all {last} steps were skipped, since their gradients were not finite: nothing was trained, and "
-                f"nothing is exported. Change the settings, and delete {self.folder.path} or give another output_dir"
-            )
+        self.check_sound()
+
+    def check_sound(self) -> None:
+        """Refuse a training that has diverged. This reads all weights and waits for the device: it is called before
+        evaluations and checkpoints, and at the end.
+
+        Raises: ValueError: weights or averages are not finite, or the last steps were all skipped.
+        """
+        skipped, steps, config = int(self.state.skipped[0]), self.config.max_train_steps, self.config
+        since = self._done - skipped
+        if not self.optimisation.all_finite():  # then the gradients of all later steps are not finite either
+            fault = f"the weights or their averages are not finite since step {since}"
+        elif skipped >= min(MAX_SKIPPED_BEFORE_EVALUATION, steps):
+            which = f"all {steps}" if skipped == steps else f"the last {skipped}"
+            fault = f"{which} steps up to step {self._done} were skipped, since their gradients were not finite"
+        else:
+            return
+        self._writer.settle()
+        before = [path.name for saved, path in self.folder.checkpoints() if saved <= since]
+        raise ValueError(
+            f"training has diverged: {fault}. Nothing is evaluated or exported. Last checkpoint from before: "
+            f"{before[-1] if before else 'none'}. The same command resumes, and may be given a lower max_grad_norm "
+            f"than {config.max_grad_norm}; a lower learning_rate than {config.learning_rate} or another "
+            f"mixed_precision than {config.mixed_precision} takes another output_dir than {self.folder.path}"
+        )
 
     @property
     def skipped_steps(self) -> int:
@@ -265,23 +287,18 @@ class TrainingRun:
             for losses in passed:
                 means = means | {name: means.get(name, 0) + value for name, value in losses.items()}
         norms, finite = self.optimisation.step(learning_rate_at(step, self.config))
+        self._done = step + 1
         self.log.add(means | norms, finite)
         if self._log_due(step):
             self._write_log(step)
         return finite
 
     def _write_log(self, step: int) -> None:
-        """Write a line of the log. Raises: RuntimeError if too many steps in a row were skipped."""
+        """Write a line of the log. Raises: ValueError if too many steps in a row were skipped."""
         in_a_row, skipped = (int(n) for n in self.state.skipped.tolist())
         self.log.write(step + 1, learning_rate_at(step, self.config), skipped)
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            self._writer.wait()
-            before = [path.name for saved, path in self.folder.checkpoints() if saved <= step + 1 - in_a_row]
-            raise RuntimeError(
-                f"the gradients of the last {in_a_row} steps up to step {step + 1} were not finite. Last checkpoint "
-                f"from before: {before[-1] if before else 'none'}. The same command resumes; a lower max_grad_norm "
-                f"than {self.config.max_grad_norm} may help"
-            )
+            self.check_sound()
 
     def _pass(self, arguments: dict[str, Any], sync: bool = True) -> dict[str, torch.Tensor]:
         """Forward and backward pass on one set of arguments.
@@ -317,10 +334,11 @@ class TrainingRun:
         """Within it the model has its averaged weights, for evaluation without gradients. Nothing is compiled, since
         the batch sizes of evaluation would each take a compilation.
 
-        Raises: ValueError if the weights are sharded: use `averaged_model` then.
+        Raises: ValueError if the weights are sharded: use `averaged_model` then; as `check_sound`.
         """
         if self.sharded:
             raise ValueError("the weights are sharded over the processes: this evaluation needs whole ones (no FSDP)")
+        self.check_sound()
         training, optimisation = self.model.training, self.optimisation
         self.model.eval()
         averaged = optimisation.average.swapped_into(optimisation.parameters)
@@ -334,20 +352,24 @@ class TrainingRun:
     def averaged_model(self) -> Iterator[Any]:
         """The model with its averaged weights, unsharded, on every process; all of them have to enter.
 
-        Under FSDP it is a temporary copy, else the model itself.
+        Under FSDP it is a temporary copy, else the model itself. Raises: as `check_sound`.
         """
         if not self.sharded:
             with self.averaged_weights():
                 yield self.model
             return
+        self.check_sound()
         model = type(self.model).from_config(self.model.config)
         model.load_state_dict(averaged_state(self.model, self.optimisation.average))
         with torch.no_grad():
             yield model.to(self.device).eval()
 
     def save(self, step: int) -> None:
-        """Begin to write checkpoint-<step>, unless that was just done; see `CheckpointWriter`."""
+        """Begin to write checkpoint-<step>, unless that was just done; every process has to call this. Raises: as
+        `CheckpointWriter.save`; ValueError, with nothing written, if weights are not finite."""
         if step != self._saved:
+            if not self.optimisation.all_finite():
+                self.check_sound()
             self.state.step, self.state.seconds = step, self.log.seconds
             self._writer.save(self.state, self.config.checkpoints_total_limit)
             self._saved = step

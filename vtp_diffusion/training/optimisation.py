@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..runtime.processes import gather_objects
 from .config import TrainingConfig
 from .muon import BatchedMuon
 
@@ -177,6 +178,14 @@ class Optimisation:
         for group in self.optimizer.param_groups:
             if group["decayed"]:
                 group["weight_decay"] = weight_decay
+
+    def all_finite(self) -> bool:
+        """Whether all trained weights and averages are finite; waits for the device. Of sharded weights every process
+        has to ask."""
+        values = [*self.trained, *(value for average in self.averages.values() for value in average.averages)]
+        shards = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+        finite = bool(torch.stack([shard.isfinite().all() for shard in shards]).all())
+        return all(gather_objects(finite)) if any(isinstance(value, DTensor) for value in values) else finite
 
     def step(self, learning_rate: float) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Clip, step, average. Returns the gradient norms, and 1, or 0 for a skipped step.
