@@ -147,7 +147,7 @@ def main():
         try:
             run = train(config, broken_steps, at_step=actions)
         except SystemExit as stopped:
-            assert stopped.code == 0
+            assert stopped.code == 128 + job["signal"]["number"], "also in a process that did not get the signal"
             continue
         with run.averaged_model() as model:
             total = sum(p.sum().item() for p in model.parameters())

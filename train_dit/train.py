@@ -9,10 +9,10 @@ images of `data`: the autoencoder then runs in every step, on images changed as 
 
 Every field of the configuration is also an option (--help lists them): --learning_rate 1e-3, --model.num_layers 8.
 The same command again resumes an interrupted run, with any number of processes that train_batch_size can be divided
-among; while it runs, a second start in the same folder is refused. SIGTERM and SIGINT save and stop it. (`accelerate
-launch` of one process does not pass SIGTERM on: where only the launcher gets it, as in a container, start one process
-with python instead.) The run folder ends with pipeline/, which DiffusionPipeline.from_pretrained loads. Sharded
-weights, for models that do not fit otherwise:
+among; while it runs, a second start in the same folder is refused. SIGTERM and SIGINT save and stop it, with status
+143 and 130. (`accelerate launch` of one process does not pass SIGTERM on: where only the launcher gets it, as in a
+container, start one process with python instead.) The run folder ends with pipeline/, which
+DiffusionPipeline.from_pretrained loads. Sharded weights, for models that do not fit otherwise:
 
     accelerate launch --num_processes 8 --use_fsdp --fsdp_version 2 train_dit/train.py --config ...
 

@@ -169,9 +169,11 @@ class TrainingRun:
 
         Raises: ValueError if training has diverged, as `check_sound`.
 
-        After SIGTERM or SIGINT the current step is finished and saved, and the program ends (SystemExit, status 0):
-        the same command resumes. Launchers may give less time than saving takes (torchrun: 30 seconds); if a kill
-        interrupts a checkpoint, the one before is still there.
+        After SIGTERM or SIGINT the current step is finished and saved, and the program ends with the status that a
+        shell gives to a program which a signal ended (SystemExit, 143 or 130), in every process: what comes after
+        training does not start, and the same command resumes. A launcher reports the status as a failure, but no
+        process ends before the checkpoint is written. Launchers may give less time than saving takes (torchrun: 30
+        seconds); if a kill interrupts a checkpoint, the one before is still there.
         """
         last, config = self.config.max_train_steps, self.config
         with contextlib.closing(self.log.progress_bar()) as bar, StopRequest() as request, self._writer:
@@ -187,8 +189,9 @@ class TrainingRun:
                         self.save(step + 1)
                     bar.close()
                     self.accelerator.print(f"stopped by a signal after step {step + 1}: the same command resumes")
+                    number = max(gather_objects(int(request.signal or 0)))  # perhaps another process got it
                     self.end()
-                    raise SystemExit(0)
+                    raise SystemExit(128 + number)
                 if checkpointed or self.due(step, config.validation_steps) or self._log_due(step):
                     self.log.restart_clock()
         self._writer.wait()
