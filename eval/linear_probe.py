@@ -34,11 +34,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset, open_dataset
+from vtp_diffusion.data.image_datasets import ImageDataset, open_dataset
 from vtp_diffusion.data.image_files import center_crop, resized_center_crop
 from vtp_diffusion.evaluation.linear_probe import LEARNING_RATES, LinearHeads, head_grid
 from vtp_diffusion.evaluation.probe_features import ProbeFeatures, cached_features, random_views
 from vtp_diffusion.metrics.classification import KNN_NEIGHBOURS, knn_accuracy
+from vtp_diffusion.models.image_size import EncodedDataConfig, settle_resolution
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
@@ -53,7 +54,7 @@ class LinearProbeConfig(Settings):
     """Settings of this program."""
 
     model: str = setting(help="folder of an AutoencoderVTP, a VTPModel or a released checkpoint")
-    data: DataConfig = setting(help="images with labels")
+    data: EncodedDataConfig = setting(help="images with labels")
     output: str = setting(help="FILE.json for the results")
     features: str | None = setting(None, "folder of the features; none = beside the output")
     protocol: Literal["adm", "vtp"] = setting("adm", "how images are cropped, and whether training ones at random")
@@ -172,6 +173,7 @@ def main() -> None:
     from vtp_diffusion.models.loading import load_encoder
 
     model = load_encoder(config.model).requires_grad_(False)
+    settle_resolution(config.data, model)
     latent_shape(model, config.data.resolution)  # refuses a resolution before images are read
     if config.num_layers > (layers := model.config.encoder_num_layers):
         print(f"num_layers is {config.num_layers}, the encoder has {layers}: heads read those {layers}")

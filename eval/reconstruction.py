@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.evaluation.reconstruction import WORST, PairedStatistics, mean_psnr, measure_reconstructions
 from vtp_diffusion.evaluation.sources import chosen_images, fault_lines, open_measured, subset_rule
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.lpips import LPIPS
 from vtp_diffusion.metrics.networks import FEATURE_NETWORKS, feature_network, network_name, weight_files
 from vtp_diffusion.metrics.pixels import SSIM_SETTINGS
+from vtp_diffusion.models.image_size import EncodedDataConfig, settle_resolution
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime.cli import run
@@ -38,7 +38,7 @@ from vtp_diffusion.runtime.programs import print_end_of_evaluation
 @dataclass(kw_only=True)
 class ReconstructionEvaluationConfig(Settings):
     vae: str = setting(help="folder of a diffusers autoencoder")
-    data: DataConfig = setting(help="images")
+    data: EncodedDataConfig = setting(help="images")
     output: str = setting(help="FILE.json for the results")
     split: str = setting("validation", "split of the images: train, validation or all")
     num_images: int | None = setting(None, "size of a random subset of the split; none: all images", at_least=3)
@@ -69,6 +69,7 @@ class ReconstructionEvaluationConfig(Settings):
 
 def open_autoencoder(config: ReconstructionEvaluationConfig) -> torch.nn.Module:
     vae = load_autoencoder(config.vae)
+    settle_resolution(config.data, vae)
     factor = getattr(vae, "spatial_compression_ratio", 1)
     if config.data.resolution % factor:
         raise ValueError(

@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 from vtp_diffusion.data.captions import clip_tokenizer
-from vtp_diffusion.data.image_datasets import DataConfig, ImageDataset
+from vtp_diffusion.data.image_datasets import ImageDataset
 from vtp_diffusion.data.image_files import center_crop, squash
 from vtp_diffusion.data.imagenet import imagenet_indices
 from vtp_diffusion.data.images import from_uint8
@@ -35,6 +35,7 @@ from vtp_diffusion.metrics.zero_shot import (
     spoken_names,
     zero_shot_scores,
 )
+from vtp_diffusion.models.image_size import EncodedDataConfig, settle_resolution
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
@@ -48,7 +49,7 @@ class ZeroShotConfig(Settings):
     """Settings of this program."""
 
     model: str = setting(help="folder of a VTPModel or of a released checkpoint")
-    data: DataConfig = setting(help="images with labels")
+    data: EncodedDataConfig = setting(help="images with labels")
     output: str = setting(help="FILE.json for the results")
     split: str = setting("validation", "split of the images: train, validation or all")
     classes: Literal["imagenet", "data"] = setting("data", "class names: ImageNet's, or those of the data set")
@@ -100,6 +101,7 @@ def main() -> None:
     if not isinstance(model, VTPModel):
         raise ValueError(f"{config.model} holds an autoencoder without a text tower, expected a VTPModel")
     model = model.requires_grad_(False).to(config.device)
+    settle_resolution(config.data, model)
     crop = squash if config.protocol == "vtp" else center_crop
     images = open_measured(config.data, config.split, crop, advice=". --split all takes all images")
     names, templates, places = prompts(config, images.dataset)

@@ -68,13 +68,14 @@ class ReconstructConfig(Settings):
 
 def open_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     """The autoencoder and the side of its input images."""
+    from vtp_diffusion.models.image_size import named_image_size
     from vtp_diffusion.models.loading import load_autoencoder
 
     vae = load_autoencoder(config.vae)
-    # AutoencoderRAE calls it image_size; AutoencoderDC has neither
-    resolution = config.resolution or vae.config.get("sample_size") or vae.config.get("image_size")
-    if resolution is None:
+    found = named_image_size(vae)
+    if config.resolution is None and found is None:
         raise ValueError(f"the configuration of {type(vae).__name__} names no image size: --resolution is needed")
+    resolution = config.resolution or found[1]
     patch = getattr(vae, "spatial_compression_ratio", 1)
     if resolution % patch:
         raise ValueError(f"resolution must be a multiple of the autoencoder's patch {patch}, got {resolution}")

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from vtp_diffusion.data.batches import NUM_DRAWS, AugmentationConfig, ReadableBatches, augment_images
 from vtp_diffusion.data.channel_statistics import ChannelStatistics
-from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.image_datasets import open_dataset
 from vtp_diffusion.data.image_files import CROP
 from vtp_diffusion.data.images import from_uint8
 from vtp_diffusion.data.latent_shards import (
@@ -46,6 +46,7 @@ from vtp_diffusion.data.latent_shards import (
 )
 from vtp_diffusion.data.openmoji import LICENSE, read_attribution
 from vtp_diffusion.generation.latent_inputs import latent_shape
+from vtp_diffusion.models.image_size import EncodedDataConfig, settle_resolution
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
 from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime import folder_lock
@@ -66,7 +67,7 @@ class Config(Settings):
 
     vae: str = setting(help="folder of a diffusers autoencoder")
     output_dir: str = setting(help="folder for the shards")
-    data: DataConfig = setting(default_factory=DataConfig)
+    data: EncodedDataConfig = setting(default_factory=EncodedDataConfig)
     split: Literal["train", "validation", "all"] = setting("train", "split of the data")
     augmentation: AugmentationConfig = setting(default_factory=AugmentationConfig)
     copies: int | None = setting(
@@ -200,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     vae = load_autoencoder(config.vae)
     identity = autoencoder_identity(vae)
     vae.to(accelerator.device)
+    settle_resolution(config.data, vae)
     latent_shape(vae, config.data.resolution)  # refuses images that don't suit the autoencoder, before any is read
     dataset = open_dataset(config.data, config.split, advice=". --split all takes all images")
     samples = plan_samples(dataset.weights.tolist(), config.copies)

@@ -121,6 +121,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
     from vtp_diffusion.data.image_datasets import open_dataset
     from vtp_diffusion.data.latent_shards import LatentDataset
     from vtp_diffusion.generation.latent_inputs import OnlineLatents, check_latents, class_names, latent_shape
+    from vtp_diffusion.models.image_size import settle_resolution
     from vtp_diffusion.models.latent_space import latent_statistics
 
     if config.latents is not None:
@@ -128,6 +129,7 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
         check_latents(dataset, vae, config.data)
     else:
         latent_statistics(vae)  # refuses an autoencoder that should have them and does not
+        settle_resolution(config.data, vae)  # only to say if it is not the autoencoder's
         latent_shape(vae, config.data.resolution)  # refuses a resolution before images are read
         dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
     dataset.id2label = class_names(dataset, config.model.num_classes)

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from vtp_diffusion.data.batches import AugmentationConfig, plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.metrics.lpips import LPIPS
+from vtp_diffusion.models.image_size import settle_resolution
 from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.models.loading import find_autoencoder, load_saved
 from vtp_diffusion.pretraining.adversarial import AdversarialConfig, AdversarialDecoding
@@ -190,6 +191,7 @@ def open_autoencoder(config: Config) -> "tuple[AutoencoderVTP, AutoencoderVTP]":
 
     source = find_autoencoder(config.vae)
     autoencoder, reference = (load_saved(AutoencoderVTP, source).eval() for _ in range(2))
+    settle_resolution(config.data, autoencoder)
     if config.data.resolution % autoencoder.spatial_compression_ratio:
         raise ValueError(
             f"data.resolution is {config.data.resolution}, expected a multiple of the patch size of {source}, "

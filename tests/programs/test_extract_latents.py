@@ -80,6 +80,15 @@ def read_all(dataset):
     return dataset.__getitems__(range(len(dataset)))
 
 
+def test_a_resolution_that_is_not_given_is_the_autoencoder_s(program, made, tmp_path, capsys):
+    given = words(made, tmp_path / "latents")
+    place = given.index("--data.resolution")
+    program.main([str(word) for word in given[:place] + given[place + 2 :]])
+    assert "data.resolution is 16, which the AutoencoderVTP was saved with" in capsys.readouterr().out
+    assert extract(program, made, tmp_path / "latents").metadata["data"]["resolution"] == 16
+    assert "is finished" in capsys.readouterr().out, "the same as with the resolution given"
+
+
 def test_latents_are_those_of_the_images(program, made, tmp_path, capsys):
     latents = extract(program, made, tmp_path / "out")
     images = open_dataset(DataConfig(source=str(made / "images"), resolution=16))

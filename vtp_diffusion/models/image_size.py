@@ -1,0 +1,39 @@
+"""The size of images for a trained autoencoder, where none is given."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.image_datasets import DataConfig
+from ..runtime.config import setting
+from ..runtime.processes import this_process
+
+
+@dataclass(kw_only=True)
+class EncodedDataConfig(DataConfig):
+    """Images for a trained autoencoder, which decides on their size if it is not given: see `settle_resolution`."""
+
+    resolution: int | None = setting(None, "side of the square images in pixels; none: the autoencoder's", at_least=1)
+
+
+def named_image_size(model: Any) -> tuple[str, int] | None:
+    """Key and value, in pixels, of the image size in the configuration of an autoencoder or a VTPModel; None if it has
+    none. `AutoencoderRAE` calls it image_size; `AutoencoderDC` has neither."""
+    return next(((key, model.config[key]) for key in ("sample_size", "image_size") if model.config.get(key)), None)
+
+
+def settle_resolution(data: DataConfig, model: Any) -> None:
+    """Set the resolution of an `EncodedDataConfig` that has none: to the image size of the model, or to the default of
+    `DataConfig` if the model names none. Prints that, or that a given resolution is another than the model's."""
+    found, saved = named_image_size(model), f"the {type(model).__name__} was saved with"
+    if data.resolution is None and found is None:
+        data.resolution = DataConfig.resolution
+        line = f"data.resolution is {data.resolution}, the usual one: {saved} no image size"
+    elif data.resolution is None:
+        data.resolution = found[1]
+        line = f"data.resolution is {data.resolution}, which {saved} ({found[0]})"
+    elif found is not None and found[1] != data.resolution:
+        line = f"data.resolution is {data.resolution}, but {saved} {found[1]} ({found[0]})"
+    else:
+        return
+    if this_process()[0] == 0:
+        print(line)
