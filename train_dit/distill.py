@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         fingerprint_of=parts,
         cuda_graphs=wanted_graphs(config, config.compile),
     )
+    run.accelerator.print(dataset.describe())
     use_fused_blocks(config, run, plain)
     teacher.vae.to(run.device)
     for network in filter(None, (teacher.transformer, teacher.guidance_transformer)):

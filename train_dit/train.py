@@ -252,6 +252,8 @@ def main(argv: list[str] | None = None) -> None:
         flops_per_image=flops,
         cuda_graphs=wanted_graphs(config, config.compile),
     )
+    if config.latents is not None:  # images were described as they were opened
+        run.accelerator.print(dataset.describe())
     use_fused_blocks(config, run, plain)
     vae.to(run.device)
     inputs = training_inputs(run, config, latent_batches(run, config, dataset), vae, dataset.shape, num_classes)

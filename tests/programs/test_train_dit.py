@@ -108,6 +108,7 @@ def test_the_tiny_configuration_runs_as_a_user_runs_it(tmp_path, made):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert f"{made / 'latents'}: 30 latents of 3 x 4 x 4, {len(NAMES)} classes\ntraining: " in done.stdout
     assert "the pipeline is in run/pipeline" in done.stdout
     end = "written: run, run/pipeline; next: python pipelines/generate.py --pipeline run/pipeline --num_images 16"
     end += " --output samples.png --guidance_scale 2.0"

@@ -48,6 +48,19 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path):
     assert logs[0][-1]["epochs"] == 6 * 4 / 20 and logs[0][-1]["processes"] == 1
 
 
+def test_the_start_says_what_is_to_do_and_a_resumed_run_what_is_left(tmp_path, capsys):
+    count = sum(p.numel() for p in Objective().parameters() if p.requires_grad) / 1e6
+    made, batch = f"; {count:.4g} M trained parameters, float32 on cpu, 1 process\n", torch.zeros(4, 4, 2, 2)
+    begun = {3: "training: 3 steps, 4 images each, 0.6", 8: "resumed after step 3: 5 steps are left, 4 images each, 1"}
+    for steps, line in begun.items():
+        run = make_run(tiny_config(tmp_path, max_train_steps=steps))
+        run.batch_sampler(NUM_SAMPLES)
+        for step in run.steps():
+            run.optimise(step, iter([{"latents": batch, "broken": False}]))
+        assert f"{line} epochs of {NUM_SAMPLES}{made}" in capsys.readouterr().out
+        run.end()
+
+
 def test_the_log_of_a_resumed_run_averages_over_the_same_steps(tmp_path):
     lengths = {"max_train_steps": 8, "checkpointing_steps": 4, "log_steps": 3}
     config = tiny_config(tmp_path / "straight", **lengths)

@@ -245,6 +245,11 @@ class LatentDataset(Dataset):
             check_content(path, required=True)
         self.fingerprint = hashlib.sha256("\n".join([*sizes, str(content)]).encode()).hexdigest()[:16]
 
+    def describe(self) -> str:
+        """What it holds, for the console."""
+        shape = " x ".join(map(str, self.shape))
+        return f"{self.folder}: {len(self):,} latents of {shape}, {len(self.id2label)} classes"
+
     def _check_headers(self, headers: list[dict[str, Any]]) -> list[int]:
         """Latents in every shard; sets `shape`, `dtype` and `num_bytes`."""
         self.shape, dtype = tuple(headers[0]["latents"]["shape"][1:]), headers[0]["latents"]["dtype"]

@@ -54,6 +54,19 @@ class TrainingLog:
             scalars = {k: str(v) for k, v in flatten_config(config_to_dict(config)).items()}
             accelerator.init_trackers(**tracker_settings(config.report_to, folder.path, first_step, scalars))
 
+    def start_line(self, trained: int) -> str:
+        """What is still to do, of what and where, for the console. Args: `trained`: number of trained parameters."""
+        config, device, first = self.config, self.accelerator.device, self.first_step
+        left, processes = config.max_train_steps - first, self.accelerator.num_processes
+        line = f"resumed after step {first:,}: {left:,} steps are left" if first else f"training: {left:,} steps"
+        line += f", {config.train_batch_size:,} images each"
+        if self.num_samples:
+            line += f", {left * config.train_batch_size / self.num_samples:.3g} epochs of {self.num_samples:,}"
+        precision = "float32" if config.mixed_precision == "no" else config.mixed_precision
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        line += f"; {trained / 1e6:.4g} M trained parameters, {precision} on {place}, {processes} process"
+        return line + "es" * (processes > 1)
+
     def progress_bar(self) -> Any:
         """The bar over the steps of the run, a context manager."""
         from tqdm.auto import tqdm

@@ -165,7 +165,7 @@ class TrainingRun:
         return (step + 1) % every == 0 or step + 1 == self.config.max_train_steps
 
     def steps(self) -> Iterator[int]:
-        """Steps still to do, counted from 0, with a progress bar; logs and saves when due.
+        """Steps still to do, counted from 0, with a progress bar; says what is to do, logs and saves when due.
 
         Raises: ValueError if training has diverged, as `check_sound`.
 
@@ -176,6 +176,7 @@ class TrainingRun:
         seconds); if a kill interrupts a checkpoint, the one before is still there.
         """
         last, config = self.config.max_train_steps, self.config
+        self.accelerator.print(self.log.start_line(sum(p.numel() for p in self.optimisation.trained)))
         with contextlib.closing(self.log.progress_bar()) as bar, StopRequest() as request, self._writer:
             for step in range(self.first_step, last):
                 yield step
