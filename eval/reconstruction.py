@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from vtp_diffusion.evaluation.printed_results import print_singular
 from vtp_diffusion.evaluation.reconstruction import WORST, PairedStatistics, mean_psnr, measure_reconstructions
 from vtp_diffusion.evaluation.sources import chosen_images, fault_lines, open_measured, subset_rule
 from vtp_diffusion.metrics.features import Extractor
@@ -143,6 +144,7 @@ def print_results(config: ReconstructionEvaluationConfig, results: dict) -> None
     for name, distance in results["distances"].items():
         spread = results["distance_spreads"][name]["value"]
         print(f"{name:12} {distance:.3f} ± {spread:.2g} (against the same images)")
+    print_singular({network["name"]: (results["num_images"], network["features"]) for network in results["networks"]})
     print_end_of_evaluation(config.output, config.worst_cases)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from vtp_diffusion.evaluation.comparison import compare_files
+from vtp_diffusion.evaluation.printed_results import print_singular
 
 
 def result(value, spread, **changes):
@@ -74,3 +75,10 @@ def test_other_files_are_refused(compare, tmp_path):
         compare_files([str(tmp_path / "text.json"), str(tmp_path / "A.json")])
     with pytest.raises(ValueError, match="compare was given 1 words"):
         compare_files(["A.json"])
+
+
+def test_only_distances_of_no_more_images_than_features_are_remarked_on(capsys):
+    print_singular({"FID": (50_000, 2048), "sFID": (2024, 2023)})
+    assert capsys.readouterr().out == ""
+    print_singular({"FID": (2048, 2048), "FD-VGG": (600, 512)})
+    assert "than features: FID (2,048 images, 2,048 features). Covariances" in capsys.readouterr().out

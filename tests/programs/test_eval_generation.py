@@ -100,7 +100,8 @@ def test_good_samples_copies_and_an_untrained_network(evaluate, reference, pipel
     results = json.loads(output.read_text())
     good, control = results["distances"]
     assert (good["images"], control["images"]) == ("generated", "control")
-    assert good["distance"] == "FD-EffLite0" and "FD-EffLite0" in printed
+    assert good["distance"] == "FD-EffLite0" and "FD-EffLite0" in printed and good["num_features"] == 320
+    assert "FD-EffLite0 of generated (12 images, 320 features), FD-EffLite0 of control (12 images, 320" in printed
     assert good["floor"]["kind"] == "held-out" and good["floor"]["sizes"] == [12, 40]
     assert good["floor"]["real_deviation"] is good["floor"]["generated_deviation"] is None, "both sides are whole"
     assert good["value"] < 2 * good["floor"]["real"] < control["value"]

@@ -223,7 +223,8 @@ class Measurement:
         prepare = partial(GaussianStatistics.of, device=reference.device)
         value = frechet_distance(reference, record.statistics)
         spread = {"kind": f"jackknife of {len(groups)} random groups", "value": jackknife_deviation(groups, reference)}
-        self.distances.append(self._row(title, value, spread, num_reference, self._floor(output, prepare=prepare)))
+        row = self._row(title, value, spread, num_reference, self._floor(output, prepare=prepare))
+        self.distances.append(row | {"num_features": len(reference.mean)})
 
     def _kernel_distance(self) -> None:
         generated, reference = self._features(self.name), self._features("reference")

@@ -11,6 +11,17 @@ def _title(row: dict, protocol: str) -> str:
     return row["distance"] + f" ({protocol})" * (protocol != "own")
 
 
+def print_singular(sizes: dict[str, tuple[int, int]]) -> None:
+    """Print which Fréchet distances have too few images. Args: `sizes`: title -> numbers of images (of the smaller
+    set) and of features."""
+    few = [f"{title} ({n:,} images, {d:,} features)" for title, (n, d) in sizes.items() if n <= d]
+    if few:
+        print(
+            f"no more images than features: {', '.join(few)}. Covariances are singular then, and distances biased: "
+            "compare them only at the same number of images"
+        )
+
+
 def print_results(results: dict) -> None:
     """Print what `eval/generation.py` writes: a line for every distance, score and fault of the images."""
     protocol = results["protocol"]["name"]
@@ -32,6 +43,12 @@ def print_results(results: dict) -> None:
             f"{floor['real']:10.4g} {_deviation_text(floor['real_deviation']):9}  "
             f"{floor['sizes'][0]} against {floor['sizes'][1]} ({floor['kind']})"
         )
+    sizes = {}
+    for row in rows:
+        if "num_features" in row:
+            fewest = min(row["num_images"], row["num_reference"] or row["num_images"])
+            sizes[f"{row['distance']} of {row['images']}"] = fewest, row["num_features"]
+    print_singular(sizes)
     for name, row in {row["images"]: row for row in results["distances"] if "active_parameters" in row}.items():
         flops = "an unknown number of" if row["flops_per_image"] is None else f"{row['flops_per_image']:.4g}"
         print(f"{name}: {flops} FLOPs an image, {row['active_parameters'] / 1e6:.4g} M active parameters a token")
