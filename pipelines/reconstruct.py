@@ -93,10 +93,10 @@ def batches_of_images(
     for file in files:
         try:
             batch.append((file, center_crop(read_image(file), resolution)))
-        except UnreadableImageError:
+        except UnreadableImageError as error:
             if not config.skip_unreadable:
                 yield batch
-                raise
+                raise UnreadableImageError(f"{error}. --skip_unreadable leaves such files out") from error
             skipped.append(file)
         if len(batch) == config.batch_size:
             yield batch

@@ -23,7 +23,7 @@ from ..runtime.optional_packages import require
 from ..runtime.processes import from_main, this_process
 from .batches import spread_evenly
 from .folders import content_hashes, read_layout, sorted_names
-from .image_files import UnreadableImageError, center_crop, decode_image, read_image
+from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image, read_image
 from .images import pil_to_uint8
 from .openmoji import is_held_out, openmoji_folder, read_metadata
 from .shard_files import announce_copy, check_columns, check_source, collection_builder
@@ -223,9 +223,9 @@ class ImageDataset(Dataset):
     def _read(self, index: int) -> torch.Tensor | None:
         try:
             image = self.read(self.references[index])
-        except UnreadableImageError:
+        except UnreadableImageError as error:
             if not self.skip_unreadable:
-                raise
+                raise UnreadableImageError(f"{error}. {SKIP_HINT}") from error
             self._unreadable[index] = True
             return None
         if min(image.size) < self.resolution:

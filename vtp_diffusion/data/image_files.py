@@ -25,6 +25,9 @@ TURNS = {
 }  # fmt: skip # EXIF orientation -> transposition that undoes it
 
 
+SKIP_HINT = "--data.skip_unreadable leaves such images out"  # end of a message where programs have that option
+
+
 class UnreadableImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
 

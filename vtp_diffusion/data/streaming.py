@@ -27,7 +27,7 @@ from ..runtime.processes import local_processes
 from ..runtime.reproducibility import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
 from .image_datasets import DataConfig, ImageDataset, check_caption, check_label
-from .image_files import UnreadableImageError, center_crop, decode_image
+from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image
 from .images import from_uint8, pil_to_uint8
 from .shard_files import check_columns, collection_builder, split_files
 
@@ -146,9 +146,9 @@ class StreamingImages:
             name = f"{self._where}image {key} of {config.source}"
             image = decode_image(row[config.image_column], name, config.exif_orientation, config.max_pixels)
             pixels = pil_to_uint8(center_crop(image, self.resolution))  # (3, R, R)
-        except UnreadableImageError:
+        except UnreadableImageError as error:
             if not config.skip_unreadable:
-                raise
+                raise UnreadableImageError(f"{error}. {SKIP_HINT}") from error
             return None, "unreadable"
         label = 0
         if config.label_column is not None:
