@@ -207,6 +207,15 @@ def save_pipeline(
     print_end([run.folder.path, folder], NEXT + config.validation.guidance_words, folder)
 
 
+def print_left_out(run: TrainingRun, dataset: OnlineLatents) -> None:
+    """Print which images could not be read since the program was started; every process has to call this."""
+    from vtp_diffusion.data.image_files import left_out_line
+    from vtp_diffusion.runtime.processes import gather_objects
+
+    if keys := sorted(set().union(*gather_objects(dataset.images.skipped))):
+        run.accelerator.print(left_out_line(keys))
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
     from vtp_diffusion.evaluation.validation import check_validation, open_distance, validated_steps
@@ -250,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset.fingerprint,
         groups=muon_groups(transformer, objective, config.adam_weight_decay) if config.optimizer == "muon" else None,
         flops_per_image=flops,
+        fingerprint_of=("images and autoencoder",) if config.latents is None else ("data",),
         cuda_graphs=wanted_graphs(config, config.compile),
     )
     if config.latents is not None:  # images were described as they were opened
@@ -261,6 +271,8 @@ def main(argv: list[str] | None = None) -> None:
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before this step's checkpoint: a run resumed from it needs the guide
             export_averaged(run.model, run.optimisation.average, folder.path / GUIDE)
+    if config.latents is None:
+        print_left_out(run, dataset)
     with run.averaged_model() as model:
         if run.is_main:
             pipeline = build_pipeline(config, vae, model, dataset, open_guide(config.guide, folder))

@@ -19,6 +19,7 @@ import torch
 
 from vtp_diffusion.data.batches import AugmentationConfig, plain_batches
 from vtp_diffusion.data.image_datasets import DataConfig
+from vtp_diffusion.data.image_files import NAMED, left_out_line
 from vtp_diffusion.data.streaming import first_batches
 from vtp_diffusion.metrics.zero_shot import TEMPLATES, check_templates
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from vtp_diffusion import AutoencoderVTP, VTPModel
 
 STREAM_STATISTICS = 50_000  # default number of images for the latent statistics of a stream
-NAMED = 10  # most unreadable images of a data set that are named
 # In the order in which they draw random numbers; each has its settings in a field of `Config` of the same name.
 OBJECTIVES = {
     "contrastive": ContrastiveObjective,
@@ -196,8 +196,7 @@ def announce(config: Config, splits: Splits) -> None:
     """Print what the data lack, before anything is trained on them."""
     for name, dataset in splits.measured.items():
         if skipped := dataset.skipped:
-            first = ", ".join(skipped[:NAMED]) + ", ..." * (len(skipped) > NAMED)
-            print(f"{name}: unreadable images, left out: {len(skipped)} ({first})")
+            print(f"{name}: {left_out_line(skipped)}")
     for sentence in unmeasured(splits, "contrastive" in config.objectives):
         print(sentence)
 

@@ -55,6 +55,22 @@ def test_a_resumed_online_run_gives_the_same_weights(tmp_path, made, more):
     assert "10 training images, encoded in every step" in (tmp_path / "resumed/pipeline/README.md").read_text()
 
 
+def test_images_left_out_are_named_and_another_autoencoder_is_refused_as_one(tmp_path, made, capsys, monkeypatch):
+    monkeypatch.setattr("vtp_diffusion.data.image_datasets.IN_MEMORY_BYTES", 0)
+    shutil.copytree(made / "images", tmp_path / "images")
+    (tmp_path / "images" / "dog" / "3.png").write_bytes(b"no image")
+    program, words = load_program("train_dit"), online(tmp_path / "run", made, "--max_train_steps=3")
+    words += [f"--data.source={tmp_path / 'images'}", "--data.skip_unreadable", "--keep_on_device=false"]
+    program.main(words)
+    assert "unreadable images, left out: 1 (dog/3.png)\n" in capsys.readouterr().out
+    torch.manual_seed(1)
+    vae = make_autoencoder(tmp_path / "vae")
+    vae.encoder.norm.weight.data.mul_(2)
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="trained with images and autoencoder of .*images, fingerprint"):
+        program.main([*words, f"--vae={tmp_path / 'vae'}"])
+
+
 def test_online_training_divided_and_compiled(tmp_path, made, monkeypatch):
     """Micro-steps and the compiler (traced without a graph break, not turned into machine code) change no loss."""
     program = load_program("train_dit")

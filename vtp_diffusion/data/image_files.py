@@ -26,10 +26,17 @@ TURNS = {
 
 
 SKIP_HINT = "--data.skip_unreadable leaves such images out"  # end of a message where programs have that option
+NAMED = 10  # most images that a line on the console names
 
 
 class UnreadableImageError(ValueError):
     """An image that cannot be decoded; the message names it."""
+
+
+def left_out_line(keys: list[str]) -> str:
+    """How many images were left out because they cannot be read, with the first names, for the console."""
+    names = ", ".join(keys[:NAMED]) + ", ..." * (len(keys) > NAMED)
+    return f"unreadable images, left out: {len(keys)} ({names})"
 
 
 @functools.cache

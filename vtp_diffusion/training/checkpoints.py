@@ -350,7 +350,8 @@ def find_resumed(folder: RunFolder, fingerprint: str, fingerprint_of: tuple[str,
     _, path = found
     record = read_json(path / "state.json")
     there, now = (text.rsplit("-", len(fingerprint_of) - 1) for text in (record["fingerprint"], fingerprint))
-    places = {"data": (record.get("data"), data_place(folder.config))}  # the first is not known of older checkpoints
+    # the first part is that of the data; older checkpoints do not know their place
+    places = {fingerprint_of[0]: (record.get("data"), data_place(folder.config))}
     for name, *hashes in zip(fingerprint_of, there, now, strict=True):
         if hashes[0] != hashes[1]:
             known = [f"{place}, " if place else "" for place in places.get(name, (None, None))]
