@@ -140,7 +140,7 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
             protocols.follow_protocol(self)
         self.labels = (self.labels or "random") if samples else None
         super().__post_init__()
-        check_output(self.output)
+        check_output(self.output, evaluation="generation")
         if self.nearest_neighbours is not None:
             check_output(self.nearest_neighbours, ".png", "nearest_neighbours")
         if self.control == UNTRAINED and not is_pipeline(self.images):

@@ -75,7 +75,7 @@ class LinearProbeConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
-        check_output(self.output)
+        check_output(self.output, evaluation="linear_probe")
         head_grid(self.num_layers, self.learning_rates)
 
     @property

@@ -61,7 +61,7 @@ class ReconstructionEvaluationConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
-        check_output(self.output)
+        check_output(self.output, evaluation="reconstruction")
         if self.worst_cases is not None:
             check_output(self.worst_cases, ".png", "worst_cases")
         self.feature_network = [network_name(name) for name in self.feature_network]

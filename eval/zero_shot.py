@@ -63,7 +63,7 @@ class ZeroShotConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
-        check_output(self.output)
+        check_output(self.output, evaluation="zero_shot")
 
 
 def prompts(config: ZeroShotConfig, dataset: ImageDataset) -> tuple[list[str], list[str], list[int]]:

@@ -203,6 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     several = this_process()[1] > 1
     if several and config.kind == ".png":
         raise ValueError(f"one picture is made by one process, {this_process()[1]} were launched")
+    if config.kind == ".png" and Path(config.output).exists():
+        print(f"{config.output} is there: its picture will be replaced")
     accelerator = join_processes() if several else None
     pipe = load_pipeline(config, accelerator.device if several else config.device)
     labels, label_settings = image_labels(config, pipe)

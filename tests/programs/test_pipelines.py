@@ -284,6 +284,23 @@ def test_reconstruct_many_draws_some(pipeline_folder, tmp_path, capsys, monkeypa
     assert 2 * Image.open("out.png").width == whole.width
 
 
+def test_generate_says_that_a_picture_is_replaced(pipeline_folder, capsys):
+    words = [
+        "--pipeline",
+        str(pipeline_folder),
+        "--labels",
+        "cat",
+        "--num_inference_steps",
+        "1",
+        "--output",
+        "out.png",
+    ]
+    for line in ("", "out.png is there: its picture will be replaced\n"):
+        load("generate.py").main(words)
+        printed = capsys.readouterr().out
+        assert line in printed and ("replaced" in printed) == bool(line)
+
+
 def test_export_as_a_program(started):
     assert (started[0] / "exported" / "pipeline.py").is_file()
     first, last = started[1]["export.py"].splitlines()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from vtp_diffusion.runtime.disk import is_unfinished, replacing, write_json, writing
+from vtp_diffusion.runtime.disk import check_output, is_unfinished, replacing, write_json, writing
 
 
 def test_a_file_appears_when_it_is_complete_and_replaces_the_old_one(tmp_path):
@@ -51,3 +51,23 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
 def test_memory_that_runs_out_is_not_reported_as_the_disk(tmp_path):
     with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"), writing(tmp_path / "file"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"evaluation": "generation"}', "r.json holds results of generation: expected a new output, or"),
+        ('{"model": "mine"}', "r.json holds something else than results: expected a new output"),
+        ("no JSON", "r.json is not JSON: .* expected a new output"),
+    ],
+)
+def test_only_results_of_the_same_evaluation_are_replaced(tmp_path, content, message):
+    file = tmp_path / "r.json"
+    for harmless in ("", '{"evaluation": "zero_shot"}'):
+        file.write_text(harmless)
+        check_output(str(file), evaluation="zero_shot")
+    file.write_text(content)
+    check_output(str(file))
+    with pytest.raises(ValueError, match=message):
+        check_output(str(file), evaluation="zero_shot")
+    assert file.read_text() == content

@@ -157,17 +157,23 @@ def numbers_line(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items() if isinstance(value, float))
 
 
-def check_output(output: str, suffix: str = ".json", name: str = "output") -> None:
+def check_output(output: str, suffix: str = ".json", name: str = "output", evaluation: str | None = None) -> None:
     """Check, before any work, that a result can be written to `output`. Its folder is made.
 
-    Args: `name`: the setting's, for the message.
-    Raises: ValueError if `output` has another suffix, is a folder, or its folder cannot be written to.
+    Args: `name`: the setting's, for the message; `evaluation`: that of `write_results`, whose results may be replaced.
+    Raises: ValueError if `output` has another suffix, is a folder, holds something else than results of `evaluation`,
+        or its folder cannot be written to.
     """
     path = Path(output)
     if not output.endswith(suffix):
         raise ValueError(f"{name} must be a FILE{suffix}, got {output}")
     if path.is_dir():
         raise ValueError(f"{name} must be a FILE{suffix}, {output} is a folder")
+    if evaluation is not None and path.is_file() and path.stat().st_size:
+        advice = f"expected a new {name}, or results of {evaluation}, which are replaced"
+        if (found := read_json(path, advice).get("evaluation")) != evaluation:
+            holds = "something else than results" if found is None else f"results of {found}"
+            raise ValueError(f"{name} {output} holds {holds}: {advice}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
