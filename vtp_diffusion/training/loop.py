@@ -217,9 +217,9 @@ class TrainingRun:
         before = [path.name for saved, path in self.folder.checkpoints() if saved <= since]
         raise ValueError(
             f"training has diverged: {fault}. Nothing is evaluated or exported. Last checkpoint from before: "
-            f"{before[-1] if before else 'none'}. The same command resumes, and may be given a lower max_grad_norm "
-            f"than {config.max_grad_norm}; a lower learning_rate than {config.learning_rate} or another "
-            f"mixed_precision than {config.mixed_precision} takes another output_dir than {self.folder.path}"
+            f"{before[-1] if before else 'none'}. A lower max_grad_norm ({config.max_grad_norm}) may be given to "
+            f"the same command, which resumes; a lower learning_rate ({config.learning_rate:g}) or another "
+            f"mixed_precision ({config.mixed_precision}) takes another output_dir than {self.folder.path}"
         )
 
     @property
