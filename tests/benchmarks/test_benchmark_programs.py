@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from vtp_diffusion.data import image_datasets
+
 ROOT = Path(__file__).parents[2]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
 
@@ -18,6 +20,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine w
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(image_datasets, "IN_MEMORY_BYTES", image_datasets.IN_MEMORY_BYTES)  # which a benchmark changes
     return importlib.import_module
 
 
