@@ -61,7 +61,8 @@ class TrainingLog:
         line = f"resumed after step {first:,}: {left:,} steps are left" if first else f"training: {left:,} steps"
         line += f", {config.train_batch_size:,} images each"
         if self.num_samples:
-            line += f", {left * config.train_batch_size / self.num_samples:.3g} epochs of {self.num_samples:,}"
+            epochs = left * config.train_batch_size / self.num_samples
+            line += f", {epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs of {self.num_samples:,}"
         precision = "float32" if config.mixed_precision == "no" else config.mixed_precision
         place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         line += f"; {trained / 1e6:.4g} M trained parameters, {precision} on {place}, {processes} process"
