@@ -270,6 +270,7 @@ def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkey
     ("words", "message"),
     [
         (["--results", "none.json"], "none.json is not there"),
+        (["--results", "run"], r"run is a folder, expected FILE\.json that a program of eval/ wrote"),
         (["--results", "vae.json", "vae.json"], "cannot be told apart on the page: vae"),
         (["--results", "vae.json", "--pictures", "grid.png"], "pictures must be CAPTION=FILE"),
         (["--results", "vae.json", "--pictures", "a=none.png"], "picture none.png is not there"),
@@ -280,6 +281,7 @@ def test_results_of_one_name_are_called_by_their_folders(files, tmp_path, monkey
 )
 def test_bad_input(words, message, files, monkeypatch):
     Path("notes.md").write_text("mine")
+    Path("run").mkdir()
     with pytest.raises(ValueError, match=message):
         report(monkeypatch, "--output", "page.html", *words)
 

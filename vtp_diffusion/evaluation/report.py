@@ -76,6 +76,8 @@ def read_result(path: str | Path, name: str | None = None) -> Result:
     Raises: ValueError: it cannot be read, is of no known evaluation, or lacks keys.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected FILE.json that a program of eval/ wrote")
     if not path.is_file():
         raise ValueError(f"{path} is not there")
     try:
