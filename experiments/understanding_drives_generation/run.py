@@ -120,6 +120,8 @@ class Config(MachineConfig):
     generator: Literal["generator.yaml", "fashion_generator.yaml"] = setting(
         "generator.yaml", "settings of the generator, likewise"
     )
+    optimizer: Literal["adamw", "muon"] | None = setting(None, "of the generator; none: that of its settings")
+    learning_rate: float | None = setting(None, "likewise", above=0)
     decoder: Literal["decoder.yaml", "fashion_decoder.yaml"] | None = setting(
         "decoder.yaml",
         "settings of a second stage, which trains the pixel decoders alone, likewise; none: no such stage",
@@ -333,6 +335,8 @@ class Plan:
         training = ["train_dit/train.py", "--config", str(HERE / config.generator), "--vae", self.vae(name)]
         training += ["--latents", str(self.folder / f"latents-{name}"), "--seed", str(seed)]
         training += ["--max_train_steps", str(steps[-1]), "--checkpointing_steps", str(math.gcd(*steps))]
+        changed = {"optimizer": config.optimizer, "learning_rate": config.learning_rate}
+        training += options({key: value for key, value in changed.items() if value is not None})
         training += ["--output_dir", str(folder)] + options(TINY_GENERATOR) * config.smallest
         words = self.measurement(name, seed, result, steps if first else steps[-1:])
         words += ["--control", "--picture", str(result.with_suffix(".png"))] if first else []

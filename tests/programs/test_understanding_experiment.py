@@ -118,6 +118,16 @@ def test_generators_are_measured_again_with_decoders_that_were_trained_further(u
     assert "--picture" in tasks["generator-all_decoder-0"].programs[0] and "--picture" not in words
 
 
+def test_the_generator_may_have_another_optimiser_and_rate(understanding, tmp_path):
+    config = understanding.Config(output_dir=str(tmp_path), optimizer="muon", learning_rate=8e-3)
+    words, usual = (
+        understanding.Plan(c, None).generator("all", 0).programs[0]
+        for c in (config, understanding.Config(output_dir=str(tmp_path)))
+    )
+    assert (option(words, "--optimizer"), option(words, "--learning_rate")) == ("muon", "0.008")
+    assert not {"--optimizer", "--learning_rate"} & set(usual)
+
+
 def test_tasks_that_share_a_gpu_take_longer(understanding, tmp_path):
     plans = [
         understanding.Plan(understanding.Config(output_dir=str(tmp_path), gpus=[0, 1], together=k), None)
@@ -149,7 +159,7 @@ def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     names = " ".join(Path(words[1]).stem for words in found)
-    assert names == "data run run run table run table fashion run table"
+    assert names == "data run run run table run table run fashion run table"
     for words in found:
         program = load(words[1])
         program.parse_config(program.Config, words[2:])
