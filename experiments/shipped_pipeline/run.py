@@ -5,8 +5,8 @@
 
 The recipe `shipped` goes on with the tokenizer of weights/openmoji-128. Each recipe becomes a pipeline in bfloat16,
 RECIPE/generator/pipeline in --output_dir. Configurations are those of train_vtp/configs and train_dit/configs; what
-differs stands here. The same command again goes on where the last one was stopped. results/ has what is found, and the
-file of --bundle.
+differs stands here. The same command again goes on where the last one was stopped. results/ has what is found; so
+has the file of --bundle.
 """
 
 import os
