@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,6 +242,41 @@ def test_a_signal_saves_and_ends_the_program(tmp_path, number):
     resumed = train(config)
     assert resumed.first_step == 4
     assert_identical(everything(resumed), everything(train(tiny_config(tmp_path / "straight"))))
+
+
+def test_a_run_that_was_refused_at_a_validation_goes_on(tmp_path):
+    """It begins with the validation that it missed, of weights from before the skipped steps."""
+    config = tiny_config(tmp_path / "run", max_train_steps=24, checkpointing_steps=10, validation_steps=20)
+    latents = torch.randn(4, 4, 2, 2)
+
+    def start(broken):
+        run = make_run(config)
+        if run.validation_missed("psnr"):
+            with run.averaged_weights():
+                run.report(run.first_step, {"psnr": 9.0})
+        for step in run.steps():
+            run.optimise(step, iter([{"latents": latents, "broken": step in broken}]))
+            if step + 1 == config.validation_steps:
+                run.save_due(step)
+                with run.averaged_weights():
+                    pass
+        return run
+
+    with pytest.raises(ValueError, match="last 17 steps up to step 20 .* starts anew once the later checkpoints are"):
+        start(broken=range(3, 20))
+    assert start(broken=()).first_step == 20
+    assert [line["step"] for line in log_of(tmp_path / "run") if "psnr" in line] == [20]
+
+
+def test_a_run_without_a_step_left_is_refused_until_it_has_one(tmp_path):
+    config = tiny_config(tmp_path / "run", max_train_steps=20, checkpointing_steps=2)
+    with pytest.raises(ValueError, match="which resumes from checkpoint-2 once the later checkpoints are deleted"):
+        train(config, broken_steps=range(3, 20))
+    with pytest.raises(ValueError, match="last 17 steps up to step 20"):
+        train(config)
+    for path in set((tmp_path / "run").glob("checkpoint-*")) - {tmp_path / "run" / "checkpoint-2"}:
+        shutil.rmtree(path)
+    assert train(config).first_step == 2
 
 
 def test_steps_before_a_signal_are_in_the_log(tmp_path):

@@ -202,23 +202,27 @@ class TrainingRun:
         """Refuse a training that has diverged. This reads all weights and waits for the device: it is called before
         evaluations and checkpoints, and at the end.
 
-        Raises: ValueError: weights or averages are not finite, or the last steps were all skipped.
+        Raises: ValueError: weights or averages are not finite, or the last steps were all skipped. Skipped steps do
+            not count before the first step of a resumed run, which may get over them.
         """
         skipped, steps, config = int(self.state.skipped[0]), self.config.max_train_steps, self.config
         since = self._done - skipped
         if not self.optimisation.all_finite():  # then the gradients of all later steps are not finite either
             fault = f"the weights or their averages are not finite since step {since}"
-        elif skipped >= min(MAX_SKIPPED_BEFORE_EVALUATION, steps):
+        elif skipped >= min(MAX_SKIPPED_BEFORE_EVALUATION, steps) and not self.first_step == self._done < steps:
             which = f"all {steps}" if skipped == steps else f"the last {skipped}"
             fault = f"{which} steps up to step {self._done} were skipped, since their gradients were not finite"
         else:
             return
         self._writer.settle()
-        before = [path.name for saved, path in self.folder.checkpoints() if saved <= since]
+        found = self.folder.checkpoints()
+        before = [path.name for saved, path in found if saved <= since]
+        again = f"resumes from {before[-1]}" if before else "starts anew"
+        again += " once the later checkpoints are deleted" * (len(before) < len(found))
         raise ValueError(
             f"training has diverged: {fault}. Nothing is evaluated or exported. Last checkpoint from before: "
             f"{before[-1] if before else 'none'}. A lower max_grad_norm ({config.max_grad_norm}) may be given to "
-            f"the same command, which resumes; a lower learning_rate ({config.learning_rate:g}) or another "
+            f"the same command, which {again}; a lower learning_rate ({config.learning_rate:g}) or another "
             f"mixed_precision ({config.mixed_precision}) takes another output_dir than {self.folder.path}"
         )
 
