@@ -287,6 +287,15 @@ def test_steps_before_a_signal_are_in_the_log(tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 4, 6]
 
 
+def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path):
+    """What comes after training may take long: it is for the next start."""
+    config = tiny_config(tmp_path / "run")
+    with pytest.raises(SystemExit) as stopped:
+        train(config, at_step={5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert train(config).first_step == config.max_train_steps
+
+
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     """Three steps, a checkpoint, a fourth step, kill -9 as soon as that is written, and the same command again."""
     config = {"folder": str(tmp_path / "killed"), "lr_scheduler": "cosine", "gradient_accumulation_steps": 2}

@@ -175,15 +175,15 @@ class TrainingRun:
         process ends before the checkpoint is written. Launchers may give less time than saving takes (torchrun: 30
         seconds); if a kill interrupts a checkpoint, the one before is still there.
         """
-        last, config = self.config.max_train_steps, self.config
+        config = self.config
         self.accelerator.print(self.log.start_line(sum(p.numel() for p in self.optimisation.trained)))
         with contextlib.closing(self.log.progress_bar()) as bar, StopRequest() as request, self._writer:
-            for step in range(self.first_step, last):
+            for step in range(self.first_step, config.max_train_steps):
                 yield step
                 bar.update()
                 checkpointed = self.due(step, config.checkpointing_steps)
                 self.save_due(step)
-                if step + 1 < last and self._stop_agreed(step, request):
+                if self._stop_agreed(step, request):
                     if not checkpointed:
                         if self.log.summed:
                             self._write_log(step)
