@@ -287,6 +287,21 @@ def test_steps_before_a_signal_are_in_the_log(tmp_path):
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 4, 6]
 
 
+def test_a_process_that_fails_first_waits_for_the_one_that_writes(tmp_path, monkeypatch):
+    """Launchers kill the others half a minute after a process has ended."""
+    run = make_run(tiny_config(tmp_path / "run"))
+    run.folder.unfinished(run.state.step).mkdir()  # by the main process
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="of this process"), run._writer as writer:
+        writer.save(run.state, None)
+        finishing = threading.Timer(1.0, run.folder.finish, (run.state.step, None))
+        finishing.start()
+        raise ValueError("an error of this process")
+    assert [path.name for _, path in run.folder.checkpoints()] == ["checkpoint-0"]
+    finishing.join()
+
+
 def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path):
     """What comes after training may take long: it is for the next start."""
     config = tiny_config(tmp_path / "run")

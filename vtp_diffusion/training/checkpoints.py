@@ -17,6 +17,7 @@ import contextlib
 import copy
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from torch import nn
 
 from ..runtime.config import config_to_dict, flatten_config
 from ..runtime.disk import file_sha256, read_json, sync, writing
-from ..runtime.processes import this_process, wait_for_everyone
+from ..runtime.processes import PATIENCE, this_process, wait_for_everyone
 from ..runtime.tensor_files import read_safetensors, read_torch
 from .optimisation import AveragedWeights, laid_out_like, whole
 from .run_folder import UNFINISHED, RunFolder
@@ -230,11 +231,13 @@ class CheckpointWriter:
     """Writes checkpoint-<step> in a thread: training waits only while the state is copied to host memory.
 
     Earlier checkpoints survive a write that fails, and are kept while steps are being skipped. A failure is raised by
-    the next `save` or `wait`. A program that ends with an exception first waits for the write in progress.
+    the next `save` or `wait`. A program that ends with an exception first waits for the write in progress, in every
+    process: once one has ended, launchers give the others little time.
     """
 
     def __init__(self, folder: RunFolder):
         self.folder, self._thread, self._writing = folder, ThreadPoolExecutor(1), None
+        self._awaited: Path | None = None  # what the main process writes, in the others
 
     def save(self, state: TrainingState, limit: int | None) -> None:
         """Wait for the previous checkpoint, copy the state and begin to write it; every process has to call this.
@@ -251,10 +254,12 @@ class CheckpointWriter:
             # while steps are being skipped, delete no checkpoint: the older ones may be the only healthy ones
             limit = None if state.skipped[0] > 0 else limit
             self._writing = self._thread.submit(_write_snapshot, snapshot, state.step, self.folder, limit)
+        else:
+            self._awaited = self.folder.unfinished(state.step)
 
     def wait(self) -> None:
         """Wait for the write in progress; every process has to call this. Raises: OSError if it failed."""
-        writing, self._writing = self._writing, None
+        writing, self._writing, self._awaited = self._writing, None, None
         if writing is not None:
             writing.result()
         wait_for_everyone()
@@ -266,9 +271,12 @@ class CheckpointWriter:
         self.settle()
 
     def settle(self) -> None:
-        """Wait for the write in progress of this process alone. It raises nothing: `wait` raises a failure."""
+        """Wait for the write in progress; a process may call this alone. It raises nothing: `wait` raises failures."""
         if self._writing is not None:
             self._writing.exception()
+        last = time.monotonic() + PATIENCE.total_seconds()
+        while self._awaited is not None and self._awaited.exists() and time.monotonic() < last:
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
