@@ -1,6 +1,7 @@
 """train_dit/train.py: the losses by time and the quick distances in the log of a run."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -60,3 +61,7 @@ def test_real_images_are_by_default_those_of_the_latents(tmp_path):
     for changes, message in (({}, "holds other images now"), ({"source": "./gone"}, "cannot be opened: give --valid")):
         with pytest.raises(ValueError, match=f"without distance.reference: .* {message}"):
             validation.open_real_images(None, 16, {"data": made_of | changes})
+    (tmp_path / "train" / "grey" / "0.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="0.png cannot be read .* --validation.distance.reference.skip_unreadable"):
+        validation.open_real_images(config, 16, None)
+    assert len(validation.open_real_images(replace(config, skip_unreadable=True), 16, None)[0]) == 1

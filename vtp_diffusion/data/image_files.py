@@ -25,7 +25,11 @@ TURNS = {
 }  # fmt: skip # EXIF orientation -> transposition that undoes it
 
 
-SKIP_HINT = "--data.skip_unreadable leaves such images out"  # end of a message where programs have that option
+# end of a message where programs have that option
+SKIP_HINT = (
+    "--data.skip_unreadable leaves such images out (those of a validation's distance: "
+    "--validation.distance.reference.skip_unreadable)"
+)
 NAMED = 10  # most images that a line on the console names
 
 
