@@ -74,7 +74,7 @@ def open_autoencoder(config: ReconstructConfig) -> tuple[torch.nn.Module, int]:
     vae = load_autoencoder(config.vae)
     found = named_image_size(vae)
     if config.resolution is None and found is None:
-        raise ValueError(f"the configuration of {type(vae).__name__} names no image size: --resolution is needed")
+        raise ValueError(f"no image size of the {type(vae).__name__} is known: --resolution is needed")
     resolution = config.resolution or found[1]
     patch = getattr(vae, "spatial_compression_ratio", 1)
     if resolution % patch:

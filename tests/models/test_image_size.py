@@ -1,5 +1,7 @@
 """The resolution of images for a trained autoencoder."""
 
+from functools import partial
+
 import pytest
 from test_latent_shards import dc, kl, rae
 
@@ -10,9 +12,11 @@ from vtp_diffusion.models.image_size import EncodedDataConfig, settle_resolution
 @pytest.mark.parametrize(
     ("make", "given", "settled", "line"),
     [
+        (partial(kl, sample_size=32), None, 256, "the usual one: no image size of the AutoencoderKL is known"),
+        (partial(kl, sample_size=[16, 24]), None, 256, "the usual one: no image size of the AutoencoderKL is known"),
         (kl, None, 16, "data.resolution is 16, which the AutoencoderKL was saved with (sample_size)"),
         (rae, None, 16, "which the AutoencoderRAE was saved with (image_size)"),
-        (dc, None, 256, "is 256, the usual one: the AutoencoderDC was saved with no image size"),
+        (dc, None, 256, "is 256, the usual one: no image size of the AutoencoderDC is known"),
         (kl, 64, 64, "data.resolution is 64, but the AutoencoderKL was saved with 16 (sample_size)"),
         (kl, 16, 16, ""),
         (dc, 64, 64, ""),

@@ -248,7 +248,7 @@ def test_reconstruct_side_by_side(started, tmp_path, pipeline_folder, images):
     test_latent_shards.dc().save_pretrained("dc")
     test_latent_shards.kl().save_pretrained("kl")
     other = ("reconstruct.py", "--output", "out.png", "--images", images, "--vae")
-    refused("AutoencoderDC names no image size: --resolution is needed", *other, "dc")
+    refused("no image size of the AutoencoderDC is known: --resolution is needed", *other, "dc")
     refused(r"AutoencoderKL turns images \(2, 3, 31, 31\) into \(2, 3, 30, 30\)", *other, "kl", "--resolution", 31)
     refused("no config.json", "reconstruct.py", "--vae", images, "--images", images, "--output", "out.png")
     assert not (tmp_path / "out.png").exists()
