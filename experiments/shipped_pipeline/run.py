@@ -21,11 +21,13 @@ from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, ch
 
 SHIPPED = "shipped"
 SHIPPED_VAE = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "weights/openmoji-128/vae"))
-# name -> options of the tokenizer; with the generator 14.4, 14.5 and 14.7 M parameters, 28.8 to 29.4 MB in bfloat16
+# name -> options of the tokenizer; with the generator 14.4 to 14.7 M parameters, 28.8 to 29.4 MB in bfloat16
 RECIPES = {
     SHIPPED: "",
-    "f8c16": "--model.patch_size 8 --model.latent_channels 16",
-    "f16c64": "--model.patch_size 16 --model.latent_channels 64",
+    "f8c16": "--objectives reconstruction --model.patch_size 8 --model.latent_channels 16",
+    "f8c16_joint": """--objectives contrastive self_supervision reconstruction --reconstruction.weight 25
+        --model.patch_size 8 --model.latent_channels 16""",
+    "f16c64": "--objectives reconstruction --model.patch_size 16 --model.latent_channels 64",
 }
 TOKENIZER = """train_vtp/train.py --config openmoji --validation_steps 3000 --report_to none
     --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
@@ -63,7 +65,6 @@ class Config(MachineConfig):
     """Settings of this program."""
 
     recipes: list[str] = setting(default_factory=lambda: [SHIPPED], help=f"of {', '.join(RECIPES)}")
-    objectives: list[str] = setting(default_factory=lambda: ["reconstruction"], help="of a new tokenizer")
     data: str | None = setting(
         None, "folder that understanding_drives_generation/data.py wrote, for the tokenizer; none: OpenMoji alone"
     )
@@ -90,7 +91,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
         return [program, *others, *options(values), *(TINY[program].split() if config.smallest else [])]
 
     training = words(f"{TOKENIZER} {RECIPES[name]}", output_dir=tokenizer, max_train_steps=config.tokenizer_steps)
-    training[1:1] = ["--objectives", *config.objectives, *(["--data.cache_dir", config.data] if config.data else [])]
+    training += ["--data.cache_dir", config.data] if config.data else []
     measured = {kind: results / f"{kind}-{name}.json" for kind in ("reconstruction", "probe", "generator")}
     encoder = (
         words(f"eval/reconstruction.py {IMAGES}", vae=vae, output=measured["reconstruction"]),

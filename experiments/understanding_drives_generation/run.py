@@ -47,7 +47,9 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], int]] = {
     "reconstruction_tenth": (("reconstruction",), 1),
     "all_tenth": (ALL, 1),
     "all_long": (ALL, 4),
+    "all_pixels": (ALL, 1),
 }
+PIXELS, PIXELS_WEIGHT = "all_pixels", 25.0  # of reconstruction beside the other objectives, elsewhere 1
 SMALL = "_small"  # names that end so have half the encoder's width: settings of the tokenizers -> width
 SMALL_WIDTH = {"tokenizer.yaml": 192, "fashion_tokenizer.yaml": 48}
 HEADLINE = ("reconstruction", "all", "reconstruction_long")
@@ -57,7 +59,7 @@ GROUPS = (
     ("contrastive", "self_supervision"),
     ("reconstruction_small", "all_small"),
     ("reconstruction_half", "all_half", "reconstruction_tenth", "all_tenth"),
-    ("all_long",),
+    ("all_long", "all_pixels"),
 )
 # Seconds on an H200 with one task a GPU. A step of a tokenizer by the number of its objectives: measured for one and
 # three without compilation, the others are guesses, as are the seconds of compiling and of a second stage. What
@@ -91,7 +93,7 @@ class Config(MachineConfig):
     """Settings of this program; --smallest replaces those in `SMALLEST`."""
 
     tokenizers: list[str] = setting(
-        default_factory=lambda: [name for name in TOKENIZERS if not name.endswith("_tenth")],
+        default_factory=lambda: [name for name in TOKENIZERS if not name.endswith("_tenth") and name != PIXELS],
         help=f"of {', '.join(TOKENIZERS)}",
     )
     seeds: list[int] = setting(
@@ -266,6 +268,8 @@ class Plan:
         if name.endswith(SMALL):
             width = SMALL_WIDTH[config.tokenizer]
             words += options({"model.encoder_hidden_size": width, "model.encoder_num_attention_heads": 3})
+        if name == PIXELS:
+            words += options({"reconstruction.weight": PIXELS_WEIGHT})
         fewer = [ending for ending in FEWER if name.endswith(ending)]
         words += self.data(fewer_folder(self.folder, fewer[0]) if fewer else None)
         words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]

@@ -146,7 +146,14 @@ def test_the_recipe_of_the_shipped_pipeline_is_taken_by_the_programs(smallest, t
     config = program.Config(smallest=smallest, output_dir=str(tmp_path))
     tasks = {task.name: task for name in program.RECIPES for task in program.tasks(config, tmp_path, name)}
     given = {}
-    for name in ("tokenizer-f16c64", "decoder-f8c16", "latents-f8c16", "generator-f8c16", "measured-f8c16"):
+    for name in (
+        "tokenizer-f16c64",
+        "tokenizer-f8c16_joint",
+        "decoder-f8c16",
+        "latents-f8c16",
+        "generator-f8c16",
+        "measured-f8c16",
+    ):
         for file, *words in tasks[name].programs:
             taken = load(file)
             kind = next(k for k in KINDS if hasattr(taken, k))
@@ -161,7 +168,9 @@ def test_the_recipe_of_the_shipped_pipeline_is_taken_by_the_programs(smallest, t
         generator.output_dir
     )
     assert tokenizer.objectives == ("reconstruction",) and tokenizer.compile and not generator.compile
+    joint = given["tokenizer-f8c16_joint"]
+    assert len(joint.objectives) == 3 and joint.reconstruction.weight == 25 * tokenizer.reconstruction.weight
     assert given["decoder-f8c16"].adversarial.discriminator == "none"
     assert tasks["tokenizer-shipped"].done and "weights/openmoji-128/vae" in tasks["decoder-shipped"].programs[0]
-    with pytest.raises(ValueError, match="recipes are none, expected some of shipped, f8c16, f16c64"):
+    with pytest.raises(ValueError, match="recipes are none, expected some of shipped, f8c16, f8c16_joint, f16c64"):
         program.Config(recipes=["none"])

@@ -52,6 +52,13 @@ def test_a_small_tokenizer_has_half_the_width(understanding, tmp_path, settings)
     assert 2 * given.encoder_hidden_size == usual.encoder_hidden_size
 
 
+def test_reconstruction_weighs_more_beside_the_other_objectives_where_named_so(understanding, tmp_path):
+    program = load("train_vtp/train.py")
+    plan = understanding.Plan(understanding.Config(output_dir=str(tmp_path)), None)
+    usual, heavy = (program.parse_config(program.Config, plan.training(n)[1:]) for n in ("all", "all_pixels"))
+    assert heavy.reconstruction.weight == 25 * usual.reconstruction.weight and heavy.objectives == usual.objectives
+
+
 def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understanding, tmp_path):
     config = understanding.Config(output_dir=str(tmp_path), tokenizers=["all", "contrastive"], seeds=[0])
     plan = understanding.Plan(config, None)
