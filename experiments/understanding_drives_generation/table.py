@@ -59,7 +59,7 @@ STYLES = {
     "self_supervision": Style("+ self-supervision", "#CC79A7", "triangle", "10 3 2 3"),
     "all": Style("all three objectives", "#D55E00", "square"),
     "all_long": Style("all three, 4 times longer", "#E69F00", "square", "7 4"),
-    "all_pixels": Style("all three, reconstruction weighted 25 times", "#000000", "square"),
+    "all_pixels": Style("all three, pixels weighted 25 times", "#000000", "square"),
     "reconstruction_small": Style("reconstruction, half the width", "#0072B2", "circle", "2 3"),
     "all_small": Style("all three, half the width", "#D55E00", "square", "2 3"),
     "reconstruction_half": Style("reconstruction, half the data", "#0072B2", "circle", "7 4"),
