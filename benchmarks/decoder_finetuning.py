@@ -1,4 +1,4 @@
-"""What stage 2 does to the shipped tokenizer: PSNR, LPIPS and Fréchet distance on held-out emoji, before and after.
+"""What stage 2 does to a tokenizer: PSNR, LPIPS and Fréchet distance on held-out emoji, before and after.
 
 Runs eval/reconstruction.py on the given autoencoder first, so that a missing package or file is found before training,
 then train_vtp/finetune_decoder.py, then the evaluation of its result. One GPU, less than ten minutes:

@@ -1,12 +1,12 @@
 """Remake the pipeline in weights/: tokenizer, stage 2 decoder, latents, generator with a base head, measurement.
 
-    python experiments/shipped_pipeline/run.py --recipes shipped f8c16 --gpus 0 1 --seconds 570
+    python experiments/shipped_pipeline/run.py --data runs/emoji --seconds 570
     python experiments/shipped_pipeline/run.py --smallest
 
-The recipe `shipped` goes on with the tokenizer of weights/openmoji-128. Each recipe becomes a pipeline in bfloat16,
-RECIPE/generator/pipeline in --output_dir. Configurations are those of train_vtp/configs and train_dit/configs; what
-differs stands here. The same command again goes on where the last one was stopped. results/ has what is found; so
-has the file of --bundle.
+The recipe `f8c16_joint` made weights/openmoji-128; `shipped` goes on with the tokenizer that lies there. A recipe's
+pipeline in bfloat16 is RECIPE/generator/pipeline in --output_dir. Configurations are those of train_vtp/configs and
+train_dit/configs; what differs stands here. The same command again goes on where the last one was stopped. results/
+has what is found; so has the file of --bundle.
 """
 
 import os
@@ -64,12 +64,12 @@ TINY = {
 class Config(MachineConfig):
     """Settings of this program."""
 
-    recipes: list[str] = setting(default_factory=lambda: [SHIPPED], help=f"of {', '.join(RECIPES)}")
+    recipes: list[str] = setting(default_factory=lambda: ["f8c16_joint"], help=f"of {', '.join(RECIPES)}")
     data: str | None = setting(
         None, "folder that understanding_drives_generation/data.py wrote, for the tokenizer; none: OpenMoji alone"
     )
     tokenizer_steps: int = setting(6000, "of 256 images", at_least=1)
-    generator_steps: int = setting(18_000, "of 512 images", at_least=1)
+    generator_steps: int = setting(14_000, "of 512 images", at_least=1)
     output_dir: str = setting("runs/shipped", "folder for everything that is made")
     smallest: bool = setting(False, "a few steps of everything on a CPU: shows that the chain works, and no more")
 
