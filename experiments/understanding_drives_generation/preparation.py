@@ -24,7 +24,8 @@ def open_data(data: str | None, folder: Path) -> Path | None:
         return None if data is None else Path(data)
     if not (images := folder / "data").is_dir():
         with replacing(images) as unfinished, tarfile.open(data) as archive:
-            archive.extractall(unfinished, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 has it, 3.11.2 not
+            archive.extractall(unfinished)
     return images
 
 
