@@ -49,7 +49,7 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], int]] = {
     "all_long": (ALL, 4),
     "all_pixels": (ALL, 1),
 }
-PIXELS, PIXELS_WEIGHT = "all_pixels", 25.0  # of reconstruction beside the other objectives, elsewhere 1
+PIXELS, PIXELS_WEIGHT = "_pixels", 25.0  # names that end so: weight of reconstruction, elsewhere 1
 SMALL = "_small"  # names that end so have half the encoder's width: settings of the tokenizers -> width
 SMALL_WIDTH = {"tokenizer.yaml": 192, "fashion_tokenizer.yaml": 48}
 HEADLINE = ("reconstruction", "all", "reconstruction_long")
@@ -93,7 +93,7 @@ class Config(MachineConfig):
     """Settings of this program; --smallest replaces those in `SMALLEST`."""
 
     tokenizers: list[str] = setting(
-        default_factory=lambda: [name for name in TOKENIZERS if not name.endswith("_tenth") and name != PIXELS],
+        default_factory=lambda: [name for name in TOKENIZERS if not name.endswith(("_tenth", PIXELS))],
         help=f"of {', '.join(TOKENIZERS)}",
     )
     seeds: list[int] = setting(
@@ -268,7 +268,7 @@ class Plan:
         if name.endswith(SMALL):
             width = SMALL_WIDTH[config.tokenizer]
             words += options({"model.encoder_hidden_size": width, "model.encoder_num_attention_heads": 3})
-        if name == PIXELS:
+        if name.endswith(PIXELS):
             words += options({"reconstruction.weight": PIXELS_WEIGHT})
         fewer = [ending for ending in FEWER if name.endswith(ending)]
         words += self.data(fewer_folder(self.folder, fewer[0]) if fewer else None)
