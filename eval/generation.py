@@ -35,6 +35,8 @@ vtp:FOLDER, the encoder of a saved VTP) the same metrics have the network's name
 --feature_network fdr6 measures on the six networks of FDr6 (`metrics/timm_networks.py`, `metrics/fdr6.py`): FDr6 is
 the mean of their Fréchet distances, each divided by that of validation images. MIND (`metrics/mind.py`) is a distance
 for few images. Memorisation is the share of images nearer to a training image than all but 5 % of --floor_images are.
+For it and for near-duplicates real images pass through the generator's autoencoder first, and training images too: of
+these copies, as a generator would draw them, most should be found (`evaluation/copies.py`).
 
 Every distance is given as three numbers: to the whole reference, with its standard error; at sizes at which real
 images can be compared with real ones; and that of real images at these sizes, the floor. Compare the last two
@@ -61,11 +63,10 @@ from vtp_diffusion.data.npz import ImageSpool, NpzImages
 from vtp_diffusion.evaluation import protocols
 from vtp_diffusion.evaluation.comparison import compare_files
 from vtp_diffusion.evaluation.convergence import reach_line
-from vtp_diffusion.evaluation.judges import check_floor, check_sizes, measure_fdr6, measure_memorisation
-from vtp_diffusion.evaluation.measurement import MEASURED, JudgesConfig, Measurement, wanted_of, wanted_outputs
-from vtp_diffusion.evaluation.near_duplicates import count_near_duplicates
+from vtp_diffusion.evaluation.copies import count_near_duplicates, decoded_sources, measure_memorisation, open_decoder
+from vtp_diffusion.evaluation.judges import check_floor, check_sizes, measure_fdr6
+from vtp_diffusion.evaluation.measurement import MEASURED, JudgesConfig, Measurement, wanted_of
 from vtp_diffusion.evaluation.one_pass import (
-    FeaturesConfig,
     ImageRecord,
     open_networks,
     record_source,
@@ -73,8 +74,8 @@ from vtp_diffusion.evaluation.one_pass import (
     split_rule,
     statistics_device,
 )
-from vtp_diffusion.evaluation.printed_results import print_faults, print_results
-from vtp_diffusion.evaluation.references import reference_statistics, write_statistics
+from vtp_diffusion.evaluation.printed_results import print_results
+from vtp_diffusion.evaluation.references import ReferenceConfig, make_reference, reference_statistics
 from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     FolderImages,
@@ -95,7 +96,7 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
-from vtp_diffusion.runtime.programs import print_end, print_end_of_evaluation, unknown_word
+from vtp_diffusion.runtime.programs import print_end_of_evaluation, unknown_word
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -115,6 +116,11 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
         None, "images or pipeline of an untrained network; untrained: the pipeline with random transformer weights"
     )
     nearest_neighbours: str | None = setting(None, "FILE.png: count near-duplicates and show the nearest pairs")
+    autoencoder: str | None = setting(
+        None,
+        "folder of the autoencoder, or of its pipeline, that decoded the images: real images pass through it before "
+        "copies are looked for; none: that of images, if this is a pipeline",
+    )
     allow_duplicates: bool = setting(False, "measure a folder or npz even if it holds an image twice")
     save_images: str | None = setting(None, "folder for the samples, generated.npz and control.npz, to measure again")
     num_images: int | None = setting(
@@ -143,6 +149,8 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
         check_output(self.output, evaluation="generation")
         if self.nearest_neighbours is not None:
             check_output(self.nearest_neighbours, ".png", "nearest_neighbours")
+        if self.autoencoder is not None and not self.finds_copies:
+            raise ValueError("autoencoder is for nearest_neighbours and metrics memorisation: expected one of them")
         if self.control == UNTRAINED and not is_pipeline(self.images):
             raise ValueError(
                 f"control {UNTRAINED} resets the network of a pipeline, but images {self.images} is no pipeline"
@@ -151,6 +159,11 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
             raise ValueError(
                 f"save_images keeps what is sampled: neither {self.images} nor {self.control} is a pipeline"
             )
+        for name in () if self.save_images is None else MEASURED:
+            file = Path(self.save_images) / f"{name}.npz"
+            check_output(str(file), ".npz", "save_images")
+            if file.exists():
+                raise ValueError(f"save_images: {file} is there already, expected a folder without it")
         for source in (self.images, self.control):
             if source is not None and is_pipeline(source) and self.num_images is None:
                 raise ValueError(f"{source} is a pipeline: num_images must say how many images to sample")
@@ -161,29 +174,14 @@ class GenerationConfig(JudgesConfig, SamplerConfig):
         return any(is_pipeline(source) for source in (self.images, self.control or ""))
 
     @property
+    def finds_copies(self) -> bool:
+        """Whether images are compared with single training images."""
+        return self.nearest_neighbours is not None or self.memorisation
+
+    @property
     def networks(self) -> list[str]:
         """The networks that images pass through, including the one that finds near-duplicates."""
         return list(dict.fromkeys(self.feature_network + [NEIGHBOUR_NETWORK] * (self.nearest_neighbours is not None)))
-
-
-@dataclass(kw_only=True)
-class ReferenceConfig(FeaturesConfig):
-    output: str = setting(help="FILE.npz for the statistics; with several networks FILE-NETWORK.npz for each")
-    resolution: int = setting(256, "side that the images are cropped to", at_least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for file in (self.output, *self.files.values()):
-            check_output(str(file), ".npz")
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """Network -> file of its statistics: the output, or with several networks FILE-NETWORK.npz for each."""
-        path, several = Path(self.output), len(self.feature_network) > 1
-        names = {name: name.replace("/", "-").replace(":", "-") for name in self.feature_network}
-        return {
-            n: path.with_name(f"{path.stem}-{word}{path.suffix}") if several else path for n, word in names.items()
-        }
 
 
 def is_pipeline(source: str) -> bool:
@@ -275,7 +273,7 @@ def collect_images(config: GenerationConfig) -> Sources:
     if reference is not None:
         source, base, variants = reference
         real["reference"] = source, base
-        if variants and (config.nearest_neighbours is not None or config.memorisation):
+        if variants and config.finds_copies:
             real["variants"] = source, variants
         labelled = source if isinstance(source, DatasetImages) else None
     elif config.nearest_neighbours is not None or config.floor_images is not None:
@@ -295,6 +293,9 @@ def collect_images(config: GenerationConfig) -> Sources:
         least = 3 if name in MEASURED else 2  # a jackknife leaves one out, and a covariance is of 2
         if name != "variants" and len(kept) < least:
             raise ValueError(f"the {name} images are {len(kept)}, expected at least {least}")
+    if config.finds_copies:
+        vae = open_decoder(config.autoencoder, opened["generated"], config.device)
+        real |= decoded_sources(real, vae, config.seed)
     made = {name: entry for name, entry in sources.items() if isinstance(entry[0], PipelineImages)}
     given = {name: entry for name, entry in sources.items() if name not in made}
     return given | real | made  # sampling comes last, so that faulty files are found before it
@@ -302,24 +303,22 @@ def collect_images(config: GenerationConfig) -> Sources:
 
 def record_all(
     config: GenerationConfig, sources: Sources, extractors: dict[str, Extractor], wait: Callable[[], None]
-) -> dict[str, ImageRecord]:
-    """Name -> record of every set of images; samples go to `save_images`. `wait`: waits for all processes."""
-    records, neighbours = {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
+) -> tuple[dict[str, ImageRecord], dict[str, ImageSpool]]:
+    """Name -> record of every set of images, name -> samples for `save_images`. `wait`: waits for all processes."""
+    records, spools, neighbours = {}, {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
     for name, (source, kept) in sources.items():
         spool = None
         if config.save_images is not None and isinstance(source, PipelineImages):
-            spool = ImageSpool(Path(config.save_images) / f"{name}.npz", len(kept), source.size)
+            spools[name] = spool = ImageSpool(Path(config.save_images) / f"{name}.npz", len(kept), source.size)
             if this_process()[0] == 0:
                 spool.create()
             wait()
         wanted = wanted_of(config, name, extractors, neighbours)
         distinct = name in MEASURED and not config.allow_duplicates and not isinstance(source, PipelineImages)
         records[name] = record_source(config, name, source, kept, extractors, wanted, spool, distinct)
-        if spool is not None and this_process()[0] == 0:
-            spool.pack(settings=np.array(json.dumps(source.settings)))
         if name == "reference" and "floor" in records:
             check_floor(records)
-    return records
+    return records, spools
 
 
 def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:
@@ -353,29 +352,6 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
     }
 
 
-def make_reference(config: ReferenceConfig) -> None:
-    """Statistics of a data set in ADM's format, a file for every network, in one pass."""
-    extractors = open_networks(config, config.feature_network)
-    opened = open_reference(config.data, config.reference, "train", (config.resolution,) * 2)
-    if opened is None:
-        raise ValueError(f"{config.reference} holds statistics already")
-    source, base, _ = opened
-    wanted = {name: wanted_outputs(extractor.network, "reference") for name, extractor in extractors.items()}
-    found = record_source(config, "reference", source, base, extractors, wanted)
-    faults = image_faults({"reference": (source, base)})
-    if this_process()[0] > 0:
-        return
-    settings = {"settings": settings_of(config), "num_reference": len(base)}
-    settings |= {"split_rule": split_rule(config, source), "duplicates": found.duplicates, **faults}
-    for name, file in config.files.items():
-        write_statistics(file, extractors[name].network, found, source, base, settings)
-        kept = len(found.outputs[name]["features"].kept)
-        print(f"statistics of {len(base)} images on {name} and {kept} of the images")
-    print_faults(**faults)
-    then = "eval/generation.py --images FOLDER --reference {} --output results.json"
-    print_end([str(file) for file in config.files.values()], then, str(next(iter(config.files.values()))))
-
-
 def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     if config.reference.endswith(".npz") and not Path(config.reference).is_file():
         raise ValueError(f"reference {config.reference} is not there")
@@ -384,7 +360,7 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
     sources = collect_images(config)
     if config.has_fdr6 or config.memorisation:
         check_sizes(config, {name: len(kept) for name, (_, kept) in sources.items()}, extractors)
-    records = record_all(config, sources, extractors, wait)
+    records, spools = record_all(config, sources, extractors, wait)
     faults = image_faults({name: source for name, source in sources.items() if name != "variants"})
     if this_process()[0] > 0:
         return
@@ -418,6 +394,8 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
         write_picture(Path(config.nearest_neighbours), picture)
     write_results(config.output, "generation", config, results)
     print_results(results)
+    for name, spool in spools.items():  # last: a second copy on a full disk must not cost the results
+        spool.pack(settings=np.array(json.dumps(sources[name][0].settings)))
     print_end_of_evaluation(config.output, config.nearest_neighbours, config.save_images)
 
 

@@ -91,3 +91,12 @@ def test_copies_are_memorised_and_new_images_are_at_the_quantile():
     assert (found.quantile, found.num_images, found.num_held_out, found.num_training) == (0.05, 400, 400, 400)
     with pytest.raises(ValueError, match="nearest 5% of held-out images: there are 19, expected at least 20"):
         memorised(new, held_out[:19], training)
+
+
+def test_the_share_of_copies_says_whether_copies_would_be_found():
+    training, held_out, new = draw(400, 8), draw(400, 8, seed=1), draw(400, 8, seed=2)
+    found = memorised(new, held_out, training, training[:50] + 1e-3)
+    assert found.share_of_copies == 1 and found.share < 0.1
+    changed = memorised(new, held_out, training, training[:50] + draw(50, 8, seed=3))
+    assert changed.share_of_copies < 0.2, "copies that a decoder changed so much are found no more often than others"
+    assert memorised(new, held_out, training).share_of_copies is None

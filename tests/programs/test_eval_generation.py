@@ -1,5 +1,6 @@
 """eval/generation.py, run as a user runs it."""
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw
 
 import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.data import npz
 from vtp_diffusion.evaluation.one_pass import FeaturesConfig
 from vtp_diffusion.evaluation.protocols import PROTOCOLS
 from vtp_diffusion.metrics import inception
@@ -117,6 +119,41 @@ def test_good_samples_copies_and_an_untrained_network(evaluate, reference, pipel
         assert picture.width > 8 * 32
 
 
+def test_copies_are_looked_for_beside_real_images_that_were_decoded_too(evaluate, reference, pipeline, tmp_path):
+    """By the pipeline's own autoencoder, or by that of --autoencoder."""
+    common = ("--reference", reference, "--feature_network", "efficientnet_lite0", "--num_images", 4)
+    common += ("--nearest_neighbours", tmp_path / "pairs.png")
+    sampling = ("--num_inference_steps", 2, "--save_images", tmp_path / "samples")
+    outputs = [tmp_path / name for name in ("sampled.json", "saved.json", "unknown.json")]
+    printed = evaluate("--images", pipeline, *common, *sampling, "--output", outputs[0])
+    saved = ("--images", tmp_path / "samples" / "generated.npz", *common)
+    evaluate(*saved, "--autoencoder", pipeline, "--output", outputs[1])
+    evaluate(*saved, "--output", outputs[2])
+    found = [json.loads(output.read_text())["near_duplicates"] for output in outputs]
+    assert found[0]["decoded_reference"] == found[1]["decoded_reference"] and "decoded_reference" not in found[2]
+    assert found[0]["decoded_reference"]["num_images"] == 40 and "decoded_reference" in printed
+    for words, message in (
+        ((*saved, "--autoencoder", tmp_path), "is not the folder of a diffusers autoencoder"),
+        ((*saved[:-2], "--autoencoder", pipeline), "autoencoder is for nearest_neighbours and metrics memorisation"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(*words, "--output", outputs[0])
+
+
+def test_a_disk_too_full_for_the_samples_costs_no_results(evaluate, reference, pipeline, tmp_path, monkeypatch):
+    def full(*arguments, **arrays):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(npz, "write_npz", full)
+    output = tmp_path / "results.json"
+    with pytest.raises(OSError, match="no space left"):
+        evaluate(
+            "--images", pipeline, "--reference", reference, "--feature_network", "efficientnet_lite0",
+            "--num_images", 3, "--num_inference_steps", 2, "--save_images", tmp_path / "samples", "--output", output,
+        )  # fmt: skip
+    assert json.loads(output.read_text())["counts"]["generated"] == 3
+
+
 def test_a_pipeline_is_sampled_the_same_whatever_the_batch(evaluate, reference, pipeline, tmp_path):
     values = []
     for batch_size in (2, 5):
@@ -144,6 +181,10 @@ def test_saved_samples_give_the_same_numbers_and_say_what_made_them(evaluate, re
         "--images", folder / "generated.npz", "--control", folder / "control.npz", *common, "--seed", 3,
         "--output", again,
     )  # fmt: skip
+    with pytest.raises(ValueError, match="generated.npz is there already, expected a folder without it"):
+        evaluate("--images", pipeline, *common, *sampling, "--save_images", folder, "--output", tmp_path / "3.json")
+    with pytest.raises(ValueError, match="save_images .* cannot be written"):
+        evaluate("--images", pipeline, *common, *sampling, "--save_images", first, "--output", tmp_path / "3.json")
     first, again = json.loads(first.read_text()), json.loads(again.read_text())
     values = [[row["value"] for row in results["distances"]] for results in (first, again)]
     assert values[0] == pytest.approx(values[1], rel=1e-6) and first["sampling"] == again["sampling"]

@@ -1,16 +1,15 @@
-"""Judges beside the distances of one network: FDr6 and the memorised share."""
+"""Judges beside the distances of one network: FDr6, and what held-out images must be."""
 
 from dataclasses import asdict
 
 import numpy as np
-import torch
 
 from ..metrics.fdr6 import PUBLISHED_CONSTANTS, SIX, check_counts, fdr6
 from ..metrics.features import Extractor
 from ..metrics.frechet import GaussianStatistics, frechet_distance
-from ..metrics.neighbours import MEMORISED_QUANTILE, check_held_out, memorised
+from ..metrics.neighbours import MEMORISED_QUANTILE, check_held_out
 from .measurement import MEASURED, JudgesConfig
-from .one_pass import ImageRecord, statistics_device
+from .one_pass import ImageRecord
 
 PUBLISHED = "published for ImageNet at 256 px: 50,000 validation images, features in bfloat16"
 
@@ -76,19 +75,4 @@ def measure_fdr6(
         # however the six correlate, the deviation of their mean is at most the mean of their deviations
         spread = sum(rows[name]["spread"]["value"] / constants[name] for name in SIX) / len(SIX)
         results[images] = asdict(found) | {"spread_at_most": spread, "num_images": rows[SIX[0]]["num_images"]}
-    return results
-
-
-def measure_memorisation(
-    config: JudgesConfig, records: dict[str, ImageRecord], extractors: dict[str, Extractor]
-) -> list[dict]:
-    """The memorised share of every measured set of images on every network, for result files."""
-    results = []
-    for network in config.feature_network:
-        device = statistics_device(extractors[network])
-        features = {n: record.outputs[network]["features"].features.to(device) for n, record in records.items()}
-        training = torch.cat([features[name] for name in ("reference", "variants") if name in features])
-        for images in (name for name in MEASURED if name in features):
-            found = memorised(features[images], features["floor"], training)
-            results.append({"network": network, "images": images} | asdict(found))
     return results

@@ -37,6 +37,8 @@ from .one_pass import FeaturesConfig, ImageRecord, Wanted
 from .sources import check_real_images
 
 MEASURED = ("generated", "control")
+DECODED_FLOOR, DECODED_REFERENCE = "decoded_floor", "decoded_reference"  # see `copies.decoded_sources`
+FEATURES_ALONE = ("variants", DECODED_FLOOR, DECODED_REFERENCE)  # sets in which neighbours are looked for, and no more
 REFERENCE_IMAGES = 10_000  # whose features are kept for precision, recall and the rest, as in ADM's files
 FLOOR_SUBSETS = 10  # of the kernel distance, in each of the floor's repetitions
 
@@ -104,10 +106,10 @@ def wanted_outputs(network: FeatureNetwork, part: str, all_features: bool = Fals
 
     Args:
         part: the set. "generated" or "control": everything; "reference": statistics, and features of 10,000 as in
-            ADM's files; "floor": features of 10,000; "variants": all features.
+            ADM's files; "floor": features of 10,000; those of `FEATURES_ALONE`: all features.
         all_features: keep all features of the reference too, to look for neighbours among them.
     """
-    if part == "variants":
+    if part in FEATURES_ALONE:
         return {"features": Wanted(0, None)}
     groups = {"reference": 1, "floor": 0}.get(part, JACKKNIFE_GROUPS)
     limit = None if part in MEASURED or all_features else REFERENCE_IMAGES
@@ -130,7 +132,7 @@ def wanted_of(
     wanted = {
         name: wanted_outputs(extractor.network, part, all_features=name in all_features)
         for name, extractor in extractors.items()
-        if part != "variants" or name in all_features
+        if part not in FEATURES_ALONE or name in all_features
     }
     if part == "floor" and config.computes_constants:
         for name in SIX:

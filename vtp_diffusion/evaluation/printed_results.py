@@ -1,6 +1,8 @@
 """Results of generated images as a table on the screen."""
 
 from ..metrics.scores import SMALL_SPLIT
+from .measurement import DECODED_FLOOR, DECODED_REFERENCE
+from .report import copies_text
 
 
 def _deviation_text(deviation: float | None) -> str:
@@ -82,10 +84,10 @@ def print_results(results: dict) -> None:
     if "near_duplicates" in results:
         found = results["near_duplicates"]
         print(f"near-duplicates in the reference (cosine distance below {found['threshold']:.4f}):")
-        for name in ("generated", "control", "floor", "reference"):
+        for name in ("generated", "control", "floor", DECODED_FLOOR, DECODED_REFERENCE, "reference"):
             if name in found:
                 entry = found[name]
-                print(f"{name:12} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
+                print(f"{name:18} {entry['near_duplicates']} of {entry['num_images']} ({entry['share']:.1%})")
 
 
 def _print_judges(results: dict) -> None:
@@ -102,7 +104,7 @@ def _print_judges(results: dict) -> None:
     for row in results.get("memorisation", []):
         print(
             f"memorised on {row['network']:14} {row['images']:10} {row['num_images']:7} {row['share']:.1%} "
-            f"(held-out images: {row['quantile']:.0%}; {row['num_training']} training images)"
+            f"(held-out images: {row['quantile']:.0%}; {row['num_training']} training images; {copies_text(row)})"
         )
 
 

@@ -7,6 +7,7 @@ ref_sigma`. `protocols.py` lists the published files.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,39 @@ import torch
 from ..data.npz import open_npz, write_npz
 from ..metrics.features import Extractor, FeatureNetwork
 from ..metrics.frechet import GaussianStatistics
-from .measurement import JudgesConfig
-from .one_pass import ImageRecord
+from ..runtime.config import setting
+from ..runtime.disk import check_output
+from ..runtime.processes import this_process
+from ..runtime.programs import print_end
+from .measurement import JudgesConfig, wanted_outputs
+from .one_pass import FeaturesConfig, ImageRecord, open_networks, record_source, settings_of, split_rule
+from .printed_results import print_faults
 from .protocols import OWN, check_reference
-from .sources import ImageSource, image_batches
+from .sources import ImageSource, image_batches, image_faults, open_reference
 
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig(FeaturesConfig):
+    """Settings of `make_reference`."""
+
+    output: str = setting(help="FILE.npz for the statistics; with several networks FILE-NETWORK.npz for each")
+    resolution: int = setting(256, "side that the images are cropped to", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for file in (self.output, *self.files.values()):
+            check_output(str(file), ".npz")
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Network -> file of its statistics: the output, or with several networks FILE-NETWORK.npz for each."""
+        path, several = Path(self.output), len(self.feature_network) > 1
+        names = {name: name.replace("/", "-").replace(":", "-") for name in self.feature_network}
+        return {
+            n: path.with_name(f"{path.stem}-{word}{path.suffix}") if several else path for n, word in names.items()
+        }
 
 
 def _made_with(path: str | Path, file: dict[str, np.ndarray]) -> dict:
@@ -114,3 +142,26 @@ def write_statistics(
     kept = [indices[k] for k in records["features"].kept]
     batches = (batch.permute(0, 2, 3, 1).numpy() for batch in image_batches(source, kept, batch_size=256))
     write_npz(path, len(kept), source.size, batches, **arrays)
+
+
+def make_reference(config: ReferenceConfig) -> None:
+    """Statistics of a data set in ADM's format, a file for every network, in one pass."""
+    extractors = open_networks(config, config.feature_network)
+    opened = open_reference(config.data, config.reference, "train", (config.resolution,) * 2)
+    if opened is None:
+        raise ValueError(f"{config.reference} holds statistics already")
+    source, base, _ = opened
+    wanted = {name: wanted_outputs(extractor.network, "reference") for name, extractor in extractors.items()}
+    found = record_source(config, "reference", source, base, extractors, wanted)
+    faults = image_faults({"reference": (source, base)})
+    if this_process()[0] > 0:
+        return
+    settings = {"settings": settings_of(config), "num_reference": len(base)}
+    settings |= {"split_rule": split_rule(config, source), "duplicates": found.duplicates, **faults}
+    for name, file in config.files.items():
+        write_statistics(file, extractors[name].network, found, source, base, settings)
+        kept = len(found.outputs[name]["features"].kept)
+        print(f"statistics of {len(base)} images on {name} and {kept} of the images")
+    print_faults(**faults)
+    then = "eval/generation.py --images FOLDER --reference {} --output results.json"
+    print_end([str(file) for file in config.files.values()], then, str(next(iter(config.files.values()))))

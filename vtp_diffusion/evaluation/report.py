@@ -218,8 +218,9 @@ def _generation_rows(result: Result) -> Iterable[Row]:
         )  # fmt: skip
     near = result.values.get("near_duplicates")
     if near is not None:
-        best = near.get("floor", near["reference"])
-        kind = "those held out" if "floor" in near else "the reference's among themselves"
+        known = {"those held out, after the autoencoder": "decoded_floor", "those held out": "floor"}
+        known |= {"the reference's among themselves": "reference"}
+        kind, best = next((kind, near[name]) for kind, name in known.items() if name in near)
         value = near["generated"]
         yield Row(
             COPIES, "near-duplicates of the reference", "", _share(value["share"]),
@@ -240,10 +241,18 @@ def _judges_rows(result: Result) -> Iterable[Row]:
     for row in result.values.get("memorisation", []):
         what = f"memorised on {row['network']}" + ("" if row["images"] == "generated" else f" of the {row['images']}")
         quantile = _share(row["quantile"])
-        details = f"nearer to a training image than all but {quantile} of {row['num_held_out']} held-out images"
+        details = f"nearer to a training image than all but {quantile} of {row['num_held_out']} held-out images; "
+        details += copies_text(row)
         yield Row(
             COPIES, what, "", _share(row["share"]), quantile, "", str(row["num_images"]), details, result.name
         )  # fmt: skip
+
+
+def copies_text(row: dict[str, Any]) -> str:
+    """How much a row of memorisation says: the share of copies of training images that is found."""
+    if (share := row.get("share_of_copies")) is None:
+        return "whether copies would be found is not known without the autoencoder"
+    return f"copies of training images: {share:.1%}"
 
 
 def _add_control(result: Result, details: str, row: dict[str, Any], meaning: str) -> str:

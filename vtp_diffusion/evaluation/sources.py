@@ -191,6 +191,24 @@ class PipelineImages:
         return torch.cat(batches)
 
 
+class ReconstructedImages:
+    """Images of another source after an autoencoder, which encodes and decodes them when they are read."""
+
+    settings = None
+
+    def __init__(self, source: ImageSource, vae: torch.nn.Module):
+        self.source, self.vae, self.size = source, vae, source.size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @torch.inference_mode()
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        from ..models.latent_space import reconstruct
+
+        return reconstruct(self.vae, self.source.read(indices))
+
+
 def pipeline_image_size(pipe: "DiffusionPipeline") -> tuple[int, int]:
     """Height and width of a pipeline's images."""
     dit = pipe.transformer.config
@@ -297,7 +315,8 @@ class _Batches(Dataset):
         return self.source.read(self.batches[k]).permute(0, 2, 3, 1)
 
     def read_by(self, num_workers: int, pin_memory: bool) -> DataLoader:
-        workers = 0 if isinstance(self.source, PipelineImages) else min(num_workers, len(self))
+        own = isinstance(self.source, PipelineImages | ReconstructedImages)  # which need the device
+        workers = 0 if own else min(num_workers, len(self))
         return DataLoader(
             self,
             batch_size=None,
@@ -322,7 +341,7 @@ def image_batches(
     """Images of the given indices, `batch_size` at a time, uint8 (B, 3, H, W).
 
     Args:
-        num_workers: processes that read ahead; a pipeline always samples in this process.
+        num_workers: processes that read ahead; pipelines and autoencoders always run in this process.
         pin_memory: read into pinned memory, for asynchronous copies to a GPU.
     """
     for pixels in _Batches(source, indices, batch_size).read_by(num_workers, pin_memory):

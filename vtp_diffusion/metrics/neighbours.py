@@ -93,6 +93,8 @@ class Memorised:
         share: part of the images whose nearest training image is nearer than `threshold`. New samples of the training
             distribution get `quantile`.
         threshold: the `quantile` of the cosine distances of held-out images to their nearest training images.
+        share_of_copies: part of the copies that is found; None if there were none. Where it is small, a small `share`
+            says nothing.
     """
 
     share: float
@@ -101,20 +103,31 @@ class Memorised:
     num_images: int
     num_held_out: int
     num_training: int
+    share_of_copies: float | None
 
 
-def memorised(generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor) -> Memorised:
+def memorised(
+    generated: torch.Tensor, held_out: torch.Tensor, training: torch.Tensor, copies: torch.Tensor | None = None
+) -> Memorised:
     """The share of generated images that lie nearer to a training image than all but 5 % of real held-out images do.
 
-    Args: `generated`, `held_out`, `training`: features (N, D), (M, D) and (K, D) of one network. `training` must be
-        all training images: without some of them, copies are missed.
+    Args:
+        generated, held_out, training: features (N, D), (M, D) and (K, D) of one network. `training` must be all
+            training images: without some of them, copies are missed. Generated images went through a decoder, so
+            held-out ones should have gone through the same autoencoder.
+        copies: features (L, D) of training images after that autoencoder. The share of these that is found says how
+            much a low share of the generated images means.
     Raises: ValueError: fewer held-out images than the quantile needs (20 for 5 %).
     """
     check_held_out(len(held_out))
     quantile = MEMORISED_QUANTILE
     threshold = torch.quantile(nearest_neighbours(held_out, training)[0], quantile).item()
-    share = (nearest_neighbours(generated, training)[0] < threshold).double().mean().item()
-    return Memorised(share, threshold, quantile, len(generated), len(held_out), len(training))
+
+    def below(features: torch.Tensor) -> float:
+        return (nearest_neighbours(features, training)[0] < threshold).double().mean().item()
+
+    found = None if copies is None else below(copies)
+    return Memorised(below(generated), threshold, quantile, len(generated), len(held_out), len(training), found)
 
 
 def check_held_out(count: int) -> None:
