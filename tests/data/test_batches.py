@@ -12,6 +12,7 @@ from torch.utils.data import _utils as loader_settings
 
 from vtp_diffusion.data.batches import (
     ReusedMemory,
+    all_columns,
     collate_images,
     read_ahead,
     read_batches,
@@ -36,6 +37,24 @@ class Processes(Dataset):
 
 def identity(items):
     return {"process": torch.tensor(items)}
+
+
+def test_all_columns_come_from_the_items():
+    """With `skip_unreadable` an unreadable image's item is another image, with that one's label and caption."""
+
+    class Replacing(Dataset):
+        labels, captions = [0, 1, 2], ["a", "b", "c"]
+
+        def __len__(self):
+            return 3
+
+        def __getitems__(self, indices):
+            found = [max(1, index) for index in indices]  # the first cannot be read
+            return [{"image": torch.full((3, 1, 1), k), "label": k, "caption": "abc"[k]} for k in found]
+
+    columns = all_columns(Replacing(), ("image", "label", "caption"))
+    assert columns["image"][:, 0, 0, 0].tolist() == columns["label"].tolist() == [1, 1, 2]
+    assert columns["caption"] == ["b", "b", "c"]
 
 
 def test_collating_stacks_images_and_keeps_texts():

@@ -141,6 +141,11 @@ def test_a_killed_run_goes_on_with_the_next_batch(tmp_path, offline, workers):
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="read by 1 processes with . workers each, now there are 2"):
         StreamBatches(images, **arguments, world_size=2, state=state)
+    (tmp_path / "shards" / "1.parquet").rename(tmp_path / "shards" / "1b.parquet")
+    with pytest.raises(ValueError, match="other names or sizes than those that the run was reading"):
+        StreamBatches(StreamingImages(images.config), **arguments, state=state)
+    del state["files"]  # version 0.1 kept no hash of them
+    assert StreamBatches(StreamingImages(images.config), **arguments, state=state).next_worker == 3 % max(1, workers)
 
 
 def test_a_node_holds_no_more_bytes_than_it_may_and_resumes_with_blocks_of_the_same_size(

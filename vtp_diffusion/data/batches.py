@@ -1,5 +1,6 @@
 """Batches on the device: the order of samples, gathering or reading them ahead, and augmentation."""
 
+import itertools
 import math
 import multiprocessing
 import multiprocessing.context
@@ -277,21 +278,34 @@ def spread_evenly(values: Sequence[Value], limit: int | None) -> list[Value]:
     return [values[k * len(values) // count] for k in range(count)]
 
 
-def all_images(dataset: Dataset) -> torch.Tensor:
-    """Every image of an `ImageDataset`, (N, 3, R, R) uint8."""
+def all_columns(dataset: Dataset, columns: Sequence[str] = ("image",)) -> dict[str, Any]:
+    """The given columns of every item of an `ImageDataset`, as of `collate_images`.
+
+    With `skip_unreadable` an item can be another image, so that all columns have to come from the items themselves.
+    """
     indices = range(len(dataset))
-    return torch.cat([collate_images(dataset.__getitems__(indices[i : i + 256]))["image"] for i in indices[::256]])
+    parts = [collate_images(dataset.__getitems__(indices[i : i + 256]), columns) for i in indices[::256]]
+    whole = {name: [part[name] for part in parts] for name in columns}
+    return {n: torch.cat(v) if torch.is_tensor(v[0]) else list(itertools.chain(*v)) for n, v in whole.items()}
 
 
-def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = None) -> Iterator[torch.Tensor]:
-    """The images of an `ImageDataset` in order, (B, 3, R, R) in [-1, 1].
+def plain_columns(
+    dataset: Dataset, device: torch.device, limit: int | None = None, columns: Sequence[str] = ("image",)
+) -> Iterator[dict[str, Any]]:
+    """Batches of an `ImageDataset` in order: the given columns, as of `collate_images`, with images (B, 3, R, R) in
+    [-1, 1] on the device.
 
     Args: `limit`: largest number of images, spread over the whole set.
     """
     chosen = spread_evenly(range(len(dataset)), limit)
     for start in range(0, len(chosen), PLAIN_BATCH):
-        items = dataset.__getitems__(chosen[start : start + PLAIN_BATCH])
-        yield from_uint8(collate_images(items)["image"].to(device))
+        batch = collate_images(dataset.__getitems__(chosen[start : start + PLAIN_BATCH]), columns)
+        yield batch | {"image": from_uint8(batch["image"].to(device))}
+
+
+def plain_batches(dataset: Dataset, device: torch.device, limit: int | None = None) -> Iterator[torch.Tensor]:
+    """The images alone of `plain_columns`."""
+    return (batch["image"] for batch in plain_columns(dataset, device, limit))
 
 
 @dataclass(kw_only=True)

@@ -16,6 +16,7 @@ import math
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,9 @@ class StreamingImages:
     Args:
         config: with `streaming`; `shuffle_buffer` is the largest size of a block in samples.
         split: "train" or "validation" (`validation_files` if given, else the validation or test split).
-    Attributes: `has_validation`: whether the source has that split.
+    Attributes:
+        has_validation: whether the source has that split.
+        files: hash of the shards' names and, on this machine, their sizes: a position is one in these files.
     Raises: ValueError: a source that `datasets` cannot read as a stream, a split or column that does not exist.
     """
 
@@ -81,6 +84,9 @@ class StreamingImages:
         names = list((builder.config.data_files or {}).get(found[0], ()))
         # builders that read files make one shard of each file
         self.shard_names = names if len(names) == self.num_shards else [f"shard {k}" for k in range(self.num_shards)]
+        sizes = [Path(name).stat().st_size if Path(name).is_file() else None for name in names]
+        shards = json.dumps([[Path(name).name, size] for name, size in zip(names, sizes, strict=True)])
+        self.files = hashlib.sha256(shards.encode()).hexdigest()[:16]
         read = files["validation"] if isinstance(files, dict) else files
         self._where = "" if read is None else f"{read}: "  # start of messages about a sample
         feature = (table.features or {}).get(config.label_column) if config.label_column else None
@@ -294,8 +300,8 @@ class StreamBatches:
         num_workers: processes that read and decode ahead; 0: this process reads.
         rank, world_size: this process and the number of processes.
         state: from `state_dict`, to continue after the last batch that was delivered.
-    Raises: ValueError: `state` has another number of processes or workers. While iterating: an epoch of a stream is
-        smaller than a batch, and errors of `StreamingImages.samples`.
+    Raises: ValueError: `state` has another number of processes or workers, or is of other files. While iterating: an
+        epoch of a stream is smaller than a batch, and errors of `StreamingImages.samples`.
     """
 
     def __init__(
@@ -317,6 +323,12 @@ class StreamBatches:
                 f"there are {world_size} with {workers}: a stream is resumed with the same numbers, or "
                 "with data.stream_restart true"
             )
+        if state is not None and state.get("files", images.files) != images.files:  # version 0.1 kept no hash
+            raise ValueError(
+                f"{images.config.source}: the shards have other names or sizes than those that the run was reading: a "
+                "stream is resumed with the same files, or with data.stream_restart true"
+            )
+        self.files = images.files
         self.device, self.num_workers, self.workers, self.world_size = device, num_workers, workers, world_size
         self.next_worker = 0 if state is None else state["next_worker"]
         given = [{}] * workers if state is None else [{"named_streams": False} | part for part in state["positions"]]
@@ -341,7 +353,7 @@ class StreamBatches:
         """Positions of this process's streams after the last batch that was delivered, for JSON."""
         positions = [asdict(position) for position in self.positions]
         counts = {"workers": self.workers, "processes": self.world_size, "next_worker": self.next_worker}
-        return counts | {"block_bytes": self.block_bytes, "positions": positions}
+        return counts | {"block_bytes": self.block_bytes, "positions": positions, "files": self.files}
 
     @property
     def left_out(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from ..data.batches import (
     Columns,
     ReusedMemory,
     StepBatchSampler,
-    all_images,
+    all_columns,
     augment_images,
     collate_images,
     fits_on_device,
@@ -150,8 +150,7 @@ class OnlineLatents:
         encode = torch.compile(encode_raw) if compiled else encode_raw
         pixels = len(self.images) * 3 * self.images.resolution**2
         if fits_on_device(pixels, device, keep_on_device):
-            columns = {"image": all_images(self.images), "label": torch.tensor(self.images.labels)}
-            batches = gathered_batches(columns, sampler, device)
+            batches = gathered_batches(all_columns(self.images, ("image", "label")), sampler, device)
         else:
             collate = functools.partial(collate_images, columns=("image", "label"))
             batches = read_batches(self.images, sampler, collate, device, num_workers)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from ..data.batches import plain_batches, spread_evenly
+from ..data.batches import plain_columns
 from ..data.captions import clip_tokenizer, tokenize_captions
 from ..metrics.classification import knn_accuracy, top_k_accuracy
 from ..metrics.zero_shot import class_embeddings, spoken_names
@@ -23,10 +23,14 @@ NEIGHBOURS = 20  # of k-NN: DINOv2's
 
 
 @torch.no_grad()
-def class_tokens(autoencoder: AutoencoderVTP, dataset: Any, limit: int) -> torch.Tensor:
-    """Class tokens (N, D) float32, before the bottleneck, of the measured images of an `ImageDataset`."""
-    batches = plain_batches(dataset, autoencoder.device, limit=limit)
-    return torch.cat([autoencoder.encode_features(images).cls_token.float() for images in batches])
+def class_tokens(autoencoder: AutoencoderVTP, dataset: Any, limit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class tokens (N, D) float32, before the bottleneck, and labels (N,) of the measured images of an
+    `ImageDataset`."""
+    tokens, labels = [], []
+    for batch in plain_columns(dataset, autoencoder.device, limit, ("image", "label")):
+        tokens.append(autoencoder.encode_features(batch["image"]).cls_token.float())
+        labels.append(batch["label"])
+    return torch.cat(tokens), torch.cat(labels)
 
 
 def effective_rank(features: torch.Tensor) -> float:
@@ -74,13 +78,12 @@ def evaluate_features(
         limit: most images of either data set; never more than `MEASURED_IMAGES`.
     """
     limit = min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
-    features, values = class_tokens(autoencoder, dataset, limit), {}
+    (features, labels), values = class_tokens(autoencoder, dataset, limit), {}
     if len(features) > 1:
         values["effective_rank"] = effective_rank(features)
     if train is not None and len(train.label_names) > 1:
-        bank, bank_labels = class_tokens(autoencoder, train, limit), torch.tensor(spread_evenly(train.labels, limit))
+        bank, bank_labels = class_tokens(autoencoder, train, limit)
         neighbours = min(NEIGHBOURS, len(bank))
-        labels = torch.tensor(spread_evenly(dataset.labels, limit))
         values["knn_accuracy"] = knn_accuracy(bank, bank_labels, features, labels, [neighbours])[neighbours]
         majority = bank_labels.mode().values
         values["knn_accuracy_of_commonest_class"] = (labels == majority).double().mean().item()
@@ -99,14 +102,17 @@ def evaluate_alignment(
     Args: `limit`: as of `evaluate_features`.
     """
     device, limit = model.logit_scale.device, min(limit or MEASURED_IMAGES, MEASURED_IMAGES)
-    batches = plain_batches(held_out, device, limit=limit)
-    images = torch.cat([model.get_image_features(batch).float() for batch in batches])
+    parts, labels, all_captions = [], [], []
+    for batch in plain_columns(held_out, device, limit, ("image", "label", "caption")):
+        parts.append(model.get_image_features(batch["image"]).float())
+        labels.append(batch["label"])
+        all_captions += batch["caption"]
+    images = torch.cat(parts)
     values, length = {}, model.config.text_context_length
     if len(held_out.label_names) > 1 and held_out.classes_named:
-        tokenize, labels = clip_tokenizer(length, truncate=True), spread_evenly(held_out.labels, limit)
+        tokenize = clip_tokenizer(length, truncate=True)
         classes = class_embeddings(model, spoken_names(held_out.label_names), templates, tokenize)
-        values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.tensor(labels))
-    all_captions = spread_evenly(held_out.captions, limit)
+        values["zero_shot_accuracy"] = top_k_accuracy(images @ classes.T, torch.cat(labels))
     token_ids, paired = tokenize_captions(all_captions, length)
     rows = paired.nonzero().flatten()
     if len(rows) > 1:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ..data.batches import (
     Columns,
     StepBatchSampler,
-    all_images,
+    all_columns,
     collate_images,
     fits_on_device,
     gathered_batches,
@@ -97,9 +97,10 @@ def training_batches(
     sampler: StepBatchSampler = run.batch_sampler(len(dataset), dataset.weights)
     if not fits_on_device(len(dataset) * 3 * dataset.resolution**2, run.device, keep_on_device):
         return read_batches(dataset, sampler, collate, run.device, num_workers)
-    columns = {"image": all_images(dataset)}
+    columns = all_columns(dataset, ("image", "caption"))
+    captions = columns.pop("caption")
     if context_length is not None:
-        token_ids, paired = tokenize_captions(dataset.captions, context_length)
+        token_ids, paired = tokenize_captions(captions, context_length)
         columns |= {"token_ids": token_ids, "paired": paired}
     return gathered_batches(columns, sampler, run.device)
 
@@ -119,7 +120,7 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
             f"{images.config.shuffle_gib:g} GiB"
         )
     if run.first_step > 0 and images.config.stream_restart:
-        state = next_epoch(run, state, workers, block_bytes(images.config, workers))
+        state = next_epoch(run, state, workers, block_bytes(images.config, workers), images.files)
     if run.first_step > 0 and state is None:
         raise ValueError(
             f"{run.folder.path}: the checkpoint of step {run.first_step} holds no stream position for process "
@@ -131,21 +132,25 @@ def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, 
     return batches
 
 
-def next_epoch(run: TrainingRun, state: dict[str, Any] | None, workers: int, num_bytes: int) -> dict[str, Any] | None:
+def next_epoch(
+    run: TrainingRun, state: dict[str, Any] | None, workers: int, num_bytes: int, files: str
+) -> dict[str, Any] | None:
     """The stream state that this process resumes from: its own, or the start of the next epoch.
 
-    If a checkpoint was written by another number of processes or workers, all processes start the epoch after the
-    furthest one that any of them reached, in blocks of `num_bytes`. Every process has to call this.
+    If a checkpoint was written by another number of processes or workers, or while reading other `files`, all
+    processes start the epoch after the furthest one that any of them reached, in blocks of `num_bytes`. Every process
+    has to call this.
     """
     same = state is not None and (state["processes"], state["workers"]) == (run.world_size, workers)
+    same = same and state.get("files", files) == files
     epochs = [position["epoch"] for position in (state or {"positions": []})["positions"]]
     found = gather_objects((same, max(epochs, default=0)))
     if all(matching for matching, _ in found):
         return state
     epoch = 1 + max(furthest for _, furthest in found)
     run.accelerator.print(
-        f"the stream was read by other numbers of processes or workers: it goes on at the start of epoch {epoch}, the "
-        "rest of the epoch before is skipped, and the count of samples left out begins anew"
+        "the stream was read by other numbers of processes or workers, or from other files: it goes on at the start "
+        f"of epoch {epoch}, the rest of the epoch before is skipped, and the count of samples left out begins anew"
     )
     positions = [asdict(StreamPosition(epoch=epoch)) for _ in range(workers)]
     counts = {"workers": workers, "processes": run.world_size, "next_worker": 0, "block_bytes": num_bytes}
