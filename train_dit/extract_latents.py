@@ -46,6 +46,7 @@ from vtp_diffusion.data.latent_shards import (
 )
 from vtp_diffusion.data.openmoji import LICENSE, read_attribution
 from vtp_diffusion.generation.latent_inputs import latent_shape
+from vtp_diffusion.generation.pipeline_checks import check_distinct_names
 from vtp_diffusion.models.image_size import EncodedDataConfig, settle_resolution
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
 from vtp_diffusion.models.loading import load_autoencoder
@@ -204,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     settle_resolution(config.data, vae)
     latent_shape(vae, config.data.resolution)  # refuses images that don't suit the autoencoder, before any is read
     dataset = open_dataset(config.data, config.split, advice=". --split all takes all images")
+    check_distinct_names(dict(enumerate(dataset.label_names)), f"data.source {config.data.source}")  # as train.py does
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}

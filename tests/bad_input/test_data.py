@@ -171,6 +171,13 @@ ROWS = {
     "a label of 10**15": (
         lambda m: parquet([0, 10**15]), EXTRACT + "parquet --data.data_files rows.parquet --data.label_column kind",
         "kind is 1000000000000000, expected class indices or names, below"),
+    "a class without a name": (
+        lambda m: parquet(["cat", "", "dog"]),
+        EXTRACT + "parquet --data.data_files rows.parquet --data.label_column kind",
+        "data.source parquet names class 0 '', expected a text"),
+    "two classes of one name": (
+        lambda m: [picture("photos/cat/0.png"), picture("photos/cat /0.png")], EXTRACT + "photos",
+        "data.source photos calls both 0 and 1 'cat ', expected two names"),
     "a shard cut within a member": (
         lambda m: tar(1500), EXTRACT + "webdataset --data.data_files shard.tar --data.image_column bmp",
         "shard.tar is truncated"),

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import pickle
 import re
 import tarfile
@@ -146,6 +147,12 @@ def test_the_fingerprint_tells_content_and_resolution(tmp_path):
     assert len(fingerprints | {open_dataset(config).fingerprint}) == 3
 
 
+def test_a_file_name_that_is_no_utf_8_is_read(tmp_path):
+    make_folder(tmp_path, [os.fsdecode(b"cat/\xff.png"), "dog/1.png"])
+    dataset = open_dataset(folder_config(tmp_path))
+    assert dataset.labels == [0, 1] and os.fsencode(dataset.keys[0]) == b"cat/\xff.png"
+
+
 def test_batches_from_memory_and_from_disk_are_the_same(tmp_path, monkeypatch):
     config = folder_config(make_folder(tmp_path, ["a/0.png", "b/1.png"]))
     kept = open_dataset(config)
@@ -283,8 +290,33 @@ def test_class_names_and_indices_in_a_column(tmp_path, offline, capsys):
     warning = "kind of parquet has the labels [0, 2], so the classes [1] have no images. Number them from 0"
     assert warning in capsys.readouterr().out
     write_parquet(offline, tmp_path / "unknown.parquet", [0, -1], offline.Value("int64"))
-    with pytest.raises(ValueError, match="kind is -1, expected class indices or names"):
+    with pytest.raises(ValueError, match="parquet, row 1: kind is -1, expected class indices or names"):
         open_dataset(parquet_config(tmp_path / "unknown.parquet"))
+    write_parquet(offline, tmp_path / "none.parquet", ["cat", "dog", None], offline.Value("string"))
+    with pytest.raises(ValueError, match="parquet, row 2: kind is None, expected class indices or names"):
+        open_dataset(parquet_config(tmp_path / "none.parquet", limit=1))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "nothing"),
+    [(["a", "b"], [1, 0], -1), (["a", "b"], [1, 0], None), (None, ["b", "a"], None), (["0", "1"], [1, 0], None)],
+)
+def test_splits_that_are_not_opened_may_lack_labels(names, labels, nothing, offline, monkeypatch):
+    index = offline.ClassLabel(names=names) if names == ["a", "b"] else offline.Value("int64")
+    features = {"image": offline.Image(), "label": index if names else offline.Value("string")}
+    images = [{"bytes": as_bytes(picture(k)), "path": None} for k in range(2)]
+    tables = {
+        split: offline.Dataset.from_dict({"image": images, "label": kinds}, offline.Features(features))
+        for split, kinds in (("train", labels), ("validation", labels), ("test", [nothing] * 2))
+    }
+    monkeypatch.setattr(data, "load_collection", lambda config, split, *more: (tables, [split]))
+    config = DataConfig(source="owner/imagenet-1k", label_column="label", resolution=16)
+    for split in ("train", "validation"):
+        dataset = open_dataset(config, split)
+        assert dataset.labels == [1, 0] and dataset.label_names == (names or ["a", "b"])
+    monkeypatch.setattr(data, "load_collection", lambda *settings: (tables, list(tables)))
+    with pytest.raises(ValueError, match=f"owner/imagenet-1k, row 4: label is {nothing}, expected class indices or"):
+        open_dataset(config, "all")
 
 
 def test_classes_of_a_column_have_one_number_in_all_splits_and_under_any_limit(tmp_path, offline):

@@ -6,7 +6,6 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 import functools
 import hashlib
 import reprlib
-import tarfile
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,9 @@ from .folders import content_hashes, read_layout, sorted_names
 from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image, read_image
 from .images import pil_to_uint8
 from .openmoji import is_held_out, openmoji_folder, read_metadata
-from .shard_files import announce_copy, check_columns, check_source, collection_builder
+from .shard_files import HELD_OUT, check_columns, check_source, load_collection
 
 OPENMOJI_LABELS = ("subcategory", "category")
-HELD_OUT = ("validation", "test")  # splits of a collection: the first that it has is the held-out one
 SKIN_TONE_WEIGHT = 0.2  # the five skin tones of one drawing count as one image
 IN_MEMORY_BYTES = 2**30
 Crop = Callable[[Image.Image, int], Image.Image]
@@ -354,14 +352,15 @@ def _open_folder(config: DataConfig, split: str, or_all: bool, advice: str, quie
 
 
 def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) -> ImageDataset:
-    collection, names = _load_collection(config, split, or_all, advice)
-    table = require("datasets", "train").concatenate_datasets([collection[name] for name in names])
+    collection, opened = load_collection(config, split, or_all, advice)
+    table = require("datasets", "train").concatenate_datasets([collection[name] for name in opened])
     check_columns(config, table.column_names)
     if len(table) == 0:
         raise ValueError(f"{config.source}: the {split} split holds no images")
     rows = spread_evenly(range(len(table)), config.limit)
     chosen = table if len(rows) == len(table) else table.select(rows)
-    labels, names, named = _collection_labels(chosen, collection, config)
+    found = _collection_classes(table, collection, opened, config)
+    labels, names, named = _collection_labels(chosen, found, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
     where = f"{config.source}: {config.caption_column} of sample"
     known = [table._fingerprint, *map(str, rows)]
@@ -381,47 +380,15 @@ def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) 
     )
 
 
-def _load_collection(config: DataConfig, split: str, or_all: bool, advice: str):
-    """A collection of `datasets` (name -> table), and the names of its tables that make up `split`."""
-    datasets = require("datasets", "train")
-    try:
-        builder = collection_builder(config, split)
-        from_main(lambda: announce_copy(builder, config.data_files))
-        builder.download_and_prepare()
-        collection = builder.as_dataset()
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
-        raise ValueError(
-            f"source {config.source!r}, data_files {config.data_files or 'none'}, is neither openmoji, nor a folder, "
-            "nor a collection that `datasets` can load: "
-            f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
-        ) from error
-    if split == "all":
-        return collection, list(collection)
-    found = [name for name in (HELD_OUT if split == "validation" else ("train",)) if name in collection]
-    if not found and not or_all:
-        hint = "; data.validation_files may name one" if split == "validation" else ""
-        raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}{advice}")
-    return collection, found[:1] or list(collection)
-
-
-def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int], list[str], bool]:
-    """(labels, class names, whether the names are more than indices) of a table whose label column holds class indices
-    or names. Names are numbered alphabetically, those of the training split first: it is often opened alone."""
+def _collection_labels(table, found: list[str] | list[int], config: DataConfig) -> tuple[list[int], list[str], bool]:
+    """(labels, class names, whether the names are more than indices) of a table. `found`: as `_collection_classes`."""
     column = config.label_column
     if column is None:
         return [0] * len(table), ["image"], True
-    labels, found = list(table[column]), list[str | int]()
-    for name in sorted(collection, key=lambda name: name != "train"):
-        values = collection[name].unique(column) if column in collection[name].column_names else []
-        if all(isinstance(value, str) for value in values):
-            found += sorted_names({unicodedata.normalize("NFC", value) for value in values}.difference(found))
-        else:
-            found += [check_label(value, f"{config.source}: {column}") for value in values]
-    if all(isinstance(name, str) for name in found):
+    labels = list(table[column])
+    if isinstance(found[0], str):
         indices = {name: index for index, name in enumerate(found)}
         return [indices[unicodedata.normalize("NFC", label)] for label in labels], found, True
-    for label in labels:
-        check_label(label, f"{config.source}: {column}")
     names = getattr(table.features[column], "names", None)
     if names is None and (missing := sorted(set(range(max(found) + 1)).difference(found))):
         _say(
@@ -429,6 +396,33 @@ def _collection_labels(table, collection, config: DataConfig) -> tuple[list[int]
             f"{reprlib.repr(missing)} have no images. Number them from 0 without gaps, or store their names as text"
         )
     return labels, names or [str(index) for index in range(max(found) + 1)], names is not None
+
+
+def _collection_classes(table, collection, opened: list[str], config: DataConfig) -> list[str] | list[int]:
+    """The names, or the indices, in the label column of all splits. Names are in alphabetical order, those of the
+    training split first: it is often opened alone. Only the `opened` splits, which make up the table, have to be
+    labelled: the labels of a test split are often all -1 or null.
+
+    Raises: ValueError naming the row of a label that is missing or no class.
+    """
+    column, splits = config.label_column, dict[str, list]()
+    for name in sorted(collection, key=lambda name: name != "train") if column else ():
+        values = collection[name].unique(column) if column in collection[name].column_names else [None]
+        splits[name] = values if name in opened else [value for value in values if value not in (None, -1)]
+    named = any(isinstance(value, str) for values in splits.values() for value in values)
+
+    def is_class(label: Any) -> bool:
+        return isinstance(label, str) if named else type(label) is int and 0 <= label < MAX_CLASSES
+
+    if wrong := [(f", {name}", value) for name, values in splits.items() for value in values if not is_class(value)]:
+        rows = ((f", row {row}", label) for row, label in enumerate(table[column]) if not is_class(label))
+        where, label = next(rows, wrong[0])  # not in the table: in a split that is not opened
+        check_label(label, f"{config.source}{where}: {column}")
+    found = list[Any]()
+    for values in splits.values():
+        normal = {unicodedata.normalize("NFC", value) for value in values} if named else values
+        found += sorted_names(normal.difference(found)) if named else values
+    return found
 
 
 class _CollectionReader:
@@ -446,4 +440,4 @@ class _CollectionReader:
 def _fingerprint(source: str, resolution: int, keys: list[str], turned: bool = False) -> str:
     """`turned`: images are rotated by EXIF data. If not, the fingerprint is as before that option existed."""
     known = [source, str(resolution), *keys, *["EXIF orientation"] * turned]
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(known).encode(errors="surrogateescape")).hexdigest()[:16]

@@ -15,8 +15,9 @@ from PIL import ExifTags, Image, ImageFile
 DECODING_ERRORS = (
     OSError, SyntaxError, EOFError, ValueError, struct.error, RuntimeError, Image.DecompressionBombError
 )  # fmt: skip
-# 32-bit integers and floats have no fixed range that could be scaled to 8 bits
+# 32-bit integers and floats have no fixed range that could be scaled to 8 bits; but see `_check_mode`
 REFUSED_MODES = ("I", "F")
+LONG = 32  # of an image so many times as long as wide only what the crop shows is enlarged: all of it can fill memory
 CROP = "ADM centre crop"  # what `center_crop` does, in the words of latents.json
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -73,6 +74,8 @@ def _open(file: str | Path | io.BytesIO, max_pixels: int | None = None) -> Image
     image = Image.open(file, formats=sorted(set(image_formats().values())))
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise ValueError(f"it has {image.width} x {image.height} pixels, expected at most max_pixels, {max_pixels}")
+    if image.format == "TIFF":
+        image.filename = ""  # with a name Pillow maps the file into memory, with the rows of the turned image
     return image
 
 
@@ -90,7 +93,8 @@ def read_header(path: Path) -> tuple[int, int, str]:
 
 
 def _check_mode(image: Image.Image) -> None:
-    if image.mode in REFUSED_MODES:
+    # a grey PPM file of more than 8 bits has the mode I too, which Pillow scales to 16 bits
+    if image.mode in REFUSED_MODES and (image.mode, image.format) != ("I", "PPM"):
         raise ValueError(f"its pixels are of mode {image.mode!r}, expected 8 or 16 bits")
 
 
@@ -132,7 +136,7 @@ def decode_image(
     Args: `name`: for the message; `orient`, `max_pixels`: as in `read_image`.
     Raises: UnreadableImageError naming the image, also if it is missing.
     """
-    if value is None:
+    if value is None or value["bytes"] is None and value["path"] is None:
         raise UnreadableImageError(f"{name} is missing")
     if value["bytes"] is None:
         return read_image(value["path"], orient, max_pixels)
@@ -151,11 +155,13 @@ def as_rgb(image: Image.Image, orient: bool = True) -> Image.Image:
     """
     _check_mode(image)
     clear, bits = image.info.get("transparency"), _stored_bits(image)
+    inverted = image.format == "TIFF" and image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
     image.load()
     turn = _turn(image) if orient else None
-    if image.mode.startswith("I;16"):
+    if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image)
-        image = Image.fromarray((grey >> 8).astype(np.uint8))
+        eight = (grey >> (4 if bits == 12 else 8)).astype(np.uint8)  # Pillow scales all but the 12 bits of TIFF to 16
+        image = Image.fromarray(255 - eight if inverted else eight)  # of 8 bits Pillow itself inverts
         if clear is not None:
             image.putalpha(Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8)))
     elif clear is not None and image.mode == "RGB" and bits == 16:  # in the bit depth of the file
@@ -185,9 +191,19 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    if scale != 1:
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
+    width, height = round(image.width * scale), round(image.height * scale)
+    return _cut_of_resized(image, (width, height), ((width - size) // 2, (height - size) // 2), size)
+
+
+def _cut_of_resized(image: Image.Image, sides: tuple[int, int], corner: tuple[int, int], size: int) -> Image.Image:
+    """The square of this size, from its left upper corner, of the image resized to `sides` with a bicubic filter."""
+    (width, height), (left, top) = sides, corner
+    if max(image.size) > LONG * min(image.size) and max(sides) > max(image.size):
+        x, y = image.width / width, image.height / height
+        shown = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=shown)
+    if image.size != sides:
+        image = image.resize(sides, Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -199,6 +215,5 @@ def squash(image: Image.Image, size: int) -> Image.Image:
 def resized_center_crop(image: Image.Image, size: int) -> Image.Image:
     """The short side to 8/7 of the size, bicubic, then the centre: torchvision's `Resize(256)`, `CenterCrop(224)`."""
     short, around = min(image.size), round(size * 8 / 7)
-    image = image.resize(tuple(int(around * side / short) for side in image.size), Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    width, height = (int(around * side / short) for side in image.size)
+    return _cut_of_resized(image, (width, height), (round((width - size) / 2), round((height - size) / 2)), size)

@@ -2,14 +2,17 @@
 
 import re
 import shutil
+import tarfile
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from ..runtime.optional_packages import require
+from ..runtime.processes import from_main
 
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, need data_files
 
+HELD_OUT = ("validation", "test")  # splits of a collection: the first that it has is the held-out one
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME
 COPIED = ("parquet", "webdataset")  # `datasets` copies these into Arrow files, about as large
 
@@ -58,6 +61,29 @@ def collection_builder(config: Any, split: str) -> Any:
 
     columns = dict.fromkeys(filter(None, (config.image_column, config.caption_column, config.label_column)))
     return Shards(dataset_name="webdataset", data_files=files, columns=tuple(columns))
+
+
+def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple[Any, list[str]]:
+    """A collection of `datasets` (name -> table), and the names of its tables that make up `split`."""
+    datasets = require("datasets", "train")
+    try:
+        builder = collection_builder(config, split)
+        from_main(lambda: announce_copy(builder, config.data_files))
+        builder.download_and_prepare()
+        collection = builder.as_dataset()
+    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
+        raise ValueError(
+            f"source {config.source!r}, data_files {config.data_files or 'none'}, is neither openmoji, nor a folder, "
+            "nor a collection that `datasets` can load: "
+            f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
+        ) from error
+    if split == "all":
+        return collection, list(collection)
+    found = [name for name in (HELD_OUT if split == "validation" else ("train",)) if name in collection]
+    if not found and not or_all:
+        hint = "; data.validation_files may name one" if split == "validation" else ""
+        raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}{advice}")
+    return collection, found[:1] or list(collection)
 
 
 def check_columns(config: Any, known: list[str]) -> tuple[str | None, ...]:

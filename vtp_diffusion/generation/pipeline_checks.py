@@ -64,12 +64,17 @@ def check_names(id2label: Any, transformer) -> None:
     expected, given = set(map(str, range(transformer.config.num_classes))), [*map(str, id2label)]
     if wrong := [index for index in id2label if str(index) not in expected] or given[len(set(given)) :]:
         raise ValueError(f"id2label has {wrong[:5]}, expected class indices from 0 to {len(expected) - 1}")
+    check_distinct_names(id2label, "id2label")
+
+
+def check_distinct_names(names: dict[Any, Any], given: str) -> None:
+    """Raises: ValueError unless every class has a name of its own. Args: `given`: where the names are from."""
     seen = {}
-    for index, name in id2label.items():
+    for index, name in names.items():
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"id2label names class {index} {name!r}, expected a text")
+            raise ValueError(f"{given} names class {index} {name!r}, expected a text")
         if seen.setdefault(normal_name(name), index) != index:
-            raise ValueError(f"id2label calls both {seen[normal_name(name)]} and {index} {name!r}, expected two names")
+            raise ValueError(f"{given} calls both {seen[normal_name(name)]} and {index} {name!r}, expected two names")
 
 
 def check_scheduler(scheduler) -> None:
