@@ -34,7 +34,7 @@ from torch import nn
 from vtp_diffusion.data.batches import AugmentationConfig
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.evaluation.validation import ValidationConfig
-from vtp_diffusion.generation.autoguidance import GUIDE, GuideConfig, check_guide, open_guide
+from vtp_diffusion.generation.autoguidance import GuideConfig, check_guide, open_guide, save_guide
 from vtp_diffusion.generation.fused_training import FusedConfig, use_fused_blocks, wanted_graphs, why_blocks_are_plain
 from vtp_diffusion.generation.objective import (
     FlowMatchingConfig,
@@ -220,7 +220,6 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__, CONFIGS)
     from vtp_diffusion.evaluation.validation import check_validation, open_distance, validated_steps
     from vtp_diffusion.models.loading import load_autoencoder
-    from vtp_diffusion.training.checkpoints import export_averaged
     from vtp_diffusion.training.loop import TrainingRun
     from vtp_diffusion.training.optimisation import muon_groups
     from vtp_diffusion.training.rates import forward_flops
@@ -270,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in validated_steps(run, distance, partial(validate, config, run, vae, dataset, distance)):
         run.optimise(step, inputs)
         if step + 1 == config.guide.step:  # before this step's checkpoint: a run resumed from it needs the guide
-            export_averaged(run.model, run.optimisation.average, folder.path / GUIDE)
+            save_guide(run, step + 1)
     if config.latents is None:
         print_left_out(run, dataset)
     with run.averaged_model() as model:

@@ -16,6 +16,7 @@ that decoder (--stop_on_collapse false: training goes on).
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ from vtp_diffusion.pretraining.reconstruction import (
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import replacing, write_json
-from vtp_diffusion.runtime.processes import gather_objects
+from vtp_diffusion.runtime.processes import gather_objects, main_alone
 from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.compilation import compile_modules
@@ -110,8 +111,8 @@ def training_inputs(run: TrainingRun, config: Config, objective: AdversarialDeco
         yield {"images": batch.augmented, "adversarial": adversarial, **noise}
 
 
-def measure(autoencoder: "AutoencoderVTP", dataset, config: Config, perceptual) -> dict[str, float]:
-    """PSNR and LPIPS of the reconstructions of a split."""
+def measure(autoencoder: "AutoencoderVTP", dataset, config: Config, perceptual) -> dict[str, float | None]:
+    """PSNR and LPIPS of the reconstructions of a split, as of `evaluate_reconstruction`."""
     batches = plain_batches(dataset, autoencoder.device, limit=config.evaluation_images)
     return evaluate_reconstruction(autoencoder, batches, perceptual)
 
@@ -256,10 +257,13 @@ def main(argv: list[str] | None = None) -> None:
     splits = open_splits(config.data, config.evaluation_images, config.train_batch_size)
     fingerprint = f"{splits.training.fingerprint}-{autoencoder_identity(reference)['weights']}"
     run = start_run(config, folder, autoencoder, perceptual, fingerprint)
+
+    def evaluate(step: int) -> None:
+        with run.averaged_weights():  # at step 0 the initial ones
+            validate(run, config, autoencoder, splits, perceptual, step)
+
     if run.first_step == 0 or run.validation_missed(psnr_name(splits)):
-        if run.is_main:
-            with run.averaged_weights():  # at step 0 the initial ones
-                validate(run, config, autoencoder, splits, perceptual, run.first_step)
+        main_alone(partial(evaluate, run.first_step))
     batches = training_batches(run, splits.training)
     inputs = training_inputs(run, config, run.bare, batches)
     fallen = collapsed(run, config, splits)
@@ -267,14 +271,13 @@ def main(argv: list[str] | None = None) -> None:
         run.optimise(step, inputs)
         if run.due(step, config.validation_steps):
             run.save_due(step)
-            if run.is_main:
-                with run.averaged_weights():
-                    validate(run, config, autoencoder, splits, perceptual, step + 1)
+            main_alone(partial(evaluate, step + 1))
             if fallen := collapsed(run, config, splits):
                 run.save(step + 1)  # so that the same command ends in the same way
                 break
     left_out = count_left_out(run, splits.training, batches)
-    if run.is_main:
+
+    def complete() -> None:
         with run.averaged_weights():
             trained, of_step = autoencoder, config.max_train_steps
             if fallen:
@@ -282,9 +285,14 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"PSNR has fallen, training ends: vae/ gets the decoder of step {of_step}, before the signs")
             results = finish(run, config, trained, of_step, reference, splits, perceptual, left_out)
         for name in splits.measured:
-            changes = (f"{k} {v:.3f} -> {results[name]['after'][k]:.3f}" for k, v in results[name]["before"].items())
+            before, after = results[name]["before"], results[name]["after"]
+            changes = (
+                f"{k} {before[k]:.3f} -> {after[k]:.3f}" for k in before if None not in (before[k], after.get(k))
+            )
             print(f"{name}: {', '.join(changes)}")
         print_written(config, run, "train" if splits.held_out is None else "validation")
+
+    main_alone(complete)
     run.end()
 
 

@@ -43,7 +43,7 @@ from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, Se
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import numbers_line, write_json
-from vtp_diffusion.runtime.processes import this_process
+from vtp_diffusion.runtime.processes import main_alone, this_process
 from vtp_diffusion.runtime.programs import print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.config import TrainingConfig
@@ -54,7 +54,7 @@ from vtp_diffusion.training.run_folder import RunFolder
 if TYPE_CHECKING:
     from vtp_diffusion import AutoencoderVTP, VTPModel
 
-STREAM_STATISTICS = 50_000  # default number of images for the latent statistics of a stream
+STATISTICS_IMAGES = 50_000  # default limit of the images for the latent statistics: one process encodes them twice
 # In the order in which they draw random numbers; each has its settings in a field of `Config` of the same name.
 OBJECTIVES = {
     "contrastive": ContrastiveObjective,
@@ -128,7 +128,7 @@ class Config(TrainingConfig):
         None, "images of each split to measure; none: all", may_change=True, at_least=1
     )
     latent_statistics_images: int | None = setting(
-        None, "training images for the latent statistics; none: all, of a stream 50,000", may_change=True, at_least=1
+        None, "training images for the latent statistics; none: all, but at most 50,000", may_change=True, at_least=1
     )
     zero_shot_templates: tuple[str, ...] = setting(
         TEMPLATES, "prompts, {} being the name of the class", may_change=True
@@ -255,9 +255,9 @@ def validate(run: TrainingRun, config: Config, model, splits: Splits, perceptual
 def latent_statistics(run: TrainingRun, config: Config, autoencoder, splits: Splits) -> dict:
     """Mean and standard deviation of each latent channel over training images and their mirror images, and the number
     of images."""
-    limit, counts = config.latent_statistics_images, []
+    limit, counts = config.latent_statistics_images or STATISTICS_IMAGES, []
     if config.data.streaming:
-        batches = first_batches(splits.training, limit or STREAM_STATISTICS, run.device, config.dataloader_num_workers)
+        batches = first_batches(splits.training, limit, run.device, config.dataloader_num_workers)
     else:
         batches = plain_batches(splits.training, run.device, limit)
 
@@ -272,8 +272,15 @@ def latent_statistics(run: TrainingRun, config: Config, autoencoder, splits: Spl
 
 
 def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, left_out: dict) -> dict:
-    """Measure, put the latent statistics into the configuration, write vae/, vtp/ and results.json."""
-    autoencoder = getattr(model, "autoencoder", model)
+    """Write vae/ and vtp/ with the latent statistics in the configuration, then measure and write results.json."""
+    autoencoder, statistics = getattr(model, "autoencoder", model), {}
+    if "reconstruction" in config.objectives:
+        statistics = latent_statistics(run, config, autoencoder, splits)
+        autoencoder.register_to_config(**{name: statistics[name] for name in ("latents_mean", "latents_std")})
+    autoencoder.save_pretrained(run.folder.path / "vae")  # before the measurements, which may take hours
+    if model is not autoencoder:
+        model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
+    autoencoder.register_to_config(latents_mean=None, latents_std=None)  # measured as in validations, to the last bit
     results = {"steps": config.max_train_steps} | run.summary()
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())
     for name, dataset in splits.measured.items():
@@ -284,12 +291,7 @@ def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, 
         if not config.data.streaming:
             skipped = dataset.skipped
             results[name] |= {"unreadable": len(skipped), "first_unreadable": skipped[:NAMED]}
-    if "reconstruction" in config.objectives:
-        results |= latent_statistics(run, config, autoencoder, splits)
-        autoencoder.register_to_config(**{name: results[name] for name in ("latents_mean", "latents_std")})
-    autoencoder.save_pretrained(run.folder.path / "vae")
-    if model is not autoencoder:
-        model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
+    results |= statistics
     results["left_out"] = left_out
     results["configuration"] = config_to_dict(config)
     write_json(run.folder.path / "results.json", results)
@@ -329,9 +331,13 @@ def main(argv: list[str] | None = None) -> None:
     def report(step: int, validation_due: bool) -> None:
         left_out = count_left_out(run, splits.training, batches)
         counts = {f"left_out/{reason}": float(count) for reason, count in left_out.items() if count}
-        if run.is_main and validation_due:
+
+        def evaluate() -> None:
             with run.averaged_weights():
                 validate(run, config, model, splits, perceptual, step, counts)
+
+        if validation_due:
+            main_alone(evaluate)
         else:
             run.report(step, counts)
 
@@ -350,12 +356,15 @@ def main(argv: list[str] | None = None) -> None:
         if validation_due or run.due(step, config.checkpointing_steps):
             report(step + 1, validation_due)
     left_out = count_left_out(run, splits.training, batches)
-    if run.is_main:
+
+    def complete() -> None:
         with run.averaged_weights():
             results = finish(run, config, model, splits, perceptual, left_out)
         for name in splits.measured:
             print(f"{name}: {numbers_line(results[name])}")
         print_written(config, run)
+
+    main_alone(complete)
     run.end()
 
 

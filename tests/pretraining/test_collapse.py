@@ -1,5 +1,7 @@
 """Signs of collapse in a log."""
 
+import math
+
 import pytest
 
 from vtp_diffusion.pretraining.collapse import collapse_signs, harmful, has_fallen
@@ -29,6 +31,21 @@ def test_signs_of_collapse(log, found):
     assert [(sign["step"], sign["sign"]) for sign in signs] == found
     assert has_fallen(log, "psnr") == any(sign["sign"] == "PSNR falls" for sign in signs)
     assert harmful(signs) == [sign for sign in signs if sign["sign"] != "discriminator guesses"]
+
+
+@pytest.mark.parametrize(
+    ("psnrs", "fallen"),
+    [
+        ([math.inf, math.inf], []),
+        ([math.inf, 20.0, 18.0, 16.0, None], [3]),
+        ([None, 20.0, math.inf, 16.0, math.nan], [3]),
+        ([None, math.nan], [1]),
+    ],
+)
+def test_images_that_equal_their_reconstructions_are_no_sign(psnrs, fallen):
+    log = [{"step": k, "psnr": value} for k, value in enumerate(psnrs)]
+    assert [sign["step"] for sign in collapse_signs(log, 0, "psnr")] == fallen
+    assert has_fallen(log, "psnr") == (bool(fallen) and psnrs[-1] is not None)
 
 
 def test_a_psnr_that_comes_back_has_not_fallen():

@@ -144,3 +144,14 @@ def test_evaluation_is_the_mean_over_images():
     assert set(evaluate_reconstruction(autoencoder, [images])) == {"psnr"} and math.isfinite(measured["psnr"])
     with pytest.raises(ValueError, match="no images"):
         evaluate_reconstruction(autoencoder, [])
+
+
+def test_images_that_equal_their_reconstructions_are_counted_and_left_out_of_the_mean():
+    autoencoder, white = tiny_autoencoder(), torch.ones(1, 3, 16, 16)
+    torch.nn.init.constant_(autoencoder.decoder.proj_out.bias, 5.0)  # decodes everything to white
+    others = some_images(2)
+    alone = evaluate_reconstruction(autoencoder, [others], MeanDistance())
+    together = evaluate_reconstruction(autoencoder, [white, others], MeanDistance())
+    assert together["psnr"] == alone["psnr"] and together["equal_images"] == 1 and "equal_images" not in alone
+    assert together["lpips"] < alone["lpips"]  # of all images
+    assert evaluate_reconstruction(autoencoder, [white]) == {"psnr": None, "equal_images": 1}

@@ -139,6 +139,20 @@ def test_a_collapse_ends_the_run_with_the_decoder_from_before(tmp_path, inputs, 
     assert all(torch.equal(value, given[name]) for name, value in vae.items())
 
 
+def test_an_image_reconstructed_exactly_is_no_collapse(tmp_path, inputs, capsys):
+    shutil.copytree(inputs, tmp_path / "inputs")
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "inputs/pictures/validation/00.png")
+    given = AutoencoderVTP.from_pretrained(inputs / "stage1" / "vae")
+    torch.nn.init.constant_(given.decoder.proj_out.bias, 5.0)  # decodes everything to white
+    given.save_pretrained(tmp_path / "inputs" / "stage1" / "vae")
+    load_program().main(arguments(tmp_path / "run", tmp_path / "inputs"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["steps"] == 4 and results["held_out"]["before"]["equal_images"] == 1
+    first = log_of(tmp_path / "run")[0]
+    assert first["held_out_psnr"] == results["held_out"]["before"]["psnr"] and first["held_out_equal_images"] == 1
+    assert "PSNR falls" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "more",
     [

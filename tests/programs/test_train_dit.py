@@ -292,6 +292,10 @@ def test_an_early_average_becomes_the_guide_of_the_pipeline(tmp_path, made):
     pipeline = LightningDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipeline.guidance_transformer is not None
     assert "EMA weights of step 3 (autoguidance" in (tmp_path / "run/pipeline/README.md").read_text()
+    with pytest.raises(ValueError, match="guide.step is 2, .* goes on after step 6 and its guidance_tr.* of step 3:"):
+        program.main(arguments(tmp_path / "run", made, "--guide.step=2"))
+    (tmp_path / "run" / "guidance_transformer.json").unlink()  # as of a run that began before there was one
+    program.main(arguments(tmp_path / "run", made, "--guide.step=3"))
     shutil.rmtree(tmp_path / "run" / "guidance_transformer")
     with pytest.raises(ValueError, match="guide.step is 3, but the run goes on after step 6"):
         program.main(arguments(tmp_path / "run", made, "--guide.step=3"))

@@ -107,6 +107,25 @@ def test_the_saved_autoencoder_normalises_its_training_images(tmp_path, pictures
     assert results["latents_mean"] == autoencoder.config.latents_mean and results["latent_statistics_images"] == 20
 
 
+def test_the_autoencoder_is_written_before_what_takes_longest(tmp_path, pictures, monkeypatch):
+    program, few = load_program("train_vtp"), ("--max_train_steps=1", "--lr_scheduler=constant")
+    monkeypatch.setattr(program, "STATISTICS_IMAGES", 7)
+    measured = iter([program.measure])  # in the validation; not in the end
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="ended"):
+        patch.setattr(program, "measure", lambda *given: next(measured, ended)(*given))
+        program.main(arguments(tmp_path / "run", pictures, *few))
+    statistics = AutoencoderVTP.from_pretrained(tmp_path / "run" / "vae").config.latents_mean
+    program.main(arguments(tmp_path / "run", pictures, *few))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["latents_mean"] == statistics and results["latent_statistics_images"] == 7
+    last = log_of(tmp_path / "run")[-1]  # measured in the same way, without the statistics
+    assert all(last[f"held_out_{name}"] == results["held_out"][name] for name in ("psnr", "effective_rank"))
+
+
+def ended(*given):
+    raise OSError("ended")
+
+
 @pytest.mark.parametrize("more", [(), ("--keep_on_device=false", "--gradient_accumulation_steps=2")])
 def test_a_resumed_run_gives_the_same_autoencoder(tmp_path, pictures, more):
     program = load_program("train_vtp")

@@ -67,7 +67,7 @@ def test_a_generator_run_goes_on_with_the_losses_it_had(tmp_path):
 
 @pytest.fixture
 def diffusers_as_it_was():
-    """An exported pipeline.py puts its classes into diffusers, where later tests would find them."""
+    """That version's pipeline.py puts its classes into diffusers in place of ours: later tests would find them."""
     names = ("AutoencoderVTP", "LightningDiTTransformer2DModel", "LightningDiTPipeline")
     before = {name: vars(diffusers)[name] for name in names if name in vars(diffusers)}
     yield

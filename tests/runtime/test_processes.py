@@ -1,7 +1,10 @@
 """What the main process computes, handed on to the others."""
 
+import itertools
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,24 @@ def test_the_main_process_computes_and_all_have_it_or_its_error(tmp_path, monkey
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert run_on_two(hand_on, tmp_path) == [("of 0", [0]), ("of 0", [])]
     assert processes.from_main(lambda: 5) == 5
+
+
+def work_long(rank):
+    processes._calls = itertools.count()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    dist.barrier()
+    done = []
+    for _ in range(2):
+        processes.main_alone(lambda: done.append(time.sleep(1.5)))
+        dist.barrier()
+    return len(done)
+
+
+def test_the_others_wait_for_work_that_takes_longer_than_a_collective_may(tmp_path):
+    assert run_on_two(work_long, tmp_path) == [2, 0]
+    done = []
+    processes.main_alone(lambda: done.append(1))
+    assert done == [1]
 
 
 def test_every_program_waits_an_hour(monkeypatch):

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..runtime.config import Settings, setting
+from ..runtime.disk import read_json, write_json
 from .transformer_config import different_settings
 
 if TYPE_CHECKING:
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
+    from ..training.loop import TrainingRun
     from ..training.run_folder import RunFolder
 
 GUIDE = "guidance_transformer"  # name of the component, and of its folder in the run folder until the run ends
+GUIDE_STEP = f"{GUIDE}.json"  # in the run folder: the step that the guide is of; older folders lack it
 
 
 @dataclass(kw_only=True)
@@ -41,16 +44,20 @@ def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDi
     """Refuse a guide before training, rather than when the pipeline is saved.
 
     Raises: ValueError if the guide has other latents or classes or is a few-step student, or if the run has passed
-        `step` without saving it.
+        `step` without saving it, or has saved another step since.
     """
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 
     checkpoints = folder.checkpoints() if config.step is not None else []
-    if checkpoints and checkpoints[-1][0] >= config.step and not (folder.path / GUIDE).is_dir():
-        raise ValueError(
-            f"guide.step is {config.step}, but the run goes on after step {checkpoints[-1][0]} and has no {GUIDE}/: "
-            "give a checkpoint's transformer_ema/ as guide.transformer"
-        )
+    if checkpoints and checkpoints[-1][0] >= config.step:
+        record = folder.path / GUIDE_STEP
+        saved = read_json(record).get("step") if record.is_file() else config.step
+        if saved != config.step or not (folder.path / GUIDE).is_dir():
+            found = f"its {GUIDE}/ is of step {saved}" if saved != config.step else f"has no {GUIDE}/"
+            raise ValueError(
+                f"guide.step is {config.step}, but the run goes on after step {checkpoints[-1][0]} and {found}: "
+                "give a checkpoint's transformer_ema/ as guide.transformer"
+            )
     if config.transformer is not None:
         expected = {key: transformer.config[key] for key in ("sample_size", "in_channels", "num_classes")}
         found = LightningDiTTransformer2DModel.load_config(config.transformer)
@@ -58,6 +65,15 @@ def check_guide(config: GuideConfig, folder: RunFolder, transformer: LightningDi
             raise ValueError(f"guide.transformer {config.transformer} is a few-step student, expected another network")
         if different := different_settings(found, expected):
             raise ValueError(f"guide.transformer {config.transformer} does not fit: {different}")
+
+
+def save_guide(run: TrainingRun, step: int) -> None:
+    """Write the EMA weights as the guide, of `step`; an earlier one is replaced. Every process has to call this."""
+    from ..training.checkpoints import export_averaged
+
+    if run.is_main:  # first: if the weights are not written any more, no others pass for those of this step
+        write_json(run.folder.path / GUIDE_STEP, {"step": step})
+    export_averaged(run.model, run.optimisation.average, run.folder.path / GUIDE)
 
 
 def open_guide(config: GuideConfig, folder: RunFolder) -> LightningDiTTransformer2DModel | None:

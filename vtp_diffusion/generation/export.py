@@ -47,12 +47,14 @@ pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", tru
 '''
 
 # The last lines of pipeline.py. A class left in the loop's variable would count as a second pipeline class, hence del.
+# Where the package is imported, diffusers finds the package's classes, which can do more, and keeps them.
 # diffusers copies every local pipeline.py to one place, where the next load overwrites it: saving needs the text kept.
 TAIL = """
 
 # Components in model_index.json are looked up as attributes of diffusers.
 for _class in ({classes}):
-    setattr(diffusers, _class.__name__, _class)
+    if "'vtp_diffusion." not in str(getattr(diffusers, _class.__name__, 0)):
+        setattr(diffusers, _class.__name__, _class)
 del _class
 LightningDiTPipeline.exported_source = pathlib.Path(__file__).read_text(encoding="utf-8")
 """
@@ -205,9 +207,10 @@ class _Module:
             elif isinstance(node, ast.Import | ast.ImportFrom) and node in self.tree.body:
                 for alias in node.names:
                     self.imports[alias.asname or alias.name] = _import_statement(node, alias)
-        self.docstring = ast.get_docstring(self.tree)
-        body = self.tree.body if self.docstring is None else self.tree.body[1:]
-        self.statements = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+        documented = ast.get_docstring(self.tree) is not None
+        self.statements = [
+            node for node in self.tree.body[documented:] if not isinstance(node, ast.Import | ast.ImportFrom)
+        ]
 
     def _leave_out(self) -> None:
         self.left_out: set[str] = set()  # of `LEFT_OUT`: what this file defines
@@ -250,12 +253,10 @@ class _Module:
         return ".".join([*self.room[: len(self.room) - above], node.module])
 
     def body(self, wanted: set[ast.stmt]) -> str:
-        """The text of the wanted statements, each with the comment above it, under the file's name and docstring;
-        empty if none."""
+        """The text of the wanted statements, each with the comment above it, under the file's name; empty if none."""
         if wanted.isdisjoint(self.tree.body):
             return ""
         kept, end = [f"\n\n# ---- from {self.path.parent.name}/{self.path.name}"], 0
-        kept += [f"# {line}" for line in (self.docstring or "").partition("\n\n")[0].splitlines()]
         for node in self.tree.body:
             segment, end = self.lines[end : node.end_lineno], node.end_lineno
             if node in wanted:

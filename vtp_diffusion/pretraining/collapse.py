@@ -1,5 +1,6 @@
 """Signs that the training of a decoder against a discriminator collapses, read from the log of a run."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,7 +25,8 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
     Args:
         log: lines of log.jsonl in order.
         start_step: `AdversarialConfig.start_step`.
-        psnr: name of the PSNR in the log; its first value is that before training.
+        psnr: name of the PSNR in the log; its first value is that before training. Where it is None or infinite, all
+            images, or some, equalled their reconstructions: nothing has fallen, and nothing is compared with it.
     Returns: {"step", "sign", "value"}, in the order of the steps.
     """
     rules = {
@@ -32,11 +34,11 @@ def collapse_signs(log: Iterable[dict[str, Any]], start_step: int, psnr: str) ->
         GUESSES: ("discriminator/accuracy", lambda value: abs(value - 0.5) <= COLLAPSE_GUESSING),
         "adaptive weight explodes": ("adaptive_weight", lambda value: value >= COLLAPSE_WEIGHT),
     }
-    streaks, signs, before, fallen = dict.fromkeys(rules, 0), [], None, False
+    streaks, signs, values, fallen = dict.fromkeys(rules, 0), [], [], False
     for line in log:
         if psnr in line:
-            before = line[psnr] if before is None else before
-            was_fallen, fallen = fallen, not line[psnr] > before - COLLAPSE_PSNR  # also where it is NaN
+            values.append(line[psnr])
+            was_fallen, fallen = fallen, _last_is_fallen(values)
             if fallen and not was_fallen:
                 signs.append({"step": line["step"], "sign": PSNR_FALLS, "value": line[psnr]})
         if line["step"] <= start_step:
@@ -57,5 +59,15 @@ def harmful(signs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def has_fallen(log: Iterable[dict[str, Any]], psnr: str) -> bool:
     """Whether the last validation has a PSNR 3 dB below the first, or NaN."""
-    values = [line[psnr] for line in log if psnr in line]
-    return bool(values) and not values[-1] > values[0] - COLLAPSE_PSNR
+    return _last_is_fallen([line[psnr] for line in log if psnr in line])
+
+
+def _last_is_fallen(values: list[float | None]) -> bool:
+    """Whether the last PSNR is NaN, or 3 dB below the first one that is neither None nor infinite."""
+    if not values or not _is_comparable(values[-1]):
+        return False
+    return not values[-1] > next(filter(_is_comparable, values)) - COLLAPSE_PSNR
+
+
+def _is_comparable(value: float | None) -> bool:
+    return value is not None and value != math.inf

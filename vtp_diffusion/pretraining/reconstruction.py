@@ -181,8 +181,11 @@ class ReconstructionObjective(Objective):
 @torch.no_grad()
 def evaluate_reconstruction(
     autoencoder: "AutoencoderVTP", batches: Iterable[torch.Tensor], perceptual: nn.Module | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """PSNR (dB, mean over images) of reconstructions rounded to uint8 and, with a perceptual network, mean LPIPS.
+
+    Images that equal their reconstructions, whose PSNR is infinite, are left out of its mean and counted as
+    "equal_images" if there are any; without others it is None.
 
     Args: `batches`: images (B, 3, H, W) in [-1, 1]; `perceptual`: (x, y) -> (B,).
     Raises: ValueError if there are no images.
@@ -195,7 +198,11 @@ def evaluate_reconstruction(
             values["lpips"].append(perceptual(from_uint8(decoded), images))
     if not values["psnr"]:
         raise ValueError("no images to evaluate the reconstruction on")
-    return {name: torch.cat(parts).double().mean().item() for name, parts in values.items() if parts}
+    measured = {name: torch.cat(parts).double() for name, parts in values.items() if parts}
+    equal = measured["psnr"].isposinf()  # NaN stays in the mean, as a sign that something is wrong
+    measured["psnr"] = measured["psnr"][~equal]
+    means = {name: numbers.mean().item() if len(numbers) else None for name, numbers in measured.items()}
+    return means | ({"equal_images": int(equal.sum())} if equal.any() else {})
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Distributed processes: joining them, their ranks, gathering and broadcasting values."""
 
+import itertools
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -19,6 +21,8 @@ Result = TypeVar("Result")
 # How long a process waits for the others: one may list a folder, evaluate or write for longer than NCCL's default of
 # ten minutes. If one dies, the launcher ends the others long before.
 PATIENCE = timedelta(hours=1)
+POLL = 0.2  # seconds between two looks of a process that waits in `main_alone`
+_calls = itertools.count()  # of `main_alone`, which every process calls as often
 
 
 def join_processes(**settings: Any) -> Any:
@@ -97,6 +101,21 @@ def from_main(compute: Callable[[], Result]) -> Result:
     if error is not None:
         raise error
     return value
+
+
+def main_alone(work: Callable[[], None]) -> None:
+    """Call `work` in the main process, for which the others wait however long it takes: not in a collective, which
+    would time out. Every process has to call this, after `join_processes`. If `work` fails, the launcher ends the
+    others."""
+    rank, processes = this_process()
+    if processes == 1:
+        return work()
+    store, key = dist.distributed_c10d._get_default_store(), f"vtp_diffusion/main_alone/{next(_calls)}"
+    if rank == 0:
+        work()
+        store.set(key, "done")
+    while not store.check([key]):
+        time.sleep(POLL)
 
 
 def device_of_process() -> torch.device:
