@@ -19,7 +19,8 @@ of the others, and
 which does not depend on the scale of a distance: the larger it is, the fewer images are needed. Subsets of one half
 share images, more of them at larger N, which makes deviations too small by about the root of 1 - N / (images of the
 half); they are corrected for it. N is at most 3/4 of a half: 1,416 of OpenMoji's 3,778 pictures; larger N are left out
-and named. The last commands compare a pipeline with and without guidance, with as many samples as wanted.
+and named. The last commands compare a pipeline with and without guidance, with as many samples as wanted;
+results/mind_spread_pipeline.json is of the weights of commit be4752e, today's give other numbers.
 """
 
 import argparse

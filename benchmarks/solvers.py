@@ -7,7 +7,8 @@ The peer is Euler's method, the pipeline's default, with the pipeline's own shif
 adaptive method at a tolerance of 1e-5. A row has the relative root mean square difference of an image's latents to it,
 the median over images, because now and then an image ends as a quite different one. That is the error of solving, not
 the quality of images, which eval/generation.py measures with the same --solver, --time_shift and
---num_inference_steps. Beside the JSON a picture shows the first images of every row.
+--num_inference_steps. Beside the JSON a picture has a row for every solver: two images at the flow's end, and the same
+with more and more evaluations.
 """
 
 import json
@@ -26,7 +27,7 @@ from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, write_picture, write_results
 
 TOLERANCE = 1e-5
-SHOWN = 4
+SHOWN = 2
 
 
 @dataclass(kw_only=True)
@@ -59,10 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         pipe, labels, noise, TOLERANCE, config.guidance_scale, on_evaluation=lambda: counted.append(1)
     )
     results = {"device": device_name(), "shift": own.config.get("shift"), "end_evaluations": len(counted), "rows": []}
-    pictures = to_pil(pipe.decode_latents(end[:SHOWN]))
-    names = ["end"] * len(pictures)
+    solved, pictures, names = to_pil(pipe.decode_latents(end[:SHOWN])), [], []
     for shift in [None, *config.time_shifts]:
         for solver in config.solvers:
+            pictures += solved
+            names += ["end of the flow"] * len(solved)
             for evaluations in config.evaluations:
                 steps = (evaluations + 1) // 2 if solver == "heun" else evaluations
                 pipe.scheduler = own
@@ -71,18 +73,22 @@ def main(argv: list[str] | None = None) -> None:
                 found = pipe(labels, steps, **options).images
                 errors = ((found - end).square().mean((1, 2, 3)) / end.square().mean((1, 2, 3))).sqrt()  # (B,)
                 row = {"solver": solver, "time_shift": shift, "evaluations": evaluations}
-                row |= {"error": errors.median().item(), "errors": errors.tolist()}
+                row |= {"error": errors.quantile(0.5).item(), "errors": errors.tolist()}
                 results["rows"].append(row)
                 print(json.dumps(row), flush=True)
                 pictures += to_pil(pipe.decode_latents(found[:SHOWN]))
-                names += [f"{solver} {evaluations} s={shift}"] * len(found[:SHOWN])
+                what = f"{solver}, {evaluations}" + (f", s = {shift:g}" if shift else "")
+                names += [what] * len(found[:SHOWN])
     peers = {
         r["evaluations"]: r["error"] for r in results["rows"] if r["solver"] == "euler" and r["time_shift"] is None
     }
     for row in results["rows"]:
         row["ratio_to_euler"] = row["error"] / peers[row["evaluations"]] if row["evaluations"] in peers else None
     write_results(config.output, "solvers", config, results)
-    write_picture(Path(config.output).with_suffix(".png"), image_grid(pictures, SHOWN * 5, names))
+    write_picture(
+        Path(config.output).with_suffix(".png"),
+        image_grid(pictures, len(solved) * (1 + len(config.evaluations)), names),
+    )
     print(f"results: {config.output}")
 
 
