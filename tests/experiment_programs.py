@@ -9,7 +9,13 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 UNDERSTANDING = "experiments/understanding_drives_generation"
-KINDS = "Config", "ReconstructionEvaluationConfig", "LinearProbeConfig"  # of the settings of programs
+KINDS = (
+    "Config",
+    "ReconstructionEvaluationConfig",
+    "LinearProbeConfig",
+    "GenerationConfig",
+    "GenerateConfig",
+)  # of the settings of programs
 
 
 def load(program: str) -> ModuleType:

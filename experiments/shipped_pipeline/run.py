@@ -3,13 +3,12 @@
     python experiments/shipped_pipeline/run.py --data runs/emoji --seconds 570
     python experiments/shipped_pipeline/run.py --smallest
 
-The recipe `f8c16_joint` made weights/openmoji-128; `shipped` goes on with the tokenizer that lies there. A recipe's
+The recipe `f8c16_joint` made weights/openmoji-128; `previous_tokenizer` goes on with the one before it. A recipe's
 pipeline in bfloat16 is RECIPE/generator/pipeline in --output_dir. Configurations are those of train_vtp/configs and
 train_dit/configs; what differs stands here. The same command again goes on where the last one was stopped. results/
-has what is found; so has the file of --bundle.
+has what is found; so has the file of --bundle. `table.py` makes one file of it, `side_by_side.py` a picture.
 """
 
-import os
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,11 +18,11 @@ from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
 
-SHIPPED = "shipped"
-SHIPPED_VAE = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "weights/openmoji-128/vae"))
+PREVIOUS, PREVIOUS_WEIGHTS = "previous_tokenizer", "weights/openmoji-128"  # the latter in --output_dir
+PREVIOUS_COMMIT = "be4752e"
 # name -> options of the tokenizer; with the generator 14.4 to 14.7 M parameters, 28.8 to 29.4 MB in bfloat16
 RECIPES = {
-    SHIPPED: "",
+    PREVIOUS: "",
     "f8c16": "--objectives reconstruction --model.patch_size 8 --model.latent_channels 16",
     "f8c16_joint": """--objectives contrastive self_supervision reconstruction --reconstruction.weight 25
         --model.patch_size 8 --model.latent_channels 16""",
@@ -40,6 +39,12 @@ GENERATOR = """train_dit/train.py --config openmoji --compile false --optimizer 
 ENCODING = "train_dit/extract_latents.py --copies 12 --augmentation.shift 4 --augmentation.scale 0.05"
 PROBE = "eval/linear_probe.py --data.label_column category --steps 1000 --train_batch_size 256"
 MEASURE = "experiments/frontier/measure.py"
+STEPS = {"euler": 50, "unipc": 16}  # of sampling, by solver
+EVALUATE = """eval/generation.py --num_images 500 --num_inference_steps 25 --labels reference --reference openmoji
+    --floor_images openmoji --control untrained --guidance internal --guidance_scale 3.5 --guidance_interval 0 0.9"""
+# eight classes, seeds 0 to 63, nothing selected
+DRAW = """pipelines/generate.py --labels animal-mammal animal-bird face-smiling food-prepared transport-ground
+    plant-flower country-flag clothing --num_images_per_label 8 --guidance_scale 2.5 --dtype bfloat16"""
 IMAGES = "--data.source openmoji --data.resolution 128"
 # what --smallest adds to a program's words
 TINY = {
@@ -56,7 +61,9 @@ TINY = {
     "train_dit/extract_latents.py": "--data.limit 300 --copies 1",
     "train_dit/train.py": """--train_batch_size 4 --max_train_steps 2 --lr_warmup_steps 1 --ema_decay .9
         --mixed_precision no --validation.labels 0 --validation.num_inference_steps 2""",
-    MEASURE: "--limit 12 --num_inference_steps 2 --batch_size 12",
+    MEASURE: "--limit 12 --batch_size 12",
+    "eval/generation.py": "--data.limit 60 --num_images 12 --feature_network efficientnet_lite0",
+    "pipelines/generate.py": "--num_images_per_label 1 --num_inference_steps 2",
 }
 
 
@@ -78,13 +85,23 @@ class Config(MachineConfig):
         check_names("recipes", self.recipes, RECIPES)
         if self.data is not None and not Path(self.data).is_dir():
             raise ValueError(f"data {self.data} is not there, expected a folder that data.py wrote")
+        if PREVIOUS in self.recipes and not (self.folder / PREVIOUS_WEIGHTS / "vae").is_dir():
+            raise ValueError(
+                f"{self.folder} lacks {PREVIOUS_WEIGHTS}, which the recipe {PREVIOUS} goes on with: "
+                f"git archive {PREVIOUS_COMMIT} {PREVIOUS_WEIGHTS} | tar -x -C {self.folder}"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all that is made."""
+        return Path(self.output_dir + "-smallest" * self.smallest)
 
 
 def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     """The steps of a recipe."""
     results, tokenizer, decoder = folder / "results", folder / name / "tokenizer", folder / name / "decoder"
     vae, latents, generator = decoder / "vae", folder / name / "latents", folder / name / "generator"
-    trained = SHIPPED_VAE if name == SHIPPED else tokenizer / "vae"
+    trained = folder / PREVIOUS_WEIGHTS / "vae" if name == PREVIOUS else tokenizer / "vae"
 
     def words(text: str, **values) -> list[str]:
         program, *others = text.split()
@@ -92,7 +109,8 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
 
     training = words(f"{TOKENIZER} {RECIPES[name]}", output_dir=tokenizer, max_train_steps=config.tokenizer_steps)
     training += ["--data.cache_dir", config.data] if config.data else []
-    measured = {kind: results / f"{kind}-{name}.json" for kind in ("reconstruction", "probe", "generator")}
+    kinds = ("reconstruction", "probe", "euler", "unipc", "generation")
+    measured = {kind: results / f"{kind}-{name}.json" for kind in kinds}
     encoder = (
         words(f"eval/reconstruction.py {IMAGES}", vae=vae, output=measured["reconstruction"]),
         words(f"{PROBE} {IMAGES}", model=vae, output=measured["probe"], features=folder / name / "features"),
@@ -101,20 +119,25 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     generating = words(
         GENERATOR, vae=vae, latents=latents, output_dir=generator, max_train_steps=config.generator_steps
     )
-    measuring = words(
-        MEASURE,
-        reference=folder / "reference.safetensors",
-        pipeline=generator / "pipeline",
-        log=generator / "log.jsonl",
-        output=measured["generator"],
+    pipeline = generator / "pipeline"
+    sampled = {"reference": folder / "reference.safetensors", "pipeline": pipeline, "log": generator / "log.jsonl"}
+    steps = dict.fromkeys(STEPS, 2) if config.smallest else STEPS
+    pairs = results / f"near_duplicates-{name}.png"
+    measuring = (
+        *(
+            words(f"{MEASURE} --solver {solver}", **sampled, num_inference_steps=count, output=measured[solver])
+            for solver, count in steps.items()
+        ),
+        words(DRAW, pipeline=pipeline, output=folder / name / "drawn"),
+        words(EVALUATE, images=pipeline, nearest_neighbours=pairs, output=measured["generation"]),
     )
-    index, alone = generator / "pipeline" / "model_index.json", {"saves": False}
+    index, alone = pipeline / "model_index.json", {"saves": False}
     return [
         Task(f"tokenizer-{name}", trained / "config.json", (training,)),
         Task(f"decoder-{name}", vae / "config.json", (words(DECODER, vae=trained, output_dir=decoder),)),
         Task(f"latents-{name}", latents / "latents.json", encoder, one_process=True, **alone),
         Task(f"generator-{name}", index, (generating,)),
-        Task(f"measured-{name}", measured["generator"], (measuring,), seconds=90.0, **alone),
+        Task(f"measured-{name}", measured["generation"], measuring, seconds=180.0, one_process=True, **alone),
     ]
 
 
@@ -125,7 +148,7 @@ def in_order(steps: list[Task]) -> list[Task]:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    folder = Path(config.output_dir + "-smallest" * config.smallest)
+    folder = config.folder
     deadline, results = time.monotonic() + config.seconds, folder / "results"
     results.mkdir(parents=True, exist_ok=True)
     every = [in_order(tasks(config, folder, name)) for name in config.recipes]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from experiment_programs import KINDS, ROOT, load
+from experiment_programs import ROOT, load
 
 
 @pytest.fixture
@@ -138,39 +138,3 @@ def test_the_table_of_fashion_mnist_has_means_over_seeds(tmp_path):
     assert found.pop("adamw_4e-3") == {"2": row["floor"]}
     printed = table.fashion_table(found)
     assert "| muon_4e-3 | 2 | 92.0 ± 2.8 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in printed and "17.6" in printed
-
-
-@pytest.mark.parametrize("smallest", [False, True])
-def test_the_recipe_of_the_shipped_pipeline_is_taken_by_the_programs(smallest, tmp_path):
-    program = load("experiments/shipped_pipeline/run.py")
-    config = program.Config(smallest=smallest, output_dir=str(tmp_path))
-    tasks = {task.name: task for name in program.RECIPES for task in program.tasks(config, tmp_path, name)}
-    given = {}
-    for name in (
-        "tokenizer-f16c64",
-        "tokenizer-f8c16_joint",
-        "decoder-f8c16",
-        "latents-f8c16",
-        "generator-f8c16",
-        "measured-f8c16",
-    ):
-        for file, *words in tasks[name].programs:
-            taken = load(file)
-            kind = next(k for k in KINDS if hasattr(taken, k))
-            configs = (
-                (getattr(taken, "CONFIGS", []),) if name.split("-")[0] in ("tokenizer", "decoder", "generator") else ()
-            )
-            given[name] = taken.parse_config(getattr(taken, kind), words, "", *configs)
-    tokenizer, generator = given["tokenizer-f16c64"], given["generator-f8c16"]
-    assert (tokenizer.model.patch_size, tokenizer.model.latent_channels) == (16, 64)
-    assert (generator.optimizer, generator.model.base_head_layer, generator.save_dtype) == ("muon", 3, "bfloat16")
-    assert generator.vae == f"{tmp_path}/f8c16/decoder/vae" and given["measured-f8c16"].pipeline.startswith(
-        generator.output_dir
-    )
-    assert tokenizer.objectives == ("reconstruction",) and tokenizer.compile and not generator.compile
-    joint = given["tokenizer-f8c16_joint"]
-    assert len(joint.objectives) == 3 and joint.reconstruction.weight == 25 * tokenizer.reconstruction.weight
-    assert given["decoder-f8c16"].adversarial.discriminator == "none"
-    assert tasks["tokenizer-shipped"].done and "weights/openmoji-128/vae" in tasks["decoder-shipped"].programs[0]
-    with pytest.raises(ValueError, match="recipes are none, expected some of shipped, f8c16, f8c16_joint, f16c64"):
-        program.Config(recipes=["none"])
