@@ -4,7 +4,6 @@ Scales are chosen by FD-EffLite0, with a third of the images and noise of seed 1
 the 1,725 base emoji of the training split, and images are sampled with their labels, one each.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from vtp_diffusion.metrics.networks import feature_network
 from vtp_diffusion.metrics.scores import precision_recall
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import replacing, write_json
+from vtp_diffusion.runtime.disk import read_json, read_log, replacing, write_json
 from vtp_diffusion.runtime.experiments import check_names
 
 NETWORKS = {"vgg16": "FD-VGG", "efficientnet_lite0": "FD-EffLite0"}
@@ -137,7 +136,7 @@ def measure(config: Config, pipe, reference: dict, extractors) -> list[dict]:
     """One row for each kind of guidance and number of steps."""
     labels, rows = reference["labels"].tolist(), []
     known = {network: statistics(reference[network]) for network in NETWORKS}
-    chosen = json.loads(Path(config.scales_of).read_text())["rows"] if config.scales_of else []
+    chosen = read_json(Path(config.scales_of))["rows"] if config.scales_of else []
     for steps in config.num_inference_steps:
         for kind, candidates in guidance_settings(pipe).items():
             if config.kinds and kind not in config.kinds:
@@ -168,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     sampler = SamplerConfig(solver=config.solver, num_inference_steps=config.num_inference_steps[0])
     pipe = open_pipeline(config.pipeline, sampler, config.device)
     how = prepare_sampling(pipe, sampler)
-    training = [json.loads(line) for line in Path(config.log).read_text().splitlines()] if config.log else []
+    training = read_log(Path(config.log)) if config.log else []
     rows = measure(config, pipe, reference, extractors)
     results = {
         "what": "samples with the labels of the base emoji of OpenMoji's training split, against those emoji",

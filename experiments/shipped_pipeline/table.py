@@ -5,13 +5,13 @@
 A value that is not there yet is left out. Numbers have five digits.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
-from vtp_diffusion.runtime.disk import check_output, read_json, write_json
+from vtp_diffusion.runtime.disk import check_output, read_json, read_log, write_json
+from vtp_diffusion.runtime.experiments import rounded
 
 TRAINED = ("tokenizer", "decoder", "generator")
 ROW = ("kind", "steps", "settings", "passes", "FD-VGG", "FD-VGG_pair", "FD-EffLite0", "FD-EffLite0_pair")
@@ -31,12 +31,6 @@ class Config(Settings):
         check_output(self.output, ".json")
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The lines of a training's log; none if it was not trained."""
-    file = folder / "log.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
 def evaluated(result: dict) -> dict:
     """What stands in the table of one result of eval/generation.py."""
     row = {name: result["sampling"]["generated"].get(name) for name in CALL}
@@ -50,7 +44,8 @@ def evaluated(result: dict) -> dict:
 
 def collected(runs: Path, name: str) -> dict:
     """What was found of one recipe."""
-    logs = {part: read_log(runs / name / part) for part in TRAINED}
+    files = {part: runs / name / part / "log.jsonl" for part in TRAINED}
+    logs = {part: read_log(file) if file.is_file() else [] for part, file in files.items()}
     seconds = {part: next(x["seconds"] for x in reversed(log) if "seconds" in x) for part, log in logs.items() if log}
     validated = [line for line in logs["decoder"] if "held_out_psnr" in line]
     held_out = {line["step"]: [line["held_out_psnr"], line["held_out_lpips"]] for line in validated}
@@ -70,21 +65,13 @@ def collected(runs: Path, name: str) -> dict:
     return found
 
 
-def rounded(value):
-    """The same with five digits."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, list) else value
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     names = sorted(folder.parent.name for folder in Path(config.runs).glob("*/decoder"))
     if not names:
         raise ValueError(f"runs is {config.runs}, which holds no recipe, expected the --output_dir of run.py")
-    write_json(Path(config.output), rounded({name: collected(Path(config.runs), name) for name in names}))
+    found = {name: collected(Path(config.runs), name) for name in names}
+    write_json(Path(config.output), rounded(found, digits=5))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import Settings, parse_config, setting
 from vtp_diffusion.runtime.disk import check_output, read_json, write_picture, write_text
+from vtp_diffusion.runtime.experiments import rounded
 
 # column -> (file, path in it)
 COLUMNS = {
@@ -82,6 +83,7 @@ RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
 TITLES |= {f"{RANDOM}{DECODED}": "the control, to reconstructions"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
+DIGITS = 6  # of numbers in the JSON, which is half as long so
 LABEL, SAMPLE_ROWS = 204, 4  # pixels beside the samples for names; rows of the pictures of measure.py
 
 
@@ -107,13 +109,6 @@ def read_known(file: str) -> dict[str, dict]:
         for measure, points in row["generators"].items():
             row["generators"][measure] = {int(step): point for step, point in points.items()}
     return table
-
-
-def rounded(value):
-    """Nested dictionaries with numbers of six digits: as exact as any of them is, and half as long in a file."""
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def looked_up(values: dict, path: tuple[str, ...]):
@@ -437,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
     known = read_known(config.known) if config.known else {}
     found = known | collect(results)
     table = {name: found[name] for name in STYLES if name in found}
-    lines = (f"{json.dumps(name)}: {json.dumps(rounded(row))}" for name, row in table.items())
+    lines = (f"{json.dumps(name)}: {json.dumps(rounded(row, DIGITS))}" for name, row in table.items())
     write_text(output, '{"tokenizers": {\n' + ",\n".join(lines) + "\n}}\n")  # a line each: a third of the bytes
     tables = markdown(table)
     write_text(output.with_suffix(".md"), tables)

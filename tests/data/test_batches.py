@@ -52,9 +52,13 @@ def test_all_columns_come_from_the_items():
             found = [max(1, index) for index in indices]  # the first cannot be read
             return [{"image": torch.full((3, 1, 1), k), "label": k, "caption": "abc"[k]} for k in found]
 
-    columns = all_columns(Replacing(), ("image", "label", "caption"))
+    def collate(items):
+        columns = collate_images(items, ("image", "label", "caption"))
+        return columns | {"caption": torch.tensor([ord(caption) for caption in columns["caption"]])}
+
+    columns = all_columns(Replacing(), collate)
     assert columns["image"][:, 0, 0, 0].tolist() == columns["label"].tolist() == [1, 1, 2]
-    assert columns["caption"] == ["b", "b", "c"]
+    assert [chr(code) for code in columns["caption"].tolist()] == ["b", "b", "c"]
 
 
 def test_collating_stacks_images_and_keeps_texts():

@@ -54,7 +54,7 @@ def test_the_table_has_what_a_recipe_has_so_far(tmp_path):
         program.main(["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "found.json")])
     (folder / "decoder").mkdir(parents=True)
     lines = [{"step": 0, "held_out_psnr": 25.0, "held_out_lpips": 0.1}, {"step": 1, "seconds": 5.0001234}]
-    (folder / "decoder" / "log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "decoder" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (tmp_path / "runs" / "results").mkdir()
     evaluated = {
         "sampling": {"generated": {"guidance": "internal", "guidance_scale": 3.5, "seed": 0}},

@@ -1,6 +1,5 @@
 """Batches on the device: the order of samples, gathering or reading them ahead, and augmentation."""
 
-import itertools
 import math
 import multiprocessing
 import multiprocessing.context
@@ -278,15 +277,14 @@ def spread_evenly(values: Sequence[Value], limit: int | None) -> list[Value]:
     return [values[k * len(values) // count] for k in range(count)]
 
 
-def all_columns(dataset: Dataset, columns: Sequence[str] = ("image",)) -> dict[str, Any]:
-    """The given columns of every item of an `ImageDataset`, as of `collate_images`.
+def all_columns(dataset: Dataset, collate: Callable[[Any], Columns]) -> Columns:
+    """What `collate` makes of all items of an `ImageDataset`, as of `read_batches`.
 
     With `skip_unreadable` an item can be another image, so that all columns have to come from the items themselves.
     """
     indices = range(len(dataset))
-    parts = [collate_images(dataset.__getitems__(indices[i : i + 256]), columns) for i in indices[::256]]
-    whole = {name: [part[name] for part in parts] for name in columns}
-    return {n: torch.cat(v) if torch.is_tensor(v[0]) else list(itertools.chain(*v)) for n, v in whole.items()}
+    parts = [collate(dataset.__getitems__(indices[i : i + 256])) for i in indices[::256]]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def plain_columns(

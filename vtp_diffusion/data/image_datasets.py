@@ -280,9 +280,14 @@ def _say(line: str) -> None:
         print(line)
 
 
+def is_class_index(label: Any) -> bool:
+    """Whether `label` is a class index, and not implausibly large."""
+    return type(label) is int and 0 <= label < MAX_CLASSES
+
+
 def check_label(label: Any, name: str, expected: str = "class indices or names") -> int:
-    """`label` as a class index. Raises: ValueError if it is not one, or implausibly large."""
-    if type(label) is not int or not 0 <= label < MAX_CLASSES:
+    """`label` as a class index. Raises: ValueError if it `is_class_index` not."""
+    if not is_class_index(label):
         raise ValueError(f"{name} is {str(label)[:80]}, expected {expected}, below {MAX_CLASSES:,}")
     return label
 
@@ -412,7 +417,7 @@ def _collection_classes(table, collection, opened: list[str], config: DataConfig
     named = any(isinstance(value, str) for values in splits.values() for value in values)
 
     def is_class(label: Any) -> bool:
-        return isinstance(label, str) if named else type(label) is int and 0 <= label < MAX_CLASSES
+        return isinstance(label, str) if named else is_class_index(label)
 
     if wrong := [(f", {name}", value) for name, values in splits.items() for value in values if not is_class(value)]:
         rows = ((f", row {row}", label) for row, label in enumerate(table[column]) if not is_class(label))

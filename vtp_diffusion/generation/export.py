@@ -53,7 +53,7 @@ TAIL = """
 
 # Components in model_index.json are looked up as attributes of diffusers.
 for _class in ({classes}):
-    if "'vtp_diffusion." not in str(getattr(diffusers, _class.__name__, 0)):
+    if not getattr(diffusers, _class.__name__, _class).__module__.startswith("vtp_diffusion."):
         setattr(diffusers, _class.__name__, _class)
 del _class
 LightningDiTPipeline.exported_source = pathlib.Path(__file__).read_text(encoding="utf-8")

@@ -149,10 +149,10 @@ class OnlineLatents:
         """
         encode = torch.compile(encode_raw) if compiled else encode_raw
         pixels = len(self.images) * 3 * self.images.resolution**2
+        collate = functools.partial(collate_images, columns=("image", "label"))
         if fits_on_device(pixels, device, keep_on_device):
-            batches = gathered_batches(all_columns(self.images, ("image", "label")), sampler, device)
+            batches = gathered_batches(all_columns(self.images, collate), sampler, device)
         else:
-            collate = functools.partial(collate_images, columns=("image", "label"))
             batches = read_batches(self.images, sampler, collate, device, num_workers)
         for step, batch in zip(micro_steps(sampler), batches, strict=True):
             images = self._changed(batch["image"], sampler, step, random_flip)

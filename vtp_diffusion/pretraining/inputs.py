@@ -97,12 +97,7 @@ def training_batches(
     sampler: StepBatchSampler = run.batch_sampler(len(dataset), dataset.weights)
     if not fits_on_device(len(dataset) * 3 * dataset.resolution**2, run.device, keep_on_device):
         return read_batches(dataset, sampler, collate, run.device, num_workers)
-    columns = all_columns(dataset, ("image", "caption"))
-    captions = columns.pop("caption")
-    if context_length is not None:
-        token_ids, paired = tokenize_captions(captions, context_length)
-        columns |= {"token_ids": token_ids, "paired": paired}
-    return gathered_batches(columns, sampler, run.device)
+    return gathered_batches(all_columns(dataset, collate), sampler, run.device)
 
 
 def stream_batches(run: TrainingRun, images: StreamingImages, collate: Collate, num_workers: int) -> StreamBatches:
@@ -141,8 +136,8 @@ def next_epoch(
     processes start the epoch after the furthest one that any of them reached, in blocks of `num_bytes`. Every process
     has to call this.
     """
-    same = state is not None and (state["processes"], state["workers"]) == (run.world_size, workers)
-    same = same and state.get("files", files) == files
+    numbers = run.world_size, workers, files
+    same = state is not None and (state["processes"], state["workers"], state.get("files", files)) == numbers
     epochs = [position["epoch"] for position in (state or {"positions": []})["positions"]]
     found = gather_objects((same, max(epochs, default=0)))
     if all(matching for matching, _ in found):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .config import Settings, setting
 from .disk import replacing
@@ -48,6 +49,15 @@ def check_names(option: str, given: Sequence[str], known: Collection[str]) -> No
     """Raises: ValueError for names that an experiment does not have."""
     if unknown := [name for name in given if name not in known]:
         raise ValueError(f"{option} are {', '.join(unknown)}, expected some of {', '.join(known)}")
+
+
+def rounded(value: Any, digits: int) -> Any:
+    """Nested dictionaries and lists with numbers of so many digits, for result files: as exact as any of them is."""
+    if isinstance(value, dict):
+        return {key: rounded(part, digits) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part, digits) for part in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def options(values: Mapping[str, object]) -> list[str]:
