@@ -12,12 +12,14 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 
+from vtp_diffusion.data.folders import sorted_names
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.openmoji import openmoji_folder, read_metadata
 from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, image_batches
 from vtp_diffusion.generation.cost import evaluation_counts
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
-from vtp_diffusion.generation.sampling import open_pipeline
+from vtp_diffusion.generation.sampling import labels_by_name, open_pipeline
 from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.frechet import GaussianStatistics, floor_of_halves, frechet_distance
 from vtp_diffusion.metrics.networks import feature_network
@@ -92,6 +94,11 @@ def write_reference(config: Config, extractors: dict[str, Extractor]) -> None:
         save_file(tensors | {"labels": labels}, unfinished)
 
 
+def openmoji_classes() -> list[str]:
+    """The names of the reference's classes: a pipeline may number them otherwise, or have more."""
+    return sorted_names({row["subcategory"] for row in read_metadata(openmoji_folder(128))})
+
+
 def features_of(pipe, labels, seed: int, config: Config, extractors, settings: dict) -> tuple[dict, float]:
     """Network -> features (N, D) of samples of these labels, and the seconds that sampling took an image."""
     source = PipelineImages(pipe, labels, seed, config.batch_size, **settings)
@@ -134,7 +141,7 @@ def passes(pipe, settings: dict, steps: int) -> int:
 
 def measure(config: Config, pipe, reference: dict, extractors) -> list[dict]:
     """One row for each kind of guidance and number of steps."""
-    labels, rows = reference["labels"].tolist(), []
+    labels, rows = labels_by_name(pipe, reference["labels"].tolist(), openmoji_classes()), []
     known = {network: statistics(reference[network]) for network in NETWORKS}
     chosen = read_json(Path(config.scales_of))["rows"] if config.scales_of else []
     for steps in config.num_inference_steps:

@@ -3,30 +3,56 @@
     python experiments/shipped_pipeline/run.py --data runs/emoji --seconds 570
     python experiments/shipped_pipeline/run.py --smallest
 
-The recipe `f8c16_joint` made weights/openmoji-128; `previous_tokenizer` goes on with the one before it. A recipe's
-pipeline in bfloat16 is RECIPE/generator/pipeline in --output_dir. Configurations are those of train_vtp/configs and
-train_dit/configs; what differs stands here. The same command again goes on where the last one was stopped. results/
-has what is found; so has the file of --bundle. `table.py` makes one file of it, `side_by_side.py` a picture.
+A recipe's pipeline in bfloat16 is RECIPE/generator/pipeline in --output_dir. Some recipes go on with the tokenizer of
+weights that were shipped before. `three_styles` trains decoder and generator on the three styles of --data, with the
+style as a part of the class: animal-mammal is OpenMoji's, animal-mammal-noto and animal-mammal-fluent are the others.
+Configurations are those of train_vtp/configs and train_dit/configs; what differs stands here. The same command again
+goes on where the last one was stopped. results/ has what is found; so has the file of --bundle. `table.py` makes one
+file of it, `side_by_side.py` a picture.
 """
 
+import json
+import shutil
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from vtp_diffusion.data.openmoji import METADATA_NAME, openmoji_folder, read_metadata
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
+from vtp_diffusion.runtime.disk import replacing
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
 
-PREVIOUS, PREVIOUS_WEIGHTS = "previous_tokenizer", "weights/openmoji-128"  # the latter in --output_dir
-PREVIOUS_COMMIT = "be4752e"
-# name -> options of the tokenizer; with the generator 14.4 to 14.7 M parameters, 28.8 to 29.4 MB in bfloat16
+WEIGHTS, STYLES = "weights/openmoji-128", "styles"  # of a commit; the folder of images with the style in the class
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a pipeline is made with.
+
+    Attributes: `tokenizer`: options of its training; `commit`: or the commit whose weights have it; `styles`: the
+    style is a part of the class; `steps`: of the generator.
+    """
+
+    tokenizer: str = ""
+    commit: str | None = None
+    styles: bool = False
+    steps: int = 14_000
+
+    def weights(self, folder: Path) -> Path:
+        """Where the weights of the commit must be."""
+        return folder / self.commit / WEIGHTS
+
+
+# with the generator 14.4 to 14.7 M parameters, 28.8 to 29.4 MB in bfloat16
 RECIPES = {
-    PREVIOUS: "",
-    "f8c16": "--objectives reconstruction --model.patch_size 8 --model.latent_channels 16",
-    "f8c16_joint": """--objectives contrastive self_supervision reconstruction --reconstruction.weight 25
-        --model.patch_size 8 --model.latent_channels 16""",
-    "f16c64": "--objectives reconstruction --model.patch_size 16 --model.latent_channels 64",
+    "previous_tokenizer": Recipe(commit="be4752e"),
+    "f8c16": Recipe("--objectives reconstruction --model.patch_size 8 --model.latent_channels 16"),
+    "f8c16_joint": Recipe("""--objectives contrastive self_supervision reconstruction --reconstruction.weight 25
+        --model.patch_size 8 --model.latent_channels 16"""),
+    "f16c64": Recipe("--objectives reconstruction --model.patch_size 16 --model.latent_channels 64"),
+    "three_styles": Recipe(commit="5ef9321", styles=True, steps=28_000),
 }
 TOKENIZER = """train_vtp/train.py --config openmoji --validation_steps 3000 --report_to none
     --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
@@ -76,7 +102,7 @@ class Config(MachineConfig):
         None, "folder that understanding_drives_generation/data.py wrote, for the tokenizer; none: OpenMoji alone"
     )
     tokenizer_steps: int = setting(6000, "of 256 images", at_least=1)
-    generator_steps: int = setting(14_000, "of 512 images", at_least=1)
+    generator_steps: int | None = setting(None, "of 512 images; none: those of the recipe", at_least=1)
     output_dir: str = setting("runs/shipped", "folder for everything that is made")
     smallest: bool = setting(False, "a few steps of everything on a CPU: shows that the chain works, and no more")
 
@@ -85,11 +111,16 @@ class Config(MachineConfig):
         check_names("recipes", self.recipes, RECIPES)
         if self.data is not None and not Path(self.data).is_dir():
             raise ValueError(f"data {self.data} is not there, expected a folder that data.py wrote")
-        if PREVIOUS in self.recipes and not (self.folder / PREVIOUS_WEIGHTS / "vae").is_dir():
-            raise ValueError(
-                f"{self.folder} lacks {PREVIOUS_WEIGHTS}, which the recipe {PREVIOUS} goes on with: "
-                f"git archive {PREVIOUS_COMMIT} {PREVIOUS_WEIGHTS} | tar -x -C {self.folder}"
-            )
+        for name in self.recipes:
+            recipe = RECIPES[name]
+            if recipe.styles and self.data is None:
+                raise ValueError(f"data is none, expected the images of data.py for the recipe {name}")
+            if recipe.commit and not (recipe.weights(self.folder) / "vae").is_dir():
+                place = self.folder / recipe.commit
+                raise ValueError(
+                    f"{place} lacks {WEIGHTS}, which the recipe {name} goes on with: "
+                    f"mkdir -p {place}; git archive {recipe.commit} {WEIGHTS} | tar -x -C {place}"
+                )
 
     @property
     def folder(self) -> Path:
@@ -97,36 +128,50 @@ class Config(MachineConfig):
         return Path(self.output_dir + "-smallest" * self.smallest)
 
 
+def write_styles(images: Path, folder: Path) -> None:
+    """Write the images of data.py into a new folder, with the style in the subcategory of those not OpenMoji's."""
+    whole = openmoji_folder(128, images)
+    rows = read_metadata(whole)
+    for row in rows:
+        if (style := row["key"].split("-")[0]) != "openmoji":
+            row["subcategory"] += f"-{style}"
+    with replacing(folder) as unfinished:
+        shutil.copytree(whole, unfinished / whole.name)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (unfinished / whole.name / METADATA_NAME).write_text(lines, encoding="utf-8")
+
+
 def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     """The steps of a recipe."""
+    recipe = RECIPES[name]
     results, tokenizer, decoder = folder / "results", folder / name / "tokenizer", folder / name / "decoder"
     vae, latents, generator = decoder / "vae", folder / name / "latents", folder / name / "generator"
-    trained = folder / PREVIOUS_WEIGHTS / "vae" if name == PREVIOUS else tokenizer / "vae"
+    trained = recipe.weights(folder) / "vae" if recipe.commit else tokenizer / "vae"
+    styles = ["--data.cache_dir", str(folder / STYLES)] if recipe.styles else []
 
     def words(text: str, **values) -> list[str]:
         program, *others = text.split()
         return [program, *others, *options(values), *(TINY[program].split() if config.smallest else [])]
 
-    training = words(f"{TOKENIZER} {RECIPES[name]}", output_dir=tokenizer, max_train_steps=config.tokenizer_steps)
+    training = words(f"{TOKENIZER} {recipe.tokenizer}", output_dir=tokenizer, max_train_steps=config.tokenizer_steps)
     training += ["--data.cache_dir", config.data] if config.data else []
     kinds = ("reconstruction", "probe", "euler", "unipc", "generation")
     measured = {kind: results / f"{kind}-{name}.json" for kind in kinds}
     encoder = (
         words(f"eval/reconstruction.py {IMAGES}", vae=vae, output=measured["reconstruction"]),
         words(f"{PROBE} {IMAGES}", model=vae, output=measured["probe"], features=folder / name / "features"),
-        words(f"{ENCODING} {IMAGES}", vae=vae, output_dir=latents),
+        words(f"{ENCODING} {IMAGES}", vae=vae, output_dir=latents) + styles,
     )
-    generating = words(
-        GENERATOR, vae=vae, latents=latents, output_dir=generator, max_train_steps=config.generator_steps
-    )
+    count = config.generator_steps or recipe.steps
+    generating = words(GENERATOR, vae=vae, latents=latents, output_dir=generator, max_train_steps=count)
     pipeline = generator / "pipeline"
     sampled = {"reference": folder / "reference.safetensors", "pipeline": pipeline, "log": generator / "log.jsonl"}
     steps = dict.fromkeys(STEPS, 2) if config.smallest else STEPS
     pairs = results / f"near_duplicates-{name}.png"
     measuring = (
         *(
-            words(f"{MEASURE} --solver {solver}", **sampled, num_inference_steps=count, output=measured[solver])
-            for solver, count in steps.items()
+            words(f"{MEASURE} --solver {solver}", **sampled, num_inference_steps=number, output=measured[solver])
+            for solver, number in steps.items()
         ),
         words(DRAW, pipeline=pipeline, output=folder / name / "drawn"),
         words(EVALUATE, images=pipeline, nearest_neighbours=pairs, output=measured["generation"]),
@@ -134,7 +179,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     index, alone = pipeline / "model_index.json", {"saves": False}
     return [
         Task(f"tokenizer-{name}", trained / "config.json", (training,)),
-        Task(f"decoder-{name}", vae / "config.json", (words(DECODER, vae=trained, output_dir=decoder),)),
+        Task(f"decoder-{name}", vae / "config.json", (words(DECODER, vae=trained, output_dir=decoder) + styles,)),
         Task(f"latents-{name}", latents / "latents.json", encoder, one_process=True, **alone),
         Task(f"generator-{name}", index, (generating,)),
         Task(f"measured-{name}", measured["generation"], measuring, seconds=180.0, one_process=True, **alone),
@@ -151,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = config.folder
     deadline, results = time.monotonic() + config.seconds, folder / "results"
     results.mkdir(parents=True, exist_ok=True)
+    if any(RECIPES[name].styles for name in config.recipes) and not (folder / STYLES).is_dir():
+        write_styles(Path(config.data), folder / STYLES)
     every = [in_order(tasks(config, folder, name)) for name in config.recipes]
     # the same step of all recipes, then the next
     carry_out(config, [task for step in zip(*every, strict=True) for task in step], results, folder, deadline)

@@ -6,6 +6,9 @@ import pytest
 from experiment_programs import KINDS, load
 from PIL import Image
 
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.data.openmoji import read_metadata
+
 FOLDER = "experiments/shipped_pipeline"
 CONFIGURED = ("tokenizer", "decoder", "generator")  # tasks of programs with configurations
 
@@ -39,13 +42,38 @@ def test_the_programs_take_the_recipes(smallest, tmp_path):
     euler, unipc, drawn, evaluated = taken(tasks["measured-f8c16"])
     assert {euler.pipeline, unipc.pipeline, drawn.pipeline, evaluated.images} == {f"{generator.output_dir}/pipeline"}
     assert (unipc.solver, unipc.num_inference_steps) == ("unipc", [2 if smallest else 16])
-    previous = tmp_path / "weights/openmoji-128/vae"
+    previous = tmp_path / "be4752e/weights/openmoji-128/vae"
     assert str(previous) in tasks["decoder-previous_tokenizer"].programs[0]
     assert tasks["tokenizer-previous_tokenizer"].result.parent == previous
+    (decoder,), (*known, encoded) = taken(tasks["decoder-three_styles"]), taken(tasks["latents-three_styles"])
+    assert decoder.data.cache_dir == encoded.data.cache_dir == f"{tmp_path}/styles"
+    assert {config.data.cache_dir for config in known} == {None}  # measured on OpenMoji alone, as the others are
+    (longer,) = taken(tasks["generator-three_styles"])
+    assert smallest or longer.max_train_steps > generator.max_train_steps == 14_000
     with pytest.raises(ValueError, match="recipes are none, expected some of previous_tokenizer, f8c16, f8c16_joint"):
         program.Config(recipes=["none"])
-    with pytest.raises(ValueError, match="lacks weights/openmoji-128, .*: git archive be4752e weights/openmoji-128"):
+    with pytest.raises(ValueError, match="be4752e lacks weights/openmoji-128, .* git archive be4752e weights/"):
         program.Config(recipes=["previous_tokenizer"], output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="data is none, expected the images of data.py for the recipe three_styles"):
+        program.Config(recipes=["three_styles"])
+
+
+def test_the_style_is_a_part_of_the_class(tmp_path):
+    program, folder = load(f"{FOLDER}/run.py"), tmp_path / "openmoji-17.0.0-128"
+    (folder / "images").mkdir(parents=True)
+    row = {"base": "1F600", "category": "Smileys & Emotion", "subcategory": "face-smiling", "caption": "grinning"}
+    row |= {"skin_tone": False, "label": 0}
+    keys = "openmoji-1F600", "noto-1F600", "fluent-1F600"
+    rows = [row | {"key": key, "file_name": f"images/{key}.webp"} for key in keys]
+    for place, row in enumerate(rows):
+        Image.new("RGB", (128, 128), (0, 0, 90 * place)).save(folder / row["file_name"], lossless=True)
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    program.write_styles(tmp_path, tmp_path / "styles")
+    found = DataConfig(source="openmoji", resolution=128, cache_dir=str(tmp_path / "styles"), holdout=0.0)
+    dataset = open_dataset(found, "all")
+    names = ["face-smiling", "face-smiling-fluent", "face-smiling-noto"]
+    assert dataset.label_names == names and list(dataset.labels) == [0, 2, 1]
+    assert read_metadata(folder) == rows
 
 
 def test_the_table_has_what_a_recipe_has_so_far(tmp_path):
