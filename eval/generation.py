@@ -1,7 +1,7 @@
 """How far generated images are from real ones: FID, sFID, Inception score, precision, recall, density, coverage, KID;
 the same on other networks; with real-vs-real baselines ("floors"), spreads, a control and near-duplicates.
 
-    python eval/generation.py --images weights/openmoji-128 --num_images 1000 --guidance_scale 2.5 \\
+    python eval/generation.py --images weights/openmoji-128 --num_images 1000 --guidance_scale 4 \\
         --reference openmoji --control untrained --nearest_neighbours pairs.png --output results.json
 
     python eval/generation.py --images samples.npz --num_images 50000 --reference VIRTUAL_imagenet256_labeled.npz \\

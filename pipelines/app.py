@@ -103,7 +103,7 @@ class Page:
         pipe = self.open(folder)
         if student := pipe.transformer.config.get("student"):
             return default_steps(student), 1.0, "pipeline", ["auto"]
-        return 15, 2.5, "unipc", guidance_kinds(pipe)
+        return 15, 4.0, "unipc", guidance_kinds(pipe)
 
     def generate(
         self, folder: str, labels: list[str], each: int, advance: Callable | None = None, **sampler: Any

@@ -1,7 +1,7 @@
 """Images of a saved pipeline: one labelled picture, a folder of files, or the npz that ADM's evaluator reads.
 
-    python pipelines/generate.py --pipeline weights/openmoji-128 --labels face-smiling flag \\
-        --num_images_per_label 4 --guidance_scale 2.5 --output demo/generated.png
+    python pipelines/generate.py --pipeline weights/openmoji-128 --labels face-smiling food-fruit-fluent \\
+        --num_images_per_label 4 --guidance_scale 4 --output demo/generated.png
 
     python pipelines/generate.py --pipeline FOLDER --labels 207 "golden retriever" \\
         --num_images_per_label 1000 --batch_size 64 --output samples
@@ -50,6 +50,9 @@ class GenerateConfig(SamplerConfig):
     output: str = setting(help="FILE.png for one labelled picture, FILE.npz, or a folder of files")
     labels: list[str] = setting(default_factory=list, help="class names or indices; index=4 where 4 is a name too")
     num_images_per_label: int = setting(1, "images of each of the labels", at_least=1)
+    columns: int | None = setting(
+        None, "images in a row of one picture; none: those of a label, or about as many as rows", at_least=1
+    )
     num_images: int | None = setting(None, "number of images, with drawn labels", at_least=1)
     label_rule: Literal["random", "balanced"] = setting(
         "random", "how num_images labels are drawn: at random, or each class in turn"
@@ -72,6 +75,8 @@ class GenerateConfig(SamplerConfig):
             raise ValueError(f"label_rule is {self.label_rule}, but labels are given: expected num_images, or no rule")
         if self.kind == ".png" and (self.num_images or len(self.labels) * self.num_images_per_label) > PICTURE_IMAGES:
             raise ValueError(f"one picture holds {PICTURE_IMAGES} images at most: give FILE.npz or a folder as output")
+        if self.columns is not None and self.kind != ".png":
+            raise ValueError(f"columns is {self.columns}, expected none for {self.output}, which is no picture")
         if self.kind:
             check_output(self.output, Path(self.output).suffix)
 
@@ -157,7 +162,7 @@ def draw_picture(config: GenerateConfig, pipe: LightningDiTPipeline, labels: lis
     known = pipe.config.id2label or {}
     names = [known.get(str(label), f"class {label}") for label in labels]
     each = config.num_images_per_label
-    columns = each if each > 1 else math.ceil(math.sqrt(len(labels)))
+    columns = config.columns or (each if each > 1 else math.ceil(math.sqrt(len(labels))))
     picture = image_grid(to_pil(torch.stack([images[k] for k in range(len(labels))])), columns, names)
     write_picture(Path(config.output), picture)
     print(f"{len(labels)} images")

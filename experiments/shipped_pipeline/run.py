@@ -4,35 +4,32 @@
     python experiments/shipped_pipeline/run.py --smallest
 
 A recipe's pipeline in bfloat16 is RECIPE/generator/pipeline in --output_dir. Some recipes go on with the tokenizer of
-weights that were shipped before. `three_styles` trains decoder and generator on the three styles of --data, with the
-style as a part of the class: animal-mammal is OpenMoji's, animal-mammal-noto and animal-mammal-fluent are the others.
+weights that were shipped before. `three_styles` trains decoder and generator on --data as well, which has to tell the
+style in the class (--style_in_class of understanding_drives_generation/data.py).
 Configurations are those of train_vtp/configs and train_dit/configs; what differs stands here. The same command again
 goes on where the last one was stopped. results/ has what is found; so has the file of --bundle. `table.py` makes one
 file of it, `side_by_side.py` a picture.
 """
 
-import json
-import shutil
 import time
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from vtp_diffusion.data.openmoji import METADATA_NAME, openmoji_folder, read_metadata
+from vtp_diffusion.data.openmoji import METADATA_NAME, read_metadata
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.disk import replacing
 from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
 
-WEIGHTS, STYLES = "weights/openmoji-128", "styles"  # of a commit; the folder of images with the style in the class
+WEIGHTS = "weights/openmoji-128"  # of a commit
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a pipeline is made with.
 
-    Attributes: `tokenizer`: options of its training; `commit`: or the commit whose weights have it; `styles`: the
-    style is a part of the class; `steps`: of the generator.
+    Attributes: `tokenizer`: options of its training; `commit`: or the commit whose weights have it; `styles`: decoder
+    and generator see all styles, and not OpenMoji alone; `steps`: of the generator.
     """
 
     tokenizer: str = ""
@@ -68,9 +65,10 @@ MEASURE = "experiments/frontier/measure.py"
 STEPS = {"euler": 50, "unipc": 16}  # of sampling, by solver
 EVALUATE = """eval/generation.py --num_images 500 --num_inference_steps 25 --labels reference --reference openmoji
     --floor_images openmoji --control untrained --guidance internal --guidance_scale 3.5 --guidance_interval 0 0.9"""
-# eight classes, seeds 0 to 63, nothing selected
-DRAW = """pipelines/generate.py --labels animal-mammal animal-bird face-smiling food-prepared transport-ground
-    plant-flower country-flag clothing --num_images_per_label 8 --guidance_scale 2.5 --dtype bfloat16"""
+DRAW = "pipelines/generate.py --num_images_per_label 8 --guidance_scale 4 --dtype bfloat16"  # nothing selected
+STYLES = ("", "-noto", "-fluent")  # endings of class names
+CLASSES = """animal-mammal animal-bird face-smiling food-prepared transport-ground plant-flower country-flag
+    clothing""".split()
 IMAGES = "--data.source openmoji --data.resolution 128"
 # what --smallest adds to a program's words
 TINY = {
@@ -113,8 +111,8 @@ class Config(MachineConfig):
             raise ValueError(f"data {self.data} is not there, expected a folder that data.py wrote")
         for name in self.recipes:
             recipe = RECIPES[name]
-            if recipe.styles and self.data is None:
-                raise ValueError(f"data is none, expected the images of data.py for the recipe {name}")
+            if recipe.styles and not has_styles(self.data):
+                raise ValueError(f"data is {self.data}, expected what data.py --style_in_class wrote, for {name}")
             if recipe.commit and not (recipe.weights(self.folder) / "vae").is_dir():
                 place = self.folder / recipe.commit
                 raise ValueError(
@@ -128,17 +126,10 @@ class Config(MachineConfig):
         return Path(self.output_dir + "-smallest" * self.smallest)
 
 
-def write_styles(images: Path, folder: Path) -> None:
-    """Write the images of data.py into a new folder, with the style in the subcategory of those not OpenMoji's."""
-    whole = openmoji_folder(128, images)
-    rows = read_metadata(whole)
-    for row in rows:
-        if (style := row["key"].split("-")[0]) != "openmoji":
-            row["subcategory"] += f"-{style}"
-    with replacing(folder) as unfinished:
-        shutil.copytree(whole, unfinished / whole.name)
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (unfinished / whole.name / METADATA_NAME).write_text(lines, encoding="utf-8")
+def has_styles(data: str | None) -> bool:
+    """Whether the classes of these images tell the style."""
+    files = [] if data is None else Path(data).glob(f"*/{METADATA_NAME}")
+    return any(row["subcategory"].endswith("-noto") for file in files for row in read_metadata(file.parent))
 
 
 def tasks(config: Config, folder: Path, name: str) -> list[Task]:
@@ -147,7 +138,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     results, tokenizer, decoder = folder / "results", folder / name / "tokenizer", folder / name / "decoder"
     vae, latents, generator = decoder / "vae", folder / name / "latents", folder / name / "generator"
     trained = recipe.weights(folder) / "vae" if recipe.commit else tokenizer / "vae"
-    styles = ["--data.cache_dir", str(folder / STYLES)] if recipe.styles else []
+    styles = ["--data.cache_dir", config.data] if recipe.styles else []
 
     def words(text: str, **values) -> list[str]:
         program, *others = text.split()
@@ -173,7 +164,11 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
             words(f"{MEASURE} --solver {solver}", **sampled, num_inference_steps=number, output=measured[solver])
             for solver, number in steps.items()
         ),
-        words(DRAW, pipeline=pipeline, output=folder / name / "drawn"),
+        *(
+            words(DRAW, pipeline=pipeline, output=folder / name / f"drawn{style}")
+            + ["--labels", *(label + style for label in CLASSES)]
+            for style in STYLES[: 3 if recipe.styles else 1]
+        ),
         words(EVALUATE, images=pipeline, nearest_neighbours=pairs, output=measured["generation"]),
     )
     index, alone = pipeline / "model_index.json", {"saves": False}
@@ -196,8 +191,6 @@ def main(argv: list[str] | None = None) -> None:
     folder = config.folder
     deadline, results = time.monotonic() + config.seconds, folder / "results"
     results.mkdir(parents=True, exist_ok=True)
-    if any(RECIPES[name].styles for name in config.recipes) and not (folder / STYLES).is_dir():
-        write_styles(Path(config.data), folder / STYLES)
     every = [in_order(tasks(config, folder, name)) for name in config.recipes]
     # the same step of all recipes, then the next
     carry_out(config, [task for step in zip(*every, strict=True) for task in step], results, folder, deadline)

@@ -2,7 +2,7 @@
 
     python experiments/shipped_pipeline/side_by_side.py --images runs/old runs/new --titles old new --output both.webp
 
-The folders are those of pipelines/generate.py, with equal options.
+The folders are those of pipelines/generate.py, with equal options, or with the same classes of another style.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ def read_rows(folder: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{folder} has no {LABELS_NAME}, expected a folder of pipelines/generate.py")
     rows = {}
     for name, label in read_json(folder / LABELS_NAME).items():
-        rows.setdefault(label.get("name", f"class {label['label']}"), []).append(folder / name)
+        class_name = label.get("name", f"class {label['label']}").removesuffix("-noto").removesuffix("-fluent")
+        rows.setdefault(class_name, []).append(folder / name)
     return rows
 
 
@@ -67,7 +68,7 @@ def drawn(folders: list[dict[str, list[Path]]], titles: list[str], side: int) ->
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     rows = [read_rows(Path(folder)) for folder in config.images]
-    drawn(rows, config.titles, config.side).save(config.output, quality=82, method=6)
+    drawn(rows, config.titles, config.side).save(config.output, quality=60, method=6)
 
 
 if __name__ == "__main__":

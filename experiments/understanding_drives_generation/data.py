@@ -12,6 +12,8 @@ name and the layout of a rendering of OpenMoji, so that every program reads it, 
 
 A held-out concept is held out in every style and tone, since `base` decides. The caption ends with the style: within a
 batch no caption belongs to two images. --archive FILE.tar writes the folder into one file as well (44 MB).
+--style_in_class gives the images of the other two styles classes of their own (animal-bird-noto beside OpenMoji's
+animal-bird), which a generator can be asked for.
 """
 
 import io
@@ -53,6 +55,7 @@ class Config(Settings):
     output: str = setting("runs/emoji", "folder for the images' folder")
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
     archive: str | None = setting(None, "FILE.tar with the same folder")
+    style_in_class: bool = setting(False, "the subcategory ends with the style, but for OpenMoji")
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,9 +85,11 @@ def packed_images(package: str, folder: str) -> dict[str, bytes]:
         return {code(Path(member.name).stem): archive.extractfile(member).read() for member in members}
 
 
-def styled(row: dict, style: str) -> dict:
-    """A row of OpenMoji's metadata as that of the same emoji in a style."""
+def styled(row: dict, style: str, in_class: bool) -> dict:
+    """A row of OpenMoji's metadata as that of the same emoji in a style, which the class tells if `in_class`."""
     names = {"key": f"{style}-{row['key']}", "file_name": f"images/{style}-{row['key']}.webp"}
+    if in_class and style != "openmoji":
+        names["subcategory"] = f"{row['subcategory']}-{style}"
     return row | names | {"caption": f"{row['caption']}, {STYLES[style]}"}
 
 
@@ -96,12 +101,12 @@ def write_folder(config: Config, folder: Path) -> dict[str, int]:
     (folder / "images").mkdir(parents=True)
     written = []
     for row in rows:
-        written.append(styled(row, "openmoji"))
+        written.append(styled(row, "openmoji", config.style_in_class))
         (folder / written[-1]["file_name"]).write_bytes((rendered / row["file_name"]).read_bytes())
     for style, package, place in (("noto", config.noto, "img/google/64"), ("fluent", config.fluent, "assets")):
         for name, data in packed_images(package, place).items():
             if name in base:  # neither skin tones nor what OpenMoji has no drawing of
-                written.append(styled(base[name], style))
+                written.append(styled(base[name], style, config.style_in_class))
                 on_white(data, config.resolution).save(folder / written[-1]["file_name"], lossless=True)
     counts = {style: sum(row["key"].startswith(f"{style}-") for row in written) for style in STYLES}
     if empty := [style for style, count in counts.items() if count == 0]:

@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_one_message(page, labels, changes, message):
 
 
 def test_the_inputs_begin_with_what_a_pipeline_can_do(app, page, pipeline_folder, tmp_path):  # noqa: F811
-    assert page.settings(str(pipeline_folder)) == (15, 2.5, "unipc", ["auto", "classifier_free"])
+    assert page.settings(str(pipeline_folder)) == (15, 4.0, "unipc", ["auto", "classifier_free"])
     student_pipeline().save_pretrained(tmp_path)
     of_student = app.Page(app.AppConfig(pipeline=[str(tmp_path)], device="cpu"))
     steps, scale, solver, kinds = of_student.settings(str(tmp_path))

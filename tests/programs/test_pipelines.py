@@ -45,7 +45,7 @@ def started(pipeline_folder, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("started")
     write_images(folder / "images")
     options = "--num-images-per-label 3 --num_inference_steps 2 --guidance_scale 2 --batch_size 4"
-    options += " --guidance_interval 0.1 0.9 --guidance_channels 3 --dtype bfloat16 --output a/b.png"
+    options += " --guidance_interval 0.1 0.9 --guidance_channels 3 --dtype bfloat16 --columns 6 --output a/b.png"
     checkpoint = GOLDEN / "lightning_dit_qk_norm" / "0000100.pt"
     words = [
         ["generate.py", "--pipeline", pipeline_folder, "--labels", "0", "golden retriever", *options.split()],
@@ -192,7 +192,7 @@ def test_convert_refuses_what_does_not_fit_and_writes_nothing(tmp_path):
 def test_generate_one_picture(started):
     assert started[1]["generate.py"].splitlines()[-1].startswith("written: a/b.png; next: python pipelines/app.py")
     width, height = Image.open(started[0] / "a" / "b.png").size
-    assert width >= 3 * 96 and height >= 2 * 96 and "6 images\n" in started[1]["generate.py"]
+    assert width >= 6 * 96 > 2 * 96 > height and "6 images\n" in started[1]["generate.py"]
 
 
 def test_generate_a_folder_that_can_be_continued(tmp_path, pipeline_folder, capsys):
@@ -223,6 +223,7 @@ def test_generate_refuses_before_writing(tmp_path, pipeline_folder):
     refused("guidance_interval", *common, "out", "--labels", 1, "--guidance_interval", 0.5, 0.2)
     refused("holds other files, no settings.json", *common, "full", "--labels", 1)
     refused("ending in .png or .npz", *common, "out.jpg", "--labels", 1)
+    refused("columns is 2, expected none for out, which is no picture", *common, "out", "--labels", 1, "--columns", 2)
     for name in ("dir.png", "dir.npz"):
         (tmp_path / "full" / name).mkdir()
         refused(f"{name} is a folder", *common, f"full/{name}", "--labels", 1)

@@ -6,9 +6,6 @@ import pytest
 from experiment_programs import KINDS, load
 from PIL import Image
 
-from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.data.openmoji import read_metadata
-
 FOLDER = "experiments/shipped_pipeline"
 CONFIGURED = ("tokenizer", "decoder", "generator")  # tasks of programs with configurations
 
@@ -27,7 +24,7 @@ def taken(task) -> list:
 @pytest.mark.parametrize("smallest", [False, True])
 def test_the_programs_take_the_recipes(smallest, tmp_path):
     program = load(f"{FOLDER}/run.py")
-    config = program.Config(smallest=smallest, output_dir=str(tmp_path))
+    config = program.Config(smallest=smallest, output_dir=str(tmp_path), data=str(tmp_path))
     tasks = {task.name: task for name in program.RECIPES for task in program.tasks(config, tmp_path, name)}
     (tokenizer,), (joint,) = taken(tasks["tokenizer-f16c64"]), taken(tasks["tokenizer-f8c16_joint"])
     assert (tokenizer.model.patch_size, tokenizer.model.latent_channels) == (16, 64)
@@ -46,34 +43,18 @@ def test_the_programs_take_the_recipes(smallest, tmp_path):
     assert str(previous) in tasks["decoder-previous_tokenizer"].programs[0]
     assert tasks["tokenizer-previous_tokenizer"].result.parent == previous
     (decoder,), (*known, encoded) = taken(tasks["decoder-three_styles"]), taken(tasks["latents-three_styles"])
-    assert decoder.data.cache_dir == encoded.data.cache_dir == f"{tmp_path}/styles"
+    assert decoder.data.cache_dir == encoded.data.cache_dir == str(tmp_path)
     assert {config.data.cache_dir for config in known} == {None}  # measured on OpenMoji alone, as the others are
+    programs = tasks["measured-three_styles"].programs
+    assert len(programs) == 2 + len(tasks["measured-f8c16"].programs) and "clothing-fluent" in programs[4]
     (longer,) = taken(tasks["generator-three_styles"])
     assert smallest or longer.max_train_steps > generator.max_train_steps == 14_000
     with pytest.raises(ValueError, match="recipes are none, expected some of previous_tokenizer, f8c16, f8c16_joint"):
         program.Config(recipes=["none"])
     with pytest.raises(ValueError, match="be4752e lacks weights/openmoji-128, .* git archive be4752e weights/"):
         program.Config(recipes=["previous_tokenizer"], output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="data is none, expected the images of data.py for the recipe three_styles"):
+    with pytest.raises(ValueError, match="data is None, expected what data.py --style_in_class wrote, for three_styl"):
         program.Config(recipes=["three_styles"])
-
-
-def test_the_style_is_a_part_of_the_class(tmp_path):
-    program, folder = load(f"{FOLDER}/run.py"), tmp_path / "openmoji-17.0.0-128"
-    (folder / "images").mkdir(parents=True)
-    row = {"base": "1F600", "category": "Smileys & Emotion", "subcategory": "face-smiling", "caption": "grinning"}
-    row |= {"skin_tone": False, "label": 0}
-    keys = "openmoji-1F600", "noto-1F600", "fluent-1F600"
-    rows = [row | {"key": key, "file_name": f"images/{key}.webp"} for key in keys]
-    for place, row in enumerate(rows):
-        Image.new("RGB", (128, 128), (0, 0, 90 * place)).save(folder / row["file_name"], lossless=True)
-    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    program.write_styles(tmp_path, tmp_path / "styles")
-    found = DataConfig(source="openmoji", resolution=128, cache_dir=str(tmp_path / "styles"), holdout=0.0)
-    dataset = open_dataset(found, "all")
-    names = ["face-smiling", "face-smiling-fluent", "face-smiling-noto"]
-    assert dataset.label_names == names and list(dataset.labels) == [0, 2, 1]
-    assert read_metadata(folder) == rows
 
 
 def test_the_table_has_what_a_recipe_has_so_far(tmp_path):
@@ -104,7 +85,8 @@ def test_the_same_labels_stand_side_by_side(tmp_path):
         folder.mkdir()
         for image in range(4):
             Image.new("RGB", (8, 8), (100 * number, 60 * image, 0)).save(folder / f"{image:06d}.png")
-        labels = {f"{image:06d}.png": {"label": image // 2, "name": "ab"[image // 2]} for image in range(4)}
+        names = [("a", "b"), ("a-noto", "b-noto")][number]
+        labels = {f"{image:06d}.png": {"label": image // 2, "name": names[image // 2]} for image in range(4)}
         (folder / "labels.json").write_text(json.dumps(labels))
     words = ["--images", str(tmp_path / "old"), str(tmp_path / "new"), "--titles", "old", "new", "--side", "16"]
     program.main([*words, "--output", str(tmp_path / "both.webp")])

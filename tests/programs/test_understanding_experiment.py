@@ -13,6 +13,7 @@ from experiment_programs import KINDS, ROOT, UNDERSTANDING, fashion_settings, lo
 from PIL import Image
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
+from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.openmoji import is_held_out, read_attribution, read_metadata
 
 
@@ -275,6 +276,7 @@ def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
     rendered = tmp_path / "rendered"
     (rendered / "images").mkdir(parents=True)
     row = {"file_name": "images/2764.webp", "key": "2764", "base": "2764", "caption": "red heart", "skin_tone": False}
+    row["subcategory"] = "heart"
     (rendered / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     Image.new("RGB", (8, 8)).save(rendered / "images" / "2764.webp")
     monkeypatch.setattr(program, "openmoji_folder", lambda resolution: rendered)
@@ -301,6 +303,9 @@ def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
     assert all(name in attribution for name in ("CC BY-SA 4.0", "Apache License 2.0", "MIT License"))
     with pytest.raises(ValueError, match="is there already"):
         program.main(words)
+    program.main([*words[:2], f"--output={tmp_path}/styles", "--resolution=8", "--style_in_class"])
+    dataset = open_dataset(DataConfig(source="openmoji", resolution=8, cache_dir=str(tmp_path / "styles")), "train")
+    assert dataset.label_names == ["heart", "heart-fluent", "heart-noto"] and list(dataset.labels) == [0, 2, 1]
 
 
 def write_generator(folder, name, seed, step, value):
