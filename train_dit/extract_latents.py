@@ -15,6 +15,7 @@ reads it. Upstream's loader reads the folder too, with the statistics in latents
 with --mixed_precision bf16 --compile --num_workers 12 is fastest.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -192,6 +193,12 @@ def verify(
     return [every[k] for k in range(len(paths))]
 
 
+def named_briefly(names: list[str]) -> str:
+    """Names of classes in a line, with a hash of all of them."""
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return f"{len(names)} from {names[0]} to {names[-1]} ({digest[:8]})"
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     accelerator, folder = join_processes(), Path(config.output_dir)
@@ -212,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("cache_dir", "exif_orientation", "max_pixels", "stream_restart"):  # the fingerprint has the second
         settings["data"].pop(name)
     plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
+    plan["classes"] = named_briefly(dataset.label_names)  # a fingerprint of OpenMoji and other styles lacks them
     if accelerator.is_main_process:
         begin_extraction(folder, plan)
     accelerator.wait_for_everyone()

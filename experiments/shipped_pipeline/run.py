@@ -97,7 +97,9 @@ class Config(MachineConfig):
 
     recipes: list[str] = setting(default_factory=lambda: ["f8c16_joint"], help=f"of {', '.join(RECIPES)}")
     data: str | None = setting(
-        None, "folder that understanding_drives_generation/data.py wrote, for the tokenizer; none: OpenMoji alone"
+        None,
+        "folder that understanding_drives_generation/data.py wrote, for the tokenizer, and for all of a recipe with "
+        "styles; none: OpenMoji alone",
     )
     tokenizer_steps: int = setting(6000, "of 256 images", at_least=1)
     generator_steps: int | None = setting(None, "of 512 images; none: those of the recipe", at_least=1)

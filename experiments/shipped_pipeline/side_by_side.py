@@ -1,4 +1,4 @@
-"""The same labels and noise drawn by two pipelines, side by side: a row for each label.
+"""The same labels and noise drawn by several pipelines, side by side: a row for each label.
 
     python experiments/shipped_pipeline/side_by_side.py --images runs/old runs/new --titles old new --output both.webp
 
@@ -40,9 +40,11 @@ def read_rows(folder: Path) -> dict[str, list[Path]]:
         raise ValueError(f"{folder} has no {LABELS_NAME}, expected a folder of pipelines/generate.py")
     rows = {}
     for name, label in read_json(folder / LABELS_NAME).items():
-        class_name = label.get("name", f"class {label['label']}").removesuffix("-noto").removesuffix("-fluent")
-        rows.setdefault(class_name, []).append(folder / name)
-    return rows
+        rows.setdefault(label.get("name", f"class {label['label']}"), []).append(folder / name)
+    short = {label: label.removesuffix("-noto").removesuffix("-fluent") for label in rows}
+    if len(set(short.values())) < len(short):  # one folder with several styles
+        return rows
+    return {short[label]: files for label, files in rows.items()}
 
 
 def drawn(folders: list[dict[str, list[Path]]], titles: list[str], side: int) -> Image.Image:

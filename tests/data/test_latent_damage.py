@@ -12,6 +12,8 @@ from vtp_diffusion.data.latent_shards import (
     check_shard,
     write_shard,
 )
+from vtp_diffusion.runtime import folder_lock
+from vtp_diffusion.runtime.disk import write_json
 
 
 def flip(path, place):
@@ -66,3 +68,14 @@ def test_manifests_that_are_no_objects_are_named(content, name, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name} (holds '..', expected a JSON object|is not JSON)"):
         LatentDataset(tmp_path) if name == METADATA_NAME else begin_extraction(tmp_path, {})
+
+
+def test_the_same_images_with_other_classes_are_other_latents(tmp_path):
+    plan = {"num_samples": 2, "classes": "2 from bird to bird-noto (1)"}
+    begin_extraction(tmp_path / "new", plan)
+    folder_lock.release(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"holds other latents:\n  classes: 2 from bird"):
+        begin_extraction(tmp_path / "new", plan | {"classes": "1 from bird to bird (2)"})
+    write_json(tmp_path / "old" / PLAN_NAME, {"num_samples": 2})
+    begin_extraction(tmp_path / "old", plan)  # a plan that says nothing of classes: earlier versions wrote it
+    folder_lock.release(tmp_path / "old")

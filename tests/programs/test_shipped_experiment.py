@@ -97,6 +97,9 @@ def test_the_same_labels_stand_side_by_side(tmp_path):
     (tmp_path / "new" / "labels.json").write_text(json.dumps({"000000.png": {"label": 0, "name": "a"}}))
     with pytest.raises(ValueError, match="labels and their numbers of images differ"):
         program.main([*words, "--output", str(tmp_path / "both.webp")])
+    labels = {f"{image:06d}.png": {"label": image, "name": name} for image, name in enumerate(("a", "a-noto"))}
+    (tmp_path / "new" / "labels.json").write_text(json.dumps(labels))
+    assert list(program.read_rows(tmp_path / "new")) == ["a", "a-noto"], "one folder with two styles"
     with pytest.raises(ValueError, match="has no labels.json, expected a folder of pipelines/generate.py"):
         program.read_rows(tmp_path)
     with pytest.raises(ValueError, match="titles are 1, expected one for each of 2 folders"):
