@@ -48,7 +48,7 @@ def collected(runs: Path, name: str) -> dict:
     logs = {part: read_log(file) if file.is_file() else [] for part, file in files.items()}
     seconds = {part: next(x["seconds"] for x in reversed(log) if "seconds" in x) for part, log in logs.items() if log}
     validated = [line for line in logs["decoder"] if "held_out_psnr" in line]
-    held_out = {line["step"]: [line["held_out_psnr"], line["held_out_lpips"]] for line in validated}
+    held_out = {line["step"]: [line["held_out_psnr"], line.get("held_out_lpips")] for line in validated}
     found = {"seconds of training": seconds, "decoder, held-out PSNR and LPIPS": held_out}
     if (file := runs / name / "tokenizer" / "results.json").is_file():
         found["tokenizer, held out"] = read_json(file)["held_out"]

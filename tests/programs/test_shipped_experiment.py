@@ -63,6 +63,7 @@ def test_the_table_has_what_a_recipe_has_so_far(tmp_path):
         program.main(["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "found.json")])
     (folder / "decoder").mkdir(parents=True)
     lines = [{"step": 0, "held_out_psnr": 25.0, "held_out_lpips": 0.1}, {"step": 1, "seconds": 5.0001234}]
+    lines += [{"step": 2, "held_out_psnr": 26.0}]  # --smallest has no LPIPS
     (folder / "decoder" / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (tmp_path / "runs" / "results").mkdir()
     evaluated = {
@@ -76,6 +77,7 @@ def test_the_table_has_what_a_recipe_has_so_far(tmp_path):
     row = {"guidance": "internal", "guidance_scale": 3.5, "guidance_interval": None, "num_inference_steps": None}
     row |= {"FD-VGG, generated": [7.2648, 0.3], "near_duplicates": {"generated": [3, 12]}}
     found = {"seconds of training": {"decoder": 5.0001}, "decoder, held-out PSNR and LPIPS": {"0": [25.0, 0.1]}}
+    found["decoder, held-out PSNR and LPIPS"] |= {"2": [26.0, None]}
     assert json.loads((tmp_path / "found.json").read_text()) == {"small": found | {"generation": row}}
 
 
