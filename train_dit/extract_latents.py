@@ -195,7 +195,7 @@ def verify(
 
 def named_briefly(names: list[str]) -> str:
     """Names of classes in a line, with a hash of all of them."""
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
     return f"{len(names)} from {names[0]} to {names[-1]} ({digest[:8]})"
 
 

@@ -12,21 +12,20 @@ weights are taken. --control adds a transformer of random weights to the first s
 images after the generator's own autoencoder: they tell how well the latents are generated.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from PIL import Image
 
 from vtp_diffusion.evaluation.measurement import Measurement, wanted_outputs
 from vtp_diffusion.evaluation.one_pass import FeaturesConfig, open_networks, record_source, statistics_device
-from vtp_diffusion.evaluation.sources import DatasetImages, PipelineImages, open_reference, pipeline_image_size
+from vtp_diffusion.evaluation.sources import PipelineImages, ReconstructedImages, open_reference, pipeline_image_size
 from vtp_diffusion.generation.fast_sampling import prepare_sampling
 from vtp_diffusion.generation.sampler_config import SamplerConfig
 from vtp_diffusion.generation.sampling import draw_labels, labels_by_name, open_pipeline, reset_networks
-from vtp_diffusion.models.latent_space import autoencoder_identity, reconstruct
+from vtp_diffusion.models.latent_space import autoencoder_identity
 from vtp_diffusion.models.loading import load_autoencoder, load_saved
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
@@ -80,22 +79,6 @@ def measured_pipelines(config: Config) -> Iterator[tuple[int, str, object]]:
         yield step, "generated", pipe
 
 
-class Reconstructions:
-    """Images after an autoencoder, as an `ImageSource`. Args: `real`: the images; `vae`: the autoencoder."""
-
-    settings = None
-
-    def __init__(self, real: DatasetImages, vae: torch.nn.Module):
-        self.real, self.vae, self.size = real, vae, real.size
-
-    def __len__(self) -> int:
-        return len(self.real)
-
-    def read(self, indices: Sequence[int]) -> torch.Tensor:
-        images = self.real.read(indices).to(self.vae.device)
-        return reconstruct(self.vae, images).cpu()
-
-
 def samples_picture(source: PipelineImages) -> Image.Image:
     """The first samples, made smaller."""
     picture = Image.new("RGB", (SIDE * COLUMNS, SIDE * ROWS), "white")
@@ -123,10 +106,10 @@ def measure(config: Config) -> None:
     for step, name, pipe in measured_pipelines(config):
         if not references:
             real, base, _ = open_reference(config.data, config.reference, config.split, pipeline_image_size(pipe))
-            wanted, here = outputs(extractors, "reference"), replace(config, num_workers=0)  # it needs the autoencoder
+            wanted = outputs(extractors, "reference")
             references[""] = record_source(config, "reference", real, base, extractors, wanted)
-            decoded = Reconstructions(real, pipe.vae)
-            references[DECODED] = record_source(here, "reconstructions", decoded, base, extractors, wanted)
+            decoded = ReconstructedImages(real, pipe.vae)
+            references[DECODED] = record_source(config, "reconstructions", decoded, base, extractors, wanted)
             theirs = labels_by_name(pipe, [real.labels[k] for k in base], real.dataset.label_names)
             classes = pipe.transformer.config.num_classes
             labels = draw_labels("reference", config.num_images, classes, config.seed, theirs)

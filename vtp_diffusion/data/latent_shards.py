@@ -117,8 +117,7 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
     """
     path = folder / PLAN_NAME
     if path.is_file():
-        newer = {key: plan[key] for key in ("classes",) if key in plan}  # of which older plans say nothing
-        begun = newer | read_json(path)
+        begun = {"classes": plan.get("classes")} | read_json(path)  # of which older plans say nothing
         if lines := setting_differences(begun, plan):
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
         folder_lock.acquire(folder)
