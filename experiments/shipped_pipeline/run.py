@@ -28,12 +28,14 @@ WEIGHTS = "weights/openmoji-128"  # of a commit
 class Recipe:
     """What a pipeline is made with.
 
-    Attributes: `tokenizer`: options of its training; `commit`: or the commit whose weights have it; `styles`: decoder
-    and generator see all styles, and not OpenMoji alone; `steps`: of the generator.
+    Attributes: `tokenizer`: options of its training; `commit`: or the commit whose weights have it; `longer`: only the
+    generator of these weights is trained, from where it was; `styles`: decoder and generator see all styles, and not
+    OpenMoji alone; `steps`: of the generator.
     """
 
     tokenizer: str = ""
     commit: str | None = None
+    longer: bool = False
     styles: bool = False
     steps: int = 14_000
 
@@ -42,14 +44,16 @@ class Recipe:
         return folder / self.commit / WEIGHTS
 
 
+JOINT = "--objectives contrastive self_supervision reconstruction --reconstruction.weight 25"
 # with the generator 14.4 to 14.7 M parameters, 28.8 to 29.4 MB in bfloat16
 RECIPES = {
     "previous_tokenizer": Recipe(commit="be4752e"),
     "f8c16": Recipe("--objectives reconstruction --model.patch_size 8 --model.latent_channels 16"),
-    "f8c16_joint": Recipe("""--objectives contrastive self_supervision reconstruction --reconstruction.weight 25
-        --model.patch_size 8 --model.latent_channels 16"""),
+    "f8c16_joint": Recipe(f"{JOINT} --model.patch_size 8 --model.latent_channels 16"),
     "f16c64": Recipe("--objectives reconstruction --model.patch_size 16 --model.latent_channels 64"),
     "three_styles": Recipe(commit="5ef9321", styles=True, steps=28_000),
+    "three_styles_longer": Recipe(commit="4b756fb", longer=True, styles=True, steps=36_000),
+    "three_styles_f8c8": Recipe(f"{JOINT} --model.patch_size 8 --model.latent_channels 8", styles=True, steps=28_000),
 }
 TOKENIZER = """train_vtp/train.py --config openmoji --validation_steps 3000 --report_to none
     --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
@@ -138,8 +142,9 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     """The steps of a recipe."""
     recipe = RECIPES[name]
     results, tokenizer, decoder = folder / "results", folder / name / "tokenizer", folder / name / "decoder"
-    vae, latents, generator = decoder / "vae", folder / name / "latents", folder / name / "generator"
+    latents, generator = folder / name / "latents", folder / name / "generator"
     trained = recipe.weights(folder) / "vae" if recipe.commit else tokenizer / "vae"
+    vae = trained if recipe.longer else decoder / "vae"
     styles = ["--data.cache_dir", config.data] if recipe.styles else []
 
     def words(text: str, **values) -> list[str]:
@@ -157,6 +162,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     )
     count = config.generator_steps or recipe.steps
     generating = words(GENERATOR, vae=vae, latents=latents, output_dir=generator, max_train_steps=count)
+    generating += ["--initial_transformer", f"{recipe.weights(folder)}/transformer"] if recipe.longer else []
     pipeline = generator / "pipeline"
     sampled = {"reference": folder / "reference.safetensors", "pipeline": pipeline, "log": generator / "log.jsonl"}
     steps = dict.fromkeys(STEPS, 2) if config.smallest else STEPS

@@ -49,6 +49,10 @@ def test_the_programs_take_the_recipes(smallest, tmp_path):
     assert len(programs) == 2 + len(tasks["measured-f8c16"].programs) and "clothing-fluent" in programs[4]
     (longer,) = taken(tasks["generator-three_styles"])
     assert smallest or longer.max_train_steps > generator.max_train_steps == 14_000
+    before = tmp_path / "4b756fb/weights/openmoji-128"  # only the generator of these is trained
+    (longer,) = taken(tasks["generator-three_styles_longer"])
+    assert (longer.vae, longer.initial_transformer) == (f"{before}/vae", f"{before}/transformer")
+    assert tasks["decoder-three_styles_longer"].result.parent == before / "vae" and not generator.initial_transformer
     with pytest.raises(ValueError, match="recipes are none, expected some of previous_tokenizer, f8c16, f8c16_joint"):
         program.Config(recipes=["none"])
     with pytest.raises(ValueError, match="be4752e lacks weights/openmoji-128, .* git archive be4752e weights/"):
