@@ -30,13 +30,14 @@ class Recipe:
 
     Attributes: `tokenizer`: options of its training; `commit`: or the commit whose weights have it; `longer`: only the
     generator of these weights is trained, from where it was; `styles`: decoder and generator see all styles, and not
-    OpenMoji alone; `steps`: of the generator.
+    OpenMoji alone; `decoder_steps`; `steps`: of the generator.
     """
 
     tokenizer: str = ""
     commit: str | None = None
     longer: bool = False
     styles: bool = False
+    decoder_steps: int = 4_000
     steps: int = 14_000
 
     def weights(self, folder: Path) -> Path:
@@ -52,15 +53,17 @@ RECIPES = {
     "f8c16_joint": Recipe(f"{JOINT} --model.patch_size 8 --model.latent_channels 16"),
     "f16c64": Recipe("--objectives reconstruction --model.patch_size 16 --model.latent_channels 64"),
     "three_styles": Recipe(commit="5ef9321", styles=True, steps=28_000),
-    "three_styles_longer": Recipe(commit="4b756fb", longer=True, styles=True, steps=36_000),
-    "three_styles_f8c8": Recipe(f"{JOINT} --model.patch_size 8 --model.latent_channels 8", styles=True, steps=28_000),
+    "three_styles_longer": Recipe(commit="4b756fb", longer=True, styles=True, steps=20_000),
+    "three_styles_f8c8": Recipe(
+        f"{JOINT} --model.patch_size 8 --model.latent_channels 8", styles=True, decoder_steps=7_000, steps=28_000
+    ),
 }
 TOKENIZER = """train_vtp/train.py --config openmoji --validation_steps 3000 --report_to none
     --model.encoder_hidden_size 192 --model.encoder_num_attention_heads 3 --model.encoder_num_layers 4
     --self_supervision.prototypes 1024"""
 # without a discriminator: it won against the decoder of the first try
 DECODER = """train_vtp/finetune_decoder.py --config finetune_decoder_openmoji --report_to none
-    --adversarial.discriminator none --learning_rate 1e-3 --max_train_steps 4000 --validation_steps 1000"""
+    --adversarial.discriminator none --learning_rate 1e-3 --validation_steps 1000"""
 GENERATOR = """train_dit/train.py --config openmoji --compile false --optimizer muon --learning_rate 2e-3
     --model.base_head_layer 3 --report_to none"""
 ENCODING = "train_dit/extract_latents.py --copies 12 --augmentation.shift 4 --augmentation.scale 0.05"
@@ -153,6 +156,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
 
     training = words(f"{TOKENIZER} {recipe.tokenizer}", output_dir=tokenizer, max_train_steps=config.tokenizer_steps)
     training += ["--data.cache_dir", config.data] if config.data else []
+    finetuning = words(DECODER, vae=trained, output_dir=decoder, max_train_steps=recipe.decoder_steps) + styles
     kinds = ("reconstruction", "probe", "euler", "unipc", "generation")
     measured = {kind: results / f"{kind}-{name}.json" for kind in kinds}
     encoder = (
@@ -182,7 +186,7 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     index, alone = pipeline / "model_index.json", {"saves": False}
     return [
         Task(f"tokenizer-{name}", trained / "config.json", (training,)),
-        Task(f"decoder-{name}", vae / "config.json", (words(DECODER, vae=trained, output_dir=decoder) + styles,)),
+        Task(f"decoder-{name}", vae / "config.json", (finetuning,)),
         Task(f"latents-{name}", latents / "latents.json", encoder, one_process=True, **alone),
         Task(f"generator-{name}", index, (generating,)),
         Task(f"measured-{name}", measured["generation"], measuring, seconds=180.0, one_process=True, **alone),

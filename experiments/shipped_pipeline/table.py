@@ -49,7 +49,9 @@ def collected(runs: Path, name: str) -> dict:
     seconds = {part: next(x["seconds"] for x in reversed(log) if "seconds" in x) for part, log in logs.items() if log}
     validated = [line for line in logs["decoder"] if "held_out_psnr" in line]
     held_out = {line["step"]: [line["held_out_psnr"], line.get("held_out_lpips")] for line in validated}
-    found = {"seconds of training": seconds, "decoder, held-out PSNR and LPIPS": held_out}
+    found = {"seconds of training": seconds}
+    if held_out:  # a recipe that goes on with a generator alone has none
+        found["decoder, held-out PSNR and LPIPS"] = held_out
     if (file := runs / name / "tokenizer" / "results.json").is_file():
         found["tokenizer, held out"] = read_json(file)["held_out"]
     for file in sorted((runs / "results").glob(f"*-{name}.json")):
@@ -67,7 +69,7 @@ def collected(runs: Path, name: str) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    names = sorted(folder.parent.name for folder in Path(config.runs).glob("*/decoder"))
+    names = sorted({file.parts[-3] for part in TRAINED for file in Path(config.runs).glob(f"*/{part}/log.jsonl")})
     if not names:
         raise ValueError(f"runs is {config.runs}, which holds no recipe, expected the --output_dir of run.py")
     found = {name: collected(Path(config.runs), name) for name in names}

@@ -83,6 +83,11 @@ def test_the_table_has_what_a_recipe_has_so_far(tmp_path):
     found = {"seconds of training": {"decoder": 5.0001}, "decoder, held-out PSNR and LPIPS": {"0": [25.0, 0.1]}}
     found["decoder, held-out PSNR and LPIPS"] |= {"2": [26.0, None]}
     assert json.loads((tmp_path / "found.json").read_text()) == {"small": found | {"generation": row}}
+    (tmp_path / "runs" / "longer" / "generator").mkdir(parents=True)  # a recipe without a decoder of its own
+    (tmp_path / "runs" / "longer" / "generator" / "log.jsonl").write_text('{"step": 9, "seconds": 2.5}\n')
+    program.main(["--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "found.json")])
+    longer = {"seconds of training": {"generator": 2.5}}
+    assert json.loads((tmp_path / "found.json").read_text())["longer"] == longer
 
 
 def test_the_same_labels_stand_side_by_side(tmp_path):
