@@ -55,7 +55,7 @@ RECIPES = {
     "three_styles": Recipe(commit="5ef9321", styles=True, steps=28_000),
     "three_styles_longer": Recipe(commit="4b756fb", longer=True, styles=True, steps=20_000),
     "three_styles_f8c8": Recipe(
-        f"{JOINT} --model.patch_size 8 --model.latent_channels 8", styles=True, decoder_steps=7_000, steps=28_000
+        f"{JOINT} --model.patch_size 8 --model.latent_channels 8", styles=True, decoder_steps=7_000, steps=42_000
     ),
 }
 TOKENIZER = """train_vtp/train.py --config openmoji --validation_steps 3000 --report_to none

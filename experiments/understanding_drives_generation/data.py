@@ -13,7 +13,8 @@ name and the layout of a rendering of OpenMoji, so that every program reads it, 
 A held-out concept is held out in every style and tone, since `base` decides. The caption ends with the style: within a
 batch no caption belongs to two images. --archive FILE.tar writes the folder into one file as well (44 MB).
 --style_in_class gives the images of the other two styles classes of their own (animal-bird-noto beside OpenMoji's
-animal-bird), which a generator can be asked for.
+animal-bird), which a generator can be asked for. --openmoji_weight 2 has every base emoji of OpenMoji seen twice as
+often as one of another style: programs draw by weight, and extract_latents.py writes as many more copies.
 """
 
 import io
@@ -56,6 +57,7 @@ class Config(Settings):
     resolution: int = setting(128, "side of the images in pixels", at_least=1)
     archive: str | None = setting(None, "FILE.tar with the same folder")
     style_in_class: bool = setting(False, "the subcategory ends with the style, but for OpenMoji")
+    openmoji_weight: float = setting(1.0, "how often a base emoji of OpenMoji is seen, against other styles", above=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,7 +103,8 @@ def write_folder(config: Config, folder: Path) -> dict[str, int]:
     (folder / "images").mkdir(parents=True)
     written = []
     for row in rows:
-        written.append(styled(row, "openmoji", config.style_in_class))
+        weight = {} if row["skin_tone"] or config.openmoji_weight == 1 else {"weight": config.openmoji_weight}
+        written.append(styled(row, "openmoji", config.style_in_class) | weight)
         (folder / written[-1]["file_name"]).write_bytes((rendered / row["file_name"]).read_bytes())
     for style, package, place in (("noto", config.noto, "img/google/64"), ("fluent", config.fluent, "assets")):
         for name, data in packed_images(package, place).items():

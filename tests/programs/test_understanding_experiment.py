@@ -303,9 +303,11 @@ def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
     assert all(name in attribution for name in ("CC BY-SA 4.0", "Apache License 2.0", "MIT License"))
     with pytest.raises(ValueError, match="is there already"):
         program.main(words)
-    program.main([*words[:2], f"--output={tmp_path}/styles", "--resolution=8", "--style_in_class"])
+    words = [*words[:2], f"--output={tmp_path}/styles", "--resolution=8", "--style_in_class", "--openmoji_weight=2.5"]
+    program.main(words)
     dataset = open_dataset(DataConfig(source="openmoji", resolution=8, cache_dir=str(tmp_path / "styles")), "train")
     assert dataset.label_names == ["heart", "heart-fluent", "heart-noto"] and list(dataset.labels) == [0, 2, 1]
+    assert dataset.weights.tolist() == [2.5, 1, 1]
 
 
 def write_generator(folder, name, seed, step, value):

@@ -319,7 +319,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
         labels=[names.index(row[column]) for row in rows],
         captions=[row["caption"] for row in rows],
         label_names=names,
-        weights=torch.tensor([SKIN_TONE_WEIGHT if row["skin_tone"] else 1.0 for row in rows]),
+        weights=torch.tensor([row.get("weight", SKIN_TONE_WEIGHT if row["skin_tone"] else 1.0) for row in rows]),
         fingerprint=_fingerprint(folder.name, config.resolution, [row["key"] for row in rows]),
         skip_unreadable=config.skip_unreadable,
     )
