@@ -91,12 +91,16 @@ LABEL, SAMPLE_ROWS = 204, 4  # pixels beside the samples for names; rows of the 
 class Config(Settings):
     """Settings of this program."""
 
-    results: str = setting(help="folder with the results of run.py")
+    results: str | None = setting(None, "folder with the results of run.py; none: those of --known alone")
     output: str = setting(help="FILE.json for the tables; .md, .svg and .png go beside it")
     known: str | None = setting(None, "tables of earlier results, for what --results does not have")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.results is None and self.known is None:
+            raise ValueError(
+                "neither results nor known was given, expected one of them: a folder, or an earlier table"
+            )
         check_output(self.output)
 
 
@@ -402,7 +406,7 @@ def samples_picture(folder: Path, ending: str = "") -> Image.Image | None:
     return picture.quantize(16, dither=Image.Dither.NONE)
 
 
-def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
+def write_figures(table: dict[str, dict], results: Path | None, output: Path) -> None:
     """All figures that something is measured of, beside the table."""
     panels = training_panels(table)
     if panels:
@@ -421,16 +425,16 @@ def write_figures(table: dict[str, dict], results: Path, output: Path) -> None:
         styles = [curve.style for curve in panel.curves]
         drawn = figure([panel], 1, styles, "Up and right is better.")
         write_text(output.with_name(f"{output.stem}-tokenizers.svg"), drawn)
-    for ending in ("", DECODER):
+    for ending in ("", DECODER) if results else ():
         if (picture := samples_picture(results, ending)) is not None:
             write_picture(output.with_name(f"{output.stem}-samples{ending}.png"), picture)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
-    results, output = Path(config.results), Path(config.output)
+    results, output = Path(config.results) if config.results else None, Path(config.output)
     known = read_known(config.known) if config.known else {}
-    found = known | collect(results)
+    found = known | (collect(results) if results else {})
     table = {name: found[name] for name in STYLES if name in found}
     lines = (f"{json.dumps(name)}: {json.dumps(rounded(row, DIGITS))}" for name, row in table.items())
     write_text(output, '{"tokenizers": {\n' + ",\n".join(lines) + "\n}}\n")  # a line each: a third of the bytes

@@ -159,15 +159,16 @@ def test_the_programs_take_these_words(understanding, tmp_path):
             assert getattr(given, "output_dir", None) or given.output.startswith(str(plan.folder))
 
 
-def test_the_commands_of_the_page_are_taken(tmp_path, monkeypatch):
-    found = load("docs/check_commands.py").commands(ROOT / UNDERSTANDING / "README.md")
+def test_the_commands_of_the_pages_are_taken(tmp_path, monkeypatch):
+    commands = load("docs/check_commands.py").commands
+    found = [words for page in ("details.md", "README.md") for words in commands(ROOT / UNDERSTANDING / page)]
     (tmp_path / "runs").mkdir()
     for name in ("runs/emoji.tar", "runs/fashion", option(found[0], "--noto"), option(found[0], "--fluent")):
         (tmp_path / name).touch()
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     names = " ".join(Path(words[1]).stem for words in found)
-    assert names == "data run run run table run table run fashion run table"
+    assert names == "data run run run table table run fashion run table run table"
     for words in found:
         program = load(words[1])
         program.parse_config(program.Config, words[2:])
@@ -380,6 +381,11 @@ def test_a_table_goes_on_from_what_is_known(tmp_path):
     files = {folder: tmp_path / f"{folder}.json" for folder in ("old", "new")}
     program.main([f"--results={tmp_path}/old", f"--output={files['old']}"])
     program.main([f"--results={tmp_path}/new", f"--output={files['new']}", f"--known={files['old']}"])
+    program.main([f"--output={tmp_path}/again.json", f"--known={files['new']}"])  # draws what is known
+    assert (tmp_path / "again.json").read_text() == Path(files["new"]).read_text()
+    assert (tmp_path / "again.svg").read_text() == Path(files["new"]).with_suffix(".svg").read_text()
+    with pytest.raises(ValueError, match="neither results nor known"):
+        program.main([f"--output={tmp_path}/again.json"])
     table = program.read_known(files["new"])
     found = {name: row["generators"]["FD-VGG"][20]["mean"] for name, row in table.items()}
     assert list(found.items()) == [("contrastive", 9.0), ("all", 10.0)]
