@@ -3,9 +3,10 @@
     python experiments/shipped_pipeline/run.py --data runs/emoji --seconds 570
     python experiments/shipped_pipeline/run.py --smallest
 
-A recipe's pipeline in bfloat16 is RECIPE/generator/pipeline in --output_dir. Some recipes go on with the tokenizer of
-weights that were shipped before. `three_styles` trains decoder and generator on --data as well, which has to tell the
-style in the class (--style_in_class of understanding_drives_generation/data.py).
+A recipe's pipeline in bfloat16 is RECIPE/generator/pipeline in --output_dir. `three_styles_f8c8` made what is shipped.
+Some recipes go on with the tokenizer of weights that were shipped before. Those of three styles train decoder and
+generator on --data as well, which has to tell the style in the class (--style_in_class of
+understanding_drives_generation/data.py).
 Configurations are those of train_vtp/configs and train_dit/configs; what differs stands here. The same command again
 goes on where the last one was stopped. results/ has what is found; so has the file of --bundle. `table.py` makes one
 file of it, `side_by_side.py` a picture.
