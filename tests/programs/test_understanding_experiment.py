@@ -168,10 +168,10 @@ def test_the_commands_of_the_pages_are_taken(tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     names = " ".join(Path(words[1]).stem for words in found)
-    assert names == "data run run run table table run fashion run table run table"
+    assert names == "data run run run table train linear_probe table run fashion run table run table"
     for words in found:
         program = load(words[1])
-        program.parse_config(program.Config, words[2:])
+        program.parse_config(next(getattr(program, kind) for kind in KINDS if hasattr(program, kind)), words[2:])
 
 
 def test_smallest_is_small_whatever_else_is_said(understanding):
