@@ -28,6 +28,11 @@ def load(program: str) -> ModuleType:
     return module
 
 
+def settings_class(program: ModuleType) -> type:
+    """The class of a program's settings."""
+    return next(getattr(program, kind) for kind in KINDS if hasattr(program, kind))
+
+
 def option(words: list[str], name: str) -> str:
     return words[words.index(name) + 1]
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from experiment_programs import KINDS, load
+from experiment_programs import load, settings_class
 from PIL import Image
 
 FOLDER = "experiments/shipped_pipeline"
@@ -15,9 +15,8 @@ def taken(task) -> list:
     configs = []
     for file, *words in task.programs:
         program = load(file)
-        kind = next(kind for kind in KINDS if hasattr(program, kind))
         known = (program.CONFIGS,) if task.name.split("-")[0] in CONFIGURED else ()
-        configs.append(program.parse_config(getattr(program, kind), words, "", *known))
+        configs.append(program.parse_config(settings_class(program), words, "", *known))
     return configs
 
 

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from experiment_programs import KINDS, ROOT, UNDERSTANDING, fashion_settings, load, option
+from experiment_programs import ROOT, UNDERSTANDING, fashion_settings, load, option, settings_class
 from PIL import Image
 
 from vtp_diffusion import AutoencoderVTP, LightningDiTPipeline, LightningDiTTransformer2DModel
@@ -154,8 +154,7 @@ def test_the_programs_take_these_words(understanding, tmp_path):
         programs += plan.second_stage("all").programs if config.decoder else ()
         for words in [*programs, plan.generator("all", 0).programs[0]]:
             program = load(words[0])
-            kind = next(k for k in KINDS if hasattr(program, k))
-            given = program.parse_config(getattr(program, kind), words[1:])
+            given = program.parse_config(settings_class(program), words[1:])
             assert getattr(given, "output_dir", None) or given.output.startswith(str(plan.folder))
 
 
@@ -171,7 +170,7 @@ def test_the_commands_of_the_pages_are_taken(tmp_path, monkeypatch):
     assert names == "data run run run table train linear_probe table run fashion run table run table"
     for words in found:
         program = load(words[1])
-        program.parse_config(next(getattr(program, kind) for kind in KINDS if hasattr(program, kind)), words[2:])
+        program.parse_config(settings_class(program), words[2:])
 
 
 def test_smallest_is_small_whatever_else_is_said(understanding):

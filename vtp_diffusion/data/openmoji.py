@@ -49,7 +49,8 @@ def openmoji_folder(resolution: int, cache_dir: str | Path | None = None) -> Pat
     """The folder of all emoji rendered on white at `resolution` pixels per side; rendered at the first call.
 
     It holds images/, metadata.jsonl (file_name, key, base, category, subcategory, label, caption, skin_tone: what
-    `datasets` reads as an image folder) and ATTRIBUTION.txt. The packages above are needed only for rendering.
+    `datasets` reads as an image folder) and ATTRIBUTION.txt. A row may have a `weight`, how often it is drawn, which
+    counts instead of that of its skin tone. The packages above are needed only for rendering.
 
     Raises: ImportError: a package for rendering is missing. ValueError: `resolution` is not positive, or the folder
         exists and holds something else.
