@@ -55,11 +55,10 @@ SMALL_WIDTH = {"tokenizer.yaml": 192, "fashion_tokenizer.yaml": 48}
 HEADLINE = ("reconstruction", "all", "reconstruction_long")
 # All of a group comes before the next: what time ends is the last one.
 GROUPS = (
-    HEADLINE,
+    (*HEADLINE, "all_long", "all_pixels"),
     ("contrastive", "self_supervision"),
     ("reconstruction_small", "all_small"),
     ("reconstruction_half", "all_half", "reconstruction_tenth", "all_tenth"),
-    ("all_long", "all_pixels"),
 )
 # Seconds on an H200 with one task a GPU. A step of a tokenizer by the number of its objectives: measured for one and
 # three without compilation, the others are guesses, as are the seconds of compiling and of a second stage. What
@@ -313,13 +312,14 @@ class Plan:
         )
 
     def redecoded(self, name: str, seed: int) -> Task:
-        """Measure a generator with that decoder, whose latents are the same."""
+        """Measure a generator with that decoder, whose latents are the same, at the same steps."""
+        steps, first = self.config.generator_steps, seed == self.seeds[0]
         result = self.results / f"generator-{name}{DECODER}-{seed}.json"
-        words = self.measurement(name, seed, result, self.config.generator_steps[-1:])
+        words = self.measurement(name, seed, result, steps if first else steps[-1:])
         words += ["--vae", self.vae(name, "decoder")]
-        words += ["--picture", str(result.with_suffix(".png"))] if seed == self.seeds[0] else []
-        done = result.with_name(f"{result.stem}-{self.config.generator_steps[-1]}.json")
-        needs, seconds = (f"decoder-{name}", f"generator-{name}-{seed}"), self.shared * (GENERATOR + POINT)
+        words += ["--picture", str(result.with_suffix(".png"))] if first else []
+        done, points = result.with_name(f"{result.stem}-{steps[-1]}.json"), len(steps) if first else 1
+        needs, seconds = (f"decoder-{name}", f"generator-{name}-{seed}"), self.shared * (GENERATOR + points * POINT)
         return Task(result.stem, done, (words,), needs, saves=False, seconds=seconds)
 
     def measurement(self, name: str, seed: int, result: Path, steps: list[int]) -> list[str]:

@@ -8,8 +8,8 @@ Writes the tables as JSON and Markdown, and beside them, as far as they are meas
     table.svg             every distance against the steps of the generator, a line a tokenizer
     table-scaling.svg     distances against the width of the encoder, the share of the training data and the steps
     table-tokenizers.svg  what the encoder understands (k-NN) against what the decoder reconstructs (PSNR)
-    table-samples.png     the same 64 samples of every generator, a row a tokenizer; with decoders that were trained
-                          further in table-samples_decoder.png
+    table-samples.webp    the same samples of every generator, a row a tokenizer; with decoders that were trained
+                          further in table-samples_decoder.webp
 
 What is not measured yet is left out of figures and a dash in the tables.
 """
@@ -84,7 +84,7 @@ TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS t
 TITLES |= {f"{RANDOM}{DECODED}": "the control, to reconstructions"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
 DIGITS = 6  # of numbers in the JSON, which is half as long so
-LABEL, SAMPLE_ROWS = 204, 4  # pixels beside the samples for names; rows of the pictures of measure.py
+LABEL, SAMPLE_ROWS = 226, 4  # pixels beside the samples for names; rows of the pictures of measure.py
 
 
 @dataclass(kw_only=True)
@@ -94,6 +94,7 @@ class Config(Settings):
     results: str | None = setting(None, "folder with the results of run.py; none: those of --known alone")
     output: str = setting(help="FILE.json for the tables; .md, .svg and .png go beside it")
     known: str | None = setting(None, "tables of earlier results, for what --results does not have")
+    sample_rows: int = setting(SAMPLE_ROWS, "rows of 16 samples in the pictures", at_least=1, at_most=SAMPLE_ROWS)
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,7 +144,7 @@ def read_generator(file: Path) -> dict[str, dict]:
                 entry["real"] = row["floor"]["real"]
     for part, ending in (("scores", ""), ("scores_to_reconstructions", DECODED)):
         for row in results.get(part, []):
-            if row["score"].startswith(("precision", "recall")):
+            if row["score"].startswith(("precision", "recall")) and RANDOM.removeprefix("FD-") not in row["score"]:
                 found.setdefault(row["score"] + ending, {})[row["images"]] = row["value"]
     return found
 
@@ -160,7 +161,7 @@ def read_generators(folder: Path, name: str) -> dict[str, dict[int, dict]]:
     for points in found.values():
         for point in points.values():
             values = list(point["seeds"].values())
-            point |= {"mean": mean(values), "deviation": stdev(values) if len(values) > 1 else None}
+            point |= {"mean": mean(values)} | ({"deviation": stdev(values)} if len(values) > 1 else {})
     return {measure: dict(sorted(points.items())) for measure, points in found.items()}
 
 
@@ -182,7 +183,7 @@ def cell(points: dict[int, dict] | None, step: int) -> str:
     if points is None or step not in points:
         return "–"
     point = points[step]
-    return number(point["mean"]) + (f" ± {number(point['deviation'])}" if point["deviation"] is not None else "")
+    return number(point["mean"]) + (f" ± {number(point['deviation'])}" if "deviation" in point else "")
 
 
 def last_common_step(table: dict[str, dict]) -> int | None:
@@ -383,10 +384,10 @@ def tokenizer_panel(table: dict[str, dict]) -> Panel | None:
     return Panel("The tokenizers", *labels, curves, logarithmic=False) if curves else None
 
 
-def samples_picture(folder: Path, ending: str = "") -> Image.Image | None:
+def samples_picture(folder: Path, rows: int, ending: str = "") -> Image.Image | None:
     """The pictures of measure.py row by row: a row of samples of every tokenizer, then the next one.
 
-    Args: `ending`: of the tokenizers' names.
+    Args: `rows`: how many of theirs; `ending`: of the tokenizers' names.
     """
     found = {name: folder.glob(f"generator-{name}{ending}-*.png") for name in MAIN}
     files = {name: sorted(paths, key=lambda f: int(f.stem.split("-")[-1])) for name, paths in found.items()}
@@ -395,9 +396,9 @@ def samples_picture(folder: Path, ending: str = "") -> Image.Image | None:
         return None
     width, height = next(iter(strips.values())).size
     side, gap = height // SAMPLE_ROWS, 12
-    picture = Image.new("RGB", (LABEL + width, (len(strips) * side + gap) * SAMPLE_ROWS - gap), "white")
+    picture = Image.new("RGB", (LABEL + width, (len(strips) * side + gap) * rows - gap), "white")
     pen, font, y = ImageDraw.Draw(picture), ImageFont.load_default(14), 0
-    for row in range(SAMPLE_ROWS):
+    for row in range(rows):
         for name, strip in strips.items():
             picture.paste(strip.crop((0, row * side, width, (row + 1) * side)), (LABEL, y))
             pen.text((6, y + side // 2), STYLES[name].label, "black", font, anchor="lm")
@@ -406,14 +407,12 @@ def samples_picture(folder: Path, ending: str = "") -> Image.Image | None:
     return picture.quantize(16, dither=Image.Dither.NONE)
 
 
-def write_figures(table: dict[str, dict], results: Path | None, output: Path) -> None:
+def write_figures(table: dict[str, dict], results: Path | None, output: Path, sample_rows: int) -> None:
     """All figures that something is measured of, beside the table."""
     panels = training_panels(table)
     if panels:
         styles = [STYLES[name] for name in MAIN if name in table]
-        note = (
-            "Lower is better. Where there are several seeds, the line is their mean and small circles are the seeds."
-        )
+        note = "Lower is better. Of several seeds the line is the mean, and small circles are the seeds."
         write_text(output.with_suffix(".svg"), figure(panels, 3, styles, note))
     panels = scaling_panels(table)
     if panels:
@@ -426,8 +425,8 @@ def write_figures(table: dict[str, dict], results: Path | None, output: Path) ->
         drawn = figure([panel], 1, styles, "Up and right is better.")
         write_text(output.with_name(f"{output.stem}-tokenizers.svg"), drawn)
     for ending in ("", DECODER) if results else ():
-        if (picture := samples_picture(results, ending)) is not None:
-            write_picture(output.with_name(f"{output.stem}-samples{ending}.png"), picture)
+        if (picture := samples_picture(results, sample_rows, ending)) is not None:
+            write_picture(output.with_name(f"{output.stem}-samples{ending}.webp"), picture)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -440,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     write_text(output, '{"tokenizers": {\n' + ",\n".join(lines) + "\n}}\n")  # a line each: a third of the bytes
     tables = markdown(table)
     write_text(output.with_suffix(".md"), tables)
-    write_figures(table, results, output)
+    write_figures(table, results, output, config.sample_rows)
     print(tables)
 
 

@@ -31,13 +31,13 @@ def test_what_the_headline_needs_comes_first(understanding, tmp_path):
     names = [task.name for task in understanding.Plan(config, None).tasks()]
     # of each a tokenizer, a decoder, a generator with both decoders; of the first three these with a second seed
     assert len(set(names)) == len(names) == 3 * 6 + (len(config.tokenizers) - 3) * 4
-    assert names[:2] == ["tokenizer-reconstruction_long", "tokenizer-all"]
+    assert names[:2] == ["tokenizer-all_long", "tokenizer-reconstruction_long"]
     headline = names[: names.index("tokenizer-contrastive")]
-    assert len(headline) == 18 and headline[-1] == "generator-reconstruction_long_decoder-1"
+    assert len(headline) == 22 and headline[-1] == "generator-reconstruction_long_decoder-1"
     order = ["generator-all-0", "decoder-all", "generator-all_decoder-0", "generator-reconstruction-1"]
     assert sorted(order, key=headline.index) == order
-    starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half", "all_long")]
-    assert starts == [18, 26, 34, 42]
+    starts = [names.index(f"tokenizer-{name}") for name in ("contrastive", "all_small", "all_half")]
+    assert starts == [22, 30, 38]
     few = understanding.Plan(understanding.Config(output_dir=str(tmp_path), several=["contrastive"]), None).tasks()
     assert {"generator-contrastive-2", "generator-all-0"} < {task.name for task in few}
     assert "generator-all-1" not in {task.name for task in few}
@@ -123,7 +123,9 @@ def test_generators_are_measured_again_with_decoders_that_were_trained_further(u
     words = again.programs[0]
     assert option(words, "--run") == f"{tmp_path}/generator-all-1", "the same generator"
     assert option(words, "--vae") == f"{option(decoder.programs[0], '--output_dir')}/vae"
-    assert "--picture" in tasks["generator-all_decoder-0"].programs[0] and "--picture" not in words
+    first = tasks["generator-all_decoder-0"].programs[0]
+    assert "--picture" in first and "--picture" not in words
+    assert first[first.index("--steps") + 1 :][:2] == ["500", "1500"] and option(words, "--steps") == "1500"
 
 
 def test_the_generator_may_have_another_optimiser_and_rate(understanding, tmp_path):
@@ -167,7 +169,7 @@ def test_the_commands_of_the_pages_are_taken(tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     names = " ".join(Path(words[1]).stem for words in found)
-    assert names == "data run run run table train linear_probe table run fashion run table run table"
+    assert names == "data run run run table run table train linear_probe table run fashion run table run table"
     for words in found:
         program = load(words[1])
         program.parse_config(settings_class(program), words[2:])
@@ -313,6 +315,7 @@ def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
 def write_generator(folder, name, seed, step, value):
     row = {"distance": "FD-VGG", "images": "generated", "value": 9.0, "floor": {"generated": value, "real": 1.0}}
     scores = [{"score": "recall (VGG)", "images": "generated", "value": 0.25}]
+    scores += [{"score": "recall (VTP-192)", "images": "generated", "value": 0.5}]
     results = {"distances": [row], "scores": scores}
     (folder / f"generator-{name}-{seed}-{step}.json").write_text(json.dumps(results))
 
@@ -366,7 +369,7 @@ def test_scaling_is_drawn_where_two_points_are_measured(tmp_path):
         ("share of the training data, %", [[(10, 15.0), (50, 13.0), (100, 12.0)]]),
     ]
     assert (panels[0].title, panels[0].y_label) == ("FD-VGG", "distance at step 20")
-    program.write_figures(table, tmp_path, tmp_path / "table.json")
+    program.write_figures(table, tmp_path, tmp_path / "table.json", 4)
     words = {element.text for element in elements(tmp_path / "table-tokenizers.svg", "text")}
     assert {"reconstruction", "all three objectives"} < words and "all three, half the data" not in words
 
@@ -395,10 +398,11 @@ def test_a_table_goes_on_from_what_is_known(tmp_path):
 
 def test_samples_of_all_generators_stand_row_by_row(tmp_path):
     program = load(f"{UNDERSTANDING}/table.py")
-    assert program.samples_picture(tmp_path) is None
+    assert program.samples_picture(tmp_path, 4) is None
     for name, step, colour in (("all", 90, "red"), ("all", 100, "lime"), ("reconstruction", 100, "blue")):
         Image.new("RGB", (768, 192), colour).save(tmp_path / f"generator-{name}-0-{step}.png")
-    picture = program.samples_picture(tmp_path).convert("RGB")
+    assert program.samples_picture(tmp_path, 1).size == (program.LABEL + 768, 2 * 48)
+    picture = program.samples_picture(tmp_path, 4).convert("RGB")
     assert picture.size == (program.LABEL + 768, 4 * 2 * 48 + 3 * 12)
     assert [picture.getpixel((900, y)) for y in (24, 72, 102)] == [(0, 0, 255), (0, 255, 0), (255, 255, 255)]
 

@@ -115,10 +115,13 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 
 
 def write_picture(path: Path, picture: Any) -> None:
-    """Write a PIL image as PNG, as `write_text` does."""
+    """Write a PIL image without loss, as WebP if the name ends so and else as PNG, as `write_text` does."""
     with replacing(path) as unfinished:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(unfinished, "PNG")
+        if path.suffix == ".webp":
+            picture.convert("RGB").save(unfinished, "WEBP", lossless=True, quality=100, method=6)
+        else:
+            picture.save(unfinished, "PNG")
 
 
 def file_sha256(path: str | Path) -> str:

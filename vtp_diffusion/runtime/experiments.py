@@ -217,16 +217,18 @@ def work_through(
 
     def work(gpu: int) -> None:
         while (task := take()) is not None:
-            began = time.monotonic()
+            began, fault = time.monotonic(), None
             try:
                 start(task, gpu)
                 ended(task, gpu, began)
             except OutOfTimeError as stop:
-                print(f"{task.name}: {stop}", flush=True)
+                fault = f"{task.name}: {stop}"
             except Exception as error:  # else lost with the thread: returned to the caller at the end
-                faults.append(f"{task.name}: {error}")
-                print(faults[-1], flush=True)
-            with changed:
+                fault = f"{task.name}: {error}"
+                faults.append(fault)
+            with changed:  # alone, since lines of several threads would run into each other
+                if fault is not None:
+                    print(fault, flush=True)
                 running.discard(task.name)
                 changed.notify_all()
 
