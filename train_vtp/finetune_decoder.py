@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     trunk = config.reconstruction.lpips_trunk
     perceptual = LPIPS("vgg", trunk) if config.reconstruction.lpips > 0 else None
     splits = open_splits(config.data, config.evaluation_images, config.train_batch_size)
-    fingerprint = f"{splits.training.fingerprint}-{autoencoder_identity(reference)['weights']}"
+    fingerprint = f"{splits.training.training_fingerprint}-{autoencoder_identity(reference)['weights']}"
     run = start_run(config, folder, autoencoder, perceptual, fingerprint)
 
     def evaluate(step: int) -> None:

@@ -213,7 +213,7 @@ def start_run(config: Config, folder: RunFolder, splits: Splits, objective: VTPF
         objective,
         model,
         "vtp" if hasattr(model, "autoencoder") else "vae",
-        splits.training.fingerprint,
+        splits.training.training_fingerprint,
         not_saved=("objectives.reconstruction.perceptual.",),
         flops_per_image=sum(objective.flops(config.data.resolution).values()),
         in_parts=len(config.objectives) > 1,

@@ -1,5 +1,7 @@
 """Training inputs of LightningDiT: latents from shards or encoded online, mirror images, refusals."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,10 @@ def test_online_data_is_identified_by_images_and_autoencoder(images):
     dataset = open_dataset(images)
     one, same, other = (OnlineLatents(dataset, vtp(seed), images, AugmentationConfig()) for seed in (0, 0, 1))
     assert one.fingerprint == same.fingerprint != other.fingerprint
+    weighted = copy.copy(dataset)
+    weighted._given_weights = [(dataset.keys[0], 2.0)]
+    drawn_otherwise = OnlineLatents(weighted, vtp(), images, AugmentationConfig())
+    assert drawn_otherwise.fingerprint not in (one.fingerprint, other.fingerprint)
     with pytest.raises(ValueError, match="data.resolution is 20, which AutoencoderVTP cannot encode"):
         OnlineLatents(dataset, vtp(), DataConfig(source=images.source, resolution=20), AugmentationConfig())
 

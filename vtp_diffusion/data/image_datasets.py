@@ -25,13 +25,13 @@ from .folders import content_hashes, read_layout, sorted_names
 from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image, read_image
 from .images import pil_to_uint8
 from .openmoji import is_held_out, openmoji_folder, read_metadata
+from .row_values import check_caption, check_label, is_class_index
 from .shard_files import HELD_OUT, check_columns, check_source, load_collection
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # the five skin tones of one drawing count as one image
 IN_MEMORY_BYTES = 2**30
 Crop = Callable[[Image.Image, int], Image.Image]
-MAX_CLASSES = 2**20  # a larger label is a mistake, such as an identifier; names for so many classes would fill memory
 
 
 @dataclass(kw_only=True)
@@ -134,18 +134,21 @@ class ImageDataset(Dataset):
             an index always gives the same item. A data set kept in memory drops such images instead.
         classes_named: whether `label_names` are names and not only indices.
         whole: whether the source is a folder or a collection without a held-out split.
+        given_weights: key and weight of every image whose weight is in the metadata.
 
     Attributes:
+        training_fingerprint: `fingerprint`, and the weights if metadata gives them: what a resumed run must find.
         skipped: keys of the unreadable images that this process and its workers have met so far.
         enlarged: (N,) whether an image is smaller than the crop; known for images read so far.
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
-                 skip_unreadable=False, classes_named=True, whole=False):  # fmt: skip
+                 skip_unreadable=False, classes_named=True, whole=False, given_weights=()):  # fmt: skip
         self.references, self.read, self.resolution = references, read, resolution
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
         self.classes_named, self.whole, self._dropped, self.crop = classes_named, whole, list[str](), center_crop
+        self._given_weights = given_weights
         # in shared memory, because the workers of a loader set them
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
@@ -155,6 +158,11 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.references)
+
+    @property
+    def training_fingerprint(self) -> str:
+        given = [f"{key} {weight:g}" for key, weight in self._given_weights]
+        return _fingerprint(self.fingerprint, self.resolution, given) if given else self.fingerprint
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for offset in range(len(self)):
@@ -280,25 +288,6 @@ def _say(line: str) -> None:
         print(line)
 
 
-def is_class_index(label: Any) -> bool:
-    """Whether `label` is a class index, and not implausibly large."""
-    return type(label) is int and 0 <= label < MAX_CLASSES
-
-
-def check_label(label: Any, name: str, expected: str = "class indices or names") -> int:
-    """`label` as a class index. Raises: ValueError if it `is_class_index` not."""
-    if not is_class_index(label):
-        raise ValueError(f"{name} is {str(label)[:80]}, expected {expected}, below {MAX_CLASSES:,}")
-    return label
-
-
-def check_caption(value: Any, name: str) -> str:
-    """A caption without surrounding space, "" if there is none. Raises: ValueError for anything but text."""
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{name} is {str(value)[:80]!r} of type {type(value).__name__}, expected a text")
-    return (value or "").strip()
-
-
 def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
     folder = openmoji_folder(config.resolution, config.cache_dir)
     rows = read_metadata(folder)
@@ -322,6 +311,7 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
         weights=torch.tensor([row.get("weight", SKIN_TONE_WEIGHT if row["skin_tone"] else 1.0) for row in rows]),
         fingerprint=_fingerprint(folder.name, config.resolution, [row["key"] for row in rows]),
         skip_unreadable=config.skip_unreadable,
+        given_weights=[(row["key"], row["weight"]) for row in rows if "weight" in row],
     )
 
 

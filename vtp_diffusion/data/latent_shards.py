@@ -25,7 +25,7 @@ from ..runtime.config import setting_differences
 from ..runtime.disk import is_unfinished, read_json, replacing, write_json
 from ..runtime.random_reads import RandomReads, allow_open_files, read_rows
 from .channel_statistics import ChannelStatistics
-from .image_datasets import MAX_CLASSES
+from .row_values import MAX_CLASSES
 
 METADATA_NAME = "latents.json"
 PLAN_NAME = "plan.json"  # settings of an extraction, written when it begins

@@ -27,9 +27,10 @@ from ..runtime.optional_packages import require
 from ..runtime.processes import local_processes
 from ..runtime.reproducibility import random_stream
 from .batches import PLAIN_BATCH, Columns, columns_to_device, training_loader
-from .image_datasets import DataConfig, ImageDataset, check_caption, check_label
+from .image_datasets import DataConfig, ImageDataset
 from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image
 from .images import from_uint8, pil_to_uint8
+from .row_values import check_caption, check_label
 from .shard_files import check_columns, collection_builder, split_files
 
 READ_ROWS = 32  # rows read from `datasets` at a time
@@ -94,7 +95,7 @@ class StreamingImages:
         described = [config.source, config.name, read, found[0], self.resolution, self.num_shards]
         described += ["EXIF orientation"] if config.exif_orientation else []
         text = json.dumps([*described, *columns])
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.fingerprint = self.training_fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def samples(
         self,

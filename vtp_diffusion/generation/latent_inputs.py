@@ -125,7 +125,7 @@ class OnlineLatents:
             "attribution": read_attribution(config.resolution, config.cache_dir) if openmoji else None,
             "data": vars(config) | {"split": "train", "fingerprint": images.fingerprint},
         }
-        origin = {"images": images.fingerprint, "autoencoder": autoencoder_identity(vae)}
+        origin = {"images": images.training_fingerprint, "autoencoder": autoencoder_identity(vae)}
         self.fingerprint = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
