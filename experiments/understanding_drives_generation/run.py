@@ -92,8 +92,7 @@ class Config(MachineConfig):
     """Settings of this program; --smallest replaces those in `SMALLEST`."""
 
     tokenizers: list[str] = setting(
-        default_factory=lambda: [name for name in TOKENIZERS if not name.endswith(("_tenth", PIXELS))],
-        help=f"of {', '.join(TOKENIZERS)}",
+        default_factory=lambda: [*GROUPS[0], *GROUPS[1]], help=f"of {', '.join(TOKENIZERS)}"
     )
     seeds: list[int] = setting(
         default_factory=lambda: [0, 1, 2],

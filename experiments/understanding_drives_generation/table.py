@@ -15,11 +15,11 @@ What is not measured yet is left out of figures and a dash in the tables.
 """
 
 import json
-from dataclasses import dataclass, field, replace
-from math import ceil, floor, log10
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from drawing import Curve, Panel, Style, figure
 from PIL import Image, ImageDraw, ImageFont
 
 from vtp_diffusion.runtime.cli import run
@@ -41,16 +41,6 @@ COLUMNS = {
     "effective rank": ("tokenizer", ("held_out", "effective_rank")),
 }
 NEAREST = ("class token", 20)
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a tokenizer is called and drawn. The colours are Okabe and Ito's, which the colour-blind tell apart."""
-
-    label: str
-    colour: str
-    marker: str
-    dash: str = ""
 
 
 STYLES = {
@@ -82,7 +72,7 @@ RANDOM = "FD-VTP-192"  # on the encoder of random weights
 RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is no finding about content."
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
 TITLES |= {f"{RANDOM}{DECODED}": "the control, to reconstructions"}
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM, LINE = 340, 280, 62, 16, 34, 48, 18  # of a panel, in pixels
+COLOURS = 32  # of the pictures of samples
 DIGITS = 6  # of numbers in the JSON, which is half as long so
 LABEL, SAMPLE_ROWS = 226, 4  # pixels beside the samples for names; rows of the pictures of measure.py
 
@@ -149,12 +139,20 @@ def read_generator(file: Path) -> dict[str, dict]:
     return found
 
 
+def logged_loss(log: Path, step: int) -> dict[str, dict]:
+    """The training loss at a step, the mean of some steps before it, as `read_generator` returns a measure."""
+    rows = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.is_file() else ()
+    found = [row["loss"] for row in rows if row.get("step") == step and "loss" in row]
+    return {"training loss": {"generated": found[-1]}} if found else {}
+
+
 def read_generators(folder: Path, name: str) -> dict[str, dict[int, dict]]:
     """Measure -> step -> its values, one a seed, and what a control and real images get."""
     found: dict[str, dict[int, dict]] = {}
     for file in sorted(folder.glob(f"generator-{name}-*.json")):
         seed, step = file.stem.removeprefix(f"generator-{name}-").split("-")
-        for measure, entry in read_generator(file).items():
+        loss = logged_loss(file.with_name(f"generator-{name}-{seed}.jsonl"), int(step))
+        for measure, entry in (read_generator(file) | loss).items():
             point = found.setdefault(measure, {}).setdefault(int(step), {"seeds": {}})
             point["seeds"][seed] = entry["generated"]
             point |= {key: entry[key] for key in ("real", "control") if key in entry}
@@ -215,115 +213,6 @@ def markdown(table: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@dataclass
-class Curve:
-    """A line of a panel. `dots`: (x, y) that it is the mean of; a curve without line has points alone."""
-
-    style: Style
-    points: list[tuple[float, float]]
-    dots: list[tuple[float, float]] = field(default_factory=list)
-    line: bool = True
-
-
-@dataclass
-class Panel:
-    """One coordinate system. `baseline`: the height of a labelled horizontal line."""
-
-    title: str
-    x_label: str
-    y_label: str
-    curves: list[Curve]
-    baseline: float | None = None
-    logarithmic: bool = True
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Two to eight round numbers from `low` to `high`."""
-    if low == high:
-        return [low]
-    unit = 10 ** floor(log10(high - low))
-    step = next(unit * k for k in (0.2, 0.5, 1, 2) if (high - low) / (unit * k) <= 7)
-    return [k * step for k in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
-
-
-def marker(style: Style, x: float, y: float, r: float = 5.0) -> str:
-    shapes = {
-        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-        "diamond": [(0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)],
-        "triangle": [(0, -1.3), (1.3, 1), (-1.3, 1)],
-    }
-    if style.marker == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" fill="{style.colour}"/>'
-    corners = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in shapes[style.marker])
-    return f'<polygon points="{corners}" fill="{style.colour}"/>'
-
-
-def stroke(style: Style) -> str:
-    return f'stroke="{style.colour}" stroke-width="2" fill="none" stroke-dasharray="{style.dash or "none"}"'
-
-
-def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {more}>{words}</text>'
-
-
-def draw(panel: Panel, left: float, top: float) -> list[str]:
-    """A panel as SVG elements; `left`, `top`: of its corner."""
-    every = [point for curve in panel.curves for point in curve.points + curve.dots]
-    xs, heights = (
-        sorted({x for x, _ in every}),
-        [y for _, y in every] + [panel.baseline] * (panel.baseline is not None),
-    )
-    pad = 0.08 * (max(heights) - min(heights)) or 0.5
-    low, high = min(heights) - pad, max(heights) + pad
-    scale = log10 if panel.logarithmic else float
-    margin = 0.1 * (scale(xs[-1]) - scale(xs[0])) or 0.5
-    first, last = scale(xs[0]) - margin, scale(xs[-1]) + margin
-    x0, x1, y0, y1 = left + LEFT, left + WIDTH - RIGHT, top + HEIGHT - BOTTOM, top + TOP
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return x0 + (x1 - x0) * (scale(x) - first) / (last - first), y0 + (y1 - y0) * (y - low) / (high - low)
-
-    parts = [text((x0 + x1) / 2, top + 20, panel.title, more='font-weight="bold"')]
-    parts += [text((x0 + x1) / 2, y0 + 38, panel.x_label)]
-    turned = f'transform="rotate(-90 {left + 14} {(y0 + y1) / 2})"'
-    parts += [text(left + 14, (y0 + y1) / 2, panel.y_label, more=turned)]
-    for value in ticks(low, high):
-        y = place(xs[0], value)[1]
-        parts.append(f'<path d="M{x0} {y:.1f}H{x1}" stroke="#dddddd"/>' + text(x0 - 6, y + 4, f"{value:g}", "end"))
-    for value in xs if panel.logarithmic else ticks(xs[0] - margin, xs[-1] + margin):
-        x = place(value, low)[0]
-        parts.append(f'<path d="M{x:.1f} {y0}v5" stroke="black"/>' + text(x, y0 + 19, f"{value:,g}"))
-    parts.append(f'<path d="M{x0} {y1}V{y0}H{x1}" stroke="black" fill="none"/>')
-    if panel.baseline is not None:
-        y = place(xs[0], panel.baseline)[1]
-        parts.append(f'<path d="M{x0} {y:.1f}H{x1}" stroke="black" stroke-dasharray="4 3"/>')
-        parts.append(text(x1, y - 5, "real against real images", "end", 'font-size="11"'))
-    for curve in panel.curves:
-        spots = [place(*point) for point in curve.points]
-        if curve.line and len(spots) > 1:
-            parts.append(f'<path d="M{" L".join(f"{x:.1f} {y:.1f}" for x, y in spots)}" {stroke(curve.style)}/>')
-        parts += [marker(curve.style, *spot) for spot in spots]
-        for x, y in (place(*dot) for dot in curve.dots):
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="white" stroke="{curve.style.colour}"/>')
-    return parts
-
-
-def figure(panels: list[Panel], columns: int, legend: list[Style], note: str) -> str:
-    """Panels in rows as an SVG, with a legend and a line of explanation below."""
-    parts, columns = [], min(columns, len(panels))
-    for place, panel in enumerate(panels):
-        parts += draw(panel, place % columns * WIDTH, place // columns * HEIGHT)
-    y = ceil(len(panels) / columns) * HEIGHT + LINE
-    for style in legend:
-        parts.append(f'<path d="M{LEFT} {y}h44" {stroke(style)}/>' + marker(style, LEFT + 22, y))
-        parts.append(text(LEFT + 54, y + 4, style.label, "start"))
-        y += LINE
-    parts.append(text(LEFT, y + 4, note, "start", 'font-size="11" fill="#444444"'))
-    size = f'viewBox="0 0 {columns * WIDTH} {y + LINE}" width="{columns * WIDTH}" height="{y + LINE}"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">'
-    return "\n".join([start, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>"]) + "\n"
-
-
 def distances(table: dict[str, dict]) -> list[str]:
     """Those that are measured, that of the random network last."""
     found = dict.fromkeys(measure for row in table.values() for measure in row["generators"])
@@ -333,18 +222,22 @@ def distances(table: dict[str, dict]) -> list[str]:
 
 
 def training_panels(table: dict[str, dict]) -> list[Panel]:
-    """Every distance against the steps of the generator."""
+    """Every distance against the steps of the generator, with decoders that were trained on if those are measured at
+    several steps."""
     panels = []
     for measure in distances(table):
+        found = {name: row["generators"].get(measure, {}) for name, row in table.items()}
+        second = any(name.endswith(DECODER) and len(points) > 1 for name, points in found.items())
         curves, real = [], []
         for name in MAIN:
-            points = table.get(name, {}).get("generators", {}).get(measure)
+            points = found.get(f"{name}{DECODER}" if second else name)
             if points:
                 dots = [(s, v) for s, p in points.items() for v in p["seeds"].values() if len(p["seeds"]) > 1]
                 curves.append(Curve(STYLES[name], [(s, p["mean"]) for s, p in points.items()], dots))
                 real += [point["real"] for point in points.values() if "real" in point]
         if curves:
             baseline, title = mean(real) if real else None, TITLES.get(measure, measure)
+            title += " (stage 2)" if second else ""
             panels.append(Panel(title, "training steps of the generator", "distance", curves, baseline))
     return panels
 
@@ -404,7 +297,7 @@ def samples_picture(folder: Path, rows: int, ending: str = "") -> Image.Image | 
             pen.text((6, y + side // 2), STYLES[name].label, "black", font, anchor="lm")
             y += side
         y += gap
-    return picture.quantize(16, dither=Image.Dither.NONE)
+    return picture.quantize(COLOURS, dither=Image.Dither.NONE)
 
 
 def write_figures(table: dict[str, dict], results: Path | None, output: Path, sample_rows: int) -> None:
