@@ -18,7 +18,7 @@ with --mixed_precision bf16 --compile --num_workers 12 is fastest.
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +61,8 @@ from vtp_diffusion.training.compilation import compile_modules
 
 Sample = tuple[int, int]  # image, copy
 FREE = ("output_dir", "batch_size", "num_workers", "compile")  # settings that do not change the latents
+# Of the data: images that are skipped are recorded, and the fingerprint has the orientation.
+MAY_CHANGE = tuple(field.name for field in fields(EncodedDataConfig) if field.metadata["may_change"])
 
 
 @dataclass(kw_only=True)
@@ -216,9 +218,9 @@ def main(argv: list[str] | None = None) -> None:
     samples = plan_samples(dataset.weights.tolist(), config.copies)
     shards = [samples[start : start + config.shard_size] for start in range(0, len(samples), config.shard_size)]
     settings = {key: value for key, value in config_to_dict(config).items() if key not in FREE}
-    for name in ("cache_dir", "exif_orientation", "max_pixels", "stream_restart"):  # the fingerprint has the second
+    for name in MAY_CHANGE:
         settings["data"].pop(name)
-    plan = settings | {"vae": identity, "fingerprint": dataset.fingerprint, "num_samples": len(samples)}
+    plan = settings | {"vae": identity, "fingerprint": dataset.training_fingerprint, "num_samples": len(samples)}
     plan["classes"] = named_briefly(dataset.label_names)  # a fingerprint of OpenMoji and other styles lacks them
     if accelerator.is_main_process:
         begin_extraction(folder, plan)

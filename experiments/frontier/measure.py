@@ -83,7 +83,7 @@ def guidance_settings(pipe) -> dict[str, list[dict]]:
 def write_reference(config: Config, extractors: dict[str, Extractor]) -> None:
     """Features (N, D) of the base emoji that generators are trained on, and their labels (N,)."""
     dataset = open_dataset(DataConfig(source="openmoji", resolution=128), "train")
-    base = torch.nonzero(dataset.weights == dataset.weights.max()).flatten().tolist()[: config.limit]
+    base = torch.nonzero(~dataset.variants).flatten().tolist()[: config.limit]
     parts = {name: [] for name in extractors}
     for images in image_batches(DatasetImages(dataset), base, 64):
         for name, extractor in extractors.items():

@@ -120,6 +120,8 @@ def test_items_and_weights(splits):
     corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].float().mean()
     assert corners > 245 and images.float().flatten(1).std(1).min() > 2
     assert len({dataset.fingerprint for dataset in splits.values()}) == 3
+    assert dataset.training_fingerprint == dataset.fingerprint, "as of runs that began before there was a difference"
+    assert dataset.variants.sum() == 3778 - 1903
 
 
 def test_a_share_that_holds_nothing_out_is_named(cache):

@@ -112,7 +112,7 @@ def test_online_data_is_identified_by_images_and_autoencoder(images):
     one, same, other = (OnlineLatents(dataset, vtp(seed), images, AugmentationConfig()) for seed in (0, 0, 1))
     assert one.fingerprint == same.fingerprint != other.fingerprint
     weighted = copy.copy(dataset)
-    weighted._given_weights = [(dataset.keys[0], 2.0)]
+    weighted._described = "+other weights"
     drawn_otherwise = OnlineLatents(weighted, vtp(), images, AugmentationConfig())
     assert drawn_otherwise.fingerprint not in (one.fingerprint, other.fingerprint)
     with pytest.raises(ValueError, match="data.resolution is 20, which AutoencoderVTP cannot encode"):

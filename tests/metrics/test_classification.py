@@ -76,7 +76,7 @@ def test_heads_read_what_dinov2_gives_them():
     expected = torch.cat([tokens[:, 0], tokens[:, 1], patches], dim=1)[[3, 1]]
     assert torch.equal(features.inputs(2, True, torch.tensor([3, 1])), expected)
     assert features.without_variants() is features, "all alike"
-    features.weights = torch.tensor([1.0, 0.2, 1.0, 0.2, 1.0])
+    features.variants = torch.tensor([False, True, False, True, False])
     base = features.without_variants()
     assert torch.equal(base.labels, features.labels[[0, 2, 4]])
     assert torch.equal(base.inputs(2, True), features.inputs(2, True, torch.tensor([0, 2, 4])))

@@ -248,10 +248,13 @@ def test_an_unreadable_image(in_memory, program, made, tmp_path, monkeypatch):
     assert (tmp_path / "strict" / "latents_00000.safetensors").is_file() != in_memory, "what was done is kept"
 
     options = ("--data.source", images, "--data.skip_unreadable")
+    resumed = extract(program, made, tmp_path / "strict", *options)  # as the error says, with what was done
     latents, plain = extract(program, made, tmp_path / "out", *options), extract(program, made, tmp_path / "plain")
     assert latents.metadata["skipped"] == ["dog/4.png"] and latents.metadata["num_images"] == 6
     rows = [0, 1, 2, 3, 5, 6]  # image 4 is the first dog
     assert torch.allclose(read_all(latents)["latents"], read_all(plain)["latents"][rows], atol=1e-5)
+    assert resumed.metadata["skipped"] == ["dog/4.png"]
+    assert torch.equal(read_all(resumed)["latents"], read_all(latents)["latents"])
     assert latents.labels.tolist() == [0, 0, 0, 0, 1, 1]
     (tmp_path / "out" / "latents.json").unlink()  # verified again from what the shards say
     assert extract(program, made, tmp_path / "out", *options).metadata == latents.metadata

@@ -311,9 +311,14 @@ def test_three_styles_of_a_concept_share_its_base(tmp_path, monkeypatch):
     dataset = open_dataset(DataConfig(source="openmoji", resolution=8, cache_dir=str(tmp_path / "styles")), "train")
     assert dataset.label_names == ["heart", "heart-fluent", "heart-noto"] and list(dataset.labels) == [0, 2, 1]
     assert dataset.weights.tolist() == [2.5, 1, 1]
-    plain = open_dataset(DataConfig(source="openmoji", resolution=8, cache_dir=str(tmp_path / "out")), "train")
-    assert plain.fingerprint == plain.training_fingerprint == dataset.fingerprint, "the images are the same"
-    assert dataset.training_fingerprint not in (None, plain.fingerprint), "a run does not go on with other weights"
+    assert not dataset.variants.any(), "a weight makes no variants of the others: all stay in a reference"
+    config = DataConfig(source="openmoji", resolution=8, cache_dir=str(tmp_path / "out"))
+    plain = open_dataset(config, "train")
+    assert plain.fingerprint == dataset.fingerprint, "distances can be compared"
+    assert plain.training_fingerprint != dataset.training_fingerprint, "a run does not go on with other weights"
+    assert plain.training_fingerprint == open_dataset(config, "train").training_fingerprint
+    next((folder / "images").glob("noto-*")).write_bytes(picture.getvalue())
+    assert plain.training_fingerprint != open_dataset(config, "train").training_fingerprint, "nor with other pixels"
 
 
 def write_generator(folder, name, seed, step, value):

@@ -24,7 +24,7 @@ from .batches import spread_evenly
 from .folders import content_hashes, read_layout, sorted_names
 from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image, read_image
 from .images import pil_to_uint8
-from .openmoji import is_held_out, openmoji_folder, read_metadata
+from .openmoji import description, is_held_out, openmoji_folder, read_metadata
 from .row_values import check_caption, check_label, is_class_index
 from .shard_files import HELD_OUT, check_columns, check_source, load_collection
 
@@ -134,21 +134,24 @@ class ImageDataset(Dataset):
             an index always gives the same item. A data set kept in memory drops such images instead.
         classes_named: whether `label_names` are names and not only indices.
         whole: whether the source is a folder or a collection without a held-out split.
-        given_weights: key and weight of every image whose weight is in the metadata.
+        variants: (N,) bool, whether an image is a variant of another one, such as an emoji with a skin tone. These are
+            trained on, and left out where images are counted: of references and probes. None: there are none.
+        described: hash of what `fingerprint` leaves out and training learns from.
 
     Attributes:
-        training_fingerprint: `fingerprint`, and the weights if metadata gives them: what a resumed run must find.
+        training_fingerprint: `fingerprint` and `described`: what a resumed run must find.
         skipped: keys of the unreadable images that this process and its workers have met so far.
         enlarged: (N,) whether an image is smaller than the crop; known for images read so far.
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
-                 skip_unreadable=False, classes_named=True, whole=False, given_weights=()):  # fmt: skip
+                 skip_unreadable=False, classes_named=True, whole=False, variants=None, described=""):  # fmt: skip
         self.references, self.read, self.resolution = references, read, resolution
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
         self.classes_named, self.whole, self._dropped, self.crop = classes_named, whole, list[str](), center_crop
-        self._given_weights = given_weights
+        self.variants = torch.zeros(len(references), dtype=torch.bool) if variants is None else variants
+        self._described = described
         # in shared memory, because the workers of a loader set them
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
@@ -161,8 +164,7 @@ class ImageDataset(Dataset):
 
     @property
     def training_fingerprint(self) -> str:
-        given = [f"{key} {weight:g}" for key, weight in self._given_weights]
-        return _fingerprint(self.fingerprint, self.resolution, given) if given else self.fingerprint
+        return self.fingerprint + self._described
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for offset in range(len(self)):
@@ -221,7 +223,7 @@ class ImageDataset(Dataset):
         self._dropped = [self.keys[index] for index in sorted(left_out)]
         self._unreadable = torch.zeros(len(readable), dtype=torch.bool).share_memory_()
         self.enlarged = self.enlarged[readable].share_memory_()
-        self.weights = self.weights[readable]
+        self.weights, self.variants = self.weights[readable], self.variants[readable]
         for name in ("references", "keys", "labels", "captions"):
             values = getattr(self, name)
             setattr(self, name, [values[index] for index in readable])
@@ -311,7 +313,8 @@ def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
         weights=torch.tensor([row.get("weight", SKIN_TONE_WEIGHT if row["skin_tone"] else 1.0) for row in rows]),
         fingerprint=_fingerprint(folder.name, config.resolution, [row["key"] for row in rows]),
         skip_unreadable=config.skip_unreadable,
-        given_weights=[(row["key"], row["weight"]) for row in rows if "weight" in row],
+        variants=torch.tensor([row["skin_tone"] for row in rows]),
+        described=from_main(lambda: description(folder, rows)),
     )
 
 

@@ -118,11 +118,13 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
     path = folder / PLAN_NAME
     if path.is_file():
         begun = {"classes": plan.get("classes")} | read_json(path)  # of which older plans say nothing
+        if "data" in plan:  # older plans have settings that may change
+            begun["data"] = {name: value for name, value in begun["data"].items() if name in plan["data"]}
         if lines := setting_differences(begun, plan):
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
         folder_lock.acquire(folder)
         for entry in folder.iterdir():  # left by a killed attempt, also by safetensors itself
-            if entry.name.startswith(".") and entry.name != folder_lock.LOCK_NAME:
+            if entry.is_file() and (is_unfinished(entry) or entry.name.startswith(".tmp")):
                 entry.unlink()
         return
     # a kill while the plan is written leaves only its unfinished file in the folder

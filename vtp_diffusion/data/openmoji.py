@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from ..runtime.disk import replacing
 from ..runtime.optional_packages import require
+from .folders import content_hashes
 
 OPENMOJI_VERSION = "17.0.0"
 ATTRIBUTION = (
@@ -66,6 +68,16 @@ def openmoji_folder(resolution: int, cache_dir: str | Path | None = None) -> Pat
 def read_metadata(folder: Path) -> list[dict]:
     """The rows of metadata.jsonl, in order."""
     return [json.loads(line) for line in (folder / METADATA_NAME).read_text(encoding="utf-8").splitlines()]
+
+
+def description(folder: Path, rows: list[dict]) -> str:
+    """Hash of some rows of metadata and of their files; "" for images that this package rendered, whose keys, code
+    points, tell the rest."""
+    if all(re.fullmatch("[0-9A-F-]+", row["key"]) and "weight" not in row for row in rows):
+        return ""
+    hashes = content_hashes([folder / row["file_name"] for row in rows])
+    known = json.dumps([rows, hashes], sort_keys=True)
+    return "+" + hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def read_attribution(resolution: int, cache_dir: str | Path | None = None) -> str:

@@ -37,24 +37,24 @@ class ProbeFeatures:
         class_tokens: (N, L, D) float32, of the last L layers, shallow to deep, each after the final norm.
         patch_means: (N, D) float32, the last layer's patch tokens, averaged over positions.
         labels: (N,) int64.
-        weights: (N,) sampling weights of the data set, smaller for variants of other images; None = all equal.
+        variants: (N,) bool, whether an image is a variant of another one; None: there are none.
     """
 
     class_tokens: np.ndarray
     patch_means: np.ndarray
     labels: torch.Tensor
-    weights: torch.Tensor | None = None
+    variants: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def without_variants(self) -> ProbeFeatures:
         """Without images that are variants of others (OpenMoji's skin tones), as in the reference of distances."""
-        if self.weights is None or bool((self.weights == self.weights.max()).all()):
+        if self.variants is None or not bool(self.variants.any()):
             return self
-        kept = self.weights == self.weights.max()
+        kept = ~self.variants
         arrays = (array[kept.numpy()] for array in (self.class_tokens, self.patch_means))
-        return ProbeFeatures(*arrays, self.labels[kept], self.weights[kept])
+        return ProbeFeatures(*arrays, self.labels[kept])
 
     def inputs(self, layers: int, patches: bool, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
         """DINOv2's input (n, layers·D [+ D]) of a linear head, float32: the class tokens of the last `layers` layers,
@@ -102,8 +102,8 @@ def cached_features(
             _read(unfinished, key, model, dataset, batch_size, device, progress, num_workers)
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     rows = torch.from_numpy(np.array(arrays["rows"]))
-    labels, weights = torch.tensor(dataset.labels)[rows], dataset.weights[rows]
-    return ProbeFeatures(arrays["class_tokens"], arrays["patch_means"], labels, weights)
+    labels, variants = torch.tensor(dataset.labels)[rows], dataset.variants[rows]
+    return ProbeFeatures(arrays["class_tokens"], arrays["patch_means"], labels, variants)
 
 
 def random_views(dataset: ImageDataset, views: int, seed: int) -> ImageDataset:
@@ -124,6 +124,7 @@ def random_views(dataset: ImageDataset, views: int, seed: int) -> ImageDataset:
         weights=dataset.weights.repeat_interleave(views),
         fingerprint=f"{dataset.fingerprint}-{views} random crops of seed {seed}",
         skip_unreadable=dataset.skip_unreadable,
+        variants=dataset.variants.repeat_interleave(views),
     )
 
 

@@ -243,9 +243,8 @@ def open_reference(
     data = DataConfig(**vars(data) | {"source": source, "resolution": size[0]})
     # a folder without splits is used whole, also as the validation split
     images = open_measured(data, split, or_all=split == "validation")
-    weights = images.dataset.weights
-    is_base = weights == weights.max()
-    base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (is_base, ~is_base))
+    is_variant = images.dataset.variants
+    base, variants = (torch.nonzero(chosen).flatten().tolist() for chosen in (~is_variant, is_variant))
     return images, base, variants
 
 

@@ -138,7 +138,7 @@ class QuickDistance:
         dataset, source = open_real_images(config.reference, resolution, metadata)
         self.network = feature_network(config.network, config.weights)
         self.reference = DatasetImages(dataset)
-        originals = torch.nonzero(dataset.weights == dataset.weights.max()).flatten().numpy()
+        originals = torch.nonzero(~dataset.variants).flatten().numpy()
         if len(originals) < 2 * config.num_images:
             raise ValueError(
                 f"distance.num_images is {config.num_images}: the floor takes twice as many real images, "

@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,8 @@ class RunFolder:
         old = flatten_config(read_yaml(self.path / "config.yaml"))
         new, free = flatten_config(config_to_dict(self.config)), self.config.changeable_keys()
         for key, section, field in settings_of(self.config):
-            new_at_default = key not in old and getattr(section, field.name) == field.default
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            new_at_default = key not in old and getattr(section, field.name) == default
             if new_at_default or "before" in field.metadata:
                 free.add(key)
         old, new = (
