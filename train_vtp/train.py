@@ -23,7 +23,12 @@ from vtp_diffusion.data.image_files import NAMED, left_out_line
 from vtp_diffusion.data.streaming import first_batches
 from vtp_diffusion.metrics.zero_shot import TEMPLATES, check_templates
 from vtp_diffusion.pretraining.contrastive import ContrastiveConfig, ContrastiveObjective
-from vtp_diffusion.pretraining.feature_evaluation import evaluate_alignment, evaluate_features, unmeasured
+from vtp_diffusion.pretraining.feature_evaluation import (
+    MEASURED_IMAGES,
+    evaluate_alignment,
+    evaluate_features,
+    unmeasured,
+)
 from vtp_diffusion.pretraining.inputs import Splits, check_streaming, count_left_out, open_splits, training_batches
 from vtp_diffusion.pretraining.joint import (
     MicroBatch,
@@ -287,6 +292,7 @@ def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, 
         measured = measure(config, model, splits, name, perceptual)
         images = min(len(dataset), config.evaluation_images or len(dataset))
         results[name] = measured | {"images": images, "data": dataset.fingerprint}
+        results[name]["feature_images"] = min(images, MEASURED_IMAGES)  # of k-NN, rank, zero-shot and retrieval
         results[name]["without_caption"] = sum(not (caption or "").strip() for caption in dataset.captions)
         if not config.data.streaming:
             skipped = dataset.skipped

@@ -142,6 +142,12 @@ def has_styles(data: str | None) -> bool:
     return any(row["subcategory"].endswith("-noto") for file in files for row in read_metadata(file.parent))
 
 
+def finished(vae: Path) -> Path:
+    """The file that is there once an autoencoder is whole: results.json, which training writes after it, or for one of
+    a commit its configuration."""
+    return vae / "config.json" if vae.parent.name == Path(WEIGHTS).name else vae.with_name("results.json")
+
+
 def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     """The steps of a recipe."""
     recipe = RECIPES[name]
@@ -186,8 +192,8 @@ def tasks(config: Config, folder: Path, name: str) -> list[Task]:
     )
     index, alone = pipeline / "model_index.json", {"saves": False}
     return [
-        Task(f"tokenizer-{name}", trained / "config.json", (training,)),
-        Task(f"decoder-{name}", vae / "config.json", (finetuning,)),
+        Task(f"tokenizer-{name}", finished(trained), (training,)),
+        Task(f"decoder-{name}", finished(vae), (finetuning,)),
         Task(f"latents-{name}", latents / "latents.json", encoder, one_process=True, **alone),
         Task(f"generator-{name}", index, (generating,)),
         Task(f"measured-{name}", measured["generation"], measuring, seconds=180.0, one_process=True, **alone),

@@ -1,4 +1,4 @@
-"""Measure a generator at several steps of its training, in one process: what real images are is read and seen once.
+"""Measure a generator at several steps of its training, in one process: features of real images are computed once.
 
     python experiments/understanding_drives_generation/measure.py --run RUN_FOLDER --steps 1000 3000 \\
         --reference openmoji --data.cache_dir runs/emoji --num_images 2000 --output results/generator-all-0

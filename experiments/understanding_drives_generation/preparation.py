@@ -60,7 +60,7 @@ def write_fewer(images: Path | None, folder: Path, share: float, resolution: int
 
 
 def write_random_network(folder: Path, resolution: int) -> None:
-    """An encoder with random weights: what its distance shows as well is no finding about content."""
+    """An encoder with random weights, a control: a difference that it shows as well says nothing about content."""
     import torch
 
     from vtp_diffusion import AutoencoderVTP

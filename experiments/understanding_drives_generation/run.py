@@ -7,10 +7,10 @@
 
 The first trains every tokenizer, measures it on held-out concepts, trains a generator on its latents and measures
 that at several steps. Done tasks are not repeated, and an interrupted run goes on: the same command again continues
-the experiment. After --seconds everything has ended: what still trains is told to save itself before. With --last,
-where the disk goes afterwards, nothing is begun that could not be measured in time. Results are written as they come
-to results/ in --output_dir; --bundle keeps them in one file as well. `data.py` makes the images; without --data they
-are OpenMoji alone. `table.py` reads the results.
+the experiment. It ends after --seconds; before that, training that still runs is sent SIGTERM and saves a checkpoint.
+--last is for a machine whose disk is deleted afterwards: only tasks are started that can be trained and measured in
+the time left. Results are written as they come to results/ in --output_dir; --bundle keeps them in one file as well.
+`data.py` makes the images; without --data they are OpenMoji alone. `table.py` reads the results.
 
 The second is the same on Fashion-MNIST, whose images `fashion.py` writes, in sizes for two CPU cores.
 
@@ -28,7 +28,7 @@ from preparation import PARQUET, is_fashion, open_data, write_fewer, write_rando
 
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, options
+from vtp_diffusion.runtime.experiments import MachineConfig, Task, carry_out, check_names, keep_settings, options
 
 HERE = Path(__file__).resolve().parent
 MEASURE = "experiments/understanding_drives_generation/measure.py"
@@ -53,7 +53,7 @@ PIXELS, PIXELS_WEIGHT = "_pixels", 25.0  # names that end so: weight of reconstr
 SMALL = "_small"  # names that end so have half the encoder's width: settings of the tokenizers -> width
 SMALL_WIDTH = {"tokenizer.yaml": 192, "fashion_tokenizer.yaml": 48}
 HEADLINE = ("reconstruction", "all", "reconstruction_long")
-# All of a group comes before the next: what time ends is the last one.
+# Groups run in this order: if time runs out, the last ones are missing.
 GROUPS = (
     (*HEADLINE, "all_long", "all_pixels"),
     ("contrastive", "self_supervision"),
@@ -292,14 +292,14 @@ class Plan:
         return words + (["--num_images", str(count)] if count else [])
 
     def second_stage(self, name: str) -> Task:
-        """Train a tokenizer's decoder further and measure its reconstructions, in one process. The result lies in its
-        run folder: on another disk the decoder is gone, whatever is known of it."""
+        """Train a tokenizer's decoder further and measure its reconstructions, in one process. The result file is kept
+        beside the decoder: a task counts as done only where the decoder exists, too."""
         folder, place = self.folder / f"decoder-{name}", self.results / f"reconstruction-{name}{DECODER}.json"
         result = folder / place.name
         words = ["train_vtp/finetune_decoder.py", "--config", str(HERE / self.config.decoder)]
         words += ["--vae", self.vae(name), *self.data(), "--output_dir", str(folder)]
         programs = words, self.reconstruction(self.vae(name, "decoder"), result)
-        there = (Path(self.vae(name)) / "config.json").is_file()
+        there = Path(self.vae(name)).with_name("results.json").is_file()  # written after the autoencoder
         return Task(
             folder.name,
             result,
@@ -396,6 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(Config, argv, __doc__)
     deadline, folder = time.monotonic() + config.seconds, config.folder
     folder.mkdir(parents=True, exist_ok=True)
+    keep_settings(config, folder, ("tokenizers", "seeds", "several", "output_dir"))
     plan = Plan(config, open_data(config.data, folder))
     plan.results.mkdir(exist_ok=True)
     for ending, share in FEWER.items():

@@ -69,7 +69,7 @@ SCALES = {
 }
 DECODED = " to reconstructions"  # ending of what is measured against real images after the same autoencoder
 RANDOM = "FD-VTP-192"  # on the encoder of random weights
-RANDOM_NOTE = "VTP-192 is an encoder of random weights: what it shows as well is no finding about content."
+RANDOM_NOTE = "VTP-192 is an encoder of random weights: a difference that it shows as well says nothing about content."
 TITLES = {RANDOM: "FD on a random network (control)", "FD-VGG": "FD-VGG (LPIPS trains on it)"}
 TITLES |= {f"{RANDOM}{DECODED}": "the control, to reconstructions"}
 COLOURS = 32  # of the pictures of samples

@@ -78,7 +78,9 @@ def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understa
     left = {task.name for task in plan.tasks() if not task.done}
     assert left == {*others, "tokenizer-all", "decoder-all", "generator-all_decoder-0"}
     (tmp_path / "tokenizer-all" / "vae").mkdir(parents=True)
-    (tmp_path / "tokenizer-all" / "vae" / "config.json").touch()  # all that a second stage needs
+    (tmp_path / "tokenizer-all" / "vae" / "config.json").touch()  # written before the weights
+    assert "tokenizer-all" in {task.name for task in plan.tasks() if not task.done}
+    (tmp_path / "tokenizer-all" / "results.json").touch()  # written after them: all that a second stage needs is there
     assert "tokenizer-all" not in {task.name for task in plan.tasks() if not task.done}
 
 

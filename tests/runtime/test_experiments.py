@@ -2,7 +2,7 @@
 
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -13,6 +13,7 @@ from vtp_diffusion.runtime.experiments import (
     Task,
     bundle,
     carry_out,
+    keep_settings,
     run_program,
     run_task,
     work_through,
@@ -48,6 +49,22 @@ def test_a_task_waits_for_what_it_needs_and_done_ones_are_not_repeated(make):
         raise OSError("the disk is full")
 
     assert work_through([make("d")], [0], soon(), 0.0, start, full) == ["d: the disk is full"]
+    assert len(work_through([make("e"), make("f", "e")], [0], soon(), 0.0, start, full)) == 2
+    assert make("f").done, "what was made is made, whether it could be bundled or not"
+
+
+def test_results_of_other_settings_are_not_taken_for_those_that_are_asked_for(tmp_path):
+    @dataclass(kw_only=True)
+    class Config(MachineConfig):
+        steps: int = 10
+        runs: list[str] = field(default_factory=list)
+
+    keep_settings(Config(), tmp_path, ["runs"])
+    keep_settings(Config(gpus=[1], runs=["other"]), tmp_path, ["runs"])
+    with pytest.raises(
+        ValueError, match=r"other settings, give another output_dir:\n  steps: 10 there, 20"
+    ):
+        keep_settings(Config(steps=20), tmp_path, ["runs"])
 
 
 def test_a_failure_stops_only_what_needs_it(make):

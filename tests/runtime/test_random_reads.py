@@ -39,3 +39,7 @@ def test_available_memory_is_that_of_the_container(tmp_path, monkeypatch):
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("12345\n")
     monkeypatch.setattr(random_reads, "CGROUP", tmp_path)
     assert available_memory() == 12345
+    for folder, used, cached in ((tmp_path, "current", ""), (tmp_path / "memory", "usage_in_bytes", "total_")):
+        (folder / f"memory.{used}").write_text("12000\n")
+        (folder / "memory.stat").write_text(f"anon 9000\n{cached}inactive_file 2000\n")
+    assert available_memory() == 2345, "what others of the container have used, but for cached files"

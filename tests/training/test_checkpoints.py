@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_training
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -149,12 +150,13 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     assert_identical(everything(resumed), everything(train(tiny_config(tmp_path / "straight"))))
 
 
-def test_a_device_out_of_memory_is_no_full_disk(tmp_path, monkeypatch):
-    def out_of_memory(state):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.distributed.DistBackendError])
+def test_a_failing_device_is_no_full_disk(kind, tmp_path, monkeypatch):
+    def fail(state):
+        raise kind("Tried to allocate 2 GiB, or to reach another process")
 
-    monkeypatch.setattr(TrainingState, "moments", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+    monkeypatch.setattr(TrainingState, "moments", fail)
+    with pytest.raises(kind, match="^Tried to allocate"):
         train(tiny_config(tmp_path / "run"))
     assert list((tmp_path / "run").glob("*checkpoint-*")) == []
 
@@ -209,6 +211,29 @@ def test_a_log_and_a_picture_that_the_disk_does_not_take_are_named(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "run" / "guide").exists()
+
+
+def test_an_objective_with_other_parts_is_refused(tmp_path, monkeypatch):
+    train(tiny_config(tmp_path / "run"))
+
+    class Wider(tiny_training.Objective):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+    monkeypatch.setattr(tiny_training, "Objective", Wider)
+    with pytest.raises(ValueError, match=r"objective.safetensors and the objective differ in \['seen'\]"):
+        train(tiny_config(tmp_path / "run", max_train_steps=8))
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_with_its_default(tmp_path):
+    train(tiny_config(tmp_path / "run"))
+    file = tmp_path / "run" / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(line for line in lines if not line.startswith("ema_further_decays")))
+    assert len(file.read_text().splitlines()) == len(lines) - 1
+    train(tiny_config(tmp_path / "run", max_train_steps=8))
+    assert log_of(tmp_path / "run")[-1]["step"] == 8
 
 
 def test_several_averages_are_kept_and_resumed(tmp_path):

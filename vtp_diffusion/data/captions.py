@@ -1,6 +1,8 @@
 """Captions to token ids: CLIP's byte-pair encoding, from open_clip."""
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -9,7 +11,13 @@ from ..runtime.optional_packages import require
 # At most so many characters are read per token of the context: byte-pair encoding of one long word takes quadratic
 # time, hours for a megabyte.
 CHARACTERS_A_TOKEN = 24
+KNOWN_WORDS = 2**17  # whose tokens are remembered at most: web captions have new ones without end
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
+
+
+@functools.cache
+def _open_clip_tokenizer(context_length: int) -> Any:
+    return require("open_clip", "eval").SimpleTokenizer(context_length=context_length)  # takes 90 ms
 
 
 def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
@@ -19,7 +27,9 @@ def clip_tokenizer(context_length: int, truncate: bool = False) -> Tokenize:
     Raises: ImportError: open_clip is not installed. The returned function raises ValueError for a text that does not
         fit, unless `truncate`.
     """
-    tokenizer = require("open_clip", "eval").SimpleTokenizer(context_length=context_length)
+    tokenizer = _open_clip_tokenizer(context_length)
+    if len(tokenizer.cache) > KNOWN_WORDS:
+        tokenizer.cache.clear()
 
     def tokenize(texts: Sequence[str]) -> torch.Tensor:
         if not truncate:

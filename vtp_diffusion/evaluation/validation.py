@@ -76,7 +76,7 @@ def check_validation(config: ValidationConfig, pipeline: "LightningDiTPipeline")
         raise ValueError(f"validation.{error}") from error
 
 
-def sample_grid(config: ValidationConfig, pipeline: "LightningDiTPipeline", device: torch.device) -> Image.Image:
+def sample_grid(config: ValidationConfig, pipeline: "LightningDiTPipeline") -> Image.Image:
     """One labelled image for each validation label, image k from its `initial_noise`."""
     indices = pipeline.get_label_ids(config.labels)
     latents = initial_noise(pipeline, range(len(indices)), config.seed)
@@ -195,7 +195,7 @@ def report_validation(
     """Report the quick distance and a sample grid of a pipeline with the EMA weights. All processes must call this."""
     values = {} if distance is None else distance.measure(pipeline, run.device, **config.sampler)
     draw = run.is_main and config.labels
-    run.report(step, values, sample_grid(config, pipeline, run.device) if draw else None)
+    run.report(step, values, sample_grid(config, pipeline) if draw else None)
 
 
 def validated_steps(

@@ -186,8 +186,8 @@ def latent_shape(vae: ModelMixin, resolution: int) -> tuple[int, int, int]:
 def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | None) -> None:
     """Refuse latents that are not square, that another autoencoder made, or of images that were cropped otherwise.
 
-    Args: `config`: its resolution and orientation are compared, not the source, which shipped configurations name too;
-        None: nothing of it.
+    Args: `config`: of the images. Its resolution and orientation have to be those of the latents; its source is not
+        compared, since shipped configurations name one. None: nothing is compared.
     Raises: ValueError naming what was found and what was expected, also if the autoencoder lacks its statistics.
     """
     channels, height, width = dataset.shape

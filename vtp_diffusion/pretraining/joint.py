@@ -42,8 +42,8 @@ class Objective(nn.Module):
 
     Attributes:
         config: with `weight`, and `share` where only a part of the batch is taken.
-        place: position in the order of the backward passes. Reconstruction's many small kernels run faster than they
-            are launched. So the contrastive objective, with the longest kernels, comes before it and fills the queue.
+        place: position in the order of the backward passes. Reconstruction has many small kernels, which run faster
+            than they are launched. After the contrastive objective, whose kernels are the longest, that takes no time.
         trains: which of `OPTIONAL_PARTS` get a gradient from it.
         compiled_alone: whether it is compiled as one graph if it is the only objective, in a single process.
     """

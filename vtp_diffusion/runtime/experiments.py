@@ -9,13 +9,13 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .config import Settings, setting
-from .disk import replacing
+from .config import Settings, config_to_dict, setting, setting_differences
+from .disk import read_json, replacing, write_json
 from .programs import ROOT, python_path
 
 SAVING_SECONDS = 30.0  # from SIGTERM to SIGKILL, for a program that saves a checkpoint
@@ -52,7 +52,7 @@ def check_names(option: str, given: Sequence[str], known: Collection[str]) -> No
 
 
 def rounded(value: Any, digits: int) -> Any:
-    """Nested dictionaries and lists with numbers of so many digits, for result files: as exact as any of them is."""
+    """Nested dictionaries and lists, with floats rounded to so many significant digits, for result files."""
     if isinstance(value, dict):
         return {key: rounded(part, digits) for key, part in value.items()}
     if isinstance(value, list):
@@ -79,8 +79,8 @@ class Task:
         needs: names of tasks that must be done before.
         copies: (source, destination) of files to copy at the end, if they exist, from run folders, which are too
             large to keep. If the task did not finish, the result is not copied.
-        saves: the programs save a checkpoint when stopped. Those that do not would lose their work, and may run up to
-            the deadline.
+        saves: the programs write a checkpoint on SIGTERM, and can be resumed. If not, a task that is stopped begins
+            again; so it is stopped only seconds before the deadline.
         seconds: estimated time of the task and of later ones without which its work is lost. A task that saves nothing
             starts only if this much time is left. One that saves starts anyway, since a later run can resume it,
             unless `MachineConfig.last` is set.
@@ -191,7 +191,7 @@ def work_through(
             raise ValueError(
                 f"{task.name} needs {', '.join(missing)}, expected tasks among {', '.join(sorted(names))}"
             )
-    changed = threading.Condition()
+    changed, one_after_the_other = threading.Condition(), threading.Lock()
     done = {task.name for task in tasks if task.done}
     waiting, running, faults = [task for task in tasks if not task.done], set[str](), list[str]()
 
@@ -209,11 +209,13 @@ def work_through(
             return None
 
     def ended(task: Task, gpu: int, began: float) -> None:
-        with changed:
-            if task.done:
+        if task.done:
+            with changed:
                 print(f"{task.name}: {time.monotonic() - began:.0f} s on GPU {gpu}", flush=True)
-                after(task)
                 done.add(task.name)
+                changed.notify_all()
+            with one_after_the_other:  # it may take a while, and may fail
+                after(task)
 
     def work(gpu: int) -> None:
         while (task := take()) is not None:
@@ -242,6 +244,21 @@ def work_through(
         waiting.clear()
         raise
     return faults
+
+
+def keep_settings(config: MachineConfig, folder: Path, free: Collection[str]) -> None:
+    """Write the settings that decide an experiment's results into its folder, or compare them with those there: the
+    names of results do not tell the settings.
+
+    Args: `free`: names of further settings that may change, besides those of `MachineConfig`.
+    Raises: ValueError naming what differs.
+    """
+    may_change = {field.name for field in fields(MachineConfig)} | set(free)
+    settings = {name: value for name, value in config_to_dict(config).items() if name not in may_change}
+    file = folder / "settings.json"
+    if file.is_file() and (lines := setting_differences(read_json(file), settings)):
+        raise ValueError(f"{folder} holds results of other settings, give another output_dir:\n" + "\n".join(lines))
+    write_json(file, settings)
 
 
 def bundle(results: Path, logs: Path, file: Path) -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 if dist.is_available():
-    # Default arguments of its functions keep the group of all processes as it is when it is imported: none so far.
-    # torch._dynamo would import it later; the group's threads then outlive the group, and one that drops a tensor
-    # while the interpreter ends aborts the process ("terminate called without an active exception").
+    # Imported before a process group exists: a default argument of its functions is the group of all processes at the
+    # time of the import. Imported later, by torch._dynamo, they would keep the group's threads alive, and one that
+    # drops a tensor while the interpreter ends aborts the process ("terminate called without an active exception").
     import torch.distributed.nn.functional  # noqa: F401
 
 Result = TypeVar("Result")

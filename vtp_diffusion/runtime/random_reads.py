@@ -11,6 +11,9 @@ import psutil
 
 OPEN_FILES_BESIDE = 512  # for everything else that a process opens
 CGROUP = Path("/sys/fs/cgroup")
+# files of a limit and of what is used, and the line of memory.stat with cached files, by the version of cgroups
+MEMORY_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+MEMORY_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 class RandomReads:
@@ -65,14 +68,21 @@ def allow_open_files(count: int) -> None:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still allocate: the machine's free memory, or its container's (cgroup) limit."""
+    """Bytes that this process may still allocate: the machine's free memory, or what is left of its container's
+    (cgroup) limit. Cached files count as free, as the kernel gives them up."""
     found, own = psutil.virtual_memory().available, Path("/proc/self/cgroup")
     for line in own.read_text().splitlines() if own.is_file() else ():
         _, controllers, inside = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root, name = (CGROUP, "memory.max") if not controllers else (CGROUP / "memory", "memory.limit_in_bytes")
-        for path in (root / inside.strip("/") / name, root / name):  # a container's own cgroup may be its root
-            limit = path.read_text().strip() if path.is_file() else "max"
-            found = found if limit == "max" else min(found, int(limit))
-    return found
+        root, names = (CGROUP / "memory", MEMORY_1) if controllers else (CGROUP, MEMORY_2)
+        for folder in (root / inside.strip("/"), root):  # a container's own cgroup may be its root
+            limit, used = (_content(folder / name) for name in names[:2])
+            if limit.isdigit():
+                cached = dict(line.split() for line in _content(folder / "memory.stat").splitlines()).get(names[2], 0)
+                found = min(found, int(limit) - max(0, int(used or 0) - int(cached)))
+    return max(0, found)
+
+
+def _content(file: Path) -> str:
+    return file.read_text().strip() if file.is_file() else ""

@@ -288,7 +288,7 @@ def _reporting_failure(step: int, folder: RunFolder) -> Iterator[None]:
         free = shutil.disk_usage(folder.path).free / 2**20  # torch.save does not say that the disk is full
         if this_process()[0] == 0:
             shutil.rmtree(folder.unfinished(step), ignore_errors=True)
-        if isinstance(error, torch.OutOfMemoryError):  # also a RuntimeError, but about device memory
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:  # of a device, of other processes
             raise
         kept = [p.name for _, p in folder.checkpoints()]
         raise OSError(
@@ -409,8 +409,11 @@ def _load_weights(state: TrainingState, path: Path, average_step: int) -> None:
         current = state.model.state_dict()
         if saved.keys() != current.keys():
             raise ValueError(f"{path / state.model_name} and model differ in {sorted(saved.keys() ^ current.keys())}")
-        beside = read_safetensors(path / "objective.safetensors")
-        for target, values in ((current, saved), (state.beside_model(), beside)):
+        beside, wanted = read_safetensors(path / "objective.safetensors"), state.beside_model()
+        if beside.keys() != wanted.keys():
+            differing = sorted(beside.keys() ^ wanted.keys())
+            raise ValueError(f"{path / 'objective.safetensors'} and the objective differ in {differing}")
+        for target, values in ((current, saved), (wanted, beside)):
             for name, value in values.items():
                 target[name].copy_(laid_out_like(value, target[name]))
 

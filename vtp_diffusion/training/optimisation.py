@@ -180,8 +180,8 @@ class Optimisation:
                 group["weight_decay"] = weight_decay
 
     def all_finite(self) -> bool:
-        """Whether all trained weights and averages are finite; waits for the device. Of sharded weights every process
-        has to ask."""
+        """Whether all trained weights and averages are finite; waits for the device. With sharded weights every
+        process has to call it."""
         values = [*self.trained, *(value for average in self.averages.values() for value in average.averages)]
         shards = [value.to_local() if isinstance(value, DTensor) else value for value in values]
         finite = bool(torch.stack([shard.isfinite().all() for shard in shards]).all())
