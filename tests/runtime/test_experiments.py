@@ -61,9 +61,7 @@ def test_results_of_other_settings_are_not_taken_for_those_that_are_asked_for(tm
 
     keep_settings(Config(), tmp_path, ["runs"])
     keep_settings(Config(gpus=[1], runs=["other"]), tmp_path, ["runs"])
-    with pytest.raises(
-        ValueError, match=r"other settings, give another output_dir:\n  steps: 10 there, 20"
-    ):
+    with pytest.raises(ValueError, match=r"other settings, give another output_dir:\n  steps: 10 there, 20"):
         keep_settings(Config(steps=20), tmp_path, ["runs"])
 
 
