@@ -1,8 +1,10 @@
 """Streams of random numbers, each of its own use and place."""
 
 import numpy as np
+import pytest
+import torch
 
-from vtp_diffusion.runtime.reproducibility import random_stream, stream_seed
+from vtp_diffusion.runtime.reproducibility import exact_float32, random_stream, stream_seed
 
 
 def test_every_use_and_every_key_has_a_stream_of_its_own():
@@ -18,3 +20,16 @@ def test_every_use_and_every_key_has_a_stream_of_its_own():
 def test_neighbouring_seeds_share_no_image():
     seeds = [{stream_seed("noise", seed, image) for image in range(100)} for seed in (0, 1)]
     assert seeds[0].isdisjoint(seeds[1])
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_exact_float32_is_exact_inside_and_as_before_after(precision):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        with exact_float32():
+            assert torch.get_float32_matmul_precision() == "highest", "which torch.compile asks for, too"
+            assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == precision and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)

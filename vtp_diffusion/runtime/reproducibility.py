@@ -81,15 +81,15 @@ def exact_float32(benchmark: int | None = None) -> Iterator[None]:
 
     Args: `benchmark`: let cuDNN time so many of its algorithms for every new shape, those that it expects most of.
     """
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # `allow_tf32` would leave a state that torch.compile cannot read
     try:
         limit = benchmark or torch.backends.cudnn.benchmark_limit  # `flags` would set PyTorch's default
         timed = benchmark is not None
         with torch.backends.cudnn.flags(enabled=True, benchmark=timed, benchmark_limit=limit, allow_tf32=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.set_float32_matmul_precision(precision)
 
 
 def use_deterministic_algorithms() -> None:
