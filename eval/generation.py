@@ -64,7 +64,7 @@ from vtp_diffusion.evaluation import protocols
 from vtp_diffusion.evaluation.comparison import compare_files
 from vtp_diffusion.evaluation.convergence import reach_line
 from vtp_diffusion.evaluation.copies import count_near_duplicates, decoded_sources, measure_memorisation, open_decoder
-from vtp_diffusion.evaluation.judges import check_floor, check_sizes, measure_fdr6
+from vtp_diffusion.evaluation.judges import check_floor, check_sizes, measure_fdr6, shared_images
 from vtp_diffusion.evaluation.measurement import MEASURED, JudgesConfig, Measurement, wanted_of
 from vtp_diffusion.evaluation.one_pass import (
     ImageRecord,
@@ -75,7 +75,7 @@ from vtp_diffusion.evaluation.one_pass import (
     statistics_device,
 )
 from vtp_diffusion.evaluation.printed_results import print_results
-from vtp_diffusion.evaluation.references import ReferenceConfig, make_reference, reference_statistics
+from vtp_diffusion.evaluation.references import ReferenceConfig, check_statistics, make_reference, reference_statistics
 from vtp_diffusion.evaluation.sources import (
     DatasetImages,
     FolderImages,
@@ -305,7 +305,24 @@ def record_all(
     config: GenerationConfig, sources: Sources, extractors: dict[str, Extractor], wait: Callable[[], None]
 ) -> tuple[dict[str, ImageRecord], dict[str, ImageSpool]]:
     """Name -> record of every set of images, name -> samples for `save_images`. `wait`: waits for all processes."""
-    records, spools, neighbours = {}, {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
+    spools: dict[str, ImageSpool] = {}
+    try:
+        return record_into(spools, config, sources, extractors, wait), spools
+    except BaseException:
+        for spool in spools.values():
+            spool.file.unlink(missing_ok=True)  # as large as all samples, and of no use
+        raise
+
+
+def record_into(
+    spools: dict[str, ImageSpool],
+    config: GenerationConfig,
+    sources: Sources,
+    extractors: dict[str, Extractor],
+    wait: Callable[[], None],
+) -> dict[str, ImageRecord]:
+    """Record every set of images, and keep samples in `spools`."""
+    records, neighbours = {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
     for name, (source, kept) in sources.items():
         spool = None
         if config.save_images is not None and isinstance(source, PipelineImages):
@@ -316,9 +333,11 @@ def record_all(
         wanted = wanted_of(config, name, extractors, neighbours)
         distinct = name in MEASURED and not config.allow_duplicates and not isinstance(source, PipelineImages)
         records[name] = record_source(config, name, source, kept, extractors, wanted, spool, distinct)
-        if name == "reference" and "floor" in records:
-            check_floor(records)
-    return records, spools
+        if name == "reference":
+            check_statistics(config, records[name])
+            if "floor" in records:
+                check_floor(records)
+    return records
 
 
 def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:
@@ -343,6 +362,7 @@ def describe_images(config: GenerationConfig, sources: Sources, records: dict[st
         "subset_rule": {n: subset_rule(k, len(s), config.seed) for n, (s, k) in sources.items() if n in MEASURED},
         "duplicates": {name: found.duplicates for name, found in records.items()},
         "images_sha256": {name: found.sha256 for name, found in records.items()},
+        "shared_images": shared_images(records),
         "files_sha256": {
             key: file_sha256(path) for key, path in files.items() if path is not None and path.endswith(".npz")
         },

@@ -150,7 +150,8 @@ def schedulers_that_do_not_fit():
     for name in ("UniPCMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep", "SASolver"):
         yield name + "Scheduler", {}, r"use_flow_sigmas=.*prediction_type=epsilon"
         yield name + "Scheduler", {"use_flow_sigmas": True}, r"\(prediction_type=epsilon\)"
-    for setting in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"):
+    others = "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding"
+    for setting in others:
         yield "DPMSolverMultistepScheduler", FLOW | {setting: True}, f"{setting}=True"
     yield "UniPCMultistepScheduler", FLOW | {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"
     for setting in ("invert_sigmas", "use_dynamic_shifting"):
@@ -283,6 +284,15 @@ def test_callbacks():
     assert seen == [set(), {"latents"}, {"latents"}, {"latents"}]
     with pytest.raises(ValueError, match="callback_on_step_end gave a Tensor, expected a dict"):
         sample(tiny_pipeline(), callback_on_step_end=lambda *_: NOISE)
+    for latents, message in ((None, "NoneType"), (NOISE[:0], r"torch.float32 \(0, "), (NOISE.long(), "torch.int64")):
+        with pytest.raises(ValueError, match=f"callback_on_step_end gave latents {message}.*expected floating-point"):
+            sample(tiny_pipeline(), callback_on_step_end=lambda *_, given=latents: {"latents": given})
+
+
+def test_a_pipeline_without_a_network_or_a_scheduler_says_so():
+    for name in ("transformer", "scheduler"):
+        with pytest.raises(ValueError, match="this pipeline lacks a transformer or a scheduler: it cannot sample"):
+            sample(tiny_pipeline(**{name: None}))
 
 
 @pytest.mark.parametrize("name", ["vae", "transformer", "guidance_transformer"])

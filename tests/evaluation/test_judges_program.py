@@ -114,6 +114,9 @@ def test_published_constants_and_statistics_of_files(files, sets, evaluate, tmp_
     first["fdr6"]["generated"]["constants"]["mae_l"] = 1.0
     (tmp_path / "other.json").write_text(json.dumps(first))
     assert "FDr6 does not compare" in compare_files([str(outputs[0]), str(tmp_path / "other.json")])[-1]
+    given = ("--reference", sets["validation"], "--reference_statistics", f"dinov2_l={statistics}")
+    with pytest.raises(ValueError, match="made-dinov2_l.npz, the statistics .* for dinov2_l, is of other images"):
+        evaluate("--images", sets["generated"], *words[2:], *given, *common[-2:], "--output", tmp_path / "c.json")
     with pytest.raises(ValueError, match="the statistics of the reference of FD-DINOv2-L are None in A"):
         compare_files([str(output) for output in outputs])
     with pytest.raises(ValueError, match="statistics of features of dinov2_l .* the feature network is clip_l"):

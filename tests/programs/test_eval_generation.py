@@ -286,6 +286,10 @@ def test_images_that_are_there_twice_are_refused(evaluate, reference, tmp_path, 
     assert json.loads((tmp_path / "r.json").read_text())["duplicates"] == {"generated": 1, "reference": 0}
     assert "are those of the reference" not in printed
     assert "the generated images are those of the reference" in evaluate("--images", reference, *words[2:])
+    some = np.concatenate([shapes(8, seed=1), shapes(40, seed=0)[:3]])
+    printed = evaluate("--images", save_folder(tmp_path / "some", some), *words[2:])
+    assert "3 of the generated images are those of the reference, pixel for pixel" in printed
+    assert json.loads((tmp_path / "r.json").read_text())["shared_images"] == {"generated": {"reference": 3}}
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

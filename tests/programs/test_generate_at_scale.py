@@ -153,6 +153,31 @@ def test_an_interrupted_run_keeps_all_finished_images(generate, tmp_path, monkey
     assert difference(*two) <= 1
 
 
+def test_a_pipeline_of_other_settings_does_not_go_on(generate, folder, tmp_path):
+    """The same weights, and other latent statistics or another kind of step."""
+    output, file = tmp_path / "samples", tmp_path / "samples" / "settings.json"
+    generate(output, "--num_images", 2)
+    (output / "000001.png").unlink()
+    for part, change in (
+        ("vae", {"latents_mean": [0.0] * 4, "latents_std": [2.0] * 4}),
+        ("scheduler", {"stochastic_sampling": True}),
+    ):
+        config = next((folder / part).glob("*config.json"))
+        known = config.read_text()
+        config.write_text(json.dumps(json.loads(known) | change))
+        try:
+            with pytest.raises(
+                ValueError, match=rf"another run's images:\n  configurations.{part}: \w+ there, \w+ now"
+            ):
+                generate(output, "--num_images", 2)
+        finally:
+            config.write_text(known)
+    settings = json.loads(file.read_text())
+    del settings["configurations"]  # as before they were compared
+    file.write_text(json.dumps(settings))
+    assert "1 images made, 1 were there" in generate(output, "--num_images", 2)
+
+
 @pytest.mark.parametrize(("solver", "shown"), [("euler", (6, 6)), ("heun", (9, 9)), ("dopri5", (None, "many"))])
 def test_progress_counts_evaluations(generate, tmp_path, monkeypatch, solver, shown):
     from tqdm import tqdm

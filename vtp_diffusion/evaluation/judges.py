@@ -29,6 +29,13 @@ def check_floor(records: dict[str, ImageRecord]) -> None:
         )
 
 
+def shared_images(records: dict[str, ImageRecord]) -> dict[str, dict[str, int]]:
+    """Set of measured images -> set of real ones -> how many of the former are in the latter, pixel for pixel."""
+    real = [name for name in ("reference", "floor") if name in records]
+    measured = [name for name in MEASURED if name in records]
+    return {a: {b: int(np.isin(records[a].keys, records[b].keys).sum()) for b in real} for a in measured}
+
+
 def check_sizes(config: JudgesConfig, counts: dict[str, int], extractors: dict[str, Extractor]) -> None:
     """Refuse too few images before any is sampled or read. Raises: ValueError naming the set and the metric.
 

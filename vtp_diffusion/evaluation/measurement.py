@@ -1,7 +1,7 @@
 """What is measured of generated images on one network: every distance with its real-vs-real baseline ("floor") and
 spread, and every score."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -264,6 +264,8 @@ class Measurement:
         with exact_float32():
             found = sliced_distance(generated, reference, self.seed)
             floor = self._floor("features", SLICED_MINIMUM, prepare=lambda features: features, distance=distance)
+        if floor is not None:  # of the larger set so many are taken
+            floor = replace(floor, sizes=(min(floor.sizes),) * 2)
         spread = {"kind": f"jackknife of {found.groups} random groups of both sets", "value": found.deviation}
         row = self._row(title, found.value, spread, found.num_images, floor)
         self.distances.append(row | {"num_images": found.num_images, "projections": PROJECTIONS})

@@ -4,6 +4,8 @@ from ..metrics.scores import SMALL_SPLIT
 from .measurement import DECODED_FLOOR, DECODED_REFERENCE
 from .report import copies_text
 
+COPIED = "of these the numbers say nothing about a model"
+
 
 def _deviation_text(deviation: float | None) -> str:
     return "" if deviation is None else f"± {deviation:7.2g}"
@@ -48,8 +50,9 @@ def print_results(results: dict) -> None:
     sizes = {}
     for row in rows:
         if "num_features" in row:
-            fewest = min(row["num_images"], row["num_reference"] or row["num_images"])
-            sizes[f"{row['distance']} of {row['images']}"] = fewest, row["num_features"]
+            sets = {row["images"]: row["num_images"], "the reference": row["num_reference"] or row["num_images"]}
+            fewest = min(sets, key=sets.get)
+            sizes[f"{row['distance']} of {fewest}"] = sets[fewest], row["num_features"]
     print_singular(sizes)
     for name, row in {row["images"]: row for row in results["distances"] if "active_parameters" in row}.items():
         flops = "an unknown number of" if row["flops_per_image"] is None else f"{row['flops_per_image']:.4g}"
@@ -73,12 +76,11 @@ def print_results(results: dict) -> None:
         if number:
             print(f"{name}: images that equal an earlier one: {number}")
     print_faults(results["skipped"], results["enlarged"])
-    hashes = results["images_sha256"]
-    for name in ("reference", "floor"):
-        if hashes.get(name) == hashes["generated"]:
-            print(
-                f"the generated images are those of the {name}, pixel for pixel: the numbers say nothing about a model"
-            )
+    for images, shared in results["shared_images"].items():
+        for name, number in shared.items():
+            if number:
+                part = "" if number == results["counts"][images] else f"{number} of "
+                print(f"{part}the {images} images are those of the {name}, pixel for pixel: {COPIED}")
     for name, modes in results["converted"].items():
         print(f"{name}: converted to 8-bit RGB: {', '.join(f'{n} of mode {mode}' for mode, n in modes.items())}")
     if "near_duplicates" in results:

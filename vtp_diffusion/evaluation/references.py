@@ -51,11 +51,11 @@ class ReferenceConfig(FeaturesConfig):
         }
 
 
-def _made_with(path: str | Path, file: dict[str, np.ndarray]) -> dict:
-    """The network that a file of statistics names; a file without `settings`, such as ADM's, is of Inception."""
+def made_with(path: str | Path, file: dict[str, np.ndarray] | None = None) -> dict:
+    """The settings in a file of statistics. Its network is Inception if it names none, as ADM's files."""
     try:
-        settings = json.loads(str(file.get("settings", "{}")))
-        return {"name": "inception"} | settings.get("network", {})
+        settings = json.loads(str((file or open_npz(path)).get("settings", "{}")))
+        return settings | {"network": {"name": "inception"} | settings.get("network", {})}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: settings is not the JSON object that `reference` writes: {error}") from error
 
@@ -72,7 +72,7 @@ def read_statistics(
     file = {name.removeprefix("ref_"): array for name, array in file.items()}
     if "mu" not in file:
         return {}
-    made = _made_with(path, file)
+    made = made_with(path, file)["network"]
     ours = network.describe()
     for key in ("name", "sha256", "preprocessing"):
         if key in made and made[key] != ours[key] and not (key == "name" and network.name.startswith("vtp:")):
@@ -116,6 +116,25 @@ def reference_statistics(
         if not found[name] and file != config.reference:
             raise ValueError(f"{file} holds no statistics: make them with `eval/generation.py reference`")
     return found
+
+
+def check_statistics(config: JudgesConfig, reference: ImageRecord) -> None:
+    """Refuse `reference_statistics` of other images than those of the reference. Files that do not tell theirs, such
+    as ADM's, pass.
+
+    Raises: ValueError naming the file.
+    """
+    ours, known = reference.sha256, open_npz(config.reference) if config.reference.endswith(".npz") else {}
+    if not known.keys().isdisjoint(("mu", "ref_mu")):  # of more images than it holds
+        ours = made_with(config.reference, known).get("images")
+    for name, file in config.statistics_files.items():
+        theirs = None if file == config.reference else made_with(file).get("images")
+        if None not in (ours, theirs) and ours != theirs:
+            raise ValueError(
+                f"{file}, the statistics of the reference for {name}, is of other images, or of another size or "
+                f"order: SHA-256 {theirs[:16]}, those of {config.reference} have {ours[:16]}. Make it of the same "
+                "images with `eval/generation.py reference`"
+            )
 
 
 def write_statistics(

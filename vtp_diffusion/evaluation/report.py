@@ -131,8 +131,10 @@ def _caveats(result: Result, images: str, against_reference: bool = True) -> lis
     if result.values["settings"].get("feature_mode", "exact") != "exact":
         found.append("features in float16")
     if images in hashes:
-        same = [name for name in ("reference", "floor") if hashes.get(name) == hashes[images]]
-        found += [f"these images are those of the {name}, pixel for pixel" for name in same]
+        # older files say only whether all are
+        same = {name: "these" for name in ("reference", "floor") if hashes.get(name) == hashes[images]}
+        shared = result.values.get("shared_images", {}).get(images, same)
+        found += [f"{n} images are those of the {name}, pixel for pixel" for name, n in shared.items() if n]
     for name in (images, "reference") if against_reference else (images,):
         if count := result.values.get("duplicates", {}).get(name):
             found.append(f"{count} of the {name} images equal an earlier one")
@@ -169,7 +171,8 @@ def _distance_row(result: Result, row: dict[str, Any], control: dict[str, Any] |
     floor, spread = row["floor"], row["spread"]
     labels = f"labels {result.values['labels_rule'].get(row['images'], 'unknown')}"
     caveats = _caveats(result, row["images"])
-    real = "reference statistics" if row["num_reference"] is None else f"all {row['num_reference']} real"
+    part = "" if "projections" in row else "all "  # MIND takes as many as there are samples
+    real = "reference statistics" if row["num_reference"] is None else f"{part}{row['num_reference']} real"
     whole = f"{_with_spread(row)} ({spread['kind']})"
     chance = "" if control is None else _with_spread(control)
     if floor is None:

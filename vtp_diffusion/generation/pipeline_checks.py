@@ -83,7 +83,7 @@ def check_scheduler(scheduler) -> None:
     wanted = {"invert_sigmas": False, "use_dynamic_shifting": False}
     if classes.isdisjoint(FLOW_SCHEDULERS):
         wanted |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-        others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        others = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "thresholding")
         wanted |= dict.fromkeys(others, False)
     faults = [f"{name}={config.get(name)}" for name, value in wanted.items() if (config.get(name) or False) != value]
     for name, other in ("shift", "flow_shift"), ("flow_shift", "shift"):
@@ -105,10 +105,26 @@ def guidance_kinds(pipe) -> list[str]:
     return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None)
 
 
-def check_call(pipe, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind) -> None:
-    """Raises: ValueError naming the first argument of a call that does not fit."""
+def check_parts(pipe) -> None:
+    """Raises: ValueError if a pipeline has no transformer or no scheduler."""
     if pipe.transformer is None or pipe.scheduler is None:
         raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
+
+
+def changed_latents(changed, latents: torch.Tensor) -> torch.Tensor:
+    """The latents after a callback. Raises: ValueError unless it gave None, or a dictionary without latents or with
+    such latents."""
+    if not isinstance(changed, dict | None):
+        raise ValueError(f"callback_on_step_end gave a {type(changed).__name__}, expected a dict")
+    found = (changed or {}).get("latents", latents)
+    if not isinstance(found, torch.Tensor) or found.shape != latents.shape or not found.is_floating_point():
+        what = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"callback_on_step_end gave latents {what}, expected floating-point {tuple(latents.shape)}")
+    return found
+
+
+def check_call(pipe, steps, scale, interval, channels, repeats, output_type, callback, tensor_inputs, kind) -> None:
+    """Raises: ValueError naming the first argument of a call that does not fit."""
     check_scheduler(pipe.scheduler)  # a pipeline's scheduler may be replaced
     config, known = pipe.transformer.config, pipe._callback_tensor_inputs
     if config.get("student") is not None:

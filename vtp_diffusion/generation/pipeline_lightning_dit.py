@@ -27,9 +27,11 @@ from ..models.autoencoder_vtp import AutoencoderVTP
 from ..models.latent_space import decode_to_images
 from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
 from .pipeline_checks import (
+    changed_latents,
     check_call,
     check_components,
     check_names,
+    check_parts,
     check_scheduler,
     default_steps,
     is_guided,
@@ -207,6 +209,7 @@ class LightningDiTPipeline(DiffusionPipeline):
         Raises: ValueError on any argument that does not fit, before the first evaluation, and on results that are not
         finite.
         """
+        check_parts(self)
         label_ids = self.get_label_ids(class_labels)
         tensor_inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         student = self.transformer.config.get("student")
@@ -246,10 +249,7 @@ class LightningDiTPipeline(DiffusionPipeline):
                         latents = self.scheduler.step(-velocity, timestep, latents, **step_options)[0]
                     if callback_on_step_end is not None:
                         tensors = {name: latents for name in (["latents"] if tensor_inputs is None else tensor_inputs)}
-                        changed = callback_on_step_end(self, step, timestep, tensors)
-                        if not isinstance(changed, dict | None):
-                            raise ValueError(f"callback_on_step_end gave a {type(changed).__name__}, expected a dict")
-                        latents = (changed or {}).get("latents", latents)
+                        latents = changed_latents(callback_on_step_end(self, step, timestep, tensors), latents)
                     progress.update()
 
             self._current_timestep = None

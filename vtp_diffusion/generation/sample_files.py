@@ -26,6 +26,8 @@ PART_IMAGES = 256  # images in a part of an npz: SIGKILL loses at most one part 
 
 def check_same_run(there: dict | None, settings: dict, place: Path) -> None:
     """Raises: ValueError naming every setting in which the run whose images are there differs."""
+    if there and "configurations" in settings:  # of which older runs say nothing
+        there = {"configurations": settings["configurations"]} | there
     if lines := setting_differences(there or {}, settings):
         raise ValueError(f"{place} holds another run's images:\n" + "\n".join(lines))
 
