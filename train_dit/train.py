@@ -120,9 +120,16 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
     """Latent shards that fit the autoencoder, or without any the images, which training encodes."""
     from vtp_diffusion.data.image_datasets import open_dataset
     from vtp_diffusion.data.latent_shards import LatentDataset
-    from vtp_diffusion.generation.latent_inputs import OnlineLatents, check_latents, class_names, latent_shape
+    from vtp_diffusion.generation.latent_inputs import (
+        OnlineLatents,
+        check_latents,
+        class_names,
+        empty_classes_note,
+        latent_shape,
+    )
     from vtp_diffusion.models.image_size import settle_resolution
     from vtp_diffusion.models.latent_space import latent_statistics
+    from vtp_diffusion.runtime.processes import this_process
 
     if config.latents is not None:
         dataset = LatentDataset(config.latents, verify=config.verify_latents)
@@ -133,6 +140,8 @@ def open_training_data(config: Config, vae) -> LatentDataset | OnlineLatents:
         latent_shape(vae, config.data.resolution)  # refuses a resolution before images are read
         dataset = OnlineLatents(open_dataset(config.data, "train"), vae, config.data, config.augmentation)
     dataset.id2label = class_names(dataset, config.model.num_classes)
+    if (note := empty_classes_note(dataset, dataset.id2label)) and this_process()[0] == 0:
+        print(note)
     return dataset
 
 

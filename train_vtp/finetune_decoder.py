@@ -45,7 +45,7 @@ from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import replacing, write_json
 from vtp_diffusion.runtime.processes import gather_objects, main_alone
-from vtp_diffusion.runtime.programs import print_end
+from vtp_diffusion.runtime.programs import IMAGES, data_options, print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.compilation import compile_modules
 from vtp_diffusion.training.config import TrainingConfig
@@ -239,9 +239,10 @@ def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -
 def print_written(config: Config, run: TrainingRun, split: str) -> None:
     vae, *others = (run.folder.path / name for name in ("vae", "results.json", SOUND))
     print(f"the autoencoder is in {vae}{run.skipped_note}")
-    then = "eval/reconstruction.py --vae {} --data.source {} --split {} --data.resolution {} --output results.json"
+    images = data_options(config.data, *IMAGES, "validation_files")
+    then = f"eval/reconstruction.py --vae {{}} --data.source {{}} --split {{}} {images} --output results.json"
     written = [run.folder.path, vae, *(path for path in others if path.exists())]
-    print_end(written, then, vae, config.data.source, split, config.data.resolution)
+    print_end(written, then, vae, config.data.source, split)
 
 
 def main(argv: list[str] | None = None) -> None:

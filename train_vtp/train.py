@@ -49,7 +49,7 @@ from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
 from vtp_diffusion.runtime.disk import numbers_line, write_json
 from vtp_diffusion.runtime.processes import main_alone, this_process
-from vtp_diffusion.runtime.programs import print_end
+from vtp_diffusion.runtime.programs import IMAGES, data_options, print_end
 from vtp_diffusion.training.accelerator import sharding_asked
 from vtp_diffusion.training.config import TrainingConfig
 from vtp_diffusion.training.loop import TrainingRun
@@ -307,9 +307,10 @@ def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, 
 def print_written(config: Config, run: TrainingRun) -> None:
     vae, *others = (run.folder.path / name for name in ("vae", "vtp", "results.json"))
     print(f"the autoencoder is in {vae}{run.skipped_note}")
-    then = "train_dit/extract_latents.py --vae {} --data.source {} --data.resolution {} --output_dir latents"
+    images = data_options(config.data, *IMAGES)
+    then = f"train_dit/extract_latents.py --vae {{}} --data.source {{}} {images} --output_dir latents"
     written = [run.folder.path, vae, *(path for path in others if path.exists())]
-    print_end(written, then, vae, config.data.source, config.data.resolution)
+    print_end(written, then, vae, config.data.source)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -364,6 +364,8 @@ def test_a_generator_is_tuned_to_other_classes(tmp_path, capsys):
     after = build_transformer(config, (4, 4, 4), 5, 0.2, str(tmp_path / "released"))
     assert "released: 3 classes are replaced by 5 others" in capsys.readouterr().out
     assert after.config.num_classes == 5 and after.class_embed.weight.shape == (6, 16)
+    build_transformer(config, (4, 4, 4), 3, 0.2, str(tmp_path / "released"))
+    assert "released: its 3 classes are kept, each by its index" in capsys.readouterr().out
     old, new = before.state_dict(), after.state_dict()
     assert torch.equal(new.pop("class_embed.weight")[-1], old.pop("class_embed.weight")[-1])
     assert all(torch.equal(value, old[name]) for name, value in new.items())

@@ -18,6 +18,7 @@ from vtp_diffusion.generation.latent_inputs import (
     check_latents,
     class_names,
     draw_flips,
+    empty_classes_note,
     stored_latents,
 )
 from vtp_diffusion.models.latent_space import autoencoder_identity, encode_raw
@@ -144,5 +145,8 @@ def test_labels_beyond_the_number_of_classes_are_refused(tmp_path):
     dataset = LatentDataset(tmp_path)
     assert class_names(dataset, None) == class_names(dataset, 3) == {0: "0", 1: "1", 2: "2"}
     assert class_names(dataset, 5) == {k: str(k) for k in range(5)}
+    assert empty_classes_note(dataset, class_names(dataset, 3)) is None
+    note = empty_classes_note(dataset, class_names(dataset, 5))
+    assert note == "warning: no image of 2 of 5 classes, which will be noise when sampled: 3, 4"
     with pytest.raises(ValueError, match="model.num_classes is 2, but the data's labels go from 0 to 2"):
         class_names(dataset, 2)

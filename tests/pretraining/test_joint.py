@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -177,7 +178,12 @@ def test_retrieval_accepts_every_image_of_the_same_caption():
         "recall_at_1_by_chance": 0.25,
         "recall_at_4_by_chance": 1.0,
     }
-    assert retrieval_recall(texts, images, ["a", "b", "b", "d"])["recall_at_1"] == 1.0
+    alike = retrieval_recall(texts, images, ["a", "b", "b", "d"], ranks=(1, 2))
+    assert alike["recall_at_1"] == 1.0
+    orders = [[("a", "b", "b", "d")[k] for k in order] for order in permutations(range(4))]
+    for k in (1, 2):  # of all orders, for each of the captions
+        right = [caption in order[:k] for order in orders for caption in ("a", "b", "b", "d")]
+        assert alike[f"recall_at_{k}_by_chance"] == pytest.approx(sum(right) / len(right))
 
 
 def test_weight_decay_follows_a_cosine():

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.runtime import programs
+from vtp_diffusion.runtime.programs import IMAGES, data_options
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("vtp_diffusion", *programs.FOLDERS)
@@ -96,3 +98,11 @@ def test_a_program_knows_that_it_was_started_by_its_name(monkeypatch):
 def test_a_name_that_is_none_is_refused():
     with pytest.raises(ValueError, match="'train_dit' is not a program; did you mean train-dit"):
         programs.main(["train_dit", "--lr", "1"])
+
+
+def test_the_next_command_finds_the_images_of_a_builder():
+    data = DataConfig(source="parquet", data_files="shards/{a,b c}.parquet", label_column="kind", resolution=32)
+    assert data_options(data, *IMAGES).format() == (
+        "--data.resolution 32 --data.data_files 'shards/{a,b c}.parquet' --data.label_column kind"
+    )
+    assert data_options(DataConfig(source="photos"), *IMAGES) == "--data.resolution 256"

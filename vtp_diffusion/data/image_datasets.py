@@ -6,7 +6,6 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 import functools
 import hashlib
 import reprlib
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -25,7 +24,7 @@ from .folders import content_hashes, read_layout, sorted_names
 from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image, read_image
 from .images import pil_to_uint8
 from .openmoji import description, is_held_out, openmoji_folder, read_metadata
-from .row_values import check_caption, check_label, is_class_index
+from .row_values import NUMBERS, check_caption, check_kind, check_label, class_name, is_class_index
 from .shard_files import HELD_OUT, check_columns, check_source, load_collection
 
 OPENMOJI_LABELS = ("subcategory", "category")
@@ -278,6 +277,10 @@ def open_dataset(
         dataset = _open_collection(config, split, or_all, advice)
         classes = f"{len(dataset.label_names)} classes" if config.label_column else "1 class (label_column is none)"
         _say(f"{config.source}, {split}: {len(dataset)} images, {classes}")
+    empty = sorted(set(range(len(dataset.label_names))).difference(dataset.labels)) if config.limit is not None else []
+    if empty and not quiet:
+        names = reprlib.repr([dataset.label_names[index] for index in empty])
+        _say(f"warning: limit {config.limit} leaves {len(dataset)} images, and none of {len(empty)} classes: {names}")
     if crop is not center_crop:
         dataset.crop, dataset.fingerprint = crop, f"{dataset.fingerprint}-{crop.__name__}"
     if len(dataset) * 3 * config.resolution**2 <= IN_MEMORY_BYTES:
@@ -386,7 +389,7 @@ def _collection_labels(table, found: list[str] | list[int], config: DataConfig) 
     labels = list(table[column])
     if isinstance(found[0], str):
         indices = {name: index for index, name in enumerate(found)}
-        return [indices[unicodedata.normalize("NFC", label)] for label in labels], found, True
+        return [indices[class_name(label)] for label in labels], found, True
     names = getattr(table.features[column], "names", None)
     if names is None and (missing := sorted(set(range(max(found) + 1)).difference(found))):
         _say(
@@ -405,7 +408,9 @@ def _collection_classes(table, collection, opened: list[str], config: DataConfig
     """
     column, splits = config.label_column, dict[str, list]()
     for name in sorted(collection, key=lambda name: name != "train") if column else ():
-        values = collection[name].unique(column) if column in collection[name].column_names else [None]
+        part = collection[name]
+        check_kind(part.features.get(column), f"{config.source}: label_column {column!r}", "class indices or names")
+        values = part.unique(column) if column in part.column_names else [None]
         splits[name] = values if name in opened else [value for value in values if value not in (None, -1)]
     named = any(isinstance(value, str) for values in splits.values() for value in values)
 
@@ -418,7 +423,7 @@ def _collection_classes(table, collection, opened: list[str], config: DataConfig
         check_label(label, f"{config.source}{where}: {column}")
     found = list[Any]()
     for values in splits.values():
-        normal = {unicodedata.normalize("NFC", value) for value in values} if named else values
+        normal = {class_name(value) for value in values} if named else values
         found += sorted_names(normal.difference(found)) if named else values
     return found
 
@@ -428,6 +433,7 @@ class _CollectionReader:
 
     def __init__(self, table, config: DataConfig):
         column, datasets = config.image_column, require("datasets", "train")
+        check_kind(table.features[column], f"{config.source}: image_column {column!r}", "images", NUMBERS)
         self.table, self.config = table.cast_column(column, datasets.Image(decode=False)), config
 
     def __call__(self, row: int) -> Image.Image:

@@ -138,7 +138,10 @@ def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
 def check_shard(path: Path, samples: int, dtype: torch.dtype) -> None:
     """Check a shard of an earlier attempt. Raises: ValueError if it is damaged, or has another number of samples or
     another dtype."""
-    header, skipped = _read_header(path), len(read_skipped(path))
+    try:
+        header, skipped = _read_header(path), len(read_skipped(path))
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it, run again") from error
     count, found = header["labels"]["shape"][0] + skipped, _SHARD_DTYPES[header["latents"]["dtype"]]
     if count != samples or found != dtype:
         raise ValueError(

@@ -29,7 +29,7 @@ from ..data.batches import (
     read_batches,
 )
 from ..data.image_datasets import DataConfig, ImageDataset
-from ..data.image_files import CROP
+from ..data.image_files import CROP, NAMED
 from ..data.images import to_device
 from ..data.latent_shards import LatentDataset
 from ..data.openmoji import LICENSE, read_attribution
@@ -212,6 +212,16 @@ def check_latents(dataset: LatentDataset, vae: ModelMixin, config: DataConfig | 
             f"the latents in {dataset.folder} are {dataset.shape}, of images of {config.resolution} pixels (the "
             f"configuration's data.resolution) the autoencoder makes {shape}"
         )
+
+
+def empty_classes_note(dataset: LatentDataset | OnlineLatents, names: dict[int, str]) -> str | None:
+    """A line for classes of which nothing is trained on: a generator would draw them all the same."""
+    labels = dataset.images.labels if isinstance(dataset, OnlineLatents) else dataset.labels.unique().tolist()
+    empty = [names[index] for index in sorted(set(names).difference(labels))]
+    if not empty:
+        return None
+    listed = ", ".join(empty[:NAMED]) + ", ..." * (len(empty) > NAMED)
+    return f"warning: no image of {len(empty)} of {len(names)} classes, which will be noise when sampled: {listed}"
 
 
 def class_names(dataset: LatentDataset | OnlineLatents, num_classes: int | None) -> dict[int, str]:

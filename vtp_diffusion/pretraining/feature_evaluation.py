@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +57,22 @@ def retrieval_recall(
         text_features, image_features: (N, E) of length 1, row i of both belonging together.
         captions: (N,); images with the same text are all right answers to it.
         ranks: the values of k.
-    Returns: "recall_at_<k>" and "recall_at_<k>_by_chance", what a random order reaches where captions are unique.
+    Returns: "recall_at_<k>" and "recall_at_<k>_by_chance", what a random order reaches on average.
     """
     unique = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
     group = torch.tensor([unique[caption] for caption in captions], device=text_features.device)
     order = (text_features @ image_features.T).argsort(dim=1, descending=True)  # (N, N)
     right = group[order] == group[:, None]
     values = {f"recall_at_{k}": right[:, :k].any(1).double().mean().item() for k in ranks}
-    return values | {f"recall_at_{k}_by_chance": min(1.0, k / len(captions)) for k in ranks}
+    return values | {f"recall_at_{k}_by_chance": recall_by_chance(captions, k) for k in ranks}
+
+
+def recall_by_chance(captions: Sequence[str], k: int) -> float:
+    """Recall at k of a random order: 1 - C(N - n, k) / C(N, k) for a caption that n of N images have, averaged."""
+    total, k = len(captions), min(k, len(captions))
+    missed = sum(count * math.comb(total - count, k) for count in Counter(captions).values())
+    everything = total * math.comb(total, k)
+    return (everything - missed) / everything
 
 
 @torch.no_grad()

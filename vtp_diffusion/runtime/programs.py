@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from .cli import run
 
@@ -22,6 +23,8 @@ NAMES = {
     "eval/generation.py": "evaluate",
     "eval/reconstruction.py": "evaluate-reconstruction",
 }
+# of a `DataConfig`: where images and classes are, which other programs have to be told too
+IMAGES = ("name", "data_files", "image_column", "label_column", "cache_dir", "exif_orientation", "skip_unreadable")
 STARTED_BY_NAME = "VTP_DIFFUSION_STARTED_BY_NAME"  # in the environment of programs that `vtp-diffusion NAME` started
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = (PACKAGE / "programs").is_dir()
@@ -47,6 +50,13 @@ def as_typed(text: str) -> str:
         text = re.sub(rf"\bpython {file}", f"vtp-diffusion {name}", text)
         text = re.sub(rf"accelerate launch(.*) {file}", rf"accelerate launch --no_python\1 vtp-diffusion {name}", text)
     return text
+
+
+def data_options(data: Any, *names: str) -> str:
+    """Options of a `DataConfig` for `print_end`: the resolution, and those named that have a value of their own."""
+    own = [name for name in names if getattr(data, name) != getattr(type(data), name)]
+    words = [f"--data.{name} {shlex.quote(str(getattr(data, name)))}" for name in ("resolution", *own)]
+    return " ".join(words).replace("{", "{{").replace("}", "}}")
 
 
 def print_end(written: Sequence[object], then: str, *values: object) -> None:
