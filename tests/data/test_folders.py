@@ -128,3 +128,11 @@ def test_settings_that_a_folder_does_not_look_at_are_refused(setting, tmp_path):
     name = next(iter(setting))
     with pytest.raises(ValueError, match=f"{name} is .* where it has no effect.* add --data.{name} (none|image|0.1)$"):
         DataConfig(source=str(tmp_path), **setting)
+
+
+def test_a_limit_that_leaves_a_class_without_images_says_so(tmp_path, capsys):
+    folder = make(tmp_path, ["cat/0.png", "cat/1.png", "dog/2.png", "owl/3.png"])
+    assert open_dataset(DataConfig(source=str(folder), resolution=16, limit=2)).labels == [0, 1]
+    assert "warning: limit 2 leaves 2 images, and none of 1 classes: ['owl']\n" in capsys.readouterr().out
+    open_dataset(DataConfig(source=str(folder), resolution=16, limit=4))
+    assert "warning" not in capsys.readouterr().out
