@@ -202,6 +202,10 @@ def announce(config: Config, splits: Splits) -> None:
     for name, dataset in splits.measured.items():
         if skipped := dataset.skipped:
             print(f"{name}: {left_out_line(skipped)}")
+    captions = getattr(splits.training, "captions", [])  # those of a stream are counted as they come
+    silent = sum(not caption for caption in captions) if "contrastive" in config.objectives else 0
+    if silent and this_process()[0] == 0:
+        print(f"{silent} of {len(captions)} training images have no caption: contrastive learning leaves them out")
     for sentence in unmeasured(splits, "contrastive" in config.objectives):
         print(sentence)
 

@@ -1,5 +1,6 @@
 """The files that a collection of `datasets` is read from; checks that they exist and are complete."""
 
+import os
 import re
 import shutil
 import tarfile
@@ -8,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.optional_packages import require
-from ..runtime.processes import from_main
+from ..runtime.processes import from_main, this_process
 
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, need data_files
 
 HELD_OUT = ("validation", "test")  # splits of a collection: the first that it has is the held-out one
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME
+HELD_OUT_NAME = re.compile(r"(val|valid|validation|dev|test)([-_.]|$)", re.IGNORECASE)
 COPIED = ("parquet", "webdataset")  # `datasets` copies these into Arrow files, about as large
 
 
@@ -52,6 +54,22 @@ def split_files(config: Any, split: str) -> str | dict[str, str] | None:
     return {"train": config.data_files, "validation": config.validation_files}
 
 
+def held_out_note(config: Any) -> str | None:
+    """A warning for builders whose `data_files` are training and held-out files, by the names of files or folders: all
+    are one split then."""
+    if config.source not in BUILDERS or config.validation_files is not None:
+        return None
+    files = [Path(file) for file in sorted(glob(config.data_files, recursive=True)) if Path(file).is_file()]
+    start = len(Path(os.path.commonpath([file.parent for file in files] or ["."])).parts)
+    named = [file for file in files if any(HELD_OUT_NAME.match(part) for part in file.parts[start:])]
+    if not 0 < len(named) < len(files):
+        return None
+    return (
+        f"warning: {len(named)} of the {len(files)} data_files are named like held-out ones, such as {named[0]}, and "
+        "are trained on with the others: --data.validation_files names held-out ones"
+    )
+
+
 def collection_builder(config: Any, split: str) -> Any:
     """The builder of `datasets` for a split. Raises: as `split_files`, and what `datasets` raises."""
     datasets, files = require("datasets", "train"), split_files(config, split)
@@ -69,6 +87,8 @@ def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple
     try:
         builder = collection_builder(config, split)
         from_main(lambda: announce_copy(builder, config.data_files))
+        if (note := held_out_note(config)) and this_process()[0] == 0:
+            print(note)
         builder.download_and_prepare()
         collection = builder.as_dataset()
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
