@@ -239,10 +239,10 @@ def compile_networks(autoencoder: "AutoencoderVTP", perceptual, encoder: bool) -
 def print_written(config: Config, run: TrainingRun, split: str) -> None:
     vae, *others = (run.folder.path / name for name in ("vae", "results.json", SOUND))
     print(f"the autoencoder is in {vae}{run.skipped_note}")
-    images = data_options(config.data, *IMAGES, "validation_files")
-    then = f"eval/reconstruction.py --vae {{}} --data.source {{}} --split {{}} {images} --output results.json"
+    then = "eval/reconstruction.py --vae {} --data.source {} --split {} --data.resolution {} --output results.json"
     written = [run.folder.path, vae, *(path for path in others if path.exists())]
-    print_end(written, then, vae, config.data.source, split)
+    images = data_options(config.data, *IMAGES, "validation_files")
+    print_end(written, then, vae, config.data.source, split, config.data.resolution, more=images)
 
 
 def main(argv: list[str] | None = None) -> None:

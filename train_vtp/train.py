@@ -311,10 +311,10 @@ def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, 
 def print_written(config: Config, run: TrainingRun) -> None:
     vae, *others = (run.folder.path / name for name in ("vae", "vtp", "results.json"))
     print(f"the autoencoder is in {vae}{run.skipped_note}")
-    images = data_options(config.data, *IMAGES)
-    then = f"train_dit/extract_latents.py --vae {{}} --data.source {{}} {images} --output_dir latents"
+    then = "train_dit/extract_latents.py --vae {} --data.source {} --data.resolution {} --output_dir latents"
     written = [run.folder.path, vae, *(path for path in others if path.exists())]
-    print_end(written, then, vae, config.data.source)
+    images = data_options(config.data, *IMAGES)
+    print_end(written, then, vae, config.data.source, config.data.resolution, more=images)
 
 
 def main(argv: list[str] | None = None) -> None:

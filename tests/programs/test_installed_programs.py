@@ -10,7 +10,7 @@ import pytest
 
 from vtp_diffusion.data.image_datasets import DataConfig
 from vtp_diffusion.runtime import programs
-from vtp_diffusion.runtime.programs import IMAGES, data_options
+from vtp_diffusion.runtime.programs import IMAGES, data_options, print_end
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("vtp_diffusion", *programs.FOLDERS)
@@ -100,9 +100,10 @@ def test_a_name_that_is_none_is_refused():
         programs.main(["train_dit", "--lr", "1"])
 
 
-def test_the_next_command_finds_the_images_of_a_builder():
+def test_the_next_command_finds_the_images_of_a_builder(capsys):
     data = DataConfig(source="parquet", data_files="shards/{a,b c}.parquet", label_column="kind", resolution=32)
-    assert data_options(data, *IMAGES).format() == (
-        "--data.resolution 32 --data.data_files 'shards/{a,b c}.parquet' --data.label_column kind"
-    )
-    assert data_options(DataConfig(source="photos"), *IMAGES) == "--data.resolution 256"
+    print_end(["vae"], "eval/zero_shot.py --model {}", "my vae", more=data_options(data, *IMAGES))
+    then = "eval/zero_shot.py --model 'my vae' --data.data_files 'shards/{a,b c}.parquet' --data.label_column kind"
+    assert capsys.readouterr().out == f"written: vae; next: python {then}\n"
+    print_end([], "eval/zero_shot.py", more=data_options(DataConfig(source="photos"), *IMAGES))
+    assert capsys.readouterr().out == "written: ; next: python eval/zero_shot.py\n"

@@ -53,18 +53,17 @@ def as_typed(text: str) -> str:
 
 
 def data_options(data: Any, *names: str) -> str:
-    """Options of a `DataConfig` for `print_end`: the resolution, and those named that have a value of their own."""
+    """Options for those of the named settings of a `DataConfig` that are not at their defaults."""
     own = [name for name in names if getattr(data, name) != getattr(type(data), name)]
-    words = [f"--data.{name} {shlex.quote(str(getattr(data, name)))}" for name in ("resolution", *own)]
-    return " ".join(words).replace("{", "{{").replace("}", "}}")
+    return " ".join(f"--data.{name} {shlex.quote(str(getattr(data, name)))}" for name in own)
 
 
-def print_end(written: Sequence[object], then: str, *values: object) -> None:
+def print_end(written: Sequence[object], then: str, *values: object, more: str = "") -> None:
     """Print the last line of a program: the files that it wrote (None is left out) and the command that comes next.
 
-    Args: `then`: FOLDER/FILE.py and its options, with {} in place of each of the values.
+    Args: `then`: FOLDER/FILE.py and its options, with {} in place of each of the values; `more`: further options.
     """
-    command = then.format(*(shlex.quote(str(value)) for value in values))
+    command = then.format(*(shlex.quote(str(value)) for value in values)) + f" {more}".rstrip()
     places = ", ".join(str(path) for path in written if path is not None)
     print(f"written: {places}; next: {as_typed('python ' + command)}")
 
