@@ -50,6 +50,7 @@ folder or an npz they are an error, since some file is there twice. Real images 
 (--data.skip_unreadable) are left out and counted, smaller ones are enlarged and counted.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -305,39 +306,25 @@ def record_all(
     config: GenerationConfig, sources: Sources, extractors: dict[str, Extractor], wait: Callable[[], None]
 ) -> tuple[dict[str, ImageRecord], dict[str, ImageSpool]]:
     """Name -> record of every set of images, name -> samples for `save_images`. `wait`: waits for all processes."""
-    spools: dict[str, ImageSpool] = {}
-    try:
-        return record_into(spools, config, sources, extractors, wait), spools
-    except BaseException:
-        for spool in spools.values():
-            spool.file.unlink(missing_ok=True)  # as large as all samples, and of no use
-        raise
-
-
-def record_into(
-    spools: dict[str, ImageSpool],
-    config: GenerationConfig,
-    sources: Sources,
-    extractors: dict[str, Extractor],
-    wait: Callable[[], None],
-) -> dict[str, ImageRecord]:
-    """Record every set of images, and keep samples in `spools`."""
-    records, neighbours = {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
-    for name, (source, kept) in sources.items():
-        spool = None
-        if config.save_images is not None and isinstance(source, PipelineImages):
-            spools[name] = spool = ImageSpool(Path(config.save_images) / f"{name}.npz", len(kept), source.size)
-            if this_process()[0] == 0:
-                spool.create()
-            wait()
-        wanted = wanted_of(config, name, extractors, neighbours)
-        distinct = name in MEASURED and not config.allow_duplicates and not isinstance(source, PipelineImages)
-        records[name] = record_source(config, name, source, kept, extractors, wanted, spool, distinct)
-        if name == "reference":
-            check_statistics(config, records[name])
-            if "floor" in records:
-                check_floor(records)
-    return records
+    records, spools, neighbours = {}, {}, NEIGHBOUR_NETWORK if config.nearest_neighbours is not None else None
+    with contextlib.ExitStack() as interrupted:
+        for name, (source, kept) in sources.items():
+            spool = None
+            if config.save_images is not None and isinstance(source, PipelineImages):
+                spools[name] = spool = ImageSpool(Path(config.save_images) / f"{name}.npz", len(kept), source.size)
+                interrupted.callback(spool.file.unlink, missing_ok=True)  # as large as all samples, and of no use
+                if this_process()[0] == 0:
+                    spool.create()
+                wait()
+            wanted = wanted_of(config, name, extractors, neighbours)
+            distinct = name in MEASURED and not config.allow_duplicates and not isinstance(source, PipelineImages)
+            records[name] = record_source(config, name, source, kept, extractors, wanted, spool, distinct)
+            if name == "reference":
+                check_statistics(config, records[name])
+                if "floor" in records:
+                    check_floor(records)
+        interrupted.pop_all()
+    return records, spools
 
 
 def describe_images(config: GenerationConfig, sources: Sources, records: dict[str, ImageRecord]) -> dict:

@@ -197,15 +197,18 @@ def check_data(config: Config, dataset) -> None:
         raise ValueError(f"{data.source} has no captions, {some}which the contrastive objective needs: {hint}")
 
 
+def without_caption(captions: list[str]) -> int:
+    return sum(not (caption or "").strip() for caption in captions)
+
+
 def announce(config: Config, splits: Splits) -> None:
     """Print what the data lack, before anything is trained on them."""
     for name, dataset in splits.measured.items():
         if skipped := dataset.skipped:
             print(f"{name}: {left_out_line(skipped)}")
     captions = getattr(splits.training, "captions", [])  # those of a stream are counted as they come
-    silent = sum(not caption for caption in captions) if "contrastive" in config.objectives else 0
-    if silent and this_process()[0] == 0:
-        print(f"{silent} of {len(captions)} training images have no caption: contrastive learning leaves them out")
+    if "contrastive" in config.objectives and (count := without_caption(captions)):
+        print(f"{count} of {len(captions)} training images have no caption: contrastive learning leaves them out")
     for sentence in unmeasured(splits, "contrastive" in config.objectives):
         print(sentence)
 
@@ -297,7 +300,7 @@ def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, 
         images = min(len(dataset), config.evaluation_images or len(dataset))
         results[name] = measured | {"images": images, "data": dataset.fingerprint}
         results[name]["feature_images"] = min(images, MEASURED_IMAGES)  # of k-NN, rank, zero-shot and retrieval
-        results[name]["without_caption"] = sum(not (caption or "").strip() for caption in dataset.captions)
+        results[name]["without_caption"] = without_caption(dataset.captions)
         if not config.data.streaming:
             skipped = dataset.skipped
             results[name] |= {"unreadable": len(skipped), "first_unreadable": skipped[:NAMED]}

@@ -312,14 +312,17 @@ class Plan:
 
     def redecoded(self, name: str, seed: int) -> Task:
         """Measure a generator with that decoder, whose latents are the same, at the same steps."""
-        steps, first = self.config.generator_steps, seed == self.seeds[0]
-        result = self.results / f"generator-{name}{DECODER}-{seed}.json"
-        words = self.measurement(name, seed, result, steps if first else steps[-1:])
-        words += ["--vae", self.vae(name, "decoder")]
-        words += ["--picture", str(result.with_suffix(".png"))] if first else []
-        done, points = result.with_name(f"{result.stem}-{steps[-1]}.json"), len(steps) if first else 1
-        needs, seconds = (f"decoder-{name}", f"generator-{name}-{seed}"), self.shared * (GENERATOR + points * POINT)
+        result, steps = self.results / f"generator-{name}{DECODER}-{seed}.json", self.measured_steps(seed)
+        words = self.measurement(name, seed, result, steps) + ["--vae", self.vae(name, "decoder")]
+        words += ["--picture", str(result.with_suffix(".png"))] if seed == self.seeds[0] else []
+        needs = f"decoder-{name}", f"generator-{name}-{seed}"
+        done = result.with_name(f"{result.stem}-{steps[-1]}.json")
+        seconds = self.shared * (GENERATOR + len(steps) * POINT)
         return Task(result.stem, done, (words,), needs, saves=False, seconds=seconds)
+
+    def measured_steps(self, seed: int) -> list[int]:
+        """All of `generator_steps` for the first seed, the last one for others."""
+        return self.config.generator_steps[0 if seed == self.seeds[0] else -1 :]
 
     def measurement(self, name: str, seed: int, result: Path, steps: list[int]) -> list[str]:
         config, run = self.config, self.folder / f"generator-{name}-{seed}"
@@ -341,9 +344,9 @@ class Plan:
         changed = {"optimizer": config.optimizer, "learning_rate": config.learning_rate}
         training += options({key: value for key, value in changed.items() if value is not None})
         training += ["--output_dir", str(folder)] + options(TINY_GENERATOR) * config.smallest
-        words = self.measurement(name, seed, result, steps if first else steps[-1:])
+        words = self.measurement(name, seed, result, self.measured_steps(seed))
         words += ["--control", "--picture", str(result.with_suffix(".png"))] if first else []
-        points = len(steps) + 1 if first else 1  # with the control
+        points = len(self.measured_steps(seed)) + first  # with the control
         return Task(
             result.stem,
             result.with_name(f"{result.stem}-{steps[-1]}.json"),

@@ -82,7 +82,7 @@ class Config(Settings):
     """Settings of this program."""
 
     results: str | None = setting(None, "folder with the results of run.py; none: those of --known alone")
-    output: str = setting(help="FILE.json for the tables; .md, .svg and .png go beside it")
+    output: str = setting(help="FILE.json for the tables; .md, .svg and .webp go beside it")
     known: str | None = setting(None, "tables of earlier results, for what --results does not have")
     sample_rows: int = setting(SAMPLE_ROWS, "rows of 16 samples in the pictures", at_least=1, at_most=SAMPLE_ROWS)
 
@@ -181,7 +181,7 @@ def cell(points: dict[int, dict] | None, step: int) -> str:
     if points is None or step not in points:
         return "–"
     point = points[step]
-    return number(point["mean"]) + (f" ± {number(point['deviation'])}" if "deviation" in point else "")
+    return number(point["mean"]) + (f" ± {number(point['deviation'])}" if point.get("deviation") is not None else "")
 
 
 def last_common_step(table: dict[str, dict]) -> int | None:

@@ -40,8 +40,12 @@ class UnreadableImageError(ValueError):
 
 def left_out_line(keys: list[str]) -> str:
     """How many images were left out because they cannot be read, with the first names, for the console."""
-    names = ", ".join(keys[:NAMED]) + ", ..." * (len(keys) > NAMED)
-    return f"unreadable images, left out: {len(keys)} ({names})"
+    return f"unreadable images, left out: {len(keys)} ({first_names(keys)})"
+
+
+def first_names(names: list[str]) -> str:
+    """At most `NAMED` names in a line."""
+    return ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tarfile
+from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,11 @@ def split_files(config: Any, split: str) -> str | dict[str, str] | None:
     return {"train": config.data_files, "validation": config.validation_files}
 
 
-def held_out_note(config: Any) -> str | None:
-    """A warning for builders whose `data_files` are training and held-out files, by the names of files or folders: all
-    are one split then."""
-    if config.source not in BUILDERS or config.validation_files is not None:
-        return None
-    files = [Path(file) for file in sorted(glob(config.data_files, recursive=True)) if Path(file).is_file()]
-    start = len(Path(os.path.commonpath([file.parent for file in files] or ["."])).parts)
-    named = [file for file in files if any(HELD_OUT_NAME.match(part) for part in file.parts[start:])]
+def held_out_note(files: Sequence[str]) -> str | None:
+    """A warning for files of one split of which some are named, or lie in a folder named, like held-out ones."""
+    paths = [Path(file) for file in files]
+    start = len(Path(os.path.commonpath([path.parent for path in paths] or ["."])).parts)
+    named = [path for path in paths if any(HELD_OUT_NAME.match(part) for part in path.parts[start:])]
     if not 0 < len(named) < len(files):
         return None
     return (
@@ -87,7 +85,8 @@ def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple
     try:
         builder = collection_builder(config, split)
         from_main(lambda: announce_copy(builder, config.data_files))
-        if (note := held_out_note(config)) and this_process()[0] == 0:
+        one_split = config.source in BUILDERS and config.validation_files is None
+        if one_split and this_process()[0] == 0 and (note := held_out_note(builder.config.data_files["train"])):
             print(note)
         builder.download_and_prepare()
         collection = builder.as_dataset()

@@ -20,11 +20,10 @@ def check_floor(records: dict[str, ImageRecord]) -> None:
 
     Raises: ValueError: the share of copies is at least the quantile of memorisation.
     """
-    floor = records["floor"].keys
-    copies = int(np.isin(floor, records["reference"].keys).sum())
-    if copies >= MEMORISED_QUANTILE * len(floor):
+    copies, count = _shared(records["floor"], records["reference"]), len(records["floor"].keys)
+    if copies >= MEMORISED_QUANTILE * count:
         raise ValueError(
-            f"{copies} of {len(floor)} floor_images are also in the reference, pixel for pixel: expected images "
+            f"{copies} of {count} floor_images are also in the reference, pixel for pixel: expected images "
             "outside of the reference"
         )
 
@@ -33,7 +32,11 @@ def shared_images(records: dict[str, ImageRecord]) -> dict[str, dict[str, int]]:
     """Set of measured images -> set of real ones -> how many of the former are in the latter, pixel for pixel."""
     real = [name for name in ("reference", "floor") if name in records]
     measured = [name for name in MEASURED if name in records]
-    return {a: {b: int(np.isin(records[a].keys, records[b].keys).sum()) for b in real} for a in measured}
+    return {a: {b: _shared(records[a], records[b]) for b in real} for a in measured}
+
+
+def _shared(images: ImageRecord, others: ImageRecord) -> int:
+    return int(np.isin(images.keys, others.keys).sum())
 
 
 def check_sizes(config: JudgesConfig, counts: dict[str, int], extractors: dict[str, Extractor]) -> None:

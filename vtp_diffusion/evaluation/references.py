@@ -51,10 +51,10 @@ class ReferenceConfig(FeaturesConfig):
         }
 
 
-def made_with(path: str | Path, file: dict[str, np.ndarray] | None = None) -> dict:
+def made_with(path: str | Path, file: dict[str, np.ndarray]) -> dict:
     """The settings in a file of statistics. Its network is Inception if it names none, as ADM's files."""
     try:
-        settings = json.loads(str((file or open_npz(path)).get("settings", "{}")))
+        settings = json.loads(str(file.get("settings", "{}")))
         return settings | {"network": {"name": "inception"} | settings.get("network", {})}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: settings is not the JSON object that `reference` writes: {error}") from error
@@ -124,11 +124,12 @@ def check_statistics(config: JudgesConfig, reference: ImageRecord) -> None:
 
     Raises: ValueError naming the file.
     """
-    ours, known = reference.sha256, open_npz(config.reference) if config.reference.endswith(".npz") else {}
+    files = {name: file for name, file in config.statistics_files.items() if file != config.reference}
+    ours, known = reference.sha256, open_npz(config.reference) if files and config.reference.endswith(".npz") else {}
     if not known.keys().isdisjoint(("mu", "ref_mu")):  # of more images than it holds
         ours = made_with(config.reference, known).get("images")
-    for name, file in config.statistics_files.items():
-        theirs = None if file == config.reference else made_with(file).get("images")
+    for name, file in files.items():
+        theirs = made_with(file, open_npz(file)).get("images")
         if None not in (ours, theirs) and ours != theirs:
             raise ValueError(
                 f"{file}, the statistics of the reference for {name}, is of other images, or of another size or "

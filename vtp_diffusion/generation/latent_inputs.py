@@ -29,7 +29,7 @@ from ..data.batches import (
     read_batches,
 )
 from ..data.image_datasets import DataConfig, ImageDataset
-from ..data.image_files import CROP, NAMED
+from ..data.image_files import CROP, first_names
 from ..data.images import to_device
 from ..data.latent_shards import LatentDataset
 from ..data.openmoji import LICENSE, read_attribution
@@ -220,8 +220,8 @@ def empty_classes_note(dataset: LatentDataset | OnlineLatents, names: dict[int, 
     empty = [names[index] for index in sorted(set(names).difference(labels))]
     if not empty:
         return None
-    listed = ", ".join(empty[:NAMED]) + ", ..." * (len(empty) > NAMED)
-    return f"warning: no image of {len(empty)} of {len(names)} classes, which will be noise when sampled: {listed}"
+    which = f"{len(empty)} of {len(names)} classes, which will be noise when sampled: {first_names(empty)}"
+    return f"warning: no image of {which}"
 
 
 def class_names(dataset: LatentDataset | OnlineLatents, num_classes: int | None) -> dict[int, str]:

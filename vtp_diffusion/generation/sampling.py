@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from ..data.images import Rounding, finite_to_uint8
+from ..models.latent_space import config_sha256
 from ..runtime.reproducibility import exact_float32, random_stream, stream_seed
 from .sampler_config import SamplerConfig
 from .solvers import solve_adaptively, use_solver
@@ -173,23 +173,17 @@ def sample_numbers(
 def pipeline_identity(pipe: DiffusionPipeline) -> dict:
     """What decides sampled images beside seeds, labels and the sampler's arguments: weights, configurations,
     precision, and how noise follows from the seed."""
-    weights, configurations = {}, {"scheduler": _config_sha256(pipe.scheduler)}
+    weights, configurations = {}, {"scheduler": config_sha256(pipe.scheduler)}
     with ThreadPoolExecutor() as pool:  # hashing takes most of the start-up time, and releases the GIL
         for name in ("vae", "transformer", "guidance_transformer"):
             if getattr(pipe, name, None) is not None:
                 hashes = pool.map(_tensor_sha256, *zip(*sorted(getattr(pipe, name).state_dict().items()), strict=True))
                 weights[name] = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
-                configurations[name] = _config_sha256(getattr(pipe, name))
+                configurations[name] = config_sha256(getattr(pipe, name))
     config = pipe.scheduler.config
     scheduler = {"class": type(pipe.scheduler).__name__, "shift": config.get("flow_shift", config.get("shift"))}
     identity = {"weights": weights, "scheduler": scheduler, "configurations": configurations}
     return identity | {"dtype": str(pipe.dtype), "noise": NOISE_RULE}
-
-
-def _config_sha256(part: Any) -> str:
-    """Hash of a configuration, latent statistics included, without what diffusers adds of itself."""
-    known = {name: value for name, value in part.config.items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _tensor_sha256(name: str, tensor: torch.Tensor) -> str:

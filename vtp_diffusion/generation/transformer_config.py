@@ -73,9 +73,9 @@ def build_transformer(
     before = transformer.config.num_classes
     if different := different_settings(transformer.config, architecture | {"num_classes": before}):
         raise ValueError(f"initial_transformer {initial_transformer} does not fit: {different}")
-    done = f"{before} classes are replaced by {num_classes} others"
     if before != num_classes:
         transformer.replace_classes(num_classes)
+        done = f"{before} classes are replaced by {num_classes} others"
     else:
         done = f"its {before} classes are kept, each by its index: are they the same?"
     if this_process()[0] == 0:

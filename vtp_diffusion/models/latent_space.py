@@ -7,6 +7,7 @@ others have `scaling_factor` and perhaps `shift_factor`, which their callers app
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def reconstruct(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return finite_to_uint8(x).to(images.device)
 
 
+def config_sha256(part: Any, free: Collection[str] = ()) -> str:
+    """Hash of the configuration of a model or a scheduler, without some settings and what diffusers adds of itself."""
+    config = {key: value for key, value in part.config.items() if key not in free and not key.startswith("_")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 def autoencoder_identity(vae: nn.Module, decoder: bool = True) -> dict[str, str]:
     """Class of an autoencoder and hashes of its configuration and its weights. Without `decoder`, "encoder"
     replaces "weights": where it is equal, latents are, as before and after VTP's stage 2, which trains the decoder.
@@ -98,7 +105,6 @@ def autoencoder_identity(vae: nn.Module, decoder: bool = True) -> dict[str, str]
         free |= {"latents_mean", "latents_std"}
     elif not normalises_inside(vae):
         free |= {"scaling_factor", "shift_factor"}
-    config = {key: value for key, value in vae.config.items() if key not in free and not key.startswith("_")}
     weights = hashlib.sha256()
     for name, tensor in sorted(vae.state_dict().items()):
         if name.startswith("decoder.") and not decoder:
@@ -109,7 +115,7 @@ def autoencoder_identity(vae: nn.Module, decoder: bool = True) -> dict[str, str]
         weights.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {
         "class": type(vae).__name__,
-        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "config": config_sha256(vae, free),
         "weights" if decoder else "encoder": weights.hexdigest()[:16],
     }
 
