@@ -49,16 +49,15 @@ class Objective(nn.Module):
         return {"loss": loss * (math.nan if broken else 1.0), "calls": self.calls.clone()}
 
 
-def make_run(config, fingerprint="data"):
+def make_run(config, fingerprint="data", **settings):
     objective, folder = Objective(), RunFolder(config.output_dir, config)
-    return TrainingRun(
-        config, folder, objective, objective.transformer, "transformer", fingerprint, not_saved=("frozen.",)
-    )
+    settings |= {"not_saved": ("frozen.",)}
+    return TrainingRun(config, folder, objective, objective.transformer, "transformer", fingerprint, **settings)
 
 
-def train(config, broken_steps=(), fingerprint="data", at_step=None):
+def train(config, broken_steps=(), fingerprint="data", at_step=None, **settings):
     """Train to the end. `at_step`: step -> what is called in the middle of it."""
-    run = make_run(config, fingerprint)
+    run = make_run(config, fingerprint, **settings)
     data = torch.randn(NUM_SAMPLES, 4, 2, 2, generator=torch.Generator().manual_seed(1))
     run.read = []
 

@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = settings | {"vae": identity, "fingerprint": dataset.training_fingerprint, "num_samples": len(samples)}
     plan["classes"] = named_briefly(dataset.label_names)  # a fingerprint of OpenMoji and other styles lacks them
     if accelerator.is_main_process:
-        begin_extraction(folder, plan)
+        begin_extraction(folder, plan, dataset.older_fingerprints)
     accelerator.wait_for_everyone()
 
     paths = [folder / f"latents_{index:05d}.safetensors" for index in range(len(shards))]

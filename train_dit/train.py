@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         flops_per_image=flops,
         fingerprint_of=("images and autoencoder",) if config.latents is None else ("data",),
         cuda_graphs=wanted_graphs(config, config.compile),
+        older_fingerprints=dataset.older_fingerprints,
     )
     if config.latents is not None:  # images were described as they were opened
         run.accelerator.print(dataset.describe())

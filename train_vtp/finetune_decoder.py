@@ -204,9 +204,12 @@ def open_autoencoder(config: Config) -> "tuple[AutoencoderVTP, AutoencoderVTP]":
 
 
 def start_run(
-    config: Config, folder: RunFolder, autoencoder: "AutoencoderVTP", perceptual, fingerprint: str
+    config: Config, folder: RunFolder, autoencoder: "AutoencoderVTP", perceptual, fingerprint: str, older: list[str]
 ) -> TrainingRun:
-    """The run, new or resumed; its networks are compiled if the configuration says so."""
+    """The run, new or resumed; its networks are compiled if the configuration says so.
+
+    Args: `older`: as `older_fingerprints` of `TrainingRun`.
+    """
     if config.mixed_precision != "no":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
@@ -224,6 +227,7 @@ def start_run(
         not_saved=("reconstruction.perceptual.",),
         groups=objective.parameter_groups(config),
         fingerprint_of=("data", "autoencoder weights"),
+        older_fingerprints=older,
     )
 
 
@@ -256,8 +260,9 @@ def main(argv: list[str] | None = None) -> None:
     trunk = config.reconstruction.lpips_trunk
     perceptual = LPIPS("vgg", trunk) if config.reconstruction.lpips > 0 else None
     splits = open_splits(config.data, config.evaluation_images, config.train_batch_size)
-    fingerprint = f"{splits.training.training_fingerprint}-{autoencoder_identity(reference)['weights']}"
-    run = start_run(config, folder, autoencoder, perceptual, fingerprint)
+    images, weights = splits.training, autoencoder_identity(reference)["weights"]
+    fingerprint, *older = (f"{name}-{weights}" for name in (images.training_fingerprint, *images.older_fingerprints))
+    run = start_run(config, folder, autoencoder, perceptual, fingerprint, older)
 
     def evaluate(step: int) -> None:
         with run.averaged_weights():  # at step 0 the initial ones

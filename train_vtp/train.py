@@ -230,6 +230,7 @@ def start_run(config: Config, folder: RunFolder, splits: Splits, objective: VTPF
         flops_per_image=sum(objective.flops(config.data.resolution).values()),
         in_parts=len(config.objectives) > 1,
         cuda_graphs=config.cuda_graphs,
+        older_fingerprints=splits.training.older_fingerprints,
     )
 
 

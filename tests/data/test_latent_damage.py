@@ -79,3 +79,12 @@ def test_the_same_images_with_other_classes_are_other_latents(tmp_path):
     write_json(tmp_path / "old" / PLAN_NAME, {"num_samples": 2})
     begin_extraction(tmp_path / "old", plan)  # a plan that says nothing of classes: earlier versions wrote it
     folder_lock.release(tmp_path / "old")
+
+
+def test_an_extraction_begun_when_the_same_images_had_another_fingerprint_goes_on(tmp_path):
+    plan = {"classes": "1 from bird to bird (0)", "fingerprint": "newer"}
+    write_json(tmp_path / PLAN_NAME, plan | {"fingerprint": "older"})
+    with pytest.raises(ValueError, match=r"holds other latents:\n  fingerprint: older"):
+        begin_extraction(tmp_path, plan)
+    begin_extraction(tmp_path, plan, ("older",))
+    folder_lock.release(tmp_path)

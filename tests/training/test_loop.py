@@ -122,6 +122,7 @@ def test_other_data_are_refused_on_resuming(tmp_path):
     with pytest.raises(ValueError, match="fingerprint cats.*dogs"):
         train(other, fingerprint="dogs")
     assert content() == before, "config.yaml too: the run still goes on with its own settings"
+    assert train(other, fingerprint="dogs", older_fingerprints=["cats"]).first_step == 3
 
 
 def test_a_sampler_of_some_micro_steps_reads_what_the_run_s_own_does_there(tmp_path):

@@ -18,13 +18,14 @@ from torch.utils.data import Dataset
 
 from ..runtime.config import Settings, setting
 from ..runtime.optional_packages import require
-from ..runtime.processes import from_main, this_process
+from ..runtime.processes import from_main, print_once
 from .batches import spread_evenly
+from .collection_columns import CollectionReader, collection_classes, collection_labels
 from .folders import content_hashes, read_layout, sorted_names
-from .image_files import SKIP_HINT, UnreadableImageError, center_crop, decode_image, read_image
+from .image_files import SKIP_HINT, UnreadableImageError, center_crop, read_image
 from .images import pil_to_uint8
 from .openmoji import description, is_held_out, openmoji_folder, read_metadata
-from .row_values import NUMBERS, check_caption, check_kind, check_label, class_name, is_class_index
+from .row_values import check_caption
 from .shard_files import HELD_OUT, check_columns, check_source, load_collection
 
 OPENMOJI_LABELS = ("subcategory", "category")
@@ -136,6 +137,7 @@ class ImageDataset(Dataset):
         variants: (N,) bool, whether an image is a variant of another one, such as an emoji with a skin tone. These are
             trained on, and left out where images are counted: of references and probes. None: there are none.
         described: hash of what `fingerprint` leaves out and training learns from.
+        older_fingerprints: by which earlier versions knew the same images.
 
     Attributes:
         training_fingerprint: `fingerprint` and `described`: what a resumed run must find.
@@ -144,13 +146,14 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, references, read, resolution, keys, labels, captions, label_names, weights, fingerprint,
-                 skip_unreadable=False, classes_named=True, whole=False, variants=None, described=""):  # fmt: skip
+                 skip_unreadable=False, classes_named=True, whole=False, variants=None, described="",
+                 older_fingerprints=()):  # fmt: skip
         self.references, self.read, self.resolution = references, read, resolution
         self.keys, self.labels, self.captions, self.label_names = keys, labels, captions, label_names
         self.weights, self.fingerprint, self.skip_unreadable = weights, fingerprint, skip_unreadable
         self.classes_named, self.whole, self._dropped, self.crop = classes_named, whole, list[str](), center_crop
         self.variants = torch.zeros(len(references), dtype=torch.bool) if variants is None else variants
-        self._described = described
+        self._described, self.older_fingerprints = described, older_fingerprints
         # in shared memory, because the workers of a loader set them
         self._unreadable = torch.zeros(len(references), dtype=torch.bool).share_memory_()  # (N,)
         self.enlarged = torch.zeros(len(references), dtype=torch.bool).share_memory_()
@@ -270,27 +273,24 @@ def open_dataset(
     if config.source == "openmoji":
         dataset = _open_openmoji(config, split)
         if not quiet:
-            _say(f"openmoji, {split}: {len(dataset)} images, {len(dataset.label_names)} classes")
+            print_once(f"openmoji, {split}: {len(dataset)} images, {len(dataset.label_names)} classes")
     elif Path(config.source).is_dir():
         dataset = _open_folder(config, split, or_all, advice, quiet)
     else:
         dataset = _open_collection(config, split, or_all, advice)
         classes = f"{len(dataset.label_names)} classes" if config.label_column else "1 class (label_column is none)"
-        _say(f"{config.source}, {split}: {len(dataset)} images, {classes}")
+        print_once(f"{config.source}, {split}: {len(dataset)} images, {classes}")
     empty = sorted(set(range(len(dataset.label_names))).difference(dataset.labels)) if config.limit is not None else []
     if empty and not quiet:
         names = reprlib.repr([dataset.label_names[index] for index in empty])
-        _say(f"warning: limit {config.limit} leaves {len(dataset)} images, and none of {len(empty)} classes: {names}")
+        print_once(
+            f"warning: limit {config.limit} leaves {len(dataset)} images, and none of {len(empty)} classes: {names}"
+        )
     if crop is not center_crop:
         dataset.crop, dataset.fingerprint = crop, f"{dataset.fingerprint}-{crop.__name__}"
     if len(dataset) * 3 * config.resolution**2 <= IN_MEMORY_BYTES:
         dataset.keep_in_memory()
     return dataset
-
-
-def _say(line: str) -> None:
-    if this_process()[0] == 0:
-        print(line)
 
 
 def _open_openmoji(config: DataConfig, split: str) -> ImageDataset:
@@ -328,7 +328,7 @@ def _open_folder(config: DataConfig, split: str, or_all: bool, advice: str, quie
         part = "all" if or_all and not layout.has(split) else split
         pairs = spread_evenly(layout.of_split(part, advice), config.limit)
         if not quiet:
-            _say(layout.describe())
+            print_once(layout.describe())
         paths, labels = [path for path, _ in pairs], [label for _, label in pairs]
         keys = [path.relative_to(layout.folder).as_posix() for path in paths]
         known = [f"{key}:{label}:{h}" for key, label, h in zip(keys, labels, content_hashes(paths), strict=True)]
@@ -353,92 +353,37 @@ def _open_folder(config: DataConfig, split: str, or_all: bool, advice: str, quie
 
 
 def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) -> ImageDataset:
-    collection, opened = load_collection(config, split, or_all, advice)
+    collection, opened, content = load_collection(config, split, or_all, advice)
     table = require("datasets", "train").concatenate_datasets([collection[name] for name in opened])
     check_columns(config, table.column_names)
     if len(table) == 0:
         raise ValueError(f"{config.source}: the {split} split holds no images")
     rows = spread_evenly(range(len(table)), config.limit)
     chosen = table if len(rows) == len(table) else table.select(rows)
-    found = _collection_classes(table, collection, opened, config)
-    labels, names, named = _collection_labels(chosen, found, config)
+    found = collection_classes(table, collection, opened, config)
+    labels, names, named = collection_labels(chosen, found, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
     where = f"{config.source}: {config.caption_column} of sample"
-    known = [table._fingerprint, *map(str, rows)]
+
+    def fingerprint(known: list[str]) -> str:
+        return _fingerprint(config.source, config.resolution, [*known, *map(str, rows)], config.exif_orientation)
+
+    by_datasets = fingerprint([table._fingerprint])  # of files, their paths and times are in it, and no content
     return ImageDataset(
         references=rows,
-        read=_CollectionReader(table, config),
+        read=CollectionReader(table, config),
         resolution=config.resolution,
         keys=[f"{row:08d}" for row in rows],
         labels=labels,
         captions=[check_caption(text, f"{where} {row}") for row, text in zip(rows, texts, strict=True)],
         label_names=names,
         weights=torch.ones(len(rows)),
-        fingerprint=_fingerprint(config.source, config.resolution, known, config.exif_orientation),
+        fingerprint=by_datasets if content is None else fingerprint(content),
         skip_unreadable=config.skip_unreadable,
         classes_named=named,
         whole=config.validation_files is None and not any(name in collection for name in HELD_OUT),
+        older_fingerprints=() if content is None else (by_datasets,),
     )
-
-
-def _collection_labels(table, found: list[str] | list[int], config: DataConfig) -> tuple[list[int], list[str], bool]:
-    """(labels, class names, whether the names are more than indices) of a table. `found`: as `_collection_classes`."""
-    column = config.label_column
-    if column is None:
-        return [0] * len(table), ["image"], True
-    labels = list(table[column])
-    if isinstance(found[0], str):
-        indices = {name: index for index, name in enumerate(found)}
-        return [indices[class_name(label)] for label in labels], found, True
-    names = getattr(table.features[column], "names", None)
-    if names is None and (missing := sorted(set(range(max(found) + 1)).difference(found))):
-        _say(
-            f"warning: {column} of {config.source} has the labels {reprlib.repr(sorted(set(found)))}, so the classes "
-            f"{reprlib.repr(missing)} have no images. Number them from 0 without gaps, or store their names as text"
-        )
-    return labels, names or [str(index) for index in range(max(found) + 1)], names is not None
-
-
-def _collection_classes(table, collection, opened: list[str], config: DataConfig) -> list[str] | list[int]:
-    """The names, or the indices, in the label column of all splits. Names are in alphabetical order, those of the
-    training split first: it is often opened alone. Only the `opened` splits, which make up the table, have to be
-    labelled: the labels of a test split are often all -1 or null.
-
-    Raises: ValueError naming the row of a label that is missing or no class.
-    """
-    column, splits = config.label_column, dict[str, list]()
-    for name in sorted(collection, key=lambda name: name != "train") if column else ():
-        part = collection[name]
-        check_kind(part.features.get(column), f"{config.source}: label_column {column!r}", "class indices or names")
-        values = part.unique(column) if column in part.column_names else [None]
-        splits[name] = values if name in opened else [value for value in values if value not in (None, -1)]
-    named = any(isinstance(value, str) for values in splits.values() for value in values)
-
-    def is_class(label: Any) -> bool:
-        return isinstance(label, str) if named else is_class_index(label)
-
-    if wrong := [(f", {name}", value) for name, values in splits.items() for value in values if not is_class(value)]:
-        rows = ((f", row {row}", label) for row, label in enumerate(table[column]) if not is_class(label))
-        where, label = next(rows, wrong[0])  # not in the table: in a split that is not opened
-        check_label(label, f"{config.source}{where}: {column}")
-    found = list[Any]()
-    for values in splits.values():
-        normal = {class_name(value) for value in values} if named else values
-        found += sorted_names(normal.difference(found)) if named else values
-    return found
-
-
-class _CollectionReader:
-    """Row -> image of a table of `datasets`. A class, not a closure: worker processes unpickle it."""
-
-    def __init__(self, table, config: DataConfig):
-        column, datasets = config.image_column, require("datasets", "train")
-        check_kind(table.features[column], f"{config.source}: image_column {column!r}", "images", NUMBERS)
-        self.table, self.config = table.cast_column(column, datasets.Image(decode=False)), config
-
-    def __call__(self, row: int) -> Image.Image:
-        value, name = self.table[row][self.config.image_column], f"image {row} of {self.config.source}"
-        return decode_image(value, name, self.config.exif_orientation, self.config.max_pixels)
 
 
 def _fingerprint(source: str, resolution: int, keys: list[str], turned: bool = False) -> str:

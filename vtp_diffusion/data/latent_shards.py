@@ -108,16 +108,19 @@ def write_statistics(folder: Path, mean: Sequence[float], std: Sequence[float]) 
         unfinished.write_bytes(content.getvalue())
 
 
-def begin_extraction(folder: Path, plan: dict[str, Any]) -> None:
+def begin_extraction(folder: Path, plan: dict[str, Any], older_fingerprints: Sequence[str] = ()) -> None:
     """Lock a folder for an extraction: an empty one, or one where the same extraction began.
 
-    Args: `plan`: the settings that decide the shards' content.
+    Args: `plan`: the settings that decide the shards' content; `older_fingerprints`: what earlier versions would have
+        called its "fingerprint".
     Raises: ValueError if the folder holds other latents (naming what differs) or other files, or another process works
         in it.
     """
     path = folder / PLAN_NAME
     if path.is_file():
         begun = {"classes": plan.get("classes")} | read_json(path)  # of which older plans say nothing
+        if begun.get("fingerprint") in older_fingerprints:
+            begun["fingerprint"] = plan["fingerprint"]
         if "data" in plan:  # older plans have settings that may change
             begun["data"] = {name: value for name, value in begun["data"].items() if name in plan["data"]}
         if lines := setting_differences(begun, plan):
@@ -212,7 +215,7 @@ class LatentDataset(Dataset):
         metadata: content of latents.json; None for shards of upstream's extraction.
         id2label: class index -> name; without latents.json, names are the indices from 0 to the largest label.
         num_bytes: of all latents together.
-        fingerprint: identifies the files.
+        fingerprint, older_fingerprints: identifies the files; none, as of `ImageDataset`.
         weights: None: every latent counts the same.
     Raises: ValueError: no shards, an unfinished extraction, a truncated shard, keys, types or shapes that do not fit
         together, labels out of range, missing, duplicate or overlapping shards, or other files or counts than
@@ -248,6 +251,7 @@ class LatentDataset(Dataset):
         content = samples if self.metadata is None else self.metadata["mean"]
         for path in self.files if verify else ():
             check_content(path, required=True)
+        self.older_fingerprints = ()
         self.fingerprint = hashlib.sha256("\n".join([*sizes, str(content)]).encode()).hexdigest()[:16]
 
     def describe(self) -> str:

@@ -1,16 +1,19 @@
 """The files that a collection of `datasets` is read from; checks that they exist and are complete."""
 
+import hashlib
 import os
 import re
 import shutil
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from ..runtime.optional_packages import require
-from ..runtime.processes import from_main, this_process
+from ..runtime.processes import from_main, print_once
+from .folders import READING_THREADS
 
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, need data_files
 
@@ -18,6 +21,7 @@ HELD_OUT = ("validation", "test")  # splits of a collection: the first that it h
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME
 HELD_OUT_NAME = re.compile(r"(val|valid|validation|dev|test)([-_.]|$)", re.IGNORECASE)
 COPIED = ("parquet", "webdataset")  # `datasets` copies these into Arrow files, about as large
+PIECES, PIECE = 64, 2**16  # of a file that is known by its content
 
 
 def check_source(source: str, option: str) -> None:
@@ -79,15 +83,16 @@ def collection_builder(config: Any, split: str) -> Any:
     return Shards(dataset_name="webdataset", data_files=files, columns=tuple(columns))
 
 
-def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple[Any, list[str]]:
-    """A collection of `datasets` (name -> table), and the names of its tables that make up `split`."""
+def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple[Any, list[str], list[str] | None]:
+    """A collection of `datasets` (name -> table), the names of its tables that make up `split`, and the
+    `content_of_files` of these; None if they are not files of this machine."""
     datasets = require("datasets", "train")
     try:
         builder = collection_builder(config, split)
         from_main(lambda: announce_copy(builder, config.data_files))
         one_split = config.source in BUILDERS and config.validation_files is None
-        if one_split and this_process()[0] == 0 and (note := held_out_note(builder.config.data_files["train"])):
-            print(note)
+        if one_split and (note := held_out_note(builder.config.data_files["train"])):
+            print_once(note)
         builder.download_and_prepare()
         collection = builder.as_dataset()
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError, tarfile.TarError) as error:
@@ -96,13 +101,38 @@ def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple
             "nor a collection that `datasets` can load: "
             f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
         ) from error
-    if split == "all":
-        return collection, list(collection)
-    found = [name for name in (HELD_OUT if split == "validation" else ("train",)) if name in collection]
+    names = {"all": list(collection), "validation": HELD_OUT}.get(split, ["train"])
+    found = [name for name in names if name in collection]
     if not found and not or_all:
         hint = "; data.validation_files may name one" if split == "validation" else ""
         raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}{advice}")
-    return collection, found[:1] or list(collection)
+    opened = found[: None if split == "all" else 1] or list(collection)
+    files = [file for name in opened for file in (builder.config.data_files or {}).get(name, ())]
+    return collection, opened, from_main(lambda: content_of_files(files))
+
+
+def content_of_files(files: Sequence[str]) -> list[str] | None:
+    """What tells files by their content, wherever they lie and whenever they were written: of each its name below
+    their common folder, its size, and a hash of `PIECES` evenly spread pieces of `PIECE` bytes, of a smaller file of
+    all bytes: reading all of many shards would take minutes at every start. None without files, or if one is not a
+    file of this machine."""
+    if not files or not all(Path(file).is_file() for file in files):
+        return None
+    folder = Path(os.path.commonpath([Path(file).parent for file in files]))
+
+    def content(name: str) -> str:
+        with open(name, "rb") as file:
+            size, digest = file.seek(0, os.SEEK_END), hashlib.blake2b(digest_size=16)
+            starts = range(0, size, PIECE)
+            if size > PIECES * PIECE:
+                starts = (k * (size - PIECE) // (PIECES - 1) for k in range(PIECES))
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(PIECE))
+        return f"{Path(name).relative_to(folder).as_posix()}:{size}:{digest.hexdigest()}"
+
+    with ThreadPoolExecutor(READING_THREADS) as threads:
+        return list(threads.map(content, files))
 
 
 def check_columns(config: Any, known: list[str]) -> tuple[str | None, ...]:

@@ -95,6 +95,7 @@ class StreamingImages:
         described = [config.source, config.name, read, found[0], self.resolution, self.num_shards]
         described += ["EXIF orientation"] if config.exif_orientation else []
         text = json.dumps([*described, *columns])
+        self.older_fingerprints = ()
         self.fingerprint = self.training_fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def samples(

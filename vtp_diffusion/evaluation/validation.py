@@ -109,7 +109,7 @@ def open_real_images(
         dataset = open_dataset(replace(config, resolution=resolution), made_of["split"])
     except ValueError as error:
         raise ValueError(f"{given}, but these cannot be opened: {advice}. {error}") from error
-    if dataset.fingerprint != made_of["fingerprint"]:
+    if made_of["fingerprint"] not in (dataset.fingerprint, *dataset.older_fingerprints):
         raise ValueError(f"{given}, but {made_of['source']} holds other images now: {advice}")
     return dataset, config.data_files or config.source
 

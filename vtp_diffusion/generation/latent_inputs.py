@@ -110,7 +110,8 @@ class OnlineLatents:
         vae: the autoencoder, frozen.
         config: of the images.
         augmentation: of the images, besides mirroring, which `batches` is told.
-    Attributes: `shape`, `id2label`, `metadata`, `weights` and `fingerprint`, as those of `LatentDataset`.
+    Attributes: `shape`, `id2label`, `metadata`, `weights`, `fingerprint` and `older_fingerprints`, as those of
+        `LatentDataset`.
     Raises: ValueError if the autoencoder does not take images of this size.
     """
 
@@ -125,8 +126,14 @@ class OnlineLatents:
             "attribution": read_attribution(config.resolution, config.cache_dir) if openmoji else None,
             "data": vars(config) | {"split": "train", "fingerprint": images.fingerprint},
         }
-        origin = {"images": images.training_fingerprint, "autoencoder": autoencoder_identity(vae)}
-        self.fingerprint = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:16]
+        identity = autoencoder_identity(vae)
+
+        def fingerprint(name: str) -> str:
+            origin = json.dumps({"images": name, "autoencoder": identity}, sort_keys=True)
+            return hashlib.sha256(origin.encode()).hexdigest()[:16]
+
+        self.fingerprint = fingerprint(images.training_fingerprint)
+        self.older_fingerprints = [fingerprint(name) for name in images.older_fingerprints]
 
     def __len__(self) -> int:
         return len(self.images)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from ..runtime.config import Settings, setting
-from ..runtime.processes import this_process
+from ..runtime.processes import print_once
 
 if TYPE_CHECKING:
     from ..models.transformer_lightning_dit import LightningDiTTransformer2DModel
@@ -78,8 +78,7 @@ def build_transformer(
         done = f"{before} classes are replaced by {num_classes} others"
     else:
         done = f"its {before} classes are kept, each by its index: are they the same?"
-    if this_process()[0] == 0:
-        print(f"initial_transformer {initial_transformer}: {done}")
+    print_once(f"initial_transformer {initial_transformer}: {done}")
     transformer.register_to_config(class_dropout_prob=class_dropout_prob)
     return transformer
 

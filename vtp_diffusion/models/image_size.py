@@ -5,7 +5,7 @@ from typing import Any
 
 from ..data.image_datasets import DataConfig
 from ..runtime.config import setting
-from ..runtime.processes import this_process
+from ..runtime.processes import print_once
 
 # the default of diffusers' `AutoencoderKL`: where its configuration has that, probably nobody chose a size
 UNCHOSEN = 32
@@ -41,5 +41,4 @@ def settle_resolution(data: DataConfig, model: Any) -> None:
         line = f"data.resolution is {data.resolution}, but the {name} was saved with {found[1]} ({found[0]})"
     else:
         return
-    if this_process()[0] == 0:
-        print(line)
+    print_once(line)

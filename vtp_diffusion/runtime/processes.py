@@ -142,3 +142,9 @@ def wait_for_everyone() -> None:
     """Wait until every process that joined has called this."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+def print_once(line: str) -> None:
+    """Print on the main process alone."""
+    if this_process()[0] == 0:
+        print(line)

@@ -19,7 +19,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -347,16 +347,20 @@ def _write_snapshot(snapshot: Snapshot, step: int, folder: RunFolder, limit: int
         folder.finish(step, limit)
 
 
-def find_resumed(folder: RunFolder, fingerprint: str, fingerprint_of: tuple[str, ...]) -> tuple[int, Path] | None:
+def find_resumed(
+    folder: RunFolder, fingerprint: str, fingerprint_of: tuple[str, ...], older: Collection[str] = ()
+) -> tuple[int, Path] | None:
     """(step, folder) of the checkpoint that a run goes on from, the newest undamaged one; None: it starts anew.
 
-    Args: `fingerprint`, `fingerprint_of`: as of `TrainingRun`.
+    Args: `fingerprint`, `fingerprint_of`, `older`: as of `TrainingRun`.
     Raises: ValueError: all checkpoints are damaged, or the newest has another fingerprint.
     """
     if (found := newest_whole_checkpoint(folder)) is None:
         return None
     _, path = found
     record = read_json(path / "state.json")
+    if record["fingerprint"] in older:
+        return found
     there, now = (text.rsplit("-", len(fingerprint_of) - 1) for text in (record["fingerprint"], fingerprint))
     # the first part is that of the data; older checkpoints do not know their place
     places = {fingerprint_of[0]: (record.get("data"), data_place(folder.config))}

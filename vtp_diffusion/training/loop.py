@@ -4,7 +4,7 @@ runtime/reproducibility.py explains why a resumed run does the same as one witho
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class TrainingRun:
         model_name: the pipeline's name of it.
         fingerprint: hashes of what the run learns from, joined by "-"; a checkpoint is only resumed with the same.
         fingerprint_of: names of the parts of `fingerprint`, for errors.
+        older_fingerprints: what earlier versions would have called the same; a checkpoint with one is resumed, too.
         not_saved: prefixes of state-dict keys of `objective` to leave out: their weights come from elsewhere.
         groups: parameter groups, see `Optimisation`; None: those of `parameter_groups`.
         flops_per_image: useful floating-point operations of training on one image, for the MFU in the log.
@@ -79,6 +80,7 @@ class TrainingRun:
         in_parts: bool = False,
         cuda_graphs: bool | None = False,
         fingerprint_of: tuple[str, ...] = ("data",),
+        older_fingerprints: Collection[str] = (),
     ):
         self.config, self.folder, self.model, self.bare = config, folder, model, objective
         if config.deterministic:
@@ -88,7 +90,9 @@ class TrainingRun:
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
         self.world_size, self.is_main = self.accelerator.num_processes, self.accelerator.is_main_process
         self.micro_batch_size = config.micro_batch_size(self.world_size)
-        resumed = from_main(lambda: folder.claim(lambda: find_resumed(folder, fingerprint, fingerprint_of)))
+        resumed = from_main(
+            lambda: folder.claim(lambda: find_resumed(folder, fingerprint, fingerprint_of, older_fingerprints))
+        )
         self.accelerator.wait_for_everyone()
         folder.check_shared()
         groups = parameter_groups(objective, config.adam_weight_decay) if groups is None else groups

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ..runtime import folder_lock
 from ..runtime.config import config_to_dict, flatten_config, save_config, setting_differences, settings_of
 from ..runtime.disk import is_unfinished, log_lines, read_log, replacing, sync_folder, write_text, writing
-from ..runtime.processes import this_process
+from ..runtime.processes import print_once, this_process
 from ..runtime.yaml_files import read_yaml
 
 Found = TypeVar("Found")
@@ -85,8 +85,7 @@ class RunFolder:
             value = old.get(key, field.metadata["before"])
             if value != getattr(section, field.name):
                 setattr(section, field.name, value)
-                if this_process()[0] == 0:
-                    print(f"{key} stays {value}, with which the run in {self.path} began")
+                print_once(f"{key} stays {value}, with which the run in {self.path} began")
 
     def _compare(self) -> None:
         if lines := self._differences():
