@@ -48,14 +48,15 @@ TOKENIZERS: dict[str, tuple[tuple[str, ...], int]] = {
     "all_tenth": (ALL, 1),
     "all_long": (ALL, 4),
     "all_pixels": (ALL, 1),
+    "all_understanding": (ALL, 1),
 }
-PIXELS, PIXELS_WEIGHT = "_pixels", 25.0  # names that end so: weight of reconstruction, elsewhere 1
+WEIGHTS = {"_pixels": 25.0, "_understanding": 0.1}  # ending of a name -> weight of reconstruction, elsewhere 1
 SMALL = "_small"  # names that end so have half the encoder's width: settings of the tokenizers -> width
 SMALL_WIDTH = {"tokenizer.yaml": 192, "fashion_tokenizer.yaml": 48}
 HEADLINE = ("reconstruction", "all", "reconstruction_long")
 # Groups run in this order: if time runs out, the last ones are missing.
 GROUPS = (
-    (*HEADLINE, "all_long", "all_pixels"),
+    (*HEADLINE, "all_long", "all_pixels", "all_understanding"),
     ("contrastive", "self_supervision"),
     ("reconstruction_small", "all_small"),
     ("reconstruction_half", "all_half", "reconstruction_tenth", "all_tenth"),
@@ -266,8 +267,8 @@ class Plan:
         if name.endswith(SMALL):
             width = SMALL_WIDTH[config.tokenizer]
             words += options({"model.encoder_hidden_size": width, "model.encoder_num_attention_heads": 3})
-        if name.endswith(PIXELS):
-            words += options({"reconstruction.weight": PIXELS_WEIGHT})
+        weights = [weight for ending, weight in WEIGHTS.items() if name.endswith(ending)]
+        words += options({"reconstruction.weight": weights[0]}) if weights else []
         fewer = [ending for ending in FEWER if name.endswith(ending)]
         words += self.data(fewer_folder(self.folder, fewer[0]) if fewer else None)
         words += ["--objectives", *objectives, "--max_train_steps", str(times * config.tokenizer_steps)]

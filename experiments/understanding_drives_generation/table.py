@@ -51,6 +51,7 @@ STYLES = {
     "all": Style("all three objectives", "#D55E00", "square"),
     "all_long": Style("all three, 4 times longer", "#E69F00", "square", "7 4"),
     "all_pixels": Style("all three, pixels weighted 25 times", "#000000", "square"),
+    "all_understanding": Style("all three, pixels weighted .1", "#000000", "diamond", "2 3"),
     "reconstruction_small": Style("reconstruction, half the width", "#0072B2", "circle", "2 3"),
     "all_small": Style("all three, half the width", "#D55E00", "square", "2 3"),
     "reconstruction_half": Style("reconstruction, half the data", "#0072B2", "circle", "7 4"),
@@ -60,7 +61,7 @@ STYLES = {
 }
 DECODER = "_decoder"  # ending of the names of those with a decoder that was trained further
 STYLES |= {f"{name}{DECODER}": replace(s, label=f"{s.label}, second stage") for name, s in STYLES.items()}
-MAIN = list(STYLES)[:7]  # in the first figure and the picture of samples; the others are in the second figure
+MAIN = list(STYLES)[:8]  # in the first figure and the picture of samples; the others are in the second figure
 # axis -> value -> ending of the tokenizer's name
 SCALES = {
     "width of the encoder, %": {50: "_small", 100: ""},

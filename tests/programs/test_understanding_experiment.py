@@ -27,7 +27,7 @@ def test_every_tokenizer_has_the_same_words_but_for_what_it_is_trained_for(under
 
 
 def test_what_the_headline_needs_comes_first(understanding, tmp_path):
-    some = [name for name in understanding.TOKENIZERS if not name.endswith(("_tenth", "_pixels"))]
+    some = [name for name in understanding.TOKENIZERS if not name.endswith(("_tenth", *understanding.WEIGHTS))]
     config = understanding.Config(output_dir=str(tmp_path), tokenizers=some, seeds=[1, 0], generator_steps=[20, 50])
     names = [task.name for task in understanding.Plan(config, None).tasks()]
     # of each a tokenizer, a decoder, a generator with both decoders; of the first three these with a second seed
@@ -54,11 +54,14 @@ def test_a_small_tokenizer_has_half_the_width(understanding, tmp_path, settings)
     assert 2 * given.encoder_hidden_size == usual.encoder_hidden_size
 
 
-def test_reconstruction_weighs_more_beside_the_other_objectives_where_named_so(understanding, tmp_path):
+@pytest.mark.parametrize(("name", "weight"), [("all_pixels", 25), ("all_understanding", 0.1)])
+def test_reconstruction_has_another_weight_beside_the_other_objectives_where_named_so(
+    understanding, tmp_path, name, weight
+):
     program = load("train_vtp/train.py")
     plan = understanding.Plan(understanding.Config(output_dir=str(tmp_path)), None)
-    usual, heavy = (program.parse_config(program.Config, plan.training(n)[1:]) for n in ("all", "all_pixels"))
-    assert heavy.reconstruction.weight == 25 * usual.reconstruction.weight and heavy.objectives == usual.objectives
+    usual, other = (program.parse_config(program.Config, plan.training(n)[1:]) for n in ("all", name))
+    assert other.reconstruction.weight == weight * usual.reconstruction.weight and other.objectives == usual.objectives
 
 
 def test_a_tokenizer_whose_generators_are_measured_is_not_trained_again(understanding, tmp_path):
@@ -165,14 +168,16 @@ def test_the_programs_take_these_words(understanding, tmp_path):
 
 def test_the_commands_of_the_pages_are_taken(tmp_path, monkeypatch):
     commands = load("docs/check_commands.py").commands
-    found = [words for page in ("details.md", "README.md") for words in commands(ROOT / UNDERSTANDING / page)]
-    (tmp_path / "runs").mkdir()
+    pages = (ROOT / UNDERSTANDING / page for page in ("details.md", "README.md"))
+    found = [words for page in pages for words in commands(page) if words[0] == "python"]
+    (tmp_path / "runs" / "copies-all").mkdir(parents=True)
+    (tmp_path / "runs" / "copies-all" / "model_index.json").touch()
     for name in ("runs/emoji.tar", "runs/fashion", option(found[0], "--noto"), option(found[0], "--fluent")):
         (tmp_path / name).touch()
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
-    names = " ".join(Path(words[1]).stem for words in found)
-    assert names == "data run run run table run table train linear_probe table run fashion run table run table"
+    emoji, fashion = "data run run run table run table generation", "train linear_probe table run fashion run table"
+    assert " ".join(Path(words[1]).stem for words in found) == f"{emoji} {fashion} run table"
     for words in found:
         program = load(words[1])
         program.parse_config(settings_class(program), words[2:])
