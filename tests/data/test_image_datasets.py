@@ -7,6 +7,7 @@ import pickle
 import re
 import tarfile
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,12 +313,13 @@ def test_splits_that_are_not_opened_may_lack_labels(names, labels, nothing, offl
         split: offline.Dataset.from_dict({"image": images, "label": kinds}, offline.Features(features))
         for split, kinds in (("train", labels), ("validation", labels), ("test", [nothing] * 2))
     }
-    monkeypatch.setattr(data, "load_collection", lambda config, split, *more: (tables, [split], None))
+    nowhere = SimpleNamespace(config=SimpleNamespace(data_files=None))
+    monkeypatch.setattr(data, "load_collection", lambda config, split, *more: (tables, [split], nowhere))
     config = DataConfig(source="owner/imagenet-1k", label_column="label", resolution=16)
     for split in ("train", "validation"):
         dataset = open_dataset(config, split)
         assert dataset.labels == [1, 0] and dataset.label_names == (names or ["a", "b"])
-    monkeypatch.setattr(data, "load_collection", lambda *settings: (tables, list(tables), None))
+    monkeypatch.setattr(data, "load_collection", lambda *settings: (tables, list(tables), nowhere))
     with pytest.raises(ValueError, match=f"owner/imagenet-1k, row 4: label is {nothing}, expected class indices or"):
         open_dataset(config, "all")
 

@@ -88,3 +88,5 @@ def test_an_extraction_begun_when_the_same_images_had_another_fingerprint_goes_o
         begin_extraction(tmp_path, plan)
     begin_extraction(tmp_path, plan, ("older",))
     folder_lock.release(tmp_path)
+    begin_extraction(tmp_path, plan)  # the newer one has taken its place
+    folder_lock.release(tmp_path)

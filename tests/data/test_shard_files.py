@@ -1,15 +1,15 @@
 """The files of a collection: those that are named like held-out ones, and what tells that they are the same."""
 
 import io
+import json
 import os
 import shutil
 
 import pytest
 from PIL import Image
 
-from vtp_diffusion.data import shard_files
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
-from vtp_diffusion.data.shard_files import content_of_files, held_out_note
+from vtp_diffusion.data.shard_files import DIGESTS, held_out_note
 
 
 @pytest.mark.parametrize("held_out", ["test-00000-of-00001.parquet", "validation/1.parquet", "Val.1.parquet"])
@@ -27,41 +27,71 @@ def test_files_that_are_named_like_held_out_ones_are_told(held_out, tmp_path):
     assert held_out_note(files(held_out)) is None, "asked for"
 
 
-def test_a_collection_stays_the_same_when_its_file_is_written_again_elsewhere(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Folder in which `datasets` prepares tables."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-    def known_by(folder, red=None):
-        file = tmp_path / folder / "images.parquet"
-        if red is not None:
-            file.parent.mkdir(exist_ok=True)
-            png = io.BytesIO()
-            Image.new("RGB", (16, 16), (red, 0, 0)).save(png, "PNG")
-            rows = datasets.Features({"image": datasets.Image()})
-            datasets.Dataset.from_dict({"image": [{"bytes": png.getvalue(), "path": None}] * 3}, rows).to_parquet(file)
-        dataset = open_dataset(DataConfig(source="parquet", data_files=str(file), resolution=16))
-        return dataset.fingerprint, *dataset.older_fingerprints
-
-    first, older = known_by("a", red=1)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    os.utime(tmp_path / "b" / "images.parquet", (0, 0))
-    assert known_by("b")[0] == first and known_by("b")[1] != older, "`datasets` tells paths and times"
-    assert known_by("a") == (first, older)
-    assert known_by("b", red=2)[0] != first
+    return tmp_path / "cache"
 
 
-def test_files_are_known_by_names_sizes_and_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_files, "PIECES", 3)
-    monkeypatch.setattr(shard_files, "PIECE", 4)
-    content = bytes(range(40))  # pieces begin at 0, 18 and 36
+def write_parquet(file, red, label="cat", path=None):
+    import datasets
 
-    def known_by(content, name="1.tar"):
-        for path in (tmp_path / "0.tar", tmp_path / name):
-            path.write_bytes(content)
-        return tuple(content_of_files([str(tmp_path / "0.tar"), str(tmp_path / name)]))
+    png = io.BytesIO()
+    Image.new("RGB", (16, 16), (red, 0, 0)).save(png, "PNG")
+    image = {"bytes": None if path else png.getvalue(), "path": path}
+    rows = {"image": [image] * 3, "mask": [image] * 3, "label": [label] * 3}
+    features = {"image": datasets.Image(), "mask": datasets.Image(), "label": datasets.Value("string")}
+    file.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(rows, datasets.Features(features)).to_parquet(file)
 
-    changed = [content[:k] + b"x" + content[k + 1 :] for k in (0, 3, 18, 21, 36, 39)]
-    others = [known_by(c) for c in (content, *changed, content + b"x", b"", content[:9], content[:8] + b"x")]
-    assert len({*others, known_by(content, "2.tar")}) == len(others) + 1
-    assert known_by(content[:17] + b"x" + content[18:]) == known_by(content), "between two pieces"
-    assert content_of_files([]) is content_of_files(["hf://datasets/owner/name/0.parquet"]) is None
+
+def opened(file, split="train", **settings):
+    settings = {"source": "parquet", "label_column": "label", "resolution": 16} | settings
+    return open_dataset(DataConfig(data_files=str(file), **settings), split)
+
+
+def test_a_collection_is_known_by_the_content_of_its_files(tmp_path, cache):
+    first, again = tmp_path / "a" / "images.parquet", tmp_path / "b" / "images.parquet"
+    write_parquet(first, red=1)
+    shutil.copytree(first.parent, again.parent)
+    os.utime(again, (0, 0))
+    one, two = opened(first), opened(again)
+    assert one.training_fingerprint == two.training_fingerprint
+    assert one.older_fingerprints != two.older_fingerprints, "`datasets` tells paths and times"
+    assert opened(first, image_column="mask").fingerprint != one.fingerprint
+    write_parquet(again, red=2)
+    other = opened(again)
+    assert other.fingerprint != one.fingerprint
+    write_parquet(again, red=1, label="dog")
+    assert opened(again).fingerprint not in (one.fingerprint, other.fingerprint)
+    (kept, *_), new = cache.rglob(DIGESTS), json.dumps({"train": "0"})
+    assert len(list(cache.rglob(DIGESTS))) == 4 and len(kept.read_text()) > 40
+    for path in cache.rglob(DIGESTS):
+        path.write_text(new)
+    assert opened(first).fingerprint != one.fingerprint, "files are read once"
+
+
+def test_names_of_folders_are_labels(tmp_path, cache):
+    for name in ("cat", "dog", "zebra"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "0.png")
+    sets = []
+    for name in ("cat", "zebra"):
+        held_out = {"source": "imagefolder", "validation_files": str(tmp_path / name / "*.png")}
+        sets.append(opened(tmp_path / "dog" / "*.png", "validation", **held_out))
+    assert [images.labels for images in sets] == [[0], [1]]
+    assert len({images.fingerprint for images in sets}) == 1, "the same pixels"
+    assert len({images.training_fingerprint for images in sets}) == 2
+
+
+def test_images_outside_of_the_files_are_not_known_by_their_content(tmp_path, cache):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    write_parquet(tmp_path / "images.parquet", red=1, path=str(tmp_path / "0.png"))
+    images = opened(tmp_path / "images.parquet")
+    assert images.older_fingerprints == () and images.training_fingerprint == images.fingerprint
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,cat\n")
+    for pattern, known in (("metadata.csv", False), ("*[gv]", True)):
+        images = opened(tmp_path / pattern, source="imagefolder")
+        assert bool(images.older_fingerprints) == known and len(images) == 1

@@ -59,6 +59,16 @@ def collection_classes(table, collection, opened: list[str], config: Any) -> lis
     return found
 
 
+def images_outside(table, column: str) -> set[str]:
+    """Paths of the images that a table only names. Their bytes are not in it."""
+    from pyarrow import compute
+
+    images = table.data.column(column)
+    named = images.filter(compute.is_null(compute.struct_field(images, "bytes")))
+    paths = compute.struct_field(named, "path").drop_null().to_pylist()
+    return {path.rpartition("::")[2] for path in paths}
+
+
 class CollectionReader:
     """Row -> image of a table of `datasets`. A class, not a closure: worker processes unpickle it."""
 

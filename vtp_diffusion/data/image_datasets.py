@@ -5,6 +5,7 @@ Every item is `{"image": uint8 (3, R, R), "label": int, "caption": str, "key": s
 
 import functools
 import hashlib
+import json
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from .image_files import SKIP_HINT, UnreadableImageError, center_crop, read_imag
 from .images import pil_to_uint8
 from .openmoji import description, is_held_out, openmoji_folder, read_metadata
 from .row_values import check_caption
-from .shard_files import HELD_OUT, check_columns, check_source, load_collection
+from .shard_files import HELD_OUT, check_columns, check_source, known_by_content, load_collection
 
 OPENMOJI_LABELS = ("subcategory", "category")
 SKIN_TONE_WEIGHT = 0.2  # the five skin tones of one drawing count as one image
@@ -288,6 +289,7 @@ def open_dataset(
         )
     if crop is not center_crop:
         dataset.crop, dataset.fingerprint = crop, f"{dataset.fingerprint}-{crop.__name__}"
+        dataset.older_fingerprints = [f"{known}-{crop.__name__}" for known in dataset.older_fingerprints]
     if len(dataset) * 3 * config.resolution**2 <= IN_MEMORY_BYTES:
         dataset.keep_in_memory()
     return dataset
@@ -353,7 +355,7 @@ def _open_folder(config: DataConfig, split: str, or_all: bool, advice: str, quie
 
 
 def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) -> ImageDataset:
-    collection, opened, content = load_collection(config, split, or_all, advice)
+    collection, opened, builder = load_collection(config, split, or_all, advice)
     table = require("datasets", "train").concatenate_datasets([collection[name] for name in opened])
     check_columns(config, table.column_names)
     if len(table) == 0:
@@ -364,24 +366,28 @@ def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) 
     labels, names, named = collection_labels(chosen, found, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
     where = f"{config.source}: {config.caption_column} of sample"
+    reader = CollectionReader(table, config)
+    content = known_by_content(builder, opened, table, config.image_column)
 
-    def fingerprint(known: list[str]) -> str:
+    def fingerprint(*known: str) -> str:
         return _fingerprint(config.source, config.resolution, [*known, *map(str, rows)], config.exif_orientation)
 
-    by_datasets = fingerprint([table._fingerprint])  # of files, their paths and times are in it, and no content
+    by_datasets = fingerprint(table._fingerprint)  # of files, paths and times are in it
+    described = json.dumps([[names[label] for label in labels], texts])  # names of folders may be labels
     return ImageDataset(
         references=rows,
-        read=CollectionReader(table, config),
+        read=reader,
         resolution=config.resolution,
         keys=[f"{row:08d}" for row in rows],
         labels=labels,
         captions=[check_caption(text, f"{where} {row}") for row, text in zip(rows, texts, strict=True)],
         label_names=names,
         weights=torch.ones(len(rows)),
-        fingerprint=by_datasets if content is None else fingerprint(content),
+        fingerprint=by_datasets if content is None else fingerprint(content, config.image_column),
         skip_unreadable=config.skip_unreadable,
         classes_named=named,
         whole=config.validation_files is None and not any(name in collection for name in HELD_OUT),
+        described="" if content is None else "+" + hashlib.sha256(described.encode()).hexdigest()[:16],
         older_fingerprints=() if content is None else (by_datasets,),
     )
 

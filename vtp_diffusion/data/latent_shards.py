@@ -118,14 +118,17 @@ def begin_extraction(folder: Path, plan: dict[str, Any], older_fingerprints: Seq
     """
     path = folder / PLAN_NAME
     if path.is_file():
-        begun = {"classes": plan.get("classes")} | read_json(path)  # of which older plans say nothing
-        if begun.get("fingerprint") in older_fingerprints:
+        there = read_json(path)
+        begun = {"classes": plan.get("classes")} | there  # of which older plans say nothing
+        if renamed := there.get("fingerprint") in older_fingerprints:
             begun["fingerprint"] = plan["fingerprint"]
         if "data" in plan:  # older plans have settings that may change
             begun["data"] = {name: value for name, value in begun["data"].items() if name in plan["data"]}
         if lines := setting_differences(begun, plan):
             raise ValueError(f"{folder} holds other latents:\n" + "\n".join(lines))
         folder_lock.acquire(folder)
+        if renamed:
+            write_json(path, there | {"fingerprint": plan["fingerprint"]})
         for entry in folder.iterdir():  # left by a killed attempt, also by safetensors itself
             if entry.is_file() and (is_unfinished(entry) or entry.name.startswith(".tmp")):
                 entry.unlink()

@@ -6,14 +6,16 @@ import re
 import shutil
 import tarfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+from ..runtime.disk import read_json, write_json
 from ..runtime.optional_packages import require
 from ..runtime.processes import from_main, print_once
-from .folders import READING_THREADS
+from .collection_columns import images_outside
+from .folders import content_hashes
 
 BUILDERS = ("arrow", "csv", "imagefolder", "json", "pandas", "parquet", "webdataset")  # of `datasets`, need data_files
 
@@ -21,7 +23,7 @@ HELD_OUT = ("validation", "test")  # splits of a collection: the first that it h
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME
 HELD_OUT_NAME = re.compile(r"(val|valid|validation|dev|test)([-_.]|$)", re.IGNORECASE)
 COPIED = ("parquet", "webdataset")  # `datasets` copies these into Arrow files, about as large
-PIECES, PIECE = 64, 2**16  # of a file that is known by its content
+DIGESTS = "content_digests.json"
 
 
 def check_source(source: str, option: str) -> None:
@@ -83,9 +85,8 @@ def collection_builder(config: Any, split: str) -> Any:
     return Shards(dataset_name="webdataset", data_files=files, columns=tuple(columns))
 
 
-def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple[Any, list[str], list[str] | None]:
-    """A collection of `datasets` (name -> table), the names of its tables that make up `split`, and the
-    `content_of_files` of these; None if they are not files of this machine."""
+def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple[Any, list[str], Any]:
+    """A collection of `datasets` (name -> table), the names of its tables that make up `split`, and its builder."""
     datasets = require("datasets", "train")
     try:
         builder = collection_builder(config, split)
@@ -106,33 +107,47 @@ def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple
     if not found and not or_all:
         hint = "; data.validation_files may name one" if split == "validation" else ""
         raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}{advice}")
-    opened = found[: None if split == "all" else 1] or list(collection)
-    files = [file for name in opened for file in (builder.config.data_files or {}).get(name, ())]
-    return collection, opened, from_main(lambda: content_of_files(files))
+    return collection, found[: None if split == "all" else 1] or list(collection), builder
 
 
-def content_of_files(files: Sequence[str]) -> list[str] | None:
-    """What tells files by their content, wherever they lie and whenever they were written: of each its name below
-    their common folder, its size, and a hash of `PIECES` evenly spread pieces of `PIECE` bytes, of a smaller file of
-    all bytes: reading all of many shards would take minutes at every start. None without files, or if one is not a
-    file of this machine."""
-    if not files or not all(Path(file).is_file() for file in files):
+def known_by_content(builder: Any, opened: Sequence[str], table: Any, image_column: str) -> str | None:
+    """What tells images by the content of their files, wherever these lie and whenever they were written; None if
+    they are not all in files of this machine. Every process has to call this.
+
+    Args: `opened`: splits that make up `table`.
+    """
+    by_split = builder.config.data_files or {}
+    files = {file for name in opened for file in by_split.get(name, ())}
+    if not files or not images_outside(table, image_column).issubset(files):
         return None
-    folder = Path(os.path.commonpath([Path(file).parent for file in files]))
+    digests = from_main(lambda: kept_digests(builder))
+    found = [digests.get(name) for name in opened]
+    return None if None in found else " ".join(found)
 
-    def content(name: str) -> str:
-        with open(name, "rb") as file:
-            size, digest = file.seek(0, os.SEEK_END), hashlib.blake2b(digest_size=16)
-            starts = range(0, size, PIECE)
-            if size > PIECES * PIECE:
-                starts = (k * (size - PIECE) // (PIECES - 1) for k in range(PIECES))
-            for start in starts:
-                file.seek(start)
-                digest.update(file.read(PIECE))
-        return f"{Path(name).relative_to(folder).as_posix()}:{size}:{digest.hexdigest()}"
 
-    with ThreadPoolExecutor(READING_THREADS) as threads:
-        return list(threads.map(content, files))
+def kept_digests(builder: Any) -> dict[str, str | None]:
+    """Split -> hash of its files, of their names below their common folder and of all their bytes; None if one is not
+    a file of this machine.
+
+    It is kept beside the tables that `datasets` has prepared of these files: it tells what these hold, and the files
+    are read once. For files with other paths or times `datasets` prepares other tables.
+    """
+    kept = Path(builder.cache_dir) / DIGESTS
+    if kept.is_file():
+        return read_json(kept)
+    digests = {name: _digest([Path(file) for file in files]) for name, files in builder.config.data_files.items()}
+    with suppress(OSError):  # a cache that several users share may be read-only
+        write_json(kept, digests)
+    return digests
+
+
+def _digest(files: list[Path]) -> str | None:
+    if not all(file.is_file() for file in files):
+        return None
+    folder = os.path.commonpath([file.parent for file in files])
+    names = [file.relative_to(folder).as_posix() for file in files]
+    known = [f"{name}:{content}" for name, content in zip(names, content_hashes(files), strict=True)]
+    return hashlib.sha256("\n".join(known).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def check_columns(config: Any, known: list[str]) -> tuple[str | None, ...]:
@@ -163,7 +178,10 @@ def announce_copy(builder: Any, data_files: str) -> None:
             f"{free:,.1f} GB are free. Make room, set the environment variable HF_DATASETS_CACHE to a folder on a "
             "larger disk, or read them with data.streaming true, which copies nothing"
         )
-    print(f"{data_files}: `datasets` copies {needed:,.1f} GB into {folder}, once; HF_DATASETS_CACHE sets the folder")
+    print(
+        f"{data_files}: `datasets` copies {needed:,.1f} GB into {folder}, once for files with these times, which "
+        "cp -p and rsync -t keep; HF_DATASETS_CACHE sets the folder"
+    )
 
 
 def _check_tar_end(file: str) -> None:

@@ -94,7 +94,7 @@ def cached_features(
     key = {"model": autoencoder_identity(model), "data": dataset.fingerprint}
     key |= {"num_images": len(dataset), "num_layers": num_layers}
     if folder.exists():
-        _check_key(folder, key)
+        _check_key(folder, key, dataset.older_fingerprints)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing(folder) as unfinished:
@@ -113,6 +113,7 @@ def random_views(dataset: ImageDataset, views: int, seed: int) -> ImageDataset:
     def repeated(values: Sequence) -> list:
         return [value for value in values for _ in range(views)]
 
+    crops = f"{views} random crops of seed {seed}"
     return ImageDataset(
         references=[(value, index, view) for index, value in enumerate(dataset.references) for view in range(views)],
         read=_RandomCrop(dataset.read, dataset.resolution, seed),
@@ -122,9 +123,10 @@ def random_views(dataset: ImageDataset, views: int, seed: int) -> ImageDataset:
         captions=repeated(dataset.captions),
         label_names=dataset.label_names,
         weights=dataset.weights.repeat_interleave(views),
-        fingerprint=f"{dataset.fingerprint}-{views} random crops of seed {seed}",
+        fingerprint=f"{dataset.fingerprint}-{crops}",
         skip_unreadable=dataset.skip_unreadable,
         variants=dataset.variants.repeat_interleave(views),
+        older_fingerprints=[f"{known}-{crops}" for known in dataset.older_fingerprints],
     )
 
 
@@ -146,11 +148,14 @@ class _RandomCrop:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def _check_key(folder: Path, key: dict) -> None:
+def _check_key(folder: Path, key: dict, older_fingerprints: Sequence[str]) -> None:
     file = folder / KEY_NAME
     if not file.is_file():
         raise ValueError(f"{folder} is there but holds no features (no {KEY_NAME}): give another folder")
-    if lines := setting_differences(read_json(file), key):
+    there = read_json(file)
+    if there.get("data") in older_fingerprints:
+        there["data"] = key["data"]
+    if lines := setting_differences(there, key):
         raise ValueError(f"{folder} holds other features, remove it or give another folder:\n" + "\n".join(lines))
 
 
