@@ -366,6 +366,7 @@ def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) 
     labels, names, named = collection_labels(chosen, found, config)
     texts = list(chosen[config.caption_column]) if config.caption_column else [""] * len(rows)
     where = f"{config.source}: {config.caption_column} of sample"
+    captions = [check_caption(text, f"{where} {row}") for row, text in zip(rows, texts, strict=True)]
     reader = CollectionReader(table, config)
     content = known_by_content(builder, opened, table, config.image_column)
 
@@ -373,14 +374,14 @@ def _open_collection(config: DataConfig, split: str, or_all: bool, advice: str) 
         return _fingerprint(config.source, config.resolution, [*known, *map(str, rows)], config.exif_orientation)
 
     by_datasets = fingerprint(table._fingerprint)  # of files, paths and times are in it
-    described = json.dumps([[names[label] for label in labels], texts])  # names of folders may be labels
+    described = json.dumps([[names[label] for label in labels], captions])  # names of folders may be labels
     return ImageDataset(
         references=rows,
         read=reader,
         resolution=config.resolution,
         keys=[f"{row:08d}" for row in rows],
         labels=labels,
-        captions=[check_caption(text, f"{where} {row}") for row, text in zip(rows, texts, strict=True)],
+        captions=captions,
         label_names=names,
         weights=torch.ones(len(rows)),
         fingerprint=by_datasets if content is None else fingerprint(content, config.image_column),
