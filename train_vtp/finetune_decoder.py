@@ -43,7 +43,7 @@ from vtp_diffusion.pretraining.reconstruction import (
 )
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import config_to_dict, parse_config, setting
-from vtp_diffusion.runtime.disk import replacing, write_json
+from vtp_diffusion.runtime.disk import replacing, replacing_saved, write_json
 from vtp_diffusion.runtime.processes import gather_objects, main_alone
 from vtp_diffusion.runtime.programs import IMAGES, data_options, print_end
 from vtp_diffusion.training.accelerator import sharding_asked
@@ -162,7 +162,9 @@ def finish(
 
     Args: `step`: of the decoder.
     """
-    autoencoder.save_pretrained(run.folder.path / "vae")
+    (run.folder.path / "results.json").unlink(missing_ok=True)  # of fewer steps
+    with replacing_saved(run.folder.path / "vae") as unfinished:
+        autoencoder.save_pretrained(unfinished)
     log = run.folder.read_log()
     results = {"steps": step, "steps_trained": log[-1]["step"]} | run.summary()
     for name, dataset in splits.measured.items():

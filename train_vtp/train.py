@@ -47,7 +47,7 @@ from vtp_diffusion.pretraining.reconstruction import (
 from vtp_diffusion.pretraining.self_supervision import SelfSupervisionConfig, SelfSupervisionObjective
 from vtp_diffusion.runtime.cli import run as run_program
 from vtp_diffusion.runtime.config import Settings, config_to_dict, parse_config, setting
-from vtp_diffusion.runtime.disk import numbers_line, write_json
+from vtp_diffusion.runtime.disk import numbers_line, replacing_saved, write_json
 from vtp_diffusion.runtime.processes import main_alone, this_process
 from vtp_diffusion.runtime.programs import IMAGES, data_options, print_end
 from vtp_diffusion.training.accelerator import sharding_asked
@@ -290,9 +290,12 @@ def finish(run: TrainingRun, config: Config, model, splits: Splits, perceptual, 
     if "reconstruction" in config.objectives:
         statistics = latent_statistics(run, config, autoencoder, splits)
         autoencoder.register_to_config(**{name: statistics[name] for name in ("latents_mean", "latents_std")})
-    autoencoder.save_pretrained(run.folder.path / "vae")  # before the measurements, which may take hours
+    (run.folder.path / "results.json").unlink(missing_ok=True)  # of fewer steps
+    with replacing_saved(run.folder.path / "vae") as unfinished:  # before the measurements, which may take hours
+        autoencoder.save_pretrained(unfinished)
     if model is not autoencoder:
-        model.save_pretrained(run.folder.path / "vtp", max_shard_size="1TB")
+        with replacing_saved(run.folder.path / "vtp") as unfinished:
+            model.save_pretrained(unfinished, max_shard_size="1TB")
     autoencoder.register_to_config(latents_mean=None, latents_std=None)  # measured as in validations, to the last bit
     results = {"steps": config.max_train_steps} | run.summary()
     results["parameters"] = sum(p.numel() for p in autoencoder.parameters())

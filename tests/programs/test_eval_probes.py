@@ -16,7 +16,9 @@ from torchvision import transforms
 import vtp_diffusion.data.image_datasets
 from vtp_diffusion import AutoencoderVTP, VTPModel
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
+from vtp_diffusion.evaluation import probe_features
 from vtp_diffusion.evaluation.probe_features import cached_features, random_views
+from vtp_diffusion.models.loading import load_autoencoder
 from vtp_diffusion.runtime.reproducibility import stream_seed
 
 ROOT = Path(__file__).parents[2]
@@ -246,3 +248,23 @@ def test_prompts_are_not_made_of_indices(evaluate, made, tmp_path, monkeypatch):
     more = ("--data.data_files", tmp_path / "a.parquet", "--data.label_column", "kind", "--split", "train")
     with pytest.raises(ValueError, match="the classes of parquet have indices, but prompts need names"):
         evaluate("zero_shot.py", "--data.source", "parquet", *more)
+
+
+def test_features_that_another_process_finished_first_are_taken(made, tmp_path, monkeypatch):
+    images, model = (
+        open_dataset(DataConfig(source=str(made / "images"), resolution=16)),
+        load_autoencoder(made / "vae"),
+    )
+    read = probe_features._read
+
+    def slower(folder, *settings):
+        read(folder, *settings)
+        shutil.copytree(folder, tmp_path / "features")
+
+    monkeypatch.setattr(probe_features, "_read", slower)
+    features = cached_features(tmp_path / "features", model, images, 1, 8, "cpu")
+    assert len(features.labels) == 36 and [path.name for path in tmp_path.iterdir()] == ["features"]
+    shutil.rmtree(tmp_path / "features")
+    monkeypatch.setattr(probe_features, "_read", lambda *settings: (tmp_path / "features" / "x").mkdir(parents=True))
+    with pytest.raises(OSError, match="features could not be written"):
+        cached_features(tmp_path / "features", model, images, 1, 8, "cpu")

@@ -1,5 +1,6 @@
 """Evaluation-scale sampling: the same images for any batch size and any number of processes, and after a kill."""
 
+import contextlib
 import copy
 import json
 import os
@@ -89,7 +90,7 @@ def test_noise_is_keyed_by_the_number(pipe):
     assert difference(images[0].numpy(), images[1].numpy()) > 20
 
 
-def test_two_processes_make_what_one_makes(generate, folder, tmp_path):
+def test_two_processes_make_what_one_makes(generate, folder, tmp_path, monkeypatch):
     count = PART_IMAGES + 10
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, *words(folder, tmp_path / "two.npz", "--num_images", count, "--batch_size", 100)]
@@ -106,6 +107,16 @@ def test_two_processes_make_what_one_makes(generate, folder, tmp_path):
         settings = json.loads(str(one["settings"]))
         assert settings == json.loads(str(two["settings"])) and settings["labels"] == "random"
     assert f"0 images made, {count} were there" in generate(tmp_path / "one.npz", "--num_images", count)
+    parts = tmp_path / "one.npz.parts"
+    parts.mkdir()
+    (parts / "settings.json").write_text(json.dumps(settings))
+    (parts / "000000.npy").touch()
+    with monkeypatch.context() as killed, contextlib.suppress(BaseException):  # while the parts are removed
+        killed.setattr("shutil.rmtree", lambda *folder, **options: 1 / 0)
+        generate(tmp_path / "one.npz", "--num_images", count)
+    assert [path.name for path in parts.iterdir()] == ["settings.json"], "last: the same command knows the rest"
+    assert f"0 images made, {count} were there" in generate(tmp_path / "one.npz", "--num_images", count)
+    assert not parts.exists()
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         generate(tmp_path / "one.npz", "--num_images", count, "--seed", 1)
 

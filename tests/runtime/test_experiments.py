@@ -1,8 +1,13 @@
 """Tasks on several GPUs until a deadline: order, needs, failures, what is skipped, what is stopped."""
 
+import functools
+import os
+import signal
 import tarfile
+import threading
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 
@@ -236,3 +241,42 @@ def test_a_program_finds_the_repository_and_what_the_caller_finds(tmp_path, monk
     (tmp_path / "elsewhere" / "module_of_the_caller.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "elsewhere"))
     run_program([script(tmp_path, "import module_of_the_caller, vtp_diffusion")], 0, tmp_path / "log", soon())
+
+
+def test_sigterm_to_an_experiment_is_passed_on_to_its_programs(tmp_path, monkeypatch):
+    """`docker stop` and a plain `kill` signal one process, not its children."""
+    program = tmp_path / "saving.py"
+    program.write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path('saved').touch(), sys.exit(1)))\n"
+        "pathlib.Path('running').touch()\ntime.sleep(60)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    tasks = [Task(name, tmp_path / f"{name}.json", ([str(program)],)) for name in "ab"]
+
+    def kill():
+        while not Path("running").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill).start()
+    start = functools.partial(run_task, logs=tmp_path, deadline=soon())
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        work_through(tasks, [0], soon(), 0.0, start)
+    for thread in threading.enumerate():  # workers wait for what saves
+        if thread is not threading.current_thread():
+            thread.join(20)
+    assert Path("saved").exists() and not (tmp_path / "b.log").exists(), "and starts no other"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_result_that_was_removed_is_made_again(tmp_path):
+    program = tmp_path / "making.py"
+    program.write_text("import pathlib, sys\npathlib.Path(sys.argv[1]).touch()\n")
+    task = Task("a", tmp_path / "a.json", ([str(program), str(tmp_path / "a.json")],), one_process=True)
+    run_task(task, 0, tmp_path, soon())
+    task.result.unlink()
+    with pytest.raises(RuntimeError, match="a ended without .*a.json: the same command runs its programs again"):
+        run_task(task, 0, tmp_path, soon())
+    run_task(task, 0, tmp_path, soon())
+    assert task.done

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..runtime.disk import replacing, writing
+from ..runtime.disk import remove_leftovers, replacing, writing
 
 IMAGES_KEY = "arr_0"
 READ_BYTES = 1 << 24
@@ -193,6 +193,7 @@ def write_npz(
     """
     path, written = Path(path), 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path)
     with replacing(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(f"{IMAGES_KEY}.npy", "w", force_zip64=True) as file:
             header = {"shape": (count, *size, 3), "fortran_order": False, "descr": "|u1"}
@@ -236,10 +237,9 @@ class ImageSpool:
         mapped[list(rows)] = images
         mapped.flush()
 
-    def pack(self, **arrays: np.ndarray) -> None:
-        """Write the npz, with other arrays beside `arr_0`, and remove the spool. Called by one process, last."""
+    def pack(self, path: Path, **arrays: np.ndarray) -> None:
+        """Write the npz as `path`, with other arrays beside `arr_0`. Called by one process, last."""
         mapped = np.memmap(self.file, np.uint8, "r", shape=(self.count, *self.size, 3))
         rows = max(1, READ_BYTES // max(1, mapped[0].size))
         batches = (mapped[k : k + rows] for k in range(0, self.count, rows))
-        write_npz(self.path, self.count, self.size, batches, **arrays)
-        self.file.unlink()
+        write_npz(path, self.count, self.size, batches, **arrays)

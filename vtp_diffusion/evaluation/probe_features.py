@@ -18,7 +18,7 @@ from ..data.image_datasets import ImageDataset
 from ..data.images import from_uint8
 from ..models.latent_space import autoencoder_identity
 from ..runtime.config import setting_differences
-from ..runtime.disk import read_json, replacing
+from ..runtime.disk import read_json, remove_leftovers, replacing
 from ..runtime.optional_packages import require
 from ..runtime.reproducibility import stream_seed
 
@@ -97,9 +97,15 @@ def cached_features(
         _check_key(folder, key, dataset.older_fingerprints)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(folder) as unfinished:
-            unfinished.mkdir()
-            _read(unfinished, key, model, dataset, batch_size, device, progress, num_workers)
+        remove_leftovers(folder)
+        try:
+            with replacing(folder) as unfinished:
+                unfinished.mkdir()
+                _read(unfinished, key, model, dataset, batch_size, device, progress, num_workers)
+        except OSError:
+            if not (folder / KEY_NAME).is_file():
+                raise
+            _check_key(folder, key, dataset.older_fingerprints)  # another process was faster
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
     rows = torch.from_numpy(np.array(arrays["rows"]))
     labels, variants = torch.tensor(dataset.labels)[rows], dataset.variants[rows]

@@ -10,7 +10,7 @@ import jinja2
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..runtime.disk import writing
+from ..runtime.disk import replacing_saved
 from .sampling import to_bfloat16
 
 if TYPE_CHECKING:
@@ -121,19 +121,20 @@ def save_with_card(config: Any, run: TrainingRun, pipeline: LightningDiTPipeline
     folder, known = run.folder.path / "pipeline", dataset.metadata or {}
     if config.save_dtype == "bfloat16":
         to_bfloat16(pipeline)
-    with writing(folder, "The run has finished, its last checkpoint is saved: the same command tries again"):
-        pipeline.save_pretrained(folder)
-    write_model_card(
-        folder / "README.md",
-        config,
-        autoencoder=type(pipeline.vae).__name__,
-        license=known.get("license"),
-        attribution=known.get("attribution"),
-        names=list((pipeline.config.id2label or dataset.id2label).values()),
-        parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
-        batch=run.config.train_batch_size,
-        speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
-        **values,
-    )
+    again = "The run has finished, its last checkpoint is saved: the same command tries again"
+    with replacing_saved(folder, again) as unfinished:
+        pipeline.save_pretrained(unfinished)
+        write_model_card(
+            unfinished / "README.md",
+            config,
+            autoencoder=type(pipeline.vae).__name__,
+            license=known.get("license"),
+            attribution=known.get("attribution"),
+            names=list((pipeline.config.id2label or dataset.id2label).values()),
+            parameters=f"{sum(p.numel() for p in run.optimisation.parameters) / 1e6:.1f} M",
+            batch=run.config.train_batch_size,
+            speed=f"{run.log.seconds:.0f} s ({run.log.median_rate():.0f} a second){run.skipped_note}",
+            **values,
+        )
     print(f"the pipeline is in {folder}{run.skipped_note}")
     return folder

@@ -187,6 +187,9 @@ class SampleNpz(_SampleFiles):
             text = np.array(json.dumps(self.settings))
             write_npz(self.path, self.count, size, self._parts(), arr_1=np.array(labels), settings=text)
             self.complete = True
+        for part in self.folder.iterdir() if self.folder.is_dir() else ():
+            if part.name != SETTINGS_NAME:  # last: it tells the same command what is left to remove
+                part.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _parts(self) -> Iterator[np.ndarray]:

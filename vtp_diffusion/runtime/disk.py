@@ -19,6 +19,7 @@ from . import __version__
 from .config import config_to_dict
 
 UNFINISHED = ".unfinished"  # a suffix that no reader of images, shards or results accepts
+CONFIGURATIONS = ("model_index.json", "config.json")  # without which diffusers loads nothing
 CACHES = ("cache_dir", "features")  # settings that name a cache on this machine
 
 
@@ -83,9 +84,69 @@ def replacing(path: Path, then: str = "") -> Iterator[Path]:
             unfinished.rename(path)
             sync_folder(path.parent)
     finally:  # after the rename there is nothing to remove
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
+
+
+@contextlib.contextmanager
+def replacing_saved(folder: Path, then: str = "") -> Iterator[Path]:
+    """Write what diffusers saves into a folder where an older model or pipeline may be: yields a temporary folder.
+
+    Its files are moved into `folder` at the end, the configurations last, after older configurations and weights were
+    removed. Readers find the older whole, the new one whole, or none; never one's configuration with the other's
+    weights. Other files in `folder` stay.
+
+    Args, Raises: as of `writing`.
+    """
+    with contextlib.ExitStack() as stack:
+        if not folder.exists():
+            yield stack.enter_context(replacing(folder, then))
+            return
+        unfinished = stack.enter_context(tempfile.TemporaryDirectory(UNFINISHED, f".{folder.name}.", folder.parent))
+        stack.enter_context(writing(folder, then))
+        yield Path(unfinished)
+        sync(Path(unfinished))
+        files = [file.relative_to(unfinished) for file in Path(unfinished).rglob("*") if file.is_file()]
+        files.sort(key=lambda file: (file.name in CONFIGURATIONS, -len(file.parts)))
+        places = {(folder / file).parent for file in files}
+        for file in reversed(files):
+            if file.name in CONFIGURATIONS:
+                (folder / file).unlink(missing_ok=True)
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+        for place in {(folder / file).parent for file in files if file.suffix == ".safetensors"}:
+            for weights in place.glob("*.safetensors*"):  # the older ones may be in other pieces
+                weights.unlink()
+            sync_folder(place)
+        for file in files:
+            (Path(unfinished) / file).rename(folder / file)
+        for place in places:
+            sync_folder(place)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a `replacing` of this path left on this host, in processes that were killed."""
+    start = f".{path.name}.{socket.gethostname()}-"
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        if entry.name.startswith(start) and is_unfinished(entry):
+            process = entry.name.removeprefix(start).partition("-")[0]
+            if process.isdigit() and not _is_running(int(process)):
+                _remove(entry)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,7 @@ from .programs import ROOT, python_path
 SAVING_SECONDS = 30.0  # from SIGTERM to SIGKILL, for a program that saves a checkpoint
 ENDING_SECONDS = 3.0  # the same for a program that saves nothing
 IN_TURN = "experiments/in_turn.py"
+RUNNING = set[subprocess.Popen]()  # programs of this process
 
 
 @dataclass(kw_only=True)
@@ -127,6 +129,7 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float, patience: fl
         print(shlex.join(words), file=stream, flush=True)
         command = [sys.executable, str(ROOT / words[0]), *words[1:]]
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+        RUNNING.add(process)
         try:
             status = process.wait(max(0.0, stop - time.monotonic()))
         except subprocess.TimeoutExpired as error:
@@ -137,6 +140,8 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float, patience: fl
                 process.kill()
                 process.wait()
             raise OutOfTimeError(f"{words[0]} was stopped at the deadline") from error
+        finally:
+            RUNNING.discard(process)
     if status:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:]
         raise RuntimeError(f"{words[0]} failed, {log} has all of its output:\n" + "\n".join(lines))
@@ -144,9 +149,9 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float, patience: fl
 
 def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
     """Run a task's programs, with one log. Raises: as `run_program`; RuntimeError if they leave no result."""
-    ended, programs = False, task.programs
+    ended, programs, done = False, task.programs, logs / f"{task.name}-ended.txt"
     if task.one_process:
-        programs = ([IN_TURN, str(logs / f"{task.name}-ended.txt"), *(shlex.join(words) for words in programs)],)
+        programs = ([IN_TURN, str(done), *(shlex.join(words) for words in programs)],)
     try:
         for words in programs:
             # a kill comes one second before the deadline, which leaves time to bundle what was written
@@ -161,7 +166,8 @@ def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
                 with replacing(place) as unfinished:
                     shutil.copyfile(file, unfinished)
     if not task.done:
-        raise RuntimeError(f"{task.name} ended without {task.result}")
+        done.unlink(missing_ok=True)  # the result was removed: its programs have to run again
+        raise RuntimeError(f"{task.name} ended without {task.result}: the same command runs its programs again")
 
 
 def work_through(
@@ -237,13 +243,25 @@ def work_through(
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in gpus]
     for worker in workers:
         worker.start()
+    before = signal.signal(signal.SIGTERM, pass_on) if threading.current_thread() is threading.main_thread() else None
     try:
         for worker in workers:
             worker.join()
     except KeyboardInterrupt:  # running programs get it too, and save; start no others
         waiting.clear()
         raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
     return faults
+
+
+def pass_on(number: int, frame: Any) -> None:
+    """Handler of SIGTERM, which `kill` and containers send to the experiment alone: end as with Ctrl-C, which reaches
+    its programs by itself."""
+    for process in list(RUNNING):
+        process.terminate()
+    raise KeyboardInterrupt("what runs saves and ends; the same command goes on")
 
 
 def keep_settings(config: MachineConfig, folder: Path, free: Collection[str]) -> None:

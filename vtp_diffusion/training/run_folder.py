@@ -120,7 +120,7 @@ class RunFolder:
         found = check()
         with replacing(self.path / "config.yaml") as unfinished:  # a kill must not leave half a configuration
             save_config(self.config, unfinished)
-        for entry in self.path.iterdir():
+        for entry in (*self.path.iterdir(), *self.path.glob("samples/.*")):
             if entry.name.startswith(UNFINISHED) or is_unfinished(entry):
                 entry.unlink() if entry.is_file() else shutil.rmtree(entry)
         return found
