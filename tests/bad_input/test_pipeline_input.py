@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DPMSolverMultistepScheduler,
     FasterCacheConfig,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
+    MagCacheConfig,
     SASolverScheduler,
+    TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import PipelineCallback, SDCFGCutoffCallback
@@ -315,3 +319,46 @@ def test_what_a_network_cannot_do_is_refused_by_name():
         pipeline.vae.enable_tiling()
     pipeline.vae.enable_slicing()
     assert pipeline.vae.use_slicing
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [FirstBlockCacheConfig(), MagCacheConfig(num_inference_steps=2, mag_ratios=[1.0, 1.0]),
+     TaylorSeerCacheConfig(use_lite_mode=True)],
+)  # fmt: skip
+def test_internal_guidance_refuses_caches_that_skip_what_the_base_head_needs(cache):
+    pipeline = tiny_pipeline(transformer=tiny_transformer(num_layers=3, base_head_layer=2))
+    pipeline.transformer.enable_cache(cache)
+    with pytest.raises(ValueError, match="guidance is 'internal', expected .* no cache that skips blocks"):
+        sample(pipeline, guidance="internal", guidance_scale=2.0)
+    pipeline.transformer.disable_cache()
+    assert len(sample(pipeline, guidance="internal", guidance_scale=2.0)) == 2
+
+
+def test_an_interrupted_call_with_a_cache_leaves_nothing_to_the_next():
+    def call(end=None):
+        def stop(pipe, step, timestep, tensors):
+            if step == end:
+                raise KeyboardInterrupt
+            return {}
+
+        return sample(pipeline, num_inference_steps=6, callback_on_step_end=stop)
+
+    pipeline = tiny_pipeline()
+    pipeline.transformer.enable_cache(MagCacheConfig(num_inference_steps=6, mag_ratios=[1.0] * 6, threshold=10.0))
+    whole = call()
+    with pytest.raises(KeyboardInterrupt):
+        call(end=2)
+    assert np.array_equal(call(), whole)
+
+
+def test_parts_that_were_replaced_are_checked_before_the_first_step():
+    pipeline = tiny_pipeline()
+    pipeline.register_modules(vae=AutoencoderKL(latent_channels=3))
+    pipeline.transformer.forward = None
+    with pytest.raises(ValueError, match="the autoencoder has 3 latent channels, the transformer 4"):
+        sample(pipeline)
+    pipeline = tiny_pipeline()
+    pipeline.vae.register_to_config(latents_mean=None, latents_std=None)
+    with pytest.warns(UserWarning, match="the vae lacks its latent statistics"):
+        sample(pipeline, output_type="np")

@@ -383,3 +383,9 @@ def test_raw_latents_are_those_that_no_statistics_have_touched():
         raw = normalising.encode_raw(images.to(dtype))
         assert torch.equal(raw, plain.encode(images.to(dtype)).latent)
         assert not torch.allclose(raw, normalising.encode(images.to(dtype)).latent, rtol=0.1)
+
+
+def test_float32_latents_are_decoded_by_a_model_of_half_precision():
+    model = tiny_model(**STATISTICS).bfloat16()
+    latents = torch.randn(1, 6, 2, 2)
+    assert (model.decode(latents).sample - model.decode(latents.bfloat16()).sample).abs().max() < 0.1

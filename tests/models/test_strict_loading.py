@@ -46,3 +46,13 @@ def test_a_pipeline_with_a_part_that_does_not_fit(tmp_path):
     damage(tmp_path / "transformer", {"blocks.0.mlp.w3.bias": None})
     with pytest.raises(ValueError, match="transformer does not fit LightningDiTTransformer2DModel: missing keys"):
         DiffusionPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_a_model_whose_projections_were_fused_is_saved_and_loaded(tmp_path, part):
+    pipeline = tiny_pipeline()
+    whole = getattr(pipeline, part).state_dict()
+    getattr(pipeline, part).fuse_qkv_projections()
+    pipeline.save_pretrained(tmp_path)
+    loaded = getattr(DiffusionPipeline.from_pretrained(tmp_path), part).state_dict()
+    assert loaded.keys() == whole.keys() and all(torch.equal(loaded[name], whole[name]) for name in whole)

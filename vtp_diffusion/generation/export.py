@@ -167,6 +167,7 @@ def self_contained_source(package: Path | None = None) -> str:
     first = sorted(needed, key=lambda line: (not line.startswith("from __future__"), line))
     parts = [module.body({node for node in statements if _is_used(node, used)}) for module in modules.values()]
     source = "\n".join([HEADER, *_joined_imports(first), *parts])
+    source = re.sub(r"^ +#.*\n", "", source, flags=re.MULTILINE)  # comments are for who edits the package's files
     source += TAIL.format(classes=", ".join(EXPORTED_CLASSES))
     compile(source, "pipeline.py", "exec")
     if relative := re.findall(r"^\s*(?:from|import)\s+\..*$", source, flags=re.MULTILINE):
@@ -256,7 +257,7 @@ class _Module:
         """The text of the wanted statements, each with the comment above it, under the file's name; empty if none."""
         if wanted.isdisjoint(self.tree.body):
             return ""
-        kept, end = [f"\n\n# ---- from {self.path.parent.name}/{self.path.name}"], 0
+        kept, end = [f"\n\n# {self.path.parent.name}/{self.path.name}"], 0
         for node in self.tree.body:
             segment, end = self.lines[end : node.end_lineno], node.end_lineno
             if node in wanted:

@@ -12,6 +12,7 @@ import torch
 MANY = 1_000_000
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+SKIPPING_CACHES = ("FirstBlockCacheConfig", "MagCacheConfig")
 # These integrate the flow only with the settings that `check_scheduler` expects.
 SOLVER_CLASSES = (
     "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
@@ -21,7 +22,9 @@ SOLVER_CLASSES = (
 
 def is_number(value: Any, low: float = 0, high: float = sys.float_info.max, kind: type = Real) -> bool:
     """Whether a value is a finite number of this kind between the bounds; booleans do not count as numbers."""
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return False
+    return low <= (value if isinstance(value, Integral) else float(value)) <= high
 
 
 def is_guided(t: float | torch.Tensor, interval: tuple[float, float]) -> bool | torch.Tensor:
@@ -101,14 +104,17 @@ def check_scheduler(scheduler) -> None:
 
 def guidance_kinds(pipe) -> list[str]:
     """The values of `guidance` that a pipeline takes."""
+    cache = getattr(pipe.transformer, "_cache_config", None)
+    skips = type(cache).__name__ in SKIPPING_CACHES or getattr(cache, "use_lite_mode", False)
     kinds = ["auto", "classifier_free"] + ["autoguidance"] * (pipe.guidance_transformer is not None)
-    return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None)
+    return kinds + ["internal"] * (pipe.transformer.config.get("base_head_layer") is not None and not skips)
 
 
 def check_parts(pipe) -> None:
-    """Raises: ValueError if a pipeline has no transformer or no scheduler."""
+    """Raises: ValueError if a pipeline has no transformer or no scheduler, or parts that do not fit together."""
     if pipe.transformer is None or pipe.scheduler is None:
         raise ValueError("this pipeline lacks a transformer or a scheduler: it cannot sample")
+    check_components(pipe.vae, pipe.transformer, pipe.guidance_transformer)  # they may have been replaced
 
 
 def changed_latents(changed, latents: torch.Tensor) -> torch.Tensor:
@@ -138,7 +144,8 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
         ("num_images_per_label", repeats, is_number(repeats, 1, MANY, Integral), f"1 to {MANY}"),
         (
             "guidance", kind, isinstance(kind, str) and kind in kinds,
-            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a base_head_layer",
+            f"{', '.join(kinds)}: autoguidance takes a guidance_transformer, internal a base_head_layer and no cache "
+            "that skips blocks",
         ),
         ("guidance_scale", scale, is_number(scale, least), f"{least} or more with guidance {kind!r}"),
         (
@@ -162,6 +169,11 @@ def check_call(pipe, steps, scale, interval, channels, repeats, output_type, cal
     ):  # fmt: skip
         if not fits:
             raise ValueError(f"{name} is {value!r}, expected {expected}")
+    bare = hasattr(pipe.vae, "denormalize_latents") and pipe.vae.config.latents_mean is None
+    if bare and output_type != "latent":
+        warnings.warn(
+            "the vae lacks its latent statistics (latents_mean, latents_std): expect wrong pictures", stacklevel=1
+        )
     free = kind == "classifier_free" or (kind == "auto" and pipe.guidance_transformer is None)
     if scale != 1 and free and config.class_dropout_prob == 0:
         warnings.warn(

@@ -192,7 +192,8 @@ class LightningDiTPipeline(DiffusionPipeline):
             class_labels: class indices and names, mixed freely (see `get_label_ids`).
             num_inference_steps: evaluations of the network with the Euler scheduler (N - 1 for upstream's N grid
                 points); None is 50, or for a few-step student the most that it was trained for.
-            guidance_scale: w in weak + w·(v - weak) (Ho and Salimans, arXiv:2207.12598); 1.0 = no guidance.
+            guidance_scale: w in weak + w·(v - weak) (Ho and Salimans, arXiv:2207.12598). 1 = no
+                guidance, 0 = `weak` alone.
             guidance_interval: guidance is applied where low <= t <= high, t = 0 being noise (Kynkäänniemi et al.,
                 arXiv:2404.07724).
             guidance_channels: number of latent channels to guide, from the first; 3 is upstream's rule. None = all.
@@ -221,6 +222,8 @@ class LightningDiTPipeline(DiffusionPipeline):
         )  # fmt: skip
         self._guidance_scale = guidance_scale
         self._interrupt, self._current_timestep = False, None
+        for network in filter(None, (self.transformer, self.guidance_transformer)):
+            network._reset_stateful_cache()  # of an interrupted call
         device = self._execution_device
         labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_label)  # (B,)
         latents = self.prepare_latents(len(labels), generator, latents, device)

@@ -43,7 +43,7 @@ def encode_raw(vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def latent_statistics(vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (1, C, 1, 1), float32, such that a generator sees (raw - mean) / std.
 
-    Raises: ValueError for an `AutoencoderVTP` without statistics.
+    Raises: ValueError for an `AutoencoderVTP` without statistics, or another autoencoder with such.
     """
     config = vae.config
     if owns_statistics(vae):
@@ -55,6 +55,11 @@ def latent_statistics(vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         values = config.latents_mean, config.latents_std
     elif normalises_inside(vae):
         values = [0.0], [1.0]
+    elif getattr(config, "latents_mean", None) is not None:
+        raise ValueError(
+            f"the {type(vae).__name__} has latents_mean and latents_std, which are not applied to this class: "
+            "expected scaling_factor and shift_factor alone"
+        )
     else:
         values = [getattr(config, "shift_factor", None) or 0.0], [1 / config.scaling_factor]
     mean, std = (torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1) for value in values)

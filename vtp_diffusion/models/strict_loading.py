@@ -25,7 +25,9 @@ class StrictLoadingMixin:
             if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
                 raise
             raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {error}") from error
-        wrong = {"missing": found["missing_keys"], "unexpected": found["unexpected_keys"]}
+        fused = ".to_qkv."  # `fuse_qkv_projections` adds what it joins
+        unexpected = [key for key in found["unexpected_keys"] if fused not in key]
+        wrong = {"missing": found["missing_keys"], "unexpected": unexpected}
         if problems := [f"{kind} keys {sorted(keys)}" for kind, keys in wrong.items() if keys]:
             raise ValueError(f"{pretrained_model_name_or_path} does not fit {cls.__name__}: {'; '.join(problems)}.")
         return model
