@@ -342,7 +342,7 @@ class AutoencoderVTP(StrictLoadingMixin, ModelMixin, AttentionMixin, Autoencoder
         return self.latents_of(self.encode_tokens(images), height, width)
 
     def _decode(self, z: torch.Tensor) -> torch.Tensor:
-        z = self.denormalize_latents(z).to(self.decoder.proj_in.weight.dtype)  # a pipeline's latents are float32
+        z = self.denormalize_latents(z).to(self.decoder.proj_in.bias.dtype)  # a pipeline's latents are float32
         return denormalize_images(self.decoder(z))
 
     def _check_images(self, images: torch.Tensor) -> None:
