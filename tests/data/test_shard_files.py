@@ -4,10 +4,13 @@ import io
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
+import pyarrow
 import pytest
 from PIL import Image
 
+from vtp_diffusion.data.collection_columns import images_outside
 from vtp_diffusion.data.image_datasets import DataConfig, open_dataset
 from vtp_diffusion.data.shard_files import DIGESTS, held_out_note
 
@@ -95,3 +98,18 @@ def test_images_outside_of_the_files_are_not_known_by_their_content(tmp_path, ca
     for pattern, known in (("metadata.csv", False), ("*[gv]", True)):
         images = opened(tmp_path / pattern, source="imagefolder")
         assert bool(images.older_fingerprints) == known and len(images) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "outside"),
+    [
+        ([{"bytes": b"1"}], set()),
+        ([{"path": "a/0.png"}], {"a/0.png"}),
+        ([{"bytes": b"1", "path": "0.png"}, {"bytes": None, "path": "zip://1.png::b.zip"}, None], {"b.zip"}),
+        ([b"1"], set()),
+        (["0.png"], {"0.png"}),
+    ],
+)
+def test_images_that_are_only_named_are_found_however_they_are_stored(images, outside):
+    table = SimpleNamespace(data=pyarrow.table({"image": images}))
+    assert images_outside(table, "image") == outside

@@ -61,12 +61,19 @@ def collection_classes(table, collection, opened: list[str], config: Any) -> lis
 
 def images_outside(table, column: str) -> set[str]:
     """Paths of the images that a table only names. Their bytes are not in it."""
-    from pyarrow import compute
+    from pyarrow import compute, types
 
     images = table.data.column(column)
-    named = images.filter(compute.is_null(compute.struct_field(images, "bytes")))
-    paths = compute.struct_field(named, "path").drop_null().to_pylist()
-    return {path.rpartition("::")[2] for path in paths}
+    if types.is_struct(images.type):  # files that others wrote may lack a field
+        fields = {field.name for field in images.type}
+        if "path" not in fields:
+            return set()
+        if "bytes" in fields:
+            images = images.filter(compute.is_null(compute.struct_field(images, "bytes")))
+        images = compute.struct_field(images, "path")
+    elif not types.is_string(images.type):  # bytes alone
+        return set()
+    return {path.rpartition("::")[2] for path in images.drop_null().to_pylist()}
 
 
 class CollectionReader:
