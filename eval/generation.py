@@ -95,7 +95,7 @@ from vtp_diffusion.metrics.features import Extractor
 from vtp_diffusion.metrics.neighbours import NEIGHBOUR_NETWORK
 from vtp_diffusion.runtime.cli import run
 from vtp_diffusion.runtime.config import parse_config, setting
-from vtp_diffusion.runtime.disk import check_output, file_sha256, replacing, write_picture, write_results
+from vtp_diffusion.runtime.disk import check_output, file_sha256, write_picture, write_results
 from vtp_diffusion.runtime.processes import join_processes, this_process
 from vtp_diffusion.runtime.programs import print_end_of_evaluation, unknown_word
 
@@ -401,12 +401,10 @@ def evaluate(config: GenerationConfig, wait: Callable[[], None]) -> None:
         write_picture(Path(config.nearest_neighbours), picture)
     write_results(config.output, "generation", config, results)
     print_results(results)
-    with contextlib.ExitStack() as together:  # last: a second copy on a full disk must not cost the results
-        for name, spool in spools.items():
-            place = together.enter_context(replacing(spool.path))  # all get their names together
-            spool.pack(place, settings=np.array(json.dumps(sources[name][0].settings)))
-    for spool in spools.values():
-        spool.file.unlink()
+    for name, spool in spools.items():  # last: a second copy on a full disk must not cost the results
+        spool.pack(settings=np.array(json.dumps(sources[name][0].settings)))
+    for spool in spools.values():  # together: the same command is refused where one is there
+        spool.publish()
     print_end_of_evaluation(config.output, config.nearest_neighbours, config.save_images)
 
 

@@ -93,8 +93,8 @@ def test_writing_an_npz_in_pieces(tmp_path):
     spool.create()
     for rows in ([5, 6, 7, 8], [0, 2], [1, 3, 4]):  # as several processes do
         spool.write(rows, images[rows])
-    spool.pack(spool.path, mu=np.arange(3.0))
-    spool.file.unlink()
+    spool.pack(mu=np.arange(3.0))
+    spool.publish()
     with np.load(tmp_path / "new" / "x.npz") as file:
         assert np.array_equal(file["arr_0"], images) and file["mu"].tolist() == [0, 1, 2]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.npz"]

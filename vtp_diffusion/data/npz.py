@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..runtime.disk import remove_leftovers, replacing, writing
+from ..runtime.disk import remove_leftovers, replacing, sync_folder, writing
 
 IMAGES_KEY = "arr_0"
 READ_BYTES = 1 << 24
@@ -220,7 +220,7 @@ class ImageSpool:
 
     def __init__(self, path: str | Path, count: int, size: tuple[int, int]):
         self.path, self.count, self.size = Path(path), count, size
-        self.file = self.path.with_name(f".{self.path.name}.images")
+        self.file, self._packed = (self.path.with_name(f".{self.path.name}.{kind}") for kind in ("images", "packed"))
 
     def create(self) -> None:
         """Reserve the file. Called by one process, before any of them writes."""
@@ -237,9 +237,15 @@ class ImageSpool:
         mapped[list(rows)] = images
         mapped.flush()
 
-    def pack(self, path: Path, **arrays: np.ndarray) -> None:
-        """Write the npz as `path`, with other arrays beside `arr_0`. Called by one process, last."""
+    def pack(self, **arrays: np.ndarray) -> None:
+        """Write the npz under a hidden name, with other arrays beside `arr_0`. Called by one process, last."""
         mapped = np.memmap(self.file, np.uint8, "r", shape=(self.count, *self.size, 3))
         rows = max(1, READ_BYTES // max(1, mapped[0].size))
         batches = (mapped[k : k + rows] for k in range(0, self.count, rows))
-        write_npz(path, self.count, self.size, batches, **arrays)
+        write_npz(self._packed, self.count, self.size, batches, **arrays)
+
+    def publish(self) -> None:
+        """Give the packed npz its name, and remove the spool."""
+        self._packed.rename(self.path)
+        sync_folder(self.path.parent)
+        self.file.unlink()

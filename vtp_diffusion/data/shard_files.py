@@ -102,12 +102,13 @@ def load_collection(config: Any, split: str, or_all: bool, advice: str) -> tuple
             "nor a collection that `datasets` can load: "
             f"{error}{f' ({error.__cause__})' if error.__cause__ else ''}"
         ) from error
-    names = {"all": list(collection), "validation": HELD_OUT}.get(split, ["train"])
-    found = [name for name in names if name in collection]
+    if split == "all":
+        return collection, list(collection), builder
+    found = [name for name in (HELD_OUT if split == "validation" else ("train",)) if name in collection]
     if not found and not or_all:
         hint = "; data.validation_files may name one" if split == "validation" else ""
         raise ValueError(f"{config.source} has no {split} split; it has {', '.join(collection)}{hint}{advice}")
-    return collection, found[: None if split == "all" else 1] or list(collection), builder
+    return collection, found[:1] or list(collection), builder
 
 
 def known_by_content(builder: Any, opened: Sequence[str], table: Any, image_column: str) -> str | None:

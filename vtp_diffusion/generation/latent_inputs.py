@@ -39,7 +39,7 @@ from ..models.latent_space import (
     encode_raw,
     latent_statistics,
 )
-from ..runtime.processes import this_process
+from ..runtime.processes import print_once
 from ..runtime.random_reads import available_memory
 from ..runtime.reproducibility import autocast, draw_for_positions
 
@@ -85,8 +85,8 @@ def stored_latents(
             latents = torch.where(flips[:, None, None, None], batch["latents_flip"], batch["latents"])
             yield {"latents": latents, "labels": batch["labels"]}
         return
-    if dataset.num_bytes > (free := available_memory()) and this_process()[0] == 0:
-        print(
+    if dataset.num_bytes > (free := available_memory()):
+        print_once(
             f"{dataset.folder} holds {dataset.num_bytes / 2**30:,.1f} GiB of latents, {free / 2**30:,.1f} GiB of "
             "memory are available: most rows come from the disk, whose random reads may limit the speed of training"
         )

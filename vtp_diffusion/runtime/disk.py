@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 
 from . import __version__
@@ -84,7 +85,7 @@ def replacing(path: Path, then: str = "") -> Iterator[Path]:
             unfinished.rename(path)
             sync_folder(path.parent)
     finally:  # after the rename there is nothing to remove
-        _remove(unfinished)
+        remove(unfinished)
 
 
 @contextlib.contextmanager
@@ -129,21 +130,12 @@ def remove_leftovers(path: Path) -> None:
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         if entry.name.startswith(start) and is_unfinished(entry):
             process = entry.name.removeprefix(start).partition("-")[0]
-            if process.isdigit() and not _is_running(int(process)):
-                _remove(entry)
+            if process.isdigit() and not psutil.pid_exists(int(process)):
+                remove(entry)
 
 
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder; nothing if it is not there."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)

@@ -149,9 +149,9 @@ def run_program(words: list[str], gpu: int, log: Path, stop: float, patience: fl
 
 def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
     """Run a task's programs, with one log. Raises: as `run_program`; RuntimeError if they leave no result."""
-    ended, programs, done = False, task.programs, logs / f"{task.name}-ended.txt"
+    ended, programs, record = False, task.programs, logs / f"{task.name}-ended.txt"
     if task.one_process:
-        programs = ([IN_TURN, str(done), *(shlex.join(words) for words in programs)],)
+        programs = ([IN_TURN, str(record), *(shlex.join(words) for words in programs)],)
     try:
         for words in programs:
             # a kill comes one second before the deadline, which leaves time to bundle what was written
@@ -166,7 +166,7 @@ def run_task(task: Task, gpu: int, logs: Path, deadline: float) -> None:
                 with replacing(place) as unfinished:
                     shutil.copyfile(file, unfinished)
     if not task.done:
-        done.unlink(missing_ok=True)  # the result was removed: its programs have to run again
+        record.unlink(missing_ok=True)  # the result was removed: its programs have to run again
         raise RuntimeError(f"{task.name} ended without {task.result}: the same command runs its programs again")
 
 

@@ -31,11 +31,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..runtime.config import config_to_dict, flatten_config
-from ..runtime.disk import file_sha256, read_json, sync, writing
+from ..runtime.disk import file_sha256, read_json, replacing_saved, sync
 from ..runtime.processes import PATIENCE, this_process, wait_for_everyone
 from ..runtime.tensor_files import read_safetensors, read_torch
 from .optimisation import AveragedWeights, laid_out_like, whole
-from .run_folder import UNFINISHED, RunFolder
+from .run_folder import RunFolder
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 MANIFEST_NAME = "manifest.json"
@@ -213,17 +213,11 @@ def write_model(model: Any, state: dict[str, torch.Tensor], folder: Path) -> Non
 
 
 def export_averaged(model: Any, average: AveragedWeights, path: Path) -> None:
-    """Write averaged weights as a diffusers folder, atomically; an existing one is replaced. Every process has to call
-    this."""
+    """Write averaged weights as a diffusers folder, in place of an earlier one. Every process has to call this."""
     state = averaged_state(model, average)
     if this_process()[0] == 0:
-        unfinished, before = (path.with_name(f"{UNFINISHED}{kind}{path.name}") for kind in ("", "old-"))
-        with writing(path):
+        with replacing_saved(path) as unfinished:
             write_model(model, state, unfinished)
-        if path.exists():
-            path.rename(before)  # removed only when the new one is in place
-        unfinished.rename(path)
-        shutil.rmtree(before, ignore_errors=True)
     wait_for_everyone()
 
 

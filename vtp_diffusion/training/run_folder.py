@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from ..runtime import folder_lock
 from ..runtime.config import config_to_dict, flatten_config, save_config, setting_differences, settings_of
-from ..runtime.disk import is_unfinished, log_lines, read_log, replacing, sync_folder, write_text, writing
+from ..runtime.disk import is_unfinished, log_lines, read_log, remove, replacing, sync_folder, write_text, writing
 from ..runtime.processes import print_once, this_process
 from ..runtime.yaml_files import read_yaml
 
@@ -122,7 +122,7 @@ class RunFolder:
             save_config(self.config, unfinished)
         for entry in (*self.path.iterdir(), *self.path.glob("samples/.*")):
             if entry.name.startswith(UNFINISHED) or is_unfinished(entry):
-                entry.unlink() if entry.is_file() else shutil.rmtree(entry)
+                remove(entry)
         return found
 
     def check_shared(self, patience: float = PATIENCE) -> None:
