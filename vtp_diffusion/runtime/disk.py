@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 from safetensors import SafetensorError
 
 from . import __version__
@@ -130,8 +129,18 @@ def remove_leftovers(path: Path) -> None:
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         if entry.name.startswith(start) and is_unfinished(entry):
             process = entry.name.removeprefix(start).partition("-")[0]
-            if process.isdigit() and not psutil.pid_exists(int(process)):
+            if process.isdigit() and not _is_running(int(process)):
                 remove(entry)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def remove(path: Path) -> None:
